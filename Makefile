@@ -1,0 +1,48 @@
+# Every target sets itself up: `make demo` and `make test` work on a bare machine with Python 3.11+.
+# PYTHON picks the interpreter that makes the virtual environment; VENV its place.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# What `make demo` writes to.
+OUT ?= runs/demo
+
+.PHONY: demo test test-slow check fix test-compile test-gpu bench clean
+
+# One pip command, pinned: torch, torchvision and numpy must be resolved together. Redone only when a file it reads changes.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/tmask demo --out $(OUT)
+
+# Two workers, one thread each: on more threads they would only wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test: $(VENV)/.installed
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 -m 'not slow and not gpu and not compile_only'
+
+test-slow: $(VENV)/.installed
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 -m 'slow and not gpu'
+
+test-compile: $(VENV)/.installed
+	TRITON_INTERPRET=0 $(PYTEST) -n 2 tests/compile_only
+
+test-gpu: $(VENV)/.installed
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m pytest bench --benchmark-only
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

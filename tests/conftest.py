@@ -1,0 +1,35 @@
+"""Where the tests run: Triton kernels on a GPU if there is one, else through Triton's interpreter on the CPU."""
+
+import os
+
+import torch
+
+# Triton reads this when a kernel is decorated, so it must stand before the first import of a kernels.py.
+# `make test-compile` sets it to 0: a kernel decorated under the interpreter cannot be compiled in the same process.
+if "TRITON_INTERPRET" not in os.environ and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+
+from tmask_kernels.backend import interpreter_enabled
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "compile_only" in item.keywords and interpreter_enabled():
+            item.add_marker(
+                pytest.mark.skip(reason="needs a process without the Triton interpreter: make test-compile")
+            )
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """CUDA if there is a GPU, else the CPU (where Triton kernels are interpreted)."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,267 @@
+"""Every setting of the project, as frozen dataclasses, and the named presets.
+
+A config is plain data: it round-trips through `dataclasses.asdict`, YAML and checkpoints. Only `tmask.build_model`
+turns a `ModelConfig` into modules; the modules take explicit arguments and never see it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+BackboneName = Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101"]
+NormName = Literal["bn", "frozen_bn", "gn"]
+ConventionName = Literal["detectron2", "torchvision"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convention:
+    """Where published detectors differ by fractions of a pixel. Weights reproduce their figures only under their own."""
+
+    roi_aligned: bool  # subtract half a pixel in RoIAlign
+    roi_sampling_ratio: int  # samples per bin side; 0 = adaptive, ceil(size / bins)
+    level_convention: ConventionName  # where the epsilon of the FPN level formula stands
+    anchor_offset: float  # position of an anchor centre inside its cell
+    anchors_rounded: bool  # anchor sizes rounded to whole pixels
+    anchor_stride_from_grid: bool  # stride = image // grid (True) or 2^level (False)
+    resize_antialias: bool
+    mask_targets: ConventionName  # binary (detectron2) or soft (torchvision) 28 x 28 targets
+    paste: ConventionName  # sample at pixel centres (detectron2) or in a box truncated to integers (torchvision)
+    ignore_crowds: bool  # anchors and RoIs inside a crowd are no negatives; torchvision drops crowds before the model
+
+
+CONVENTIONS: dict[str, Convention] = {
+    "detectron2": Convention(
+        roi_aligned=True,
+        roi_sampling_ratio=0,
+        level_convention="detectron2",
+        anchor_offset=0.0,
+        anchors_rounded=False,
+        anchor_stride_from_grid=False,
+        resize_antialias=True,
+        mask_targets="detectron2",
+        paste="detectron2",
+        ignore_crowds=True,
+    ),
+    "torchvision": Convention(
+        roi_aligned=False,
+        roi_sampling_ratio=2,
+        level_convention="torchvision",
+        anchor_offset=0.0,
+        anchors_rounded=True,
+        anchor_stride_from_grid=True,
+        resize_antialias=False,
+        mask_targets="torchvision",
+        paste="torchvision",
+        ignore_crowds=False,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The detector. Defaults are the published Mask R-CNN R50-FPN; sizes are pixels of the resized image."""
+
+    num_classes: int = 91  # with background, as torchvision; labels are 1..num_classes-1
+    convention: Convention = field(default_factory=lambda: CONVENTIONS["detectron2"])
+
+    # Image transform
+    min_size: int = 800  # short side after the resize
+    max_size: int = 1333  # long side at most
+    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet, of images in 0..1
+    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    size_divisible: int = 32
+
+    # Backbone and FPN
+    backbone: BackboneName = "resnet50"
+    backbone_weights: str | None = None  # path of a torchvision ImageNet state dict (.pth or .safetensors)
+    norm: NormName = "frozen_bn"
+    trainable_layers: int = 3  # of 5, counted from the top; 3 freezes the stem and the first stage
+    fpn_channels: int = 256
+
+    # Region proposal network
+    anchor_sizes: tuple[tuple[float, ...], ...] = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))  # one tuple a level
+    anchor_aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
+    rpn_fg_iou: float = 0.7
+    rpn_bg_iou: float = 0.3
+    rpn_batch_size: int = 256  # anchors an image in the loss
+    rpn_positive_fraction: float = 0.5
+    rpn_pre_nms_top_n_train: int = 2000  # per level
+    rpn_pre_nms_top_n_test: int = 1000
+    rpn_post_nms_top_n_train: int = 2000  # per image
+    rpn_post_nms_top_n_test: int = 1000
+    rpn_nms_threshold: float = 0.7
+    rpn_min_size: float = 1e-3
+    rpn_score_threshold: float = 0.0
+
+    # Box head
+    box_pool_size: int = 7
+    box_head_dim: int = 1024
+    box_fg_iou: float = 0.5
+    box_bg_iou: float = 0.5
+    box_batch_size: int = 512  # sampled RoIs an image
+    box_positive_fraction: float = 0.25
+    box_score_threshold: float = 0.05
+    box_nms_threshold: float = 0.5
+    max_detections: int = 100
+
+    # Mask head
+    mask_pool_size: int = 14  # the mask is twice as large
+    mask_head_channels: int = 256
+    mask_head_layers: int = 4
+
+    # Loss weights
+    loss_rpn_objectness: float = 1.0
+    loss_rpn_box: float = 1.0
+    loss_classifier: float = 1.0
+    loss_box: float = 1.0
+    loss_mask: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.num_classes >= 2, "num_classes", "at least 2 (background and one class)", self.num_classes)
+        _require(0 < self.min_size <= self.max_size, "min_size", "in 1..max_size", self.min_size)
+        _require(0 <= self.trainable_layers <= 5, "trainable_layers", "in 0..5", self.trainable_layers)
+        _require(len(self.anchor_sizes) == 5, "anchor_sizes", "5 tuples, one a level P2-P6", self.anchor_sizes)
+        for name in ("rpn_bg_iou", "rpn_fg_iou", "box_bg_iou", "box_fg_iou", "rpn_nms_threshold", "box_nms_threshold"):
+            _require(0 <= getattr(self, name) <= 1, name, "in 0..1", getattr(self, name))
+        for part in ("rpn", "box"):
+            low, high = getattr(self, f"{part}_bg_iou"), getattr(self, f"{part}_fg_iou")
+            _require(low <= high, f"{part}_bg_iou", f"at most {part}_fg_iou ({high})", low)
+        for name in ("rpn_positive_fraction", "box_positive_fraction"):
+            _require(0 < getattr(self, name) <= 1, name, "in (0, 1]", getattr(self, name))
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.type == "int" and item.name != "trainable_layers":
+                _require(value >= 1, item.name, "at least 1", value)
+
+
+_R50 = ModelConfig()
+
+PRESETS: dict[str, ModelConfig] = {
+    # Small enough to learn from scratch on two CPU cores in minutes; images of about 128 px.
+    "tiny": ModelConfig(
+        min_size=128,
+        max_size=192,
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.25, 0.25, 0.25),
+        backbone="resnet10",
+        norm="bn",
+        trainable_layers=5,
+        fpn_channels=64,
+        anchor_sizes=((12.0,), (20.0,), (32.0,), (48.0,), (72.0,)),
+        rpn_batch_size=128,
+        rpn_pre_nms_top_n_train=256,
+        rpn_pre_nms_top_n_test=256,
+        rpn_post_nms_top_n_train=128,
+        rpn_post_nms_top_n_test=128,
+        box_head_dim=256,
+        box_batch_size=64,
+        max_detections=50,
+        mask_head_channels=64,
+    ),
+    "r18_fpn": dataclasses.replace(_R50, backbone="resnet18", norm="bn", trainable_layers=5),
+    "r50_fpn": _R50,
+    "r101_fpn": dataclasses.replace(_R50, backbone="resnet101"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images and COCO-format annotations are. Paths; None where a command does not need one."""
+
+    train_images: str | None = None
+    train_annotations: str | None = None
+    val_images: str | None = None
+    val_annotations: str | None = None
+    hflip: float = 0.5  # probability of a left-right flip in training
+    vflip: float = 0.0
+    num_workers: int = 2
+    aspect_grouping: bool = True  # batch portrait with portrait, landscape with landscape
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. A step is one optimiser update of one batch."""
+
+    steps: int = 90_000
+    batch_size: int = 16
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.02  # for this batch_size; scale linearly with it
+    momentum: float = 0.9  # SGD only
+    weight_decay: float = 1e-4
+    decay_norm_and_bias: bool = True
+    schedule: Literal["steps", "cosine", "constant"] = "steps"
+    milestones: tuple[float, ...] = (2 / 3, 8 / 9)  # fractions of `steps` at which the rate falls tenfold
+    lr_floor: float = 0.0  # added to the cosine factor
+    warmup_steps: int = 1000
+    warmup_start: float = 0.001  # factor of the first step
+    clip_norm: float | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    channels_last: bool = True
+    seed: int = 0
+    log_every: int = 20
+    checkpoint_every: int = 1000
+    eval_every: int = 0  # steps; 0 = only at the end
+    eval_max_detections: int = 100  # of COCO's evaluation, an image
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "eval_max_detections"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("lr", "weight_decay", "warmup_steps", "eval_every", "lr_floor"):
+            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        _require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "above 0, or none", self.clip_norm)
+
+
+def model_config(preset: str | ModelConfig, **overrides: Any) -> ModelConfig:
+    """A preset (or a config) with some fields replaced; ``convention`` also takes a name of ``CONVENTIONS``.
+
+    Errors: ValueError for an unknown preset, field or convention (with the nearest name) and impossible values.
+    """
+    if isinstance(preset, str):
+        if preset not in PRESETS:
+            raise ValueError(f"preset: expected {_expected(preset, PRESETS)}, got {preset!r}")
+        preset = PRESETS[preset]
+    known = {item.name for item in dataclasses.fields(ModelConfig)}
+    for name in overrides:
+        if name not in known:
+            raise ValueError(f"unknown model setting {name!r}: expected {_expected(name, known)}")
+    convention = overrides.get("convention")
+    if isinstance(convention, str):
+        if convention not in CONVENTIONS:
+            raise ValueError(f"convention: expected {_expected(convention, CONVENTIONS)}, got {convention!r}")
+        overrides["convention"] = CONVENTIONS[convention]
+    return dataclasses.replace(preset, **overrides)
+
+
+def from_dict(cls: type[Any], values: dict[str, Any]) -> Any:
+    """Build a config dataclass from the plain dict that `dataclasses.asdict` gives (lists become tuples again).
+
+    Errors: ValueError for an unknown key (with the nearest name) and impossible values.
+    """
+    hints = typing.get_type_hints(cls)
+    out = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise ValueError(f"unknown {cls.__name__} setting {name!r}: expected {_expected(name, hints)}")
+        if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
+            value = from_dict(typing.cast(type[Any], hints[name]), value)
+        out[name] = _tuples(value)
+    return cls(**out)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _expected(name: str, known: typing.Iterable[str]) -> str:
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"{near[0]!r}?" if near else f"one of {', '.join(names)}"
+
+
+def _require(condition: bool, name: str, expected: str, got: Any) -> None:
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")

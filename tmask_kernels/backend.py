@@ -1,0 +1,126 @@
+"""Which implementation serves a call: Triton kernel, torchvision op or the PyTorch reference.
+
+Every public op takes ``backend=None | "auto" | "triton" | "torchvision" | "reference"``. ``None`` means the default:
+the innermost `use_backend`, else the environment variable ``TMASK_BACKEND``, else ``"auto"``. An op lists, for each
+backend it has, the reasons why that backend cannot serve this call; `resolve` picks from those lists. Nothing is
+patched and nothing falls back in silence.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "torchvision", "reference")
+
+# A plain global, not a ContextVar: torch.compile guards on it and retraces when it changes.
+_default_backend: str | None = None
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Make `backend` the default of every op inside the ``with`` block.
+
+    Errors: ValueError if `backend` is none of ``BACKENDS``.
+    """
+    global _default_backend
+    _check_name("backend", backend)
+    before, _default_backend = _default_backend, backend
+    try:
+        yield
+    finally:
+        _default_backend = before
+
+
+def default_backend() -> str:
+    """The backend an op uses when it is called with ``backend=None``."""
+    if _default_backend is not None:
+        return _default_backend
+    name = _environment_backend()
+    _check_name("environment variable TMASK_BACKEND", name)
+    return name
+
+
+def interpreter_enabled() -> bool:
+    """Whether ``TRITON_INTERPRET=1`` runs Triton kernels on the CPU, one program after another."""
+    return _environment_interpreter() in ("1", "true", "True")
+
+
+def triton_reasons(*tensors: Tensor) -> list[str]:
+    """Why the Triton kernels cannot run on these tensors, apart from what a single op adds. Empty if they can."""
+    if not triton_installed():
+        return ["triton is not installed"]
+    reasons = []
+    for device in sorted({t.device.type for t in tensors}):
+        if device == "cpu" and not interpreter_enabled():
+            reasons.append("CPU tensor without the Triton interpreter (set TRITON_INTERPRET=1 before Python starts)")
+        elif device not in ("cpu", "cuda"):
+            reasons.append(f"no Triton kernels for device type {device!r}")
+    return reasons
+
+
+def resolve(op: str, backend: str | None, reasons: Mapping[str, Sequence[str]], *, device: torch.device) -> str:
+    """Name the backend that serves this call of `op`.
+
+    `reasons` maps each backend the op has, in the order ``auto`` tries them on `device`, to the reasons why it
+    cannot serve this call. ``auto`` takes the first with none; on a CUDA device it warns once when that is not
+    Triton. An explicit backend that the op lacks, or that has reasons, is a ValueError that lists them.
+    """
+    name = default_backend() if backend is None else backend
+    _check_name("backend", name)
+    if name != "auto":
+        if name not in reasons:
+            raise ValueError(f"{op}: backend={name!r} does not exist for this op; it has {', '.join(reasons)}")
+        if reasons[name]:
+            raise ValueError(f"{op}: backend={name!r} cannot serve this call: {'; '.join(reasons[name])}")
+        return name
+    for candidate, why_not in reasons.items():
+        if not why_not:
+            if device.type == "cuda" and candidate != "triton":
+                _warn_fallback(op, candidate, "; ".join(reasons.get("triton", ["it has no Triton kernel yet"])))
+            return candidate
+    listed = "; ".join(f"{candidate}: {', '.join(why_not)}" for candidate, why_not in reasons.items())
+    raise ValueError(f"{op}: no backend can serve this call: {listed}")
+
+
+def _check_name(where: str, name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"{where}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+
+
+@torch.compiler.assume_constant_result
+def _environment_backend() -> str:
+    return os.environ.get("TMASK_BACKEND") or "auto"
+
+
+@torch.compiler.assume_constant_result
+def _environment_interpreter() -> str:
+    return os.environ.get("TRITON_INTERPRET", "")
+
+
+@torch.compiler.assume_constant_result
+def triton_installed() -> bool:
+    """Whether the triton package can be imported; it has wheels for Linux only."""
+    return _find_triton()
+
+
+@functools.cache
+def _find_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
+def _warn_fallback(op: str, candidate: str, why: str) -> None:
+    _warn_once(op, candidate, why)
+
+
+@functools.cache
+def _warn_once(op: str, candidate: str, why: str) -> None:
+    warnings.warn(f"{op}: using the {candidate} backend on CUDA, not triton: {why}", stacklevel=4)
