@@ -20,7 +20,8 @@ def mutant(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
     path = folder / f"{name}.py"
     path.write_text(source.replace(old, new).replace('"tmask::', f'"tmask_{name}::'))
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     copy = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copy)
     return copy

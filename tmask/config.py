@@ -17,9 +17,14 @@ NormName = Literal["bn", "frozen_bn", "gn"]
 ConventionName = Literal["detectron2", "torchvision"]
 
 
+def _require(condition: bool, name: str, expected: str, got: Any) -> None:
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Convention:
-    """Where published detectors differ by fractions of a pixel. Weights reproduce their figures only under their own."""
+    """Where published detectors differ by fractions of a pixel: weights give their figures only under their own."""
 
     roi_aligned: bool  # subtract half a pixel in RoIAlign
     roi_sampling_ratio: int  # samples per bin side; 0 = adaptive, ceil(size / bins)
@@ -260,8 +265,3 @@ def _expected(name: str, known: typing.Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
     return f"{near[0]!r}?" if near else f"one of {', '.join(names)}"
-
-
-def _require(condition: bool, name: str, expected: str, got: Any) -> None:
-    if not condition:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")

@@ -95,17 +95,17 @@ def _check_name(where: str, name: str) -> None:
         raise ValueError(f"{where}: expected one of {', '.join(BACKENDS)}, got {name!r}")
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _environment_backend() -> str:
     return os.environ.get("TMASK_BACKEND") or "auto"
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _environment_interpreter() -> str:
     return os.environ.get("TRITON_INTERPRET", "")
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def triton_installed() -> bool:
     """Whether the triton package can be imported; it has wheels for Linux only."""
     return _find_triton()
@@ -116,7 +116,7 @@ def _find_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _warn_fallback(op: str, candidate: str, why: str) -> None:
     _warn_once(op, candidate, why)
 
