@@ -186,10 +186,19 @@ class DataConfig:
     num_workers: int = 2
     aspect_grouping: bool = True  # batch portrait with portrait, landscape with landscape
 
+    def __post_init__(self) -> None:
+        for name in ("hflip", "vflip"):
+            _require(0 <= getattr(self, name) <= 1, name, "in 0..1", getattr(self, name))
+        _require(self.num_workers >= 0, "num_workers", "at least 0", self.num_workers)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run. A step is one optimiser update of one batch."""
+    """One training run. A step is one optimiser update of one batch.
+
+    The rate at step s (from 0) is ``lr * min(1, w + (1 - w) * s / warmup_steps) * schedule(s)`` with
+    w = ``warmup_start``. So ``warmup_steps=49, warmup_start=1/50`` is the common ``min(1, (s + 1) / 50)``.
+    """
 
     steps: int = 90_000
     batch_size: int = 16
@@ -197,10 +206,10 @@ class TrainConfig:
     lr: float = 0.02  # for this batch_size; scale linearly with it
     momentum: float = 0.9  # SGD only
     weight_decay: float = 1e-4
-    decay_norm_and_bias: bool = True
+    decay_norm_and_bias: bool = True  # False: no weight decay on biases and norm layers
     schedule: Literal["steps", "cosine", "constant"] = "steps"
     milestones: tuple[float, ...] = (2 / 3, 8 / 9)  # fractions of `steps` at which the rate falls tenfold
-    lr_floor: float = 0.0  # added to the cosine factor
+    lr_floor: float = 0.0  # added to the cosine factor 0.5 * (1 + cos(pi * s / steps))
     warmup_steps: int = 1000
     warmup_start: float = 0.001  # factor of the first step
     clip_norm: float | None = None
@@ -215,9 +224,33 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "checkpoint_every", "eval_max_detections"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("lr", "weight_decay", "warmup_steps", "eval_every", "lr_floor"):
+        for name in ("lr", "momentum", "weight_decay", "warmup_steps", "eval_every", "lr_floor"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        _require(0 <= self.warmup_start <= 1, "warmup_start", "in 0..1", self.warmup_start)
+        _require(all(0 < m <= 1 for m in self.milestones), "milestones", "fractions of steps", self.milestones)
         _require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "above 0, or none", self.clip_norm)
+
+_SMALL_DATA = TrainConfig(
+    steps=1000,
+    batch_size=4,
+    optimizer="adamw",
+    lr=4e-4,
+    weight_decay=0.01,
+    schedule="cosine",
+    lr_floor=0.01,
+    warmup_steps=49,
+    warmup_start=1 / 50,
+    clip_norm=5.0,
+)
+
+# The training defaults that go with each preset of the model: the small ones learn small data from scratch, the
+# others follow the published schedule of fine-tuning from ImageNet weights.
+TRAIN_PRESETS: dict[str, TrainConfig] = {
+    "tiny": _SMALL_DATA,
+    "r18_fpn": _SMALL_DATA,
+    "r50_fpn": TrainConfig(),
+    "r101_fpn": TrainConfig(),
+}
 
 
 def model_config(preset: str | ModelConfig, **overrides: Any) -> ModelConfig:
