@@ -1,0 +1,68 @@
+"""Backend choice: defaults, precedence, reasons, errors."""
+
+import pytest
+import torch
+
+from tmask_kernels import backend
+from tmask_kernels.backend import default_backend, resolve, triton_reasons, use_backend
+
+CPU = torch.device("cpu")
+
+
+def test_default_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TMASK_BACKEND", raising=False)
+    assert default_backend() == "auto"
+    monkeypatch.setenv("TMASK_BACKEND", "reference")
+    assert default_backend() == "reference"
+    with use_backend("torchvision"):
+        assert default_backend() == "torchvision"
+        with use_backend("triton"):
+            assert default_backend() == "triton"
+        assert default_backend() == "torchvision"
+    assert default_backend() == "reference"
+
+
+def test_use_backend_restores_after_an_error() -> None:
+    before = default_backend()
+    with pytest.raises(RuntimeError), use_backend("reference"):
+        raise RuntimeError
+    assert default_backend() == before
+
+
+def test_auto_takes_the_first_without_reasons() -> None:
+    reasons = {"triton": ["no"], "torchvision": [], "reference": []}
+    assert resolve("op", "auto", reasons, device=CPU) == "torchvision"
+
+
+def test_explicit_backend_lists_every_reason() -> None:
+    with pytest.raises(ValueError, match="'triton' cannot serve this call: too old; too slow"):
+        resolve("op", "triton", {"triton": ["too old", "too slow"], "reference": []}, device=CPU)
+
+
+@pytest.mark.parametrize(("name", "message"), [("cuda", "expected one of auto"), ("torchvision", "does not exist")])
+def test_unknown_backends(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve("op", name, {"triton": [], "reference": []}, device=CPU)
+
+
+def test_bad_environment_variable_names_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMASK_BACKEND", "fast")
+    with pytest.raises(ValueError, match="TMASK_BACKEND"):
+        default_backend()
+
+
+def test_fallback_on_cuda_warns_once() -> None:
+    backend._warn_once.cache_clear()
+    reasons = {"triton": ["dtype"], "reference": []}
+    with pytest.warns(UserWarning, match="op_x: using the reference backend on CUDA, not triton: dtype") as seen:
+        for _ in range(3):
+            assert resolve("op_x", None, reasons, device=torch.device("cuda")) == "reference"
+    assert len(seen) == 1
+
+
+def test_triton_reasons_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "without the Triton interpreter" in triton_reasons(torch.zeros(1))[0]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert triton_reasons(torch.zeros(1)) == []
+    assert "meta" in triton_reasons(torch.zeros(1, device="meta"))[0]
