@@ -1,0 +1,51 @@
+import pytest
+import torch
+from torch import Tensor
+
+import tmask
+from tmask.structures import ImageBatch, Targets
+
+SMALL = {
+    "min_size": 64,
+    "max_size": 96,
+    "fpn_channels": 16,
+    "box_head_dim": 32,
+    "mask_head_channels": 16,
+    "mask_head_layers": 1,
+    "rpn_pre_nms_top_n_train": 40,
+    "rpn_pre_nms_top_n_test": 40,
+    "rpn_post_nms_top_n_train": 30,
+    "rpn_post_nms_top_n_test": 30,
+    "rpn_batch_size": 32,
+    "box_batch_size": 16,
+    "max_detections": 10,
+    "box_score_threshold": 0.0,
+}
+
+
+@pytest.fixture
+def small_model() -> tmask.MaskRCNN:
+    torch.manual_seed(0)
+    return tmask.build_model("tiny", num_classes=4, **SMALL)
+
+
+def images_and_targets() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Two images of different, odd sizes with two and one objects."""
+    generator = torch.Generator().manual_seed(1)
+    images = [torch.rand(3, 61, 83, generator=generator), torch.rand(3, 77, 59, generator=generator)]
+    boxes = [torch.tensor([[5.0, 6.0, 35.0, 40.0], [40.0, 20.0, 70.0, 50.0]]), torch.tensor([[10.0, 12.0, 50.0, 60.0]])]
+    targets = []
+    for image, box in zip(images, boxes, strict=True):
+        masks = torch.zeros(len(box), *image.shape[1:], dtype=torch.uint8)
+        for mask, (x1, y1, x2, y2) in zip(masks, box.int().tolist(), strict=True):
+            mask[y1:y2, x1:x2] = 1
+        targets.append({"boxes": box, "labels": torch.arange(1, len(box) + 1), "masks": masks})
+    return images, targets
+
+
+@pytest.fixture
+def batch(small_model: tmask.MaskRCNN) -> tuple[ImageBatch, Targets]:
+    images, targets = images_and_targets()
+    padded, padded_targets = small_model.transform(images, targets)
+    assert padded_targets is not None
+    return padded, padded_targets

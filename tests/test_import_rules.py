@@ -1,0 +1,128 @@
+"""Who may import whom, read from the source with ast. docs/architecture.md explains the rules."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted([*ROOT.glob("tmask/**/*.py"), *ROOT.glob("tmask_kernels/**/*.py")])
+
+# Import these only inside the function that uses them: `import tmask` must work without them.
+LAZY = {"pycocotools", "jsonargparse", "tqdm", "matplotlib", "PIL", "safetensors", "yaml"}
+
+# What each part of tmask may import of tmask. Lower parts never see higher ones.
+LOW = {"structures"}
+ALLOWED = {
+    "structures": set(),
+    "config": set(),
+    "model": LOW | {"model"},
+    "build": LOW | {"model", "config"},
+    "data": LOW | {"model", "config", "data"},
+    "engine": LOW | {"model", "config", "build", "data", "visualize", "engine"},
+    "visualize": LOW | {"model", "data"},
+}
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """Every imported module of a file, and whether the import runs when the file is imported."""
+    found = []
+
+    def visit(node: ast.AST, top: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                found.extend((alias.name, top) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{path}: relative import"
+                assert child.module is not None
+                found.append((child.module, top))
+                # `from package import module` imports the module too.
+                found.extend((f"{child.module}.{alias.name}", top) for alias in child.names)
+            function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            typing_only = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)
+            visit(child, top and not function and not typing_only)
+
+    visit(ast.parse(path.read_text()), True)
+    return found
+
+
+def faults(path: Path) -> list[str]:
+    """The rules that `path` breaks."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    is_kernel_file = parts[0] == "tmask_kernels" and (parts[-1] == "kernels" or parts[1:] == ("_triton",))
+    bad = []
+    for module, top in imports(path):
+        head = module.split(".")
+        if head[0] == "triton" and not is_kernel_file:
+            bad.append(f"imports {module}: only kernels.py and _triton.py may")
+        if head[0] in ("tests", "bench"):
+            bad.append(f"imports {module}: packages import neither tests nor bench")
+        if head[0] in LAZY and top and parts[0] == "tmask_kernels":
+            bad.append(f"imports {module}: tmask_kernels needs torch, triton, torchvision and numpy alone")
+        if head[0] in LAZY and top and parts[:2] in {("tmask", "model"), ("tmask", "__init__"), ("tmask", "build")}:
+            bad.append(f"imports {module} on import")
+        if parts[0] == "tmask_kernels" and head[0] == "tmask":
+            bad.append(f"imports {module}: tmask_kernels knows nothing of tmask")
+        if parts[0] == "tmask_kernels" and parts[-1] == "reference" and head[-1] in ("op", "kernels"):
+            bad.append(f"imports {module}: a reference stands on torch alone")
+        if parts[0] == "tmask_kernels" and parts[-1] == "op" and "kernels" in head[1:] and top:
+            bad.append(f"imports {module} on import: it would need triton")
+        if parts[0] == "tmask" and head[0] == "tmask_kernels" and len(head) > 1:
+            bad += _private_kernels_import(module)
+        if parts[0] == "tmask" and head[0] == "tmask" and len(head) > 1 and parts[1] in ALLOWED:
+            target = head[1]
+            if target in ALLOWED | {"cli": set()} and target not in ALLOWED[parts[1]]:
+                bad.append(f"imports {module}: {parts[1]} stands below or beside {target}")
+    return bad
+
+
+def _private_kernels_import(module: str) -> list[str]:
+    import tmask_kernels
+
+    head = module.split(".")
+    public = set(tmask_kernels.__all__) | {"backend", "testing"}
+    return [] if head[1] in public else [f"imports {module}: tmask uses tmask_kernels' public names only"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_rules(path: Path) -> None:
+    assert faults(path) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "line", "word"),
+    [
+        ("tmask_kernels/ops/nms/op.py", "import triton", "only kernels.py"),
+        ("tmask_kernels/ops/nms/op.py", "from tmask_kernels.ops.nms import kernels", "would need triton"),
+        ("tmask_kernels/ops/nms/op.py", "import tmask.config", "knows nothing of tmask"),
+        ("tmask_kernels/packed.py", "import pycocotools", "needs torch"),
+        ("tmask_kernels/ops/nms/reference.py", "from tmask_kernels.ops.nms import op", "stands on torch"),
+        ("tmask/model/rpn.py", "from tmask.config import PRESETS", "stands below"),
+        ("tmask/model/rpn.py", "import tqdm", "on import"),
+        ("tmask/model/rpn.py", "from tmask_kernels.ops.nms.op import nms", "public names only"),
+        ("tmask/data/coco.py", "from tmask.engine import train", "stands below"),
+        ("tmask/engine/train.py", "import bench.cases", "neither tests nor bench"),
+    ],
+)
+def test_a_broken_rule_is_found(place: str, line: str, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / place
+    path.parent.mkdir(parents=True)
+    path.write_text(line + "\n")
+    monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
+    assert any(word in fault for fault in faults(path)), faults(path)
+
+
+def test_import_works_without_optional_packages() -> None:
+    """`import tmask_kernels` needs no triton, and `import tmask` none of the lazily imported packages."""
+    blocked = sorted(LAZY - {"PIL"} | {"triton"})  # torchvision itself imports PIL
+    code = (
+        "import sys\n"
+        f"for name in {blocked!r}: sys.modules[name] = None\n"
+        "import tmask_kernels, tmask, tmask.model.detector\n"
+        "import torch\n"
+        "tmask_kernels.nms(torch.tensor([[0., 0., 1., 1.]]), torch.ones(1), 0.5)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,7 @@
+"""A Mask R-CNN whose hot detection ops are Triton GPU kernels."""
+
+from tmask.build import build_model
+from tmask.config import CONVENTIONS, PRESETS, Convention, ModelConfig
+from tmask.model.detector import MaskRCNN
+
+__all__ = ["CONVENTIONS", "PRESETS", "Convention", "MaskRCNN", "ModelConfig", "build_model"]

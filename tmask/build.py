@@ -1,0 +1,124 @@
+"""From a config to a model. The only place that sees both a `ModelConfig` and the modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tmask.config import ModelConfig, model_config
+from tmask.model.backbone import ResNet, load_backbone, warn_if_random_and_frozen
+from tmask.model.box_head import BoxHead
+from tmask.model.detector import MaskRCNN
+from tmask.model.fpn import FPN
+from tmask.model.mask_head import MaskHead
+from tmask.model.roi_heads import RoIExtractor, RoIHeads
+from tmask.model.rpn import RPN, TopN
+from tmask.model.transform import ImageTransform
+from tmask_kernels import AnchorSpec
+
+STRIDES = (4, 8, 16, 32, 64)  # P2-P6
+
+
+def build_model(
+    preset: str | ModelConfig, num_classes: int | None = None, *, backbone: nn.Module | None = None, **overrides: Any
+) -> MaskRCNN:
+    """A Mask R-CNN with random heads, in training mode.
+
+    `preset` names an entry of `tmask.config.PRESETS` or is a config; `num_classes` counts the background; `overrides`
+    replace fields of the config (``min_size=640``, ``convention="torchvision"``...). `backbone` replaces the ResNet by
+    any module as tmask/model/backbone.py describes. The result has ``.config``.
+    Errors: ValueError for unknown names (with the nearest) and impossible values.
+    """
+    if num_classes is not None:
+        overrides["num_classes"] = num_classes
+    config = model_config(preset, **overrides)
+    if backbone is None:
+        backbone = ResNet(config.backbone, norm=config.norm, trainable_layers=config.trainable_layers)
+        if config.backbone_weights is not None:
+            load_backbone(backbone, config.backbone_weights)
+        else:
+            warn_if_random_and_frozen(backbone)
+    model = MaskRCNN(
+        transform=_transform(config),
+        backbone=backbone,
+        fpn=FPN(backbone.out_channels, config.fpn_channels),  # type: ignore[arg-type]
+        rpn=_rpn(config),
+        roi_heads=_roi_heads(config),
+        loss_weights={
+            "loss_objectness": config.loss_rpn_objectness,
+            "loss_rpn_box_reg": config.loss_rpn_box,
+            "loss_classifier": config.loss_classifier,
+            "loss_box_reg": config.loss_box,
+            "loss_mask": config.loss_mask,
+        },
+        paste=config.convention.paste,
+    )
+    model.config = config
+    return model
+
+
+def _transform(config: ModelConfig) -> ImageTransform:
+    return ImageTransform(
+        min_size=config.min_size,
+        max_size=config.max_size,
+        image_mean=config.image_mean,
+        image_std=config.image_std,
+        size_divisible=config.size_divisible,
+        antialias=config.convention.resize_antialias,
+        keep_crowds=config.convention.ignore_crowds,
+    )
+
+
+def _rpn(config: ModelConfig) -> RPN:
+    return RPN(
+        channels=config.fpn_channels,
+        anchors=AnchorSpec(
+            sizes=config.anchor_sizes,
+            aspect_ratios=config.anchor_aspect_ratios,
+            strides=None if config.convention.anchor_stride_from_grid else STRIDES,
+            offset=config.convention.anchor_offset,
+            rounded=config.convention.anchors_rounded,
+        ),
+        fg_iou=config.rpn_fg_iou,
+        bg_iou=config.rpn_bg_iou,
+        batch_size=config.rpn_batch_size,
+        positive_fraction=config.rpn_positive_fraction,
+        pre_nms_top_n=TopN(config.rpn_pre_nms_top_n_train, config.rpn_pre_nms_top_n_test),
+        post_nms_top_n=TopN(config.rpn_post_nms_top_n_train, config.rpn_post_nms_top_n_test),
+        nms_threshold=config.rpn_nms_threshold,
+        min_size=config.rpn_min_size,
+        score_threshold=config.rpn_score_threshold,
+    )
+
+
+def _roi_heads(config: ModelConfig) -> RoIHeads:
+    return RoIHeads(
+        extractor=RoIExtractor(
+            aligned=config.convention.roi_aligned,
+            sampling_ratio=config.convention.roi_sampling_ratio,
+            level_convention=config.convention.level_convention,
+        ),
+        box_head=BoxHead(
+            channels=config.fpn_channels,
+            pool_size=config.box_pool_size,
+            hidden=config.box_head_dim,
+            num_classes=config.num_classes,
+        ),
+        mask_head=MaskHead(
+            in_channels=config.fpn_channels,
+            channels=config.mask_head_channels,
+            num_layers=config.mask_head_layers,
+            num_classes=config.num_classes,
+        ),
+        box_pool_size=config.box_pool_size,
+        mask_pool_size=config.mask_pool_size,
+        fg_iou=config.box_fg_iou,
+        bg_iou=config.box_bg_iou,
+        batch_size=config.box_batch_size,
+        positive_fraction=config.box_positive_fraction,
+        score_threshold=config.box_score_threshold,
+        nms_threshold=config.box_nms_threshold,
+        max_detections=config.max_detections,
+        mask_targets=config.convention.mask_targets,
+    )

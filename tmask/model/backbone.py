@@ -1,0 +1,97 @@
+"""Backbone: an image batch in, feature maps of strides 4, 8, 16, 32 out. The network is torchvision's ResNet.
+
+Any module serves instead that maps [N, 3, H, W] to an ordered dict {name: [N, C_i, H_i, W_i]}, finest first, and has
+``out_channels``, the tuple of the C_i. Letters: N images, C channels, H W size.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet
+from torchvision.ops import FrozenBatchNorm2d
+
+_DEPTHS: dict[str, tuple[type[nn.Module], list[int]]] = {
+    "resnet10": (resnet.BasicBlock, [1, 1, 1, 1]),
+    "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (resnet.BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (resnet.Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (resnet.Bottleneck, [3, 4, 23, 3]),
+}
+
+
+def _group_norm(channels: int) -> nn.Module:
+    return nn.GroupNorm(32, channels)  # 32 groups: Wu & He, "Group Normalization", 2018
+
+
+_NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "bn": nn.BatchNorm2d,
+    "frozen_bn": FrozenBatchNorm2d,
+    "gn": _group_norm,
+}
+
+
+class ResNet(nn.Module):
+    """ResNet stages 2-5 (He et al. 2015) as {"c2", "c3", "c4", "c5"} of strides 4, 8, 16, 32; any H and W.
+
+    `name` is a key of torchvision's family (``resnet10`` has one block a stage); `norm` one of ``bn``, ``frozen_bn``,
+    ``gn``; `trainable_layers` of the five (stem and four stages) learn, counted from the top.
+    """
+
+    def __init__(self, name: str, *, norm: str = "bn", trainable_layers: int = 5) -> None:
+        super().__init__()
+        block, depths = _DEPTHS[name]
+        body = resnet.ResNet(block, depths, norm_layer=_NORMS[norm])
+        # Without the classifier's fc and avgpool; torchvision's names stay, so its state dicts load as they are.
+        for stage in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            self.add_module(stage, getattr(body, stage))
+        self.out_channels = tuple(width * block.expansion for width in (64, 128, 256, 512))
+        frozen = [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)][: 5 - trainable_layers]
+        for stage in (stage for group in frozen for stage in group):
+            self.get_submodule(stage).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Images [N, 3, H, W] to maps [N, C_i, ceil(H / stride), ceil(W / stride)]."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        maps = {}
+        for name, stage in (("c2", self.layer1), ("c3", self.layer2), ("c4", self.layer3), ("c5", self.layer4)):
+            x = stage(x)
+            maps[name] = x
+        return maps
+
+
+def load_backbone(backbone: nn.Module, path: str) -> None:
+    """Load a torchvision ImageNet state dict (.pth or .safetensors) into `backbone`; classifier keys are left out.
+
+    Errors: ValueError if the file does not exist or does not fit.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"backbone_weights: expected a state-dict file, got {path!r}, which does not exist")
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        state = load_file(file)
+    else:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    result = backbone.load_state_dict(state, strict=False)
+    # A frozen batch norm has no batch counter; the published files do.
+    unexpected = [key for key in result.unexpected_keys if not key.endswith("num_batches_tracked")]
+    if result.missing_keys or unexpected:
+        raise ValueError(f"backbone_weights: {path} does not fit: missing {result.missing_keys}, unknown {unexpected}")
+
+
+def warn_if_random_and_frozen(backbone: nn.Module) -> None:
+    """Warn that frozen layers hold random weights, which no training can mend."""
+    frozen = [name for name, parameter in backbone.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        warnings.warn(
+            f"{len(frozen)} frozen backbone parameters hold random weights: give backbone_weights, load a checkpoint, "
+            'or train from scratch with trainable_layers=5 and norm="bn"',
+            stacklevel=3,
+        )

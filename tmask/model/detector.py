@@ -1,0 +1,88 @@
+"""Mask R-CNN whole: backbone -> FPN -> RPN -> RoI heads -> detections.
+
+`forward_padded` is the model: fixed shapes, no host synchronisation. `forward` is a thin shell around it with
+torchvision's contract, lists of images in and lists of dicts out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from tmask.model.postprocess import to_list
+from tmask.model.roi_heads import RoIHeads
+from tmask.model.rpn import RPN
+from tmask.model.transform import ImageTransform
+from tmask.structures import Detections, ImageBatch, Targets
+
+
+class MaskRCNN(nn.Module):
+    """He et al. 2017, "Mask R-CNN". Build one with `tmask.build_model`.
+
+    `loss_weights` maps each loss name to its factor in the sum. `paste` names the convention of `paste_masks`.
+    """
+
+    config: Any = None  # the ModelConfig it was built from, kept for checkpoints; nothing here reads it
+
+    def __init__(
+        self,
+        *,
+        transform: ImageTransform,
+        backbone: nn.Module,
+        fpn: nn.Module,
+        rpn: RPN,
+        roi_heads: RoIHeads,
+        loss_weights: Mapping[str, float],
+        paste: str,
+    ) -> None:
+        super().__init__()
+        self.transform = transform
+        self.backbone = backbone
+        self.fpn = fpn
+        self.rpn = rpn
+        self.roi_heads = roi_heads
+        self.loss_weights = dict(loss_weights)
+        self.paste = paste
+
+    def forward_padded(
+        self, images: ImageBatch, targets: Targets | None = None, *, compact: bool = False
+    ) -> dict[str, Tensor] | Detections:
+        """Losses if `targets` are given, else detections in pixels of the padded images.
+
+        The losses come weighted, each a float32 scalar under torchvision's name; train on their sum. No host
+        synchronisation, unless `compact` drops empty slots before the mask head: same result, less work, and shapes
+        that depend on data. It pays on a CPU.
+        """
+        if self.training and targets is None:
+            raise ValueError("targets: expected Targets in training mode, got None")
+        features = self.fpn(list(self.backbone(images.tensor).values()))  # P2-P6
+        proposals, losses = self.rpn(features, images, targets)
+        features = features[:-1]  # P6 serves the RPN alone
+        if targets is None:
+            return self.roi_heads.detect(features, proposals, images, compact=compact)
+        losses |= self.roi_heads.losses(features, proposals, images, targets, compact=compact)
+        return {name: self.loss_weights[name] * loss for name, loss in losses.items()}
+
+    def forward(
+        self,
+        images: Sequence[Tensor],
+        targets: Sequence[Mapping[str, Tensor]] | None = None,
+        *,
+        masks: str = "probability",
+    ) -> dict[str, Tensor] | list[dict[str, Any]]:
+        """torchvision's contract: losses in training mode, else a list of dicts, one an image.
+
+        images: [3, h, w] each, float in 0..1 or uint8, of any sizes. targets (training): dicts of ``boxes`` [G, 4]
+        xyxy pixels, ``labels`` [G] in 1..num_classes-1, ``masks`` [G, h, w] of 0 and 1, and maybe ``iscrowd`` [G].
+        `masks` picks the form of the result's masks, see `tmask.model.postprocess.to_list`.
+        """
+        if not self.training:
+            targets = None
+        batch, padded_targets = self.transform(images, targets)
+        result = self.forward_padded(batch, padded_targets, compact=not batch.tensor.is_cuda)
+        if not isinstance(result, Detections):
+            return result
+        original_sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        return to_list(result, batch.sizes, original_sizes, masks=masks, convention=self.paste)

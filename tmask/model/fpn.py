@@ -1,0 +1,35 @@
+"""Feature pyramid: backbone maps in, P2-P6 of one width out (Lin et al. 2017, "Feature Pyramid Networks").
+
+Letters: N images, C channels of every level, H W size of a level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FPN(nn.Module):
+    """Lateral 1x1 convolutions, a top-down path of nearest upsampling, a 3x3 convolution a level, and P6.
+
+    Takes the backbone's maps, finest first, and gives one level more: the last is the coarsest again at half size.
+    """
+
+    def __init__(self, in_channels: Sequence[int], out_channels: int) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(channels, out_channels, 1) for channels in in_channels)
+        self.output = nn.ModuleList(nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in in_channels)
+        for conv in [*self.lateral, *self.output]:
+            nn.init.kaiming_uniform_(conv.weight, a=1)  # "Xavier" of the original code: variance 1 / fan_in
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """[N, C_i, H_i, W_i] each, finest first, to [N, C, H_i, W_i] each and one level [N, C, ~H/2, ~W/2] more."""
+        merged = [lateral(x) for lateral, x in zip(self.lateral, maps, strict=True)]
+        for level in range(len(merged) - 2, -1, -1):
+            # To the exact size of the finer map, not by a factor of 2: odd sizes occur.
+            merged[level] = merged[level] + F.interpolate(merged[level + 1], size=merged[level].shape[-2:])
+        levels = [output(x) for output, x in zip(self.output, merged, strict=True)]
+        return [*levels, F.max_pool2d(levels[-1], kernel_size=1, stride=2)]

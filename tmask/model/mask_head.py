@@ -1,0 +1,38 @@
+"""Mask head: pooled RoI features in, one mask logit map for each class out.
+
+Letters: R RoIs, C classes with background, M mask side (twice the pooled side).
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MaskHead(nn.Module):
+    """Fully convolutional: `num_layers` 3x3 convolutions, a 2x2 deconvolution of stride 2, a 1x1 predictor.
+
+    Source: He et al. 2017, "Mask R-CNN", figure 4 right.
+    """
+
+    def __init__(self, *, in_channels: int, channels: int, num_layers: int, num_classes: int) -> None:
+        super().__init__()
+        widths = [in_channels] + [channels] * num_layers
+        self.convs = nn.ModuleList(
+            nn.Conv2d(before, after, 3, padding=1) for before, after in itertools.pairwise(widths)
+        )
+        self.deconv = nn.ConvTranspose2d(widths[-1], channels, 2, stride=2)
+        self.predictor = nn.Conv2d(channels, num_classes, 1)
+        for layer in [*self.convs, self.deconv]:
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.predictor.weight, std=0.001)
+        nn.init.zeros_(self.predictor.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pooled features [R, in_channels, M / 2, M / 2] to mask logits [R, C, M, M]."""
+        for conv in self.convs:
+            x = F.relu(conv(x))
+        return self.predictor(F.relu(self.deconv(x)))

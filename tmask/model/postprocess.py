@@ -1,0 +1,57 @@
+"""From padded detections back to the caller's images: one dict an image, in original pixels.
+
+Here stands the single host synchronisation of inference: reading how many detections each image has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from tmask.structures import Detections
+from tmask_kernels import paste_masks
+
+MASK_FORMS = ("probability", "bool", "rle", "none")
+
+
+def to_list(
+    detections: Detections,
+    image_sizes: Tensor,
+    original_sizes: Sequence[tuple[int, int]],
+    *,
+    masks: str = "probability",
+    convention: str = "detectron2",
+) -> list[dict[str, Any]]:
+    """Detections of N padded images as torchvision's list of dicts.
+
+    `image_sizes` [N, 2]: height and width before padding; `original_sizes`: before the resize. Each dict holds
+    ``boxes`` [D, 4] xyxy in original pixels, ``scores`` [D], ``labels`` [D] and ``masks``: [D, 1, H, W] float
+    (``probability``), [D, H, W] bool (``bool``), a list of COCO run-length dicts (``rle``), or left out (``none``).
+    `convention` names the rule of `paste_masks`. Errors: ValueError for an unknown `masks`.
+    """
+    if masks not in MASK_FORMS:
+        raise ValueError(f"masks: expected one of {', '.join(MASK_FORMS)}, got {masks!r}")
+    results: list[dict[str, Any]] = []
+    scales = _scales(image_sizes, original_sizes)
+    for i, count in enumerate(detections.counts.tolist()):  # the one synchronisation
+        boxes = detections.boxes[i, :count] * scales[i]
+        result: dict[str, Any] = {
+            "boxes": boxes,
+            "labels": detections.labels[i, :count],
+            "scores": detections.scores[i, :count],
+        }
+        if masks != "none" and detections.masks is not None:
+            pasted = paste_masks(
+                detections.masks[i, :count], boxes, original_sizes[i], output=masks, convention=convention
+            )
+            result["masks"] = pasted[:, None] if isinstance(pasted, Tensor) and masks == "probability" else pasted
+        results.append(result)
+    return results
+
+
+def _scales(image_sizes: Tensor, original_sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """Original pixels per resized pixel as a factor of xyxy boxes: [N, 4]."""
+    original = image_sizes.new_tensor(original_sizes).float()  # [N, 2] height, width
+    return (original / image_sizes).flip(1).repeat(1, 2)

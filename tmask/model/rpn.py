@@ -1,0 +1,132 @@
+"""Region proposal network: FPN levels in, proposals (and in training two losses) out.
+
+Letters: N images, A anchors a cell, T anchors of all levels, P proposals, G ground-truth boxes, H W size of a level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tmask.model.losses import rpn_losses
+from tmask.model.sampling import sample
+from tmask.structures import ImageBatch, Proposals, Targets
+from tmask_kernels import AnchorSpec, encode_boxes, make_anchors, match_anchors, rpn_proposals
+
+
+class RPNHead(nn.Module):
+    """A 3x3 convolution shared by all levels, then objectness and box deltas for the A anchors of each cell."""
+
+    def __init__(self, channels: int, num_anchors: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.objectness = nn.Conv2d(channels, num_anchors, 1)
+        self.deltas = nn.Conv2d(channels, 4 * num_anchors, 1)
+        for layer in (self.conv, self.objectness, self.deltas):
+            nn.init.normal_(layer.weight, std=0.01)  # Ren et al. 2015, section 3.1.3
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """[N, C, H, W] each to logits [N, A, H, W] each and deltas [N, 4A, H, W] each."""
+        hidden = [F.relu(self.conv(x)) for x in features]
+        return [self.objectness(x) for x in hidden], [self.deltas(x) for x in hidden]
+
+
+class TopN(NamedTuple):
+    """A limit that differs between training and inference."""
+
+    train: int
+    test: int
+
+
+class RPN(nn.Module):
+    """Proposes boxes that may hold an object, whatever its class (Ren et al. 2015, "Faster R-CNN").
+
+    `fg_iou`, `bg_iou`: an anchor is positive at or above the first, negative below the second. `batch_size` anchors
+    an image enter the loss, at most `positive_fraction` of them positive. `pre_nms_top_n` is a level's limit,
+    `post_nms_top_n` an image's. `min_size` in pixels.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        anchors: AnchorSpec,
+        fg_iou: float,
+        bg_iou: float,
+        batch_size: int,
+        positive_fraction: float,
+        pre_nms_top_n: TopN,
+        post_nms_top_n: TopN,
+        nms_threshold: float,
+        min_size: float,
+        score_threshold: float,
+    ) -> None:
+        super().__init__()
+        self.head = RPNHead(channels, len(anchors.sizes[0]) * len(anchors.aspect_ratios))
+        self.anchors = anchors
+        self.fg_iou, self.bg_iou = fg_iou, bg_iou
+        self.batch_size, self.positive_fraction = batch_size, positive_fraction
+        self.pre_nms_top_n, self.post_nms_top_n = pre_nms_top_n, post_nms_top_n
+        self.nms_threshold, self.min_size, self.score_threshold = nms_threshold, min_size, score_threshold
+
+    def forward(
+        self, features: Sequence[Tensor], images: ImageBatch, targets: Targets | None
+    ) -> tuple[Proposals, dict[str, Tensor]]:
+        """Proposals of fixed size, and the losses if `targets` are given. No gradient flows through the proposals."""
+        objectness, deltas = self.head(features)
+        height, width = images.tensor.shape[-2:]
+        boxes, scores, counts = rpn_proposals(
+            [x.detach() for x in objectness],
+            [x.detach() for x in deltas],
+            images.sizes,
+            self.anchors,
+            padded_size=(height, width),
+            pre_nms_top_n=self.pre_nms_top_n.train if self.training else self.pre_nms_top_n.test,
+            post_nms_top_n=self.post_nms_top_n.train if self.training else self.post_nms_top_n.test,
+            nms_threshold=self.nms_threshold,
+            min_size=self.min_size,
+            score_threshold=self.score_threshold,
+        )
+        losses = {} if targets is None else self._losses(objectness, deltas, (height, width), targets)
+        return Proposals(boxes, scores, counts), losses
+
+    def _losses(
+        self, objectness: list[Tensor], deltas: list[Tensor], size: tuple[int, int], targets: Targets
+    ) -> dict[str, Tensor]:
+        feature_sizes = [(x.shape[-2], x.shape[-1]) for x in objectness]
+        anchors = make_anchors(self.anchors, feature_sizes, size, device=targets.boxes.device)  # [T, 4]
+        matches, _ = match_anchors(
+            anchors,
+            targets.boxes,
+            targets.valid,
+            gt_crowd=targets.crowd,
+            high=self.fg_iou,
+            low=self.bg_iou,
+            allow_low_quality=True,
+        )  # [N, T]
+        chosen = sample(
+            matches >= 0, matches == -1, size=self.batch_size, positive_fraction=self.positive_fraction
+        )  # [N, S]
+
+        # Anchors run by level, row, column, then anchor of the cell; the maps hold the anchor before the cell.
+        logits = torch.cat([x.permute(0, 2, 3, 1).flatten(1) for x in objectness], dim=1)  # [N, T]
+        flat = torch.cat([x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4) for x in deltas], dim=1)  # [N, T, 4]
+        matched = take_rows(targets.boxes, matches.gather(1, chosen.index).clamp(min=0))  # [N, S, 4]
+        objectness_loss, box_loss = rpn_losses(
+            logits.gather(1, chosen.index),
+            take_rows(flat, chosen.index),
+            encode_boxes(matched, anchors[chosen.index]),
+            chosen.positive,
+            chosen.valid,
+        )
+        return {"loss_objectness": objectness_loss, "loss_rpn_box_reg": box_loss}
+
+
+def take_rows(values: Tensor, index: Tensor) -> Tensor:
+    """Row `index` [N, S] of each image of `values` [N, M, D]: [N, S, D]."""
+    return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))

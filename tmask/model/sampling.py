@@ -1,0 +1,51 @@
+"""Which anchors or RoIs the losses see: a random, fixed-size sample with a bounded share of positives.
+
+Letters: N images, M candidates, S sampled slots.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Sample(NamedTuple):
+    """Chosen candidates: positives in the first slots, then negatives, then empty slots."""
+
+    index: Tensor  # [N, S] int64 into the M candidates; 0 in an empty slot
+    positive: Tensor  # [N, S] bool
+    valid: Tensor  # [N, S] bool: not empty
+
+
+def sample(positive: Tensor, negative: Tensor, *, size: int, positive_fraction: float) -> Sample:
+    """Draw `size` of the candidates of each image, at most ``int(size * positive_fraction)`` of them positive.
+
+    `positive` and `negative` are [N, M] bool. Too few positives are made up for by negatives; too few of both leave
+    slots empty. Draws from torch's default generator of the device; no host synchronisation.
+    Source: Ren et al. 2015, "Faster R-CNN", section 3.1.3.
+    """
+    keys = torch.rand(positive.shape, device=positive.device)
+    max_positive = int(size * positive_fraction)
+    positive_index, is_positive = _random_subset(positive, keys, max_positive)  # [N, max_positive]
+    negative_index, is_negative = _random_subset(negative, keys, size)  # [N, size]
+    room = size - is_positive.sum(dim=1, keepdim=True)  # [N, 1]
+    is_negative &= torch.arange(is_negative.shape[1], device=positive.device) < room
+
+    index = torch.cat([positive_index, negative_index], dim=1)
+    chosen = torch.cat([is_positive, is_negative], dim=1)
+    # A stable sort moves the chosen to the front and keeps positives before negatives.
+    front = torch.argsort(chosen.to(torch.uint8), dim=1, descending=True, stable=True)[:, :size]
+    missing = size - front.shape[1]  # M below `size`: a static shape
+    front = torch.nn.functional.pad(front, (0, missing))
+    slot = torch.arange(size, device=positive.device)
+    valid = slot < chosen.sum(dim=1, keepdim=True)
+    is_positive_slot = slot < is_positive.sum(dim=1, keepdim=True)
+    return Sample(torch.where(valid, index.gather(1, front), 0), is_positive_slot, valid)
+
+
+def _random_subset(mask: Tensor, keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Up to `count` random True positions of `mask` [N, M]: indices and whether each slot holds one, filled first."""
+    order = torch.where(mask, keys, -1.0).topk(min(count, mask.shape[1]), dim=1)
+    return order.indices, order.values >= 0

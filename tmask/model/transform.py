@@ -1,0 +1,149 @@
+"""From images of any size to the padded batch of the model: resize, normalise, pad, pack masks.
+
+Letters: N images, G ground-truth boxes, H W padded size, h w size of one image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tmask.structures import ImageBatch, Targets
+from tmask_kernels import pack_masks
+
+_MASKS_AT_ONCE = 16  # resized as float before they are packed; bounds the memory of crowded images
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTransform:
+    """Resize the short side to `min_size` unless the long side would pass `max_size`, then normalise and pad.
+
+    It has no parameters and pickles, so loader workers can run it. `size_divisible` pads H and W to its multiples.
+    `antialias`: filter when shrinking (detectron2's convention); torchvision's does not.
+    `keep_crowds`: hand crowd regions on, so that nothing inside them counts as a negative.
+    """
+
+    min_size: int
+    max_size: int
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    size_divisible: int
+    antialias: bool
+    keep_crowds: bool
+
+    def __call__(
+        self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None = None
+    ) -> tuple[ImageBatch, Targets | None]:
+        """Images [3, h, w], uint8 or float in 0..1, and torchvision's target dicts, as padded batches.
+
+        A target holds ``boxes`` [G, 4] xyxy in pixels, ``labels`` [G], ``masks`` [G, h, w] of 0 and 1, and may hold
+        ``iscrowd`` [G] and ``has_mask`` [G]. Errors: ValueError for wrong types, shapes or counts.
+        """
+        _check(images, targets)
+        resized = [self._resize(image) for image in images]
+        sizes = [(image.shape[-2], image.shape[-1]) for image in resized]
+        height = _round_up(max(size[0] for size in sizes), self.size_divisible)
+        width = _round_up(max(size[1] for size in sizes), self.size_divisible)
+        batch = resized[0].new_zeros(len(images), 3, height, width)
+        for slot, image in zip(batch, resized, strict=True):
+            slot[:, : image.shape[-2], : image.shape[-1]] = image
+        packed = None
+        if targets is not None:
+            scaled = [
+                self._resize_target(target, (image.shape[-2], image.shape[-1]), size, (height, width))
+                for target, image, size in zip(targets, images, sizes, strict=True)
+            ]
+            packed = _stack(scaled)
+        return ImageBatch(batch, torch.tensor(sizes, device=batch.device)), packed
+
+    def _resize(self, image: Tensor) -> Tensor:
+        image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+        mean = image.new_tensor(self.image_mean)[:, None, None]
+        std = image.new_tensor(self.image_std)[:, None, None]
+        image = (image - mean) / std
+        short, long = min(image.shape[-2:]), max(image.shape[-2:])
+        scale = min(self.min_size / short, self.max_size / long)
+        if scale == 1:
+            return image
+        if self.antialias:
+            size = [max(1, int(side * scale + 0.5)) for side in image.shape[-2:]]
+            return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
+        return F.interpolate(image[None], scale_factor=scale, mode="bilinear", recompute_scale_factor=True)[0]
+
+    def _resize_target(
+        self,
+        target: Mapping[str, Tensor],
+        before: tuple[int, int],
+        after: tuple[int, int],
+        padded: tuple[int, int],
+    ) -> dict[str, Tensor]:
+        """One image's boxes and packed masks at the resized size; masks fill the padded size."""
+        boxes = target["boxes"].float()
+        scale = boxes.new_tensor([after[1] / before[1], after[0] / before[0]]).repeat(2)
+        count = len(boxes)
+        crowd = target.get("iscrowd", boxes.new_zeros(count)).to(torch.bool)
+        masks = target.get("masks")
+        has_mask = target.get("has_mask", boxes.new_full((count,), float(masks is not None))).to(torch.bool)
+        words = -(-padded[1] // 32)
+        packed = torch.zeros(count, padded[0], words, dtype=torch.int32, device=boxes.device)
+        if masks is not None:
+            for first in range(0, count, _MASKS_AT_ONCE):
+                part = masks[first : first + _MASKS_AT_ONCE]
+                if after != before:
+                    part = F.interpolate(part[:, None].float(), size=after, mode="bilinear")[:, 0] >= 0.5
+                part = F.pad(part.to(torch.bool), (0, padded[1] - after[1], 0, padded[0] - after[0]))
+                packed[first : first + _MASKS_AT_ONCE] = pack_masks(part)
+        return {
+            "boxes": boxes * scale,
+            "labels": target["labels"].to(torch.int64),
+            "valid": ~crowd,
+            "crowd": crowd & self.keep_crowds,
+            "masks": packed,
+            "has_mask": has_mask,
+        }
+
+
+def _stack(targets: Sequence[dict[str, Tensor]]) -> Targets:
+    """Pad every field to the largest count of the batch (at least 1, so that no later stage meets an empty axis)."""
+    count = max(1, max(len(target["boxes"]) for target in targets))
+    fields = {}
+    for name in targets[0]:
+        first = targets[0][name]
+        stacked = first.new_zeros(len(targets), count, *first.shape[1:])
+        for slot, target in zip(stacked, targets, strict=True):
+            slot[: len(target[name])] = target[name]
+        fields[name] = stacked
+    return Targets(**fields)
+
+
+def _check(images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None) -> None:
+    if not len(images):
+        raise ValueError("images: expected at least one image, got an empty list")
+    for i, image in enumerate(images):
+        if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != 3 or not image.numel():
+            got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+            raise ValueError(f"images[{i}]: expected a tensor [3, h, w], got {got}")
+        if image.dtype != torch.uint8 and not image.dtype.is_floating_point:
+            raise ValueError(f"images[{i}]: expected uint8 or a float dtype, got {image.dtype}")
+    if targets is None:
+        return
+    if len(targets) != len(images):
+        raise ValueError(f"targets: expected {len(images)}, one an image, got {len(targets)}")
+    for i, (target, image) in enumerate(zip(targets, images, strict=True)):
+        for name in ("boxes", "labels"):
+            if name not in target:
+                raise ValueError(f"targets[{i}]: expected a key {name!r}, got {sorted(target)}")
+        count = len(target["boxes"])
+        shapes = {"boxes": (count, 4), "labels": (count,), "iscrowd": (count,), "has_mask": (count,)}
+        shapes["masks"] = (count, *image.shape[-2:])
+        for name, shape in shapes.items():
+            if name in target and tuple(target[name].shape) != shape:
+                raise ValueError(f"targets[{i}][{name!r}]: expected shape {shape}, got {tuple(target[name].shape)}")
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
