@@ -1,0 +1,74 @@
+"""Training targets of a mask head: ground-truth bit masks cropped to RoIs. Letters as in reference.py."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tmask_kernels.backend import resolve
+from tmask_kernels.ops.mask_targets.reference import mask_targets_reference
+from tmask_kernels.packed import check_packed
+
+
+def mask_targets(
+    packed: Tensor,
+    boxes: Tensor,
+    gt_index: Tensor,
+    size: int,
+    *,
+    convention: Literal["detectron2", "torchvision"],
+    image_sizes: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Crop each RoI's ground-truth mask and resample it to size x size.
+
+    packed: [N, G, H, ceil(W / 32)] int32, see `pack_masks`. boxes: [N, S, 4] xyxy in pixels of those masks.
+    gt_index: [N, S] int64, row of `packed` in the same image; -1 (as any row that is not there) gives zeros.
+    image_sizes: [N, 2] height and width of each mask without its padding: RoIAlign repeats the last pixel at a
+    border and not the padding's zeros. None means no padding: H and 32 * ceil(W / 32).
+    Returns [N, S, size, size] float32 (float64 for float64 boxes).
+
+    convention: ``"detectron2"`` RoIAlign with aligned=True and an adaptive grid, then 1 where the mean is >= 0.5, else
+    0; ``"torchvision"`` aligned=False and an adaptive grid, soft values in 0..1. Values agree with
+    `torchvision.ops.roi_align` on the float mask up to float32 rounding, so a mean of exactly 0.5 may fall to either
+    side. A RoI with NaN or, if aligned, with no area gives zeros.
+
+    Not differentiable, no sync; boxes stay float32 under autocast. Errors: ValueError for wrong shapes, dtypes, names.
+    Source: He et al., Mask R-CNN, 2017, section 3.
+    """
+    check_packed("packed", packed)
+    if packed.dim() != 4:
+        raise ValueError(f"packed: expected shape [N, G, H, ceil(W / 32)], got {tuple(packed.shape)}")
+    n = packed.shape[0]
+    if boxes.dim() != 3 or boxes.shape[0] != n or boxes.shape[2] != 4 or not boxes.is_floating_point():
+        raise ValueError(f"boxes: expected floating point [{n}, S, 4], got {boxes.dtype} {tuple(boxes.shape)}")
+    if gt_index.shape != boxes.shape[:2] or gt_index.dtype != torch.int64:
+        expected, got = tuple(boxes.shape[:2]), f"{gt_index.dtype} {tuple(gt_index.shape)}"
+        raise ValueError(f"gt_index: expected int64 {expected}, got {got}")
+    if size < 1:
+        raise ValueError(f"size: expected at least 1, got {size}")
+    if convention not in ("detectron2", "torchvision"):
+        raise ValueError(f"convention: expected 'detectron2' or 'torchvision', got {convention!r}")
+    if image_sizes is not None and image_sizes.shape != (n, 2):
+        raise ValueError(f"image_sizes: expected shape [{n}, 2], got {tuple(image_sizes.shape)}")
+    resolve("mask_targets", backend, {"reference": []}, device=packed.device)
+    return _mask_targets(packed, boxes.detach(), gt_index, size, convention == "detectron2", image_sizes)
+
+
+# One node of a compiled graph: the reference's loop over chunks of RoIs would unroll into thousands.
+@torch.library.custom_op("tmask::mask_targets_reference", mutates_args=())
+def _mask_targets(
+    packed: Tensor, boxes: Tensor, gt_index: Tensor, size: int, detectron2: bool, image_sizes: Tensor | None
+) -> Tensor:
+    with torch.autocast(packed.device.type, enabled=False):
+        return mask_targets_reference(packed, boxes, gt_index, size, image_sizes, aligned=detectron2, binary=detectron2)
+
+
+@_mask_targets.register_fake
+def _(
+    packed: Tensor, boxes: Tensor, gt_index: Tensor, size: int, detectron2: bool, image_sizes: Tensor | None
+) -> Tensor:
+    dtype = torch.promote_types(boxes.dtype, torch.float32)
+    return packed.new_empty((*boxes.shape[:2], size, size), dtype=dtype)

@@ -1,0 +1,55 @@
+"""Masks as packed bits: an eighth of a byte a pixel, so that an image's ground truth stays small on the device.
+
+Pixel x of a row is bit x % 32 of int32 word x // 32, least significant bit first; bits past the width are 0.
+Letters: H W mask size, B = ceil(W / 32) words a row.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WORD = 32
+
+
+def pack_masks(masks: Tensor) -> Tensor:
+    """Pack masks into bits: [..., H, W] bool or uint8 (anything but 0 is inside) -> [..., H, ceil(W / 32)] int32.
+
+    No sync, any device. Errors: ValueError for another dtype or fewer than two dimensions.
+    """
+    if masks.dtype not in (torch.bool, torch.uint8):
+        raise ValueError(f"masks: expected dtype bool or uint8, got {masks.dtype}")
+    if masks.dim() < 2:
+        raise ValueError(f"masks: expected shape [..., H, W], got {tuple(masks.shape)}")
+    inside = masks if masks.dtype == torch.bool else masks != 0
+    inside = F.pad(inside, (0, -masks.shape[-1] % WORD)).contiguous()  # [..., H, B * 32]
+    bits = inside.view(torch.uint8).unflatten(-1, (-1, WORD // 8, 8))  # [..., H, B, 4, 8], 0 or 1
+    value = 1 << torch.arange(8, dtype=torch.uint8, device=masks.device)
+    packed = (bits * value).sum(-1, dtype=torch.uint8)  # [..., H, B, 4], the bytes of a word
+    # The lowest byte stands first, as every machine that PyTorch supports stores an int32.
+    return packed.view(torch.int32)[..., 0]  # [..., H, B]
+
+
+def unpack_masks(packed: Tensor, width: int) -> Tensor:
+    """Undo `pack_masks`: [..., H, B] int32 -> [..., H, width] bool.
+
+    No sync, any device. Errors: ValueError for another dtype, or a width that does not need exactly B words.
+    """
+    check_packed("packed", packed)
+    if not 0 <= packed.shape[-1] * WORD - width < WORD:
+        raise ValueError(f"width: expected one that needs {packed.shape[-1]} words of {WORD} pixels, got {width}")
+    return unpack_bits(packed, torch.bool)[..., :width]
+
+
+def unpack_bits(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """All bits of the words: [..., B] int32 -> [..., B * 32] of `dtype`, 0 or 1."""
+    bits = torch.arange(WORD, dtype=torch.int32, device=packed.device)
+    return ((packed[..., None] >> bits) & 1).to(dtype).flatten(-2)
+
+
+def check_packed(name: str, packed: Tensor) -> None:
+    """Raise ValueError unless `packed` can be the output of `pack_masks`."""
+    if packed.dtype != torch.int32 or packed.dim() < 2:
+        got = f"{packed.dtype} {tuple(packed.shape)}"
+        raise ValueError(f"{name}: expected packed masks, int32 [..., H, ceil(W / {WORD})], got {got}")
