@@ -1,10 +1,24 @@
 """GPU ops of object detection and instance segmentation, each with a plain PyTorch reference."""
 
+from tmask_kernels.ops.boxes.anchors import AnchorSpec, make_anchors
+from tmask_kernels.ops.boxes.op import decode_boxes, detections, encode_boxes, rpn_proposals
 from tmask_kernels.ops.mask_targets.op import mask_targets
+from tmask_kernels.ops.matcher.op import match_anchors
+from tmask_kernels.ops.nms.op import batched_nms, nms, padded_nms
 from tmask_kernels.packed import pack_masks, unpack_masks
 
 __all__ = [
+    "AnchorSpec",
+    "batched_nms",
+    "decode_boxes",
+    "detections",
+    "encode_boxes",
+    "make_anchors",
     "mask_targets",
+    "match_anchors",
+    "nms",
     "pack_masks",
+    "padded_nms",
+    "rpn_proposals",
     "unpack_masks",
 ]

@@ -1,0 +1,222 @@
+"""Boxes: coding relative to anchors, RPN proposals, detections. Letters: N images, A anchors, P proposals,
+Cls foreground classes, D detections, H W sides of a map.
+
+Boxes are xyxy in continuous pixels, float32, whatever the dtype of the maps. Order everywhere: score falling, then
+index rising. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tmask_kernels.backend import resolve, triton_reasons
+from tmask_kernels.ops.boxes.anchors import AnchorSpec
+from tmask_kernels.ops.boxes.proposals import detect, propose
+from tmask_kernels.ops.boxes.reference import Weights, decode_boxes_reference, encode_boxes_reference
+from tmask_kernels.ops.nms.op import backend_reasons, padded_nms
+
+SCALE_CLAMP = math.log(1000 / 16)  # a 16-pixel anchor grows to 1,000 pixels at most; Faster R-CNN's choice
+
+
+def encode_boxes(
+    boxes: Tensor, anchors: Tensor, weights: Weights = (1.0, 1.0, 1.0, 1.0), *, backend: str | None = None
+) -> Tensor:
+    """Deltas (dx, dy, dw, dh) [..., 4] float32 that take anchors [..., 4] to boxes [..., 4] (broadcast).
+
+    A pair in which a side is not over 0, as in padding, gives zeros (torchvision: NaN or inf). float64 boxes give
+    float64. The reference is differentiable; Triton is not and refuses inputs that need a gradient.
+    Errors: ValueError for a last dimension other than 4. Source: R-CNN (2014), appendix C.
+    """
+    _check_last("encode_boxes", boxes=boxes, anchors=anchors)
+    reasons = triton_reasons(boxes, anchors)
+    if torch.is_grad_enabled() and (boxes.requires_grad or anchors.requires_grad):
+        reasons.append("encode_boxes has no Triton backward")
+    boxes, anchors = _same_float(boxes, anchors)
+    if _choose("encode_boxes", backend, reasons, boxes) == "triton":
+        from tmask_kernels.ops.boxes import kernels
+
+        return kernels.encode_boxes(boxes, anchors, list(weights))
+    return encode_boxes_reference(boxes, anchors, weights)
+
+
+def decode_boxes(
+    deltas: Tensor,
+    anchors: Tensor,
+    *,
+    weights: Weights = (1.0, 1.0, 1.0, 1.0),
+    scale_clamp: float = SCALE_CLAMP,
+    image_size: tuple[int, int] | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Boxes [..., 4] float32 at deltas [..., 4] from anchors [..., 4] (broadcast); the inverse of `encode_boxes`.
+
+    dw and dh are clamped from above only, at `scale_clamp`. With image_size, (height, width) or a tensor [N, 2] for
+    boxes [N, ..., 4], coordinates are clipped to the image, after which infinite dx or dy give finite boxes. A NaN
+    delta gives the box 0, 0, 0, 0. float64 deltas give float64. Differentiable in the deltas; the gradient of a clipped
+    coordinate or clamped scale is 0.
+    Errors: ValueError for a last dimension other than 4, or an image_size that does not fit.
+    """
+    _check_last("decode_boxes", deltas=deltas, anchors=anchors)
+    if isinstance(image_size, Tensor):
+        N = torch.broadcast_shapes(deltas.shape, anchors.shape)[0] if max(deltas.ndim, anchors.ndim) > 1 else 1
+        if image_size.shape != (N, 2):
+            raise ValueError(f"decode_boxes: image_size: expected shape [{N}, 2], got {list(image_size.shape)}")
+    reasons = triton_reasons(deltas, anchors)
+    if torch.is_grad_enabled() and anchors.requires_grad:
+        reasons.append("the Triton backward gives no gradient to anchors")
+    deltas, anchors = _same_float(deltas, anchors)
+    if _choose("decode_boxes", backend, reasons, deltas) == "triton":
+        from tmask_kernels.ops.boxes import kernels
+
+        sizes = image_size if isinstance(image_size, Tensor) else None
+        size = list(image_size) if isinstance(image_size, tuple) else None
+        return kernels.decode_boxes(deltas, anchors, list(weights), scale_clamp, size, sizes)
+    return decode_boxes_reference(deltas, anchors, weights, scale_clamp, image_size)
+
+
+def rpn_proposals(
+    objectness: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    image_sizes: Tensor,
+    spec: AnchorSpec,
+    *,
+    padded_size: tuple[int, int],
+    pre_nms_top_n: int,
+    post_nms_top_n: int,
+    nms_threshold: float,
+    min_size: float,
+    score_threshold: float,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The RPN's proposals: boxes [N, P, 4], probabilities [N, P] float32, counts [N] int64; P = post_nms_top_n.
+
+    objectness: logits [N, A, H, W] of each level, any float dtype and layout; deltas: [N, 4A, H, W], anchor by anchor.
+    image_sizes [N, 2]: height and width of each image inside the padding; padded_size: (height, width) with it, which
+    decides the stride if the spec has none. Each level gives its pre_nms_top_n best logits, decoded, clipped to the
+    image, without those with a side under min_size, a probability under score_threshold, or NaN; they go through NMS
+    by level, and the best P of the image remain, zeros behind them. No gradient passes.
+    Errors: ValueError for levels that do not fit the spec or one another. Source: Faster R-CNN (Ren et al. 2015).
+    """
+    _check_levels(objectness, deltas, image_sizes, spec)
+    _check_at_least("rpn_proposals", 1, pre_nms_top_n=pre_nms_top_n, post_nms_top_n=post_nms_top_n)
+    chosen = _choose_composite("rpn_proposals", backend, objectness[0])
+    with torch.no_grad():
+        return propose(
+            objectness,
+            deltas,
+            image_sizes,
+            spec,
+            padded_size=padded_size,
+            pre_nms_top_n=pre_nms_top_n,
+            post_nms_top_n=post_nms_top_n,
+            nms_threshold=nms_threshold,
+            min_size=min_size,
+            score_threshold=score_threshold,
+            nms=functools.partial(padded_nms, backend=chosen),
+            decode=functools.partial(_decode_clipped, backend="triton" if chosen == "triton" else "reference"),
+        )
+
+
+def detections(
+    class_scores: Tensor,
+    boxes: Tensor,
+    *,
+    valid: Tensor,
+    image_sizes: Tensor,
+    score_threshold: float,
+    nms_threshold: float,
+    max_detections: int,
+    min_size: float = 0.01,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The final detections: boxes [N, D, 4], scores [N, D] float32, labels [N, D] int64, counts [N] int64.
+
+    class_scores [N, P, Cls]: probabilities of the foreground classes only; a label is the column, 0..Cls-1. boxes
+    [N, P, Cls, 4], or [N, P, 1, 4] if all classes share them. valid [N, P] bool. image_sizes [N, 2]: height, width.
+    Boxes are clipped to the image; those scoring over score_threshold with no side under min_size go through NMS by
+    class, and the best D = max_detections of the image remain, zeros behind them. No gradient passes.
+    Errors: ValueError for shapes that do not fit.
+    """
+    _check_detections(class_scores, boxes, valid, image_sizes)
+    _check_at_least("detections", 1, max_detections=max_detections)
+    chosen = _choose_composite("detections", backend, boxes)
+    with torch.no_grad():
+        return detect(
+            class_scores,
+            boxes,
+            valid=valid,
+            image_sizes=image_sizes,
+            score_threshold=score_threshold,
+            nms_threshold=nms_threshold,
+            max_detections=max_detections,
+            min_size=min_size,
+            nms=functools.partial(padded_nms, backend=chosen),
+        )
+
+
+def _decode_clipped(deltas: Tensor, anchors: Tensor, image_sizes: Tensor, *, backend: str) -> Tensor:
+    return decode_boxes(deltas, anchors, image_size=image_sizes, backend=backend)
+
+
+def _choose(name: str, backend: str | None, reasons: list[str], tensor: Tensor) -> str:
+    both = {"triton": reasons, "reference": list[str]()}
+    order = ("triton", "reference") if tensor.is_cuda else ("reference", "triton")
+    return resolve(name, backend, {key: both[key] for key in order}, device=tensor.device)
+
+
+def _choose_composite(name: str, backend: str | None, tensor: Tensor) -> str:
+    """The backend that a function built around `padded_nms` hands to it."""
+    return resolve(name, backend, backend_reasons(tensor), device=tensor.device)
+
+
+def _same_float(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float32, or in float64 if `a` is."""
+    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+    return a.to(dtype), b.to(dtype)
+
+
+def _check_last(name: str, **tensors: Tensor) -> None:
+    for argument, tensor in tensors.items():
+        if tensor.ndim == 0 or tensor.shape[-1] != 4 or not tensor.dtype.is_floating_point:
+            raise ValueError(f"{name}: {argument}: expected float [..., 4], got {tensor.dtype} {list(tensor.shape)}")
+
+
+def _check_at_least(name: str, least: int, **numbers: int) -> None:
+    for argument, number in numbers.items():
+        if number < least:
+            raise ValueError(f"{name}: {argument}: expected at least {least}, got {number}")
+
+
+def _check_levels(
+    objectness: Sequence[Tensor], deltas: Sequence[Tensor], image_sizes: Tensor, spec: AnchorSpec
+) -> None:
+    L = len(spec.sizes)
+    for argument, maps in (("objectness", objectness), ("deltas", deltas)):
+        if len(maps) != L:
+            raise ValueError(f"rpn_proposals: {argument}: expected {L} levels (AnchorSpec.sizes), got {len(maps)}")
+    N = len(image_sizes)
+    if image_sizes.shape != (N, 2):
+        raise ValueError(f"rpn_proposals: image_sizes: expected shape [N, 2], got {list(image_sizes.shape)}")
+    for level, (logits, delta, A) in enumerate(zip(objectness, deltas, spec.anchors_per_cell(), strict=True)):
+        H, W = logits.shape[-2:]
+        for argument, tensor, channels in (("objectness", logits, A), ("deltas", delta, 4 * A)):
+            if tensor.shape != (N, channels, H, W):
+                expected = f"shape {[N, channels, H, W]}"
+                raise ValueError(f"rpn_proposals: {argument}[{level}]: expected {expected}, got {list(tensor.shape)}")
+
+
+def _check_detections(class_scores: Tensor, boxes: Tensor, valid: Tensor, image_sizes: Tensor) -> None:
+    if class_scores.ndim != 3:
+        raise ValueError(f"detections: class_scores: expected [N, P, Cls], got {list(class_scores.shape)}")
+    N, P, Cls = class_scores.shape
+    if boxes.shape not in ((N, P, Cls, 4), (N, P, 1, 4)):
+        raise ValueError(f"detections: boxes: expected {[N, P, Cls, 4]} or {[N, P, 1, 4]}, got {list(boxes.shape)}")
+    if valid.shape != (N, P) or valid.dtype != torch.bool:
+        raise ValueError(f"detections: valid: expected bool {[N, P]}, got {valid.dtype} {list(valid.shape)}")
+    if image_sizes.shape != (N, 2):
+        raise ValueError(f"detections: image_sizes: expected {[N, 2]}, got {list(image_sizes.shape)}")

@@ -1,0 +1,243 @@
+"""Non-maximum suppression. Letters: S segments, K boxes of a segment, M outputs of a segment.
+
+Rules of all functions here, whatever the backend: boxes are taken by falling score, ties by rising index; a kept box
+removes a later one if their IoU, computed in float32 by IEEE division, is strictly over the threshold (rounded to
+float32). The sides of the overlap are clamped at 0, areas are not, and nothing adds 1 to a side. A NaN score sorts last
+and removes nothing. A box with a NaN or infinite coordinate, without area or inverted neither removes nor is removed.
+None is differentiable.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tmask_kernels.backend import resolve, triton_reasons
+from tmask_kernels.ops.nms.reference import SortedSegments, box_iou, padded_nms_reference, sort_segments
+
+
+def padded_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float | Tensor,
+    *,
+    valid: Tensor | None = None,
+    max_output: int,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """NMS of many segments at once, with outputs of fixed shape and no host synchronisation.
+
+    boxes [S, K, 4] xyxy, scores [S, K], iou_threshold in 0..1 or one a segment [S] (not checked), valid [S, K] bool
+    (None: every slot holds a box). Gives indices [S, max_output] int64 into K, by falling score and padded with -1, and
+    counts [S] int64. Backends: triton; torchvision's CPU kernel a segment; reference.
+
+    Errors: ValueError for a wrong shape or dtype, or a threshold outside 0..1.
+    Source: the greedy algorithm of Felzenszwalb et al. 2010, section 7.2.
+    """
+    _check_boxes("padded_nms", boxes, scores, ("S", "K"))
+    if valid is not None and (valid.shape != scores.shape or valid.dtype != torch.bool):
+        expected = f"bool {list(scores.shape)}"
+        raise ValueError(f"padded_nms: valid: expected {expected}, got {valid.dtype} {list(valid.shape)}")
+    _check_max_output("padded_nms", max_output)
+    return _padded_nms("padded_nms", boxes, scores, iou_threshold, valid, None, max_output, backend)
+
+
+def nms(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    *,
+    max_output: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """NMS of one list: boxes [K, 4] xyxy, scores [K] -> int64 [kept], by falling score, at most `max_output`.
+
+    The output is ragged, so the host waits once. Errors: as `padded_nms`.
+    """
+    _check_boxes("nms", boxes, scores, ("K",))
+    limit = _limit("nms", max_output, len(scores))
+    indices, counts = _padded_nms("nms", boxes[None], scores[None], iou_threshold, None, None, limit, backend)
+    return _first(indices[0], counts[0])
+
+
+def batched_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    idxs: Tensor,
+    iou_threshold: float,
+    *,
+    max_output: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """NMS in which two boxes meet only if their entries of `idxs` [K] (a class, a level) are equal.
+
+    boxes [K, 4] xyxy, scores [K] -> int64 [kept], by falling score, at most `max_output` in all. Entries are compared
+    as integers: no coordinate offsets, which leak between classes at negative coordinates. The host waits once.
+    Errors: as `padded_nms`.
+    """
+    _check_boxes("batched_nms", boxes, scores, ("K",))
+    if idxs.shape != scores.shape or idxs.dtype.is_floating_point or idxs.dtype.is_complex:
+        expected = f"integer {list(scores.shape)}"
+        raise ValueError(f"batched_nms: idxs: expected {expected}, got {idxs.dtype} {list(idxs.shape)}")
+    limit = _limit("batched_nms", max_output, len(scores))
+    groups = idxs.long()[None]  # [1, K]
+    indices, counts = _padded_nms("batched_nms", boxes[None], scores[None], iou_threshold, None, groups, limit, backend)
+    return _first(indices[0], counts[0])
+
+
+def _padded_nms(
+    name: str,
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float | Tensor,
+    valid: Tensor | None,
+    groups: Tensor | None,
+    max_output: int,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    backend = resolve(name, backend, backend_reasons(boxes), device=boxes.device)
+    boxes, scores = boxes.detach(), scores.detach()
+    thresholds = _thresholds(name, iou_threshold, boxes)  # [S]
+    if backend == "triton":
+        from tmask_kernels.ops.nms import kernels
+
+        return kernels.padded_nms(boxes, scores, thresholds, valid, groups, max_output)
+    if backend == "torchvision":
+        return _padded_nms_torchvision(boxes, scores, thresholds, valid, groups, max_output)
+    if torch.compiler.is_compiling():
+        return _padded_nms_traced(boxes, scores, thresholds, valid, groups, max_output)
+    return padded_nms_reference(boxes, scores, thresholds, valid, groups, max_output)
+
+
+# One node in a traced graph, where the reference's loop over K boxes would be unrolled.
+@torch.library.custom_op("tmask::padded_nms_reference", mutates_args=())
+def _padded_nms_traced(
+    boxes: Tensor, scores: Tensor, thresholds: Tensor, valid: Tensor | None, groups: Tensor | None, max_output: int
+) -> tuple[Tensor, Tensor]:
+    return padded_nms_reference(boxes, scores, thresholds, valid, groups, max_output)
+
+
+@_padded_nms_traced.register_fake
+def _(
+    boxes: Tensor, scores: Tensor, thresholds: Tensor, valid: Tensor | None, groups: Tensor | None, max_output: int
+) -> tuple[Tensor, Tensor]:
+    S = boxes.shape[0]
+    return boxes.new_empty(S, max_output, dtype=torch.int64), boxes.new_empty(S, dtype=torch.int64)
+
+
+def _padded_nms_torchvision(
+    boxes: Tensor, scores: Tensor, thresholds: Tensor, valid: Tensor | None, groups: Tensor | None, max_output: int
+) -> tuple[Tensor, Tensor]:
+    """torchvision's CPU kernel on the valid rows of one segment after another. CPU only, so reading values is free."""
+    segments = sort_segments(boxes, scores, valid)
+    S, K = scores.shape
+    ramp = torch.arange(K, 0, -1, dtype=torch.float32)  # [K] scores of boxes that are already sorted
+    sorted_groups = None if groups is None else groups.gather(1, segments.order)  # [S, K]
+    numbers = segments.suppresses.sum(1).tolist()
+    alive = segments.alive.sum(1).tolist()
+    indices = torch.full((S, max_output), -1, dtype=torch.int64)
+    counts = [0] * S
+    for s, threshold in enumerate(thresholds.tolist()):
+        if not alive[s]:
+            continue
+        group = None if sorted_groups is None else sorted_groups[s]
+        kept = _keep_torchvision(segments.boxes[s, : numbers[s]], ramp, group, threshold)
+        if alive[s] > numbers[s]:
+            kept = torch.cat([kept, _unordered_kept(segments, s, kept, group, threshold)])
+        kept = kept[:max_output]
+        counts[s] = len(kept)
+        indices[s, : counts[s]] = segments.order[s][kept]
+    return indices, torch.tensor(counts, dtype=torch.int64)
+
+
+def _keep_torchvision(boxes: Tensor, ramp: Tensor, group: Tensor | None, threshold: float) -> Tensor:
+    """Positions that survive among sorted boxes [n, 4], rising."""
+    from torchvision.ops import nms as torchvision_nms
+
+    n = len(boxes)
+    if group is None:
+        return torchvision_nms(boxes, ramp[:n], threshold)
+    keep = torch.zeros(n, dtype=torch.bool)
+    for value in group[:n].unique():
+        rows = (group[:n] == value).nonzero()[:, 0]
+        keep[rows[torchvision_nms(boxes[rows], ramp[: len(rows)], threshold)]] = True
+    return keep.nonzero()[:, 0]
+
+
+def _unordered_kept(segments: SortedSegments, s: int, kept: Tensor, group: Tensor | None, threshold: float) -> Tensor:
+    """Boxes of segment s whose score is NaN and that no kept box removes."""
+    rows = (segments.alive[s] & ~segments.suppresses[s]).nonzero()[:, 0]  # [n]
+    over = box_iou(segments.boxes[s, rows, None], segments.boxes[s, kept]) > threshold  # [n, kept]
+    if group is not None:
+        over &= group[rows, None] == group[kept]
+    return rows[~over.any(1)]
+
+
+def backend_reasons(boxes: Tensor) -> dict[str, list[str]]:
+    """For each backend, in the order auto tries them, why it cannot serve these boxes."""
+    triton, torchvision = triton_reasons(boxes), _torchvision_reasons(boxes)
+    if boxes.is_cuda:
+        return {"triton": triton, "reference": [], "torchvision": torchvision}
+    return {"torchvision": torchvision, "reference": [], "triton": triton}
+
+
+def _torchvision_reasons(boxes: Tensor) -> list[str]:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if boxes.device.type != "cpu":
+        return ["it serves CPU tensors only"]
+    if torch.compiler.is_compiling() or isinstance(boxes, FakeTensor):
+        return ["its per-segment loop reads values, which tracing has not"]
+    return []
+
+
+def _thresholds(name: str, iou_threshold: float | Tensor, boxes: Tensor) -> Tensor:
+    """One float32 threshold a segment: [S]."""
+    S = boxes.shape[0]
+    if isinstance(iou_threshold, Tensor):
+        if iou_threshold.shape not in ((S,), ()):
+            raise ValueError(f"{name}: iou_threshold: expected a float or shape [{S}], got {list(iou_threshold.shape)}")
+        return iou_threshold.detach().to(boxes.device, torch.float32).expand(S)
+    if not 0 <= iou_threshold <= 1:
+        raise ValueError(f"{name}: iou_threshold: expected a number in 0..1, got {iou_threshold}")
+    return torch.full((S,), iou_threshold, dtype=torch.float32, device=boxes.device)
+
+
+def _check_boxes(name: str, boxes: Tensor, scores: Tensor, letters: tuple[str, ...]) -> None:
+    if boxes.ndim != len(letters) + 1 or boxes.shape[-1] != 4 or not boxes.dtype.is_floating_point:
+        expected = f"float [{', '.join(letters)}, 4]"
+        raise ValueError(f"{name}: boxes: expected {expected}, got {boxes.dtype} {list(boxes.shape)}")
+    if scores.shape != boxes.shape[:-1] or not scores.dtype.is_floating_point:
+        expected = f"float {list(boxes.shape[:-1])}"
+        raise ValueError(f"{name}: scores: expected {expected}, got {scores.dtype} {list(scores.shape)}")
+    if scores.device != boxes.device:
+        raise ValueError(f"{name}: scores: expected device {boxes.device}, got {scores.device}")
+
+
+def _check_max_output(name: str, max_output: int) -> None:
+    if max_output < 0:
+        raise ValueError(f"{name}: max_output: expected at least 0, got {max_output}")
+
+
+def _limit(name: str, max_output: int | None, count: int) -> int:
+    if max_output is None:
+        return count
+    _check_max_output(name, max_output)
+    return min(max_output, count)
+
+
+def _first(indices: Tensor, count: Tensor) -> Tensor:
+    """The first `count` entries of indices [M]: the one place where the host waits, since the length is asked for."""
+    if torch.compiler.is_compiling():
+        return _first_traced(indices, count)
+    return indices[: int(count)]
+
+
+@torch.library.custom_op("tmask::first_rows", mutates_args=())
+def _first_traced(indices: Tensor, count: Tensor) -> Tensor:
+    return indices[: int(count)].clone()
+
+
+@_first_traced.register_fake
+def _(indices: Tensor, count: Tensor) -> Tensor:
+    return indices.new_empty(torch.library.get_ctx().new_dynamic_size())

@@ -1,0 +1,82 @@
+"""Non-maximum suppression as its definition reads. Letters: S segments, K boxes of a segment, M outputs of a segment.
+
+A segment is a list of boxes that compete with each other: one level of one image, or one class of one image. Boxes of
+different segments never meet.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SortedSegments(NamedTuple):
+    """Boxes by falling score, ties by rising index, then those whose score is NaN and, anywhere among these, invalid
+    ones."""
+
+    order: Tensor  # [S, K] int64: position in the caller's tensors
+    boxes: Tensor  # [S, K, 4] float32
+    alive: Tensor  # [S, K] bool: the caller's `valid`
+    suppresses: Tensor  # [S, K] bool: alive and with a score that is a number
+
+
+def sort_segments(boxes: Tensor, scores: Tensor, valid: Tensor | None) -> SortedSegments:
+    """Sort boxes [S, K, 4] by scores [S, K]; `valid` [S, K] bool marks the slots that hold a box (None: all)."""
+    real = ~torch.isnan(scores)  # [S, K]
+    if valid is not None:
+        real = real & valid
+    # Ascending by the negated score, since a descending sort would put NaN first. The NaN is written anew because a
+    # negated one carries a sign bit, by which a radix sort may place it before all numbers.
+    order = torch.sort(torch.where(real, -scores, torch.nan), dim=1, stable=True).indices  # [S, K]
+    boxes = boxes.float().gather(1, order[..., None].expand(-1, -1, 4))  # [S, K, 4]
+    suppresses = real.gather(1, order)  # [S, K]
+    alive = torch.ones_like(real) if valid is None else valid.gather(1, order)  # [S, K]
+    return SortedSegments(order, boxes, alive, suppresses)
+
+
+def box_iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of boxes a [..., 4] and b [..., 4], broadcast. Sides of the overlap are clamped at 0, areas are not."""
+    ax1, ay1, ax2, ay2 = a.unbind(-1)
+    bx1, by1, bx2, by2 = b.unbind(-1)
+    width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
+    height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
+    inter = width * height
+    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - inter
+    return inter / union
+
+
+def padded_nms_reference(
+    boxes: Tensor, scores: Tensor, thresholds: Tensor, valid: Tensor | None, groups: Tensor | None, max_output: int
+) -> tuple[Tensor, Tensor]:
+    """Greedy NMS: take the boxes by falling score; a box that is still alive removes every later one it overlaps.
+
+    boxes [S, K, 4], scores [S, K], thresholds [S] float32, valid [S, K] bool or None, groups [S, K] integer or None:
+    with groups, two boxes meet only if their groups are equal. Gives indices [S, max_output] int64, padded with -1, and
+    counts [S] int64. One IoU row at a time: O(S K) memory. No host synchronisation.
+    """
+    segments = sort_segments(boxes, scores, valid)
+    sorted_boxes = segments.boxes  # [S, K, 4]
+    sorted_groups = None if groups is None else groups.gather(1, segments.order)  # [S, K]
+    keep = segments.alive.clone()  # [S, K]
+    for i in range(boxes.shape[1] - 1):
+        over = box_iou(sorted_boxes[:, i : i + 1], sorted_boxes[:, i + 1 :]) > thresholds[:, None]  # [S, K - i - 1]
+        if sorted_groups is not None:
+            over &= sorted_groups[:, i : i + 1] == sorted_groups[:, i + 1 :]
+        takes = keep[:, i : i + 1] & segments.suppresses[:, i : i + 1]  # [S, 1]
+        keep[:, i + 1 :] &= ~(over & takes)
+    return first_kept(keep, segments.order, max_output)
+
+
+def first_kept(keep: Tensor, order: Tensor, max_output: int) -> tuple[Tensor, Tensor]:
+    """The first `max_output` kept entries of each row of `order`: indices [S, max_output] (-1 pads), counts [S].
+
+    keep [S, K] bool and order [S, K] int64 are by falling score.
+    """
+    S, K = keep.shape
+    rank = keep.cumsum(1) - 1  # [S, K]
+    # What is not output goes to a slot of its own past the end, so that no two writes meet.
+    slot = torch.where(keep & (rank < max_output), rank, max_output + torch.arange(K, device=keep.device))  # [S, K]
+    indices = torch.full((S, max_output + K), -1, dtype=torch.int64, device=keep.device).scatter(1, slot, order)
+    return indices[:, :max_output].contiguous(), keep.sum(1).clamp(max=max_output)
