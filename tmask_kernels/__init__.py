@@ -2,9 +2,12 @@
 
 from tmask_kernels.ops.boxes.anchors import AnchorSpec, make_anchors
 from tmask_kernels.ops.boxes.op import decode_boxes, detections, encode_boxes, rpn_proposals
+from tmask_kernels.ops.focal_loss.op import sigmoid_focal_loss
+from tmask_kernels.ops.mask_bce.op import mask_bce
 from tmask_kernels.ops.mask_targets.op import mask_targets
 from tmask_kernels.ops.matcher.op import match_anchors
 from tmask_kernels.ops.nms.op import batched_nms, nms, padded_nms
+from tmask_kernels.ops.paste_masks.op import paste_masks
 from tmask_kernels.packed import pack_masks, unpack_masks
 
 __all__ = [
@@ -14,11 +17,14 @@ __all__ = [
     "detections",
     "encode_boxes",
     "make_anchors",
+    "mask_bce",
     "mask_targets",
     "match_anchors",
     "nms",
     "pack_masks",
     "padded_nms",
+    "paste_masks",
     "rpn_proposals",
+    "sigmoid_focal_loss",
     "unpack_masks",
 ]

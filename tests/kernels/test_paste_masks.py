@@ -1,0 +1,240 @@
+"""paste_masks against torchvision's paste, detectron2's grid_sample rule, and pycocotools' run lengths."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from pycocotools import mask as coco_mask
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+from tests.mutation import mutant
+from tmask_kernels import paste_masks, unpack_masks
+from tmask_kernels.ops.paste_masks import reference, rle
+from tmask_kernels.testing import TOLERANCES, Tolerance, assert_close, random_boxes
+
+CONVENTIONS = ["detectron2", "torchvision"]
+SIZES = [(61, 45), (1, 40), (40, 1), (96, 64)]
+# Both sides place their samples in float32, in another order; a steep mask turns 1e-6 of a cell into 1e-5.
+ROUNDING = Tolerance(max=2e-4, rms=1e-5)
+
+
+def inputs(height: int, width: int, *, side: int = 28, count: int = 24, seed: int = 0):
+    """Random probability masks [K, M, M] and boxes [K, 4], some of which touch, leave or lie outside the image."""
+    generator = torch.Generator().manual_seed(seed)
+    boxes = random_boxes(count, height=height, width=width, min_size=min(2.0, height, width), seed=seed)
+    awkward = torch.tensor(
+        [
+            [0, 0, width, height],
+            [-6.3, -4.2, width * 0.5, height * 0.4],
+            [width - 3.2, height - 7.9, width + 20.0, height + 1.0],
+            [width + 50.0, 3.0, width + 70.0, 9.0],
+            [-90.0, -80.0, width + 90.0, height + 70.0],
+            [3.2, -5.0, 7.7, height + 5.0],  # full height: runs go on from column to column
+            [0.3, 0.3, 1.1, 0.9],
+        ]
+    )
+    boxes = torch.cat([boxes, awkward])
+    masks = torch.rand(len(boxes), side, side, generator=generator)
+    masks[-2] = 1.0
+    return masks, boxes
+
+
+def expected(masks, boxes, size, convention):
+    """[K, H, W] float64 by the original's own means."""
+    height, width = size
+    if convention == "torchvision":
+        return torch.cat([torchvision_paste(m, b, size) for m, b in zip(masks, boxes, strict=True)])
+    x1, y1, x2, y2 = boxes.double().split(1, dim=1)
+    y = (torch.arange(height).double() + 0.5 - y1) / (y2 - y1) * 2 - 1  # [K, H]
+    x = (torch.arange(width).double() + 0.5 - x1) / (x2 - x1) * 2 - 1  # [K, W]
+    grid = torch.stack([x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], dim=3)
+    return F.grid_sample(masks[:, None].double(), grid, align_corners=False)[:, 0]
+
+
+def torchvision_paste(mask, box, size):
+    """[1, H, W]. torchvision fails on a box that lies wholly outside the image, whose mask has no pixel."""
+    try:
+        return paste_masks_in_image(mask[None, None].double(), box[None], size)[:, 0]
+    except RuntimeError:
+        assert box[0] > size[1] or box[1] > size[0] or len(mask) == 1
+        return torch.zeros(1, *size, dtype=torch.float64)
+
+
+def check_probability(device, function, convention, size, side=28):
+    masks, boxes = inputs(*size, side=side)
+    got = function(masks.to(device), boxes.to(device), size, convention=convention)
+    assert got.dtype == torch.float32
+    assert_close(got.cpu(), expected(masks, boxes, size, convention), tolerance=ROUNDING)
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("side", [1, 7, 28], ids=lambda m: f"side{m}")
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_probabilities_equal_the_original(device, convention, side, size):
+    def function(*args, **kwargs):
+        return paste_masks(*args, output="probability", **kwargs)
+
+    check_probability(device, function, convention, size, side)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "convention"),
+    [
+        ("pixel + 0.5 - low", "pixel - low", "detectron2"),
+        ("* side - 0.5)", "* (side - 1))", "detectron2"),
+        ("first, last = (centre - half).trunc(), ", "first, last = (centre - half).floor(), ", "torchvision"),
+        ("last - first + 1", "last - first", "torchvision"),
+        ("((side + 2) / side)", "1", "torchvision"),
+        ("- 1.5", "- 0.5", "torchvision"),
+        ("& (pixel <= last)", "& (pixel < last)", "torchvision"),
+    ],
+    ids=["centre", "corners", "floor", "end", "growth", "ring", "last pixel"],
+)
+def test_a_broken_reference_fails(tmp_path: Path, old, new, convention):
+    broken = mutant(reference, old, new, tmp_path).paste_masks_reference
+
+    def function(masks, boxes, size, *, convention):
+        return broken(masks, boxes, size, 0.5, "probability", convention=convention)
+
+    with pytest.raises(AssertionError):
+        check_probability(torch.device("cpu"), function, convention, (61, 45))
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("threshold", [0.5, 0.3, 1.0])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_all_outputs_say_the_same(device, convention, threshold, size):
+    masks, boxes = (t.to(device) for t in inputs(*size))
+
+    def call(output):
+        return paste_masks(masks, boxes, size, output=output, threshold=threshold, convention=convention)
+
+    value, inside = call("probability"), call("bool")
+    assert torch.equal(inside, value >= threshold if convention == "detectron2" else value > threshold)
+    assert torch.equal(unpack_masks(call("packed"), size[1]), inside)
+    runs = call("rle")
+    full = np.asfortranarray(inside.permute(1, 2, 0).cpu().numpy().astype(np.uint8))
+    theirs = coco_mask.encode(full)
+    assert runs == [{"size": list(size), "counts": item["counts"].decode()} for item in theirs]
+    assert np.array_equal(coco_mask.decode(runs), full)
+
+
+def test_conventions_differ_at_the_threshold_itself(device):
+    """A box of one pixel a cell: every value is exactly the mask's."""
+    masks, boxes = torch.full((1, 4, 4), 0.5, device=device), torch.tensor([[2.0, 2.0, 6.0, 6.0]], device=device)
+    assert paste_masks(masks, boxes, (12, 12), convention="detectron2").sum() == 16
+    assert paste_masks(masks, boxes, (12, 12), convention="torchvision").sum() == 0
+
+
+@pytest.mark.parametrize("chunk", [1, 500, 5000])
+def test_chunks_do_not_change_the_result(device, monkeypatch, chunk):
+    masks, boxes = (t.to(device) for t in inputs(61, 45))
+    dense, runs = (paste_masks(masks, boxes, (61, 45), output=output) for output in ("bool", "rle"))
+    monkeypatch.setattr(reference, "_CHUNK_PIXELS", chunk)
+    monkeypatch.setattr(rle, "_CHUNK_PIXELS", chunk)
+    assert torch.equal(paste_masks(masks, boxes, (61, 45), output="bool"), dense)
+    assert paste_masks(masks, boxes, (61, 45), output="rle") == runs
+
+
+@pytest.mark.parametrize(
+    "bits",
+    [
+        np.zeros((5, 7)),
+        np.ones((5, 7)),
+        np.eye(40),
+        np.pad(np.ones((3, 3)), 30),
+        np.indices((9, 9)).sum(0) % 2,
+        1 - np.indices((9, 9)).sum(0) % 2,
+        np.pad(np.ones((1, 1)), ((999, 0), (1200, 0))),
+        np.pad(np.ones((1000, 3)), ((0, 0), (17, 500))),
+    ],
+    ids=["empty", "full", "diagonal", "block", "board", "inverse board", "last pixel", "full columns"],
+)
+def test_run_lengths_of_shapes_with_long_and_short_runs(bits):
+    """The coder alone, mask after mask in one chunk: the strings are pycocotools'."""
+    height, width = bits.shape
+    several = np.stack([bits, np.zeros_like(bits), bits[::-1], bits[:, ::-1]]).astype(bool)
+    columns = torch.from_numpy(several.transpose(0, 2, 1).copy())
+    nothing = np.zeros(len(several), dtype=np.int64)
+    runs = rle._runs(columns, nothing, nothing, height)
+    strings = rle._strings(*rle._counts(*runs, len(several), height * width))
+    theirs = coco_mask.encode(np.asfortranarray(several.transpose(1, 2, 0).astype(np.uint8)))
+    assert strings == [item["counts"].decode() for item in theirs]
+
+
+def test_logits_pass_through_the_sigmoid_first(device):
+    masks, boxes = (t.to(device) for t in inputs(30, 30))
+    logits = torch.logit(masks.clamp(0.01, 0.99))
+    got = paste_masks(logits, boxes, (30, 30), logits=True, output="probability")
+    assert_close(got, paste_masks(logits.sigmoid(), boxes, (30, 30), output="probability"))
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_every_dtype_computes_in_float32_at_least(device, dtype, convention):
+    masks, boxes = inputs(30, 30)
+    masks = masks.to(dtype)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        got = paste_masks(masks.to(device), boxes.to(device), (30, 30), output="probability", convention=convention)
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    assert_close(got.cpu(), expected(masks.double(), boxes, (30, 30), convention), tolerance=ROUNDING)
+
+
+@pytest.mark.parametrize("output", ["probability", "bool", "packed", "rle"])
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_no_instances_and_boxes_without_a_pixel(device, output, convention):
+    none = paste_masks(
+        torch.zeros(0, 28, 28, device=device), torch.zeros(0, 4, device=device), (9, 40), output=output,
+        convention=convention,
+    )  # fmt: skip
+    assert len(none) == 0
+    nan = float("nan")
+    boxes = torch.tensor([[nan, 1, 5, 5], [90.0, 90, 99, 99], [7.0, 7, 2, 2]], device=device)
+    out = paste_masks(torch.ones(3, 28, 28, device=device), boxes, (9, 40), output=output, convention=convention)
+    if output == "rle":
+        out = torch.from_numpy(coco_mask.decode(out))
+    assert not out.any()
+
+
+@pytest.mark.parametrize("output", ["probability", "bool", "packed"])
+def test_custom_op_is_sound_and_traces(device, output):
+    masks, boxes = (t.to(device) for t in inputs(20, 33, count=3))
+    torch.library.opcheck(torch.ops.tmask.paste_masks_reference, (masks, boxes, 20, 33, 0.5, output, "detectron2"))
+    compiled = torch.compile(
+        lambda m, b: paste_masks(m, b, (20, 33), output=output), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(masks, boxes), paste_masks(masks, boxes, (20, 33), output=output))
+
+
+def test_works_under_inference_mode_on_tensors_with_a_graph(device):
+    masks, boxes = (t.to(device).requires_grad_() for t in inputs(20, 33, count=3))
+    assert not paste_masks(masks, boxes, (20, 33), output="probability").requires_grad
+    with torch.inference_mode():
+        paste_masks(masks, boxes, (20, 33), output="rle")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"masks": torch.zeros(2, 1, 28, 28)}, r"masks: expected floating point \[K, M, M\]"),
+        ({"masks": torch.zeros(2, 28, 28, dtype=torch.bool)}, "masks: expected floating point"),
+        ({"boxes": torch.zeros(3, 4)}, r"boxes: expected floating point \[2, 4\], got torch.float32 \(3, 4\)"),
+        ({"image_size": (0, 5)}, r"image_size: expected \(height, width\) of at least 1, got \(0, 5\)"),
+        ({"threshold": 0.0}, r"threshold: expected in \(0, 1\], got 0.0"),
+        ({"threshold": 50}, "threshold: expected in"),
+        ({"output": "png"}, "output: expected .* got 'png'"),
+        ({"convention": "coco"}, "convention: expected 'detectron2' or 'torchvision', got 'coco'"),
+        ({"backend": "triton"}, "backend='triton' does not exist"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_wrong_arguments_are_named(change, message):
+    arguments = {"masks": torch.zeros(2, 28, 28), "boxes": torch.zeros(2, 4), "image_size": (5, 5)}
+    with pytest.raises(ValueError, match=message):
+        paste_masks(**{**arguments, **change})
+
+
+def test_tolerance_of_these_tests_is_no_looser_than_half_precision():
+    assert ROUNDING.max < TOLERANCES[torch.float16].max

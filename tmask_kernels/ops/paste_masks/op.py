@@ -1,0 +1,134 @@
+"""Predicted masks pasted into the image. Letters as in reference.py."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from tmask_kernels.backend import resolve
+from tmask_kernels.ops.paste_masks.reference import paste_masks_reference
+from tmask_kernels.ops.paste_masks.rle import paste_rle
+from tmask_kernels.packed import WORD
+
+Convention = Literal["detectron2", "torchvision"]
+
+
+@overload
+def paste_masks(
+    masks: Tensor,
+    boxes: Tensor,
+    image_size: tuple[int, int],
+    *,
+    logits: bool = ...,
+    threshold: float = ...,
+    output: Literal["probability", "bool", "packed"] = ...,
+    convention: str = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def paste_masks(
+    masks: Tensor,
+    boxes: Tensor,
+    image_size: tuple[int, int],
+    *,
+    logits: bool = ...,
+    threshold: float = ...,
+    output: Literal["rle"],
+    convention: str = ...,
+    backend: str | None = ...,
+) -> list[dict[str, Any]]: ...
+
+
+@overload
+def paste_masks(
+    masks: Tensor,
+    boxes: Tensor,
+    image_size: tuple[int, int],
+    *,
+    logits: bool = ...,
+    threshold: float = ...,
+    output: str,
+    convention: str = ...,
+    backend: str | None = ...,
+) -> Tensor | list[dict[str, Any]]: ...
+
+
+def paste_masks(
+    masks: Tensor,
+    boxes: Tensor,
+    image_size: tuple[int, int],
+    *,
+    logits: bool = False,
+    threshold: float = 0.5,
+    output: str = "bool",
+    convention: str = "detectron2",
+    backend: str | None = None,
+) -> Tensor | list[dict[str, Any]]:
+    """Resample each box's M x M mask to the image's pixels.
+
+    masks: [K, M, M] floating point, probabilities, or logits (then the sigmoid comes first, before interpolation).
+    boxes: [K, 4] xyxy in pixels of the image; they may reach beyond it. image_size: (H, W). threshold: in (0, 1].
+
+    output: ``"probability"`` [K, H, W] float32 (float64 for float64 masks), 0 outside the box; ``"bool"`` [K, H, W];
+    ``"packed"`` [K, H, ceil(W / 32)] int32, as `pack_masks` of the bools; ``"rle"`` a list of K dicts
+    ``{"size": [H, W], "counts": str}``, COCO's compressed run lengths, which `pycocotools.mask.decode` turns into the
+    bools. The dense outputs need no sync; ``rle`` reads from the device and does not trace.
+
+    convention: ``"detectron2"`` samples at pixel centres, zeros beyond the mask, inside where value >= threshold; a box
+    with no area (or inverted) has no pixel. ``"torchvision"`` grows the mask by a ring of zeros, cuts the grown box to
+    integers and resizes (`torchvision.models.detection.roi_heads.paste_masks_in_image`), inside where
+    value > threshold, the comparison of its examples. Values agree with theirs up to float32 rounding. A NaN box has
+    no pixel.
+
+    Not differentiable; computed in float32 or float64 under autocast too. Errors: ValueError for wrong shapes, dtypes,
+    names and thresholds.
+    """
+    _check(masks, boxes, image_size, threshold, output, convention)
+    resolve("paste_masks", backend, {"reference": []}, device=masks.device)
+    masks = masks.detach().to(torch.promote_types(masks.dtype, torch.float32))
+    boxes = boxes.detach().to(torch.promote_types(boxes.dtype, torch.float32))
+    if logits:
+        masks = masks.sigmoid()
+    if output == "rle":
+        with torch.autocast(masks.device.type, enabled=False):
+            return paste_rle(masks, boxes, image_size, threshold, convention=convention)
+    return _paste(masks, boxes, image_size[0], image_size[1], threshold, output, convention)
+
+
+def _check(
+    masks: Tensor, boxes: Tensor, image_size: tuple[int, int], threshold: float, output: str, convention: str
+) -> None:
+    if masks.dim() != 3 or masks.shape[1] != masks.shape[2] or not masks.is_floating_point():
+        raise ValueError(f"masks: expected floating point [K, M, M], got {masks.dtype} {tuple(masks.shape)}")
+    if boxes.shape != (len(masks), 4) or not boxes.is_floating_point():
+        got = f"{boxes.dtype} {tuple(boxes.shape)}"
+        raise ValueError(f"boxes: expected floating point [{len(masks)}, 4], got {got}")
+    if len(image_size) != 2 or min(image_size) < 1:
+        raise ValueError(f"image_size: expected (height, width) of at least 1, got {image_size}")
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold: expected in (0, 1], got {threshold}")
+    if output not in ("probability", "bool", "packed", "rle"):
+        raise ValueError(f"output: expected 'probability', 'bool', 'packed' or 'rle', got {output!r}")
+    if convention not in ("detectron2", "torchvision"):
+        raise ValueError(f"convention: expected 'detectron2' or 'torchvision', got {convention!r}")
+
+
+# One node of a compiled graph: the reference's loop over chunks of instances would unroll.
+@torch.library.custom_op("tmask::paste_masks_reference", mutates_args=())
+def _paste(
+    masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float, output: str, convention: str
+) -> Tensor:
+    with torch.autocast(masks.device.type, enabled=False):
+        return paste_masks_reference(masks, boxes, (height, width), threshold, output, convention=convention)
+
+
+@_paste.register_fake
+def _(masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float, output: str, convention: str) -> Tensor:
+    count = masks.shape[0]
+    if output == "packed":
+        return masks.new_empty((count, height, -(-width // WORD)), dtype=torch.int32)
+    return masks.new_empty((count, height, width), dtype=torch.bool if output == "bool" else masks.dtype)
