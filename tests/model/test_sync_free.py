@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from sync import count_blocking
 
 import tmask
+from tests.model.sync import count_blocking
 from tmask.structures import ImageBatch, Targets
 from tmask_kernels.backend import use_backend
-from tmask_kernels.ops.nms import kernels as nms_kernels
 
 
 def train_step(model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]) -> None:
@@ -18,7 +17,9 @@ def train_step(model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]) -> None
 
 # "auto" would take torchvision's ragged CPU ops; on a GPU auto is Triton, which the interpreter stands for here.
 @pytest.mark.parametrize("mode", ["train", "inference"])
-def test_reference_backend_never_blocks(mode: str, small_model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]) -> None:
+def test_reference_backend_never_blocks(
+    mode: str, small_model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]
+) -> None:
     with use_backend("reference"), count_blocking() as found:
         if mode == "train":
             train_step(small_model, batch)

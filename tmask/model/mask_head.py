@@ -35,4 +35,21 @@ class MaskHead(nn.Module):
         """Pooled features [R, in_channels, M / 2, M / 2] to mask logits [R, C, M, M]."""
         for conv in self.convs:
             x = F.relu(conv(x))
-        return self.predictor(F.relu(self.deconv(x)))
+        return _deconv_and_predict(x, self.deconv, self.predictor)
+
+
+def _deconv_and_predict(x: Tensor, deconv: nn.ConvTranspose2d, predictor: nn.Conv2d) -> Tensor:
+    """``predictor(relu(deconv(x)))`` as two matrix products over channels: [R, O, h, w] to [R, C, 2h, 2w].
+
+    A 2x2 deconvolution of stride 2 gives every pixel four outputs of its own, and the predictor looks at one pixel at
+    a time. So only the few logits move to their 2 x 2 places, not the wide features: less traffic, and on a CPU about
+    half the time of the deconvolution's own backward.
+    """
+    num_rois, _, height, width = x.shape
+    in_channels, channels = deconv.weight.shape[:2]
+    weight = deconv.weight.permute(2, 3, 1, 0).reshape(4 * channels, in_channels)  # rows: dy, dx, output channel
+    assert deconv.bias is not None
+    hidden = F.relu(F.linear(x.permute(0, 2, 3, 1), weight, deconv.bias.repeat(4)))  # [R, h, w, 4 * channels]
+    hidden = hidden.view(num_rois, height, width, 2, 2, channels)
+    logits = F.linear(hidden, predictor.weight.flatten(1), predictor.bias)  # [R, h, w, dy, dx, C]
+    return logits.permute(0, 5, 1, 3, 2, 4).reshape(num_rois, predictor.out_channels, 2 * height, 2 * width)

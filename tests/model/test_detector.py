@@ -1,0 +1,222 @@
+"""The detector whole: torchvision's contract, padded interface, losses, edge cases, compact against padded."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+import tmask
+from tests.model.conftest import SMALL, images_and_targets
+from tmask.structures import Detections, ImageBatch, Targets
+
+LOSSES = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"}
+
+
+def test_training_contract(small_model: tmask.MaskRCNN) -> None:
+    losses = small_model(*images_and_targets())
+    assert set(losses) == LOSSES
+    sum(losses.values()).backward()
+    for name, loss in losses.items():
+        assert loss.shape == (), name
+        assert loss.dtype == torch.float32, name
+        assert torch.isfinite(loss), name
+    missing = [name for name, p in small_model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not missing, f"no gradient reaches {missing}"
+
+
+@pytest.mark.parametrize("masks", ["probability", "bool", "rle", "none"])
+def test_inference_contract(masks: str, small_model: tmask.MaskRCNN) -> None:
+    images, _ = images_and_targets()
+    with torch.no_grad():
+        results = small_model.eval()(images, masks=masks)
+    assert len(results) == 2
+    for image, result in zip(images, results, strict=True):
+        height, width = image.shape[1:]
+        count = len(result["scores"])
+        assert 0 < count <= SMALL["max_detections"]
+        assert result["boxes"].shape == (count, 4)
+        assert (result["boxes"] >= 0).all()
+        assert (result["boxes"][:, 2] <= width + 1e-3).all()
+        assert (result["boxes"][:, 3] <= height + 1e-3).all()
+        assert (result["scores"].diff() <= 0).all()
+        assert ((result["labels"] >= 1) & (result["labels"] <= 3)).all()
+        if masks == "none":
+            assert "masks" not in result
+        elif masks == "rle":
+            assert [mask["size"] for mask in result["masks"]] == [[height, width]] * count
+        else:
+            shape = (count, 1, height, width) if masks == "probability" else (count, height, width)
+            assert result["masks"].shape == shape
+
+
+def test_training_without_targets_is_an_error(small_model: tmask.MaskRCNN) -> None:
+    with pytest.raises(ValueError, match="targets: expected Targets in training mode"):
+        small_model(images_and_targets()[0])
+
+
+def test_targets_without_masks_are_an_error(small_model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]) -> None:
+    with pytest.raises(ValueError, match=r"targets\.masks: expected packed masks"):
+        small_model.forward_padded(batch[0], batch[1]._replace(masks=None))
+
+
+@pytest.mark.parametrize("which", ["one", "all"])
+def test_images_without_objects_train(which: str, small_model: tmask.MaskRCNN) -> None:
+    images, targets = images_and_targets()
+    for i in range(2 if which == "all" else 1):
+        size = images[i].shape[1:]
+        targets[i] = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "masks": torch.zeros(0, *size)}
+    losses = small_model(images, targets)
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    if which == "all":
+        assert losses["loss_mask"] == 0
+        assert losses["loss_classifier"] > 0, "negatives must be sampled where there is no positive"
+
+
+def test_masks_of_some_objects_only(small_model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]) -> None:
+    images, targets = batch
+    assert targets.masks is not None
+    none = targets._replace(has_mask=torch.zeros_like(targets.has_mask))
+    losses = small_model.forward_padded(images, none)
+    assert losses["loss_mask"] == 0
+    assert losses["loss_classifier"] > 0
+
+
+def same_state(model: tmask.MaskRCNN, images: ImageBatch, targets: Targets | None, compact: bool):
+    torch.manual_seed(3)
+    return copy.deepcopy(model).forward_padded(images, targets, compact=compact)
+
+
+def test_compact_gives_the_padded_result(small_model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]) -> None:
+    padded = same_state(small_model, *batch, compact=False)
+    compact = same_state(small_model, *batch, compact=True)
+    for name in LOSSES:
+        torch.testing.assert_close(compact[name], padded[name])
+    small_model.eval()
+    with torch.no_grad():
+        padded = same_state(small_model, batch[0], None, compact=False)
+        compact = same_state(small_model, batch[0], None, compact=True)
+    for name in Detections._fields[:5]:
+        torch.testing.assert_close(getattr(compact, name), getattr(padded, name))
+
+
+def test_padding_of_targets_changes_nothing(small_model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]) -> None:
+    images, targets = batch
+    wider = Targets(
+        *(None if f is None else torch.cat([f, torch.zeros_like(f), torch.zeros_like(f)], dim=1) for f in targets)
+    )
+    # The sampler draws one random key a candidate, so only losses over all candidates can be compared: with every
+    # candidate in the sample the draw does not matter.
+    small_model.rpn.batch_size = 10_000
+    small_model.roi_heads.batch_size, small_model.roi_heads.positive_fraction = 200, 0.5
+    small_model.rpn.positive_fraction = 0.5
+    a, b = same_state(small_model, images, targets, False), same_state(small_model, images, wider, False)
+    for name in LOSSES:
+        torch.testing.assert_close(a[name], b[name])
+
+
+def test_detections_of_an_image_do_not_depend_on_its_batch(small_model: tmask.MaskRCNN) -> None:
+    """Same padded size, another image beside it: the same detections."""
+    small_model.eval()
+    images = [torch.rand(3, 64, 64), torch.rand(3, 64, 64), torch.rand(3, 64, 64)]
+    with torch.no_grad():
+        together, alone = small_model(images), small_model(images[1:2])
+    for name in ("boxes", "scores", "masks"):
+        torch.testing.assert_close(together[1][name], alone[0][name], rtol=1e-4, atol=1e-4)
+
+
+def test_loss_weights(batch: tuple[ImageBatch, Targets]) -> None:
+    overrides = {"loss_mask": 3.0, "loss_rpn_box": 0.0, "loss_classifier": 0.5}
+    torch.manual_seed(0)
+    plain = tmask.build_model("tiny", num_classes=4, **SMALL)
+    torch.manual_seed(0)
+    weighted = tmask.build_model("tiny", num_classes=4, **SMALL, **overrides)
+    a, b = same_state(plain, *batch, compact=False), same_state(weighted, *batch, compact=False)
+    factors = {"loss_mask": 3.0, "loss_rpn_box_reg": 0.0, "loss_classifier": 0.5}
+    for name in LOSSES:
+        torch.testing.assert_close(b[name], a[name] * factors.get(name, 1.0))
+
+
+def test_mask_gradient_stays_in_the_class(small_model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]) -> None:
+    """The sigmoid mask loss reads channel k only: classes absent from the batch get a gradient of exactly 0."""
+    images, targets = batch
+    only_two = targets._replace(labels=torch.where(targets.valid, 2, 0))
+    small_model.forward_padded(images, only_two)["loss_mask"].backward()
+    grad = small_model.roi_heads.mask_head.predictor.weight.grad
+    assert grad[2].abs().sum() > 0
+    assert grad[[0, 1, 3]].abs().sum() == 0
+
+
+def test_bf16_autocast_keeps_boxes_in_fp32(small_model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = small_model.forward_padded(*batch)
+        small_model.eval()
+        found = small_model.forward_padded(batch[0])
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+    assert found.boxes.dtype == found.scores.dtype == found.masks.dtype == torch.float32
+    # Coordinates in bf16 would have 8 bits: almost none of ours may fall on that grid.
+    boxes = found.boxes[found.valid()]
+    assert (boxes == boxes.bfloat16().float()).float().mean() < 0.3
+
+
+@pytest.mark.parametrize("convention", ["torchvision", "detectron2"])
+@pytest.mark.parametrize("preset", ["r18_fpn", "r50_fpn"])
+@pytest.mark.filterwarnings("ignore:.*frozen backbone parameters")
+def test_presets_run(preset: str, convention: str) -> None:
+    model = tmask.build_model(
+        preset, num_classes=3, convention=convention, min_size=64, max_size=96, box_batch_size=16,
+        box_score_threshold=0.0,
+        rpn_post_nms_top_n_train=20, rpn_post_nms_top_n_test=20, max_detections=3,
+    )  # fmt: skip
+    losses = model(*images_and_targets())
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    with torch.no_grad():
+        assert len(model.eval()(images_and_targets()[0])[0]["scores"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"preset": "r50"}, "preset: expected 'r50_fpn'"),
+        ({"min_sice": 3}, "unknown model setting 'min_sice': expected 'min_size'"),
+        ({"convention": "torchvison"}, "convention: expected 'torchvision'"),
+        ({"num_classes": 1}, "num_classes: expected at least 2"),
+        ({"rpn_nms_threshold": 1.5}, "rpn_nms_threshold: expected in 0..1, got 1.5"),
+        ({"min_size": 500}, "min_size: expected in 1..max_size"),
+        ({"box_bg_iou": 0.6}, "box_bg_iou: expected at most box_fg_iou"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_settings(overrides: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tmask.build_model(**{"preset": "tiny", **overrides})
+
+
+def bad_inputs() -> dict[str, tuple[list[Tensor], list[dict[str, Tensor]] | None, str]]:
+    images, targets = images_and_targets()
+    return {
+        "no images": ([], [], "images: expected at least one"),
+        "batched": ([torch.rand(2, 3, 64, 64)], None, r"images\[0\]: expected a tensor \[3, h, w\]"),
+        "one channel": ([torch.rand(1, 64, 64)], None, r"got \(1, 64, 64\)"),
+        "integers": ([torch.ones(3, 64, 64, dtype=torch.int64)], None, "expected uint8 or a float dtype"),
+        "count": (images, targets[:1], "targets: expected 2, one an image, got 1"),
+        "no labels": (images, [{"boxes": torch.zeros(0, 4)}] * 2, "expected a key 'labels'"),
+        "mask size": (images, [targets[0], {**targets[1], "masks": torch.zeros(1, 9, 9)}], r"targets\[1\]\['masks'\]"),
+        "box shape": (images, [{**targets[0], "boxes": torch.zeros(2, 5)}, targets[1]], r"\['boxes'\]: expected shape"),
+    }
+
+
+@pytest.mark.parametrize("case", bad_inputs())
+def test_bad_inputs(case: str, small_model: tmask.MaskRCNN) -> None:
+    images, targets, message = bad_inputs()[case]
+    if targets is None:
+        small_model.eval()
+    with pytest.raises(ValueError, match=message):
+        small_model(images, targets)
+
+
+def test_config_is_kept(small_model: tmask.MaskRCNN) -> None:
+    assert dataclasses.asdict(small_model.config)["fpn_channels"] == 16
+    assert small_model.config.num_classes == 4
