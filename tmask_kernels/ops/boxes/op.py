@@ -40,7 +40,7 @@ def encode_boxes(
     if _choose("encode_boxes", backend, reasons, boxes) == "triton":
         from tmask_kernels.ops.boxes import kernels
 
-        return kernels.encode_boxes(boxes, anchors, list(weights))
+        return kernels.encode_boxes(boxes, anchors, [float(w) for w in weights])
     return encode_boxes_reference(boxes, anchors, weights)
 
 
@@ -57,8 +57,8 @@ def decode_boxes(
 
     dw and dh are clamped from above only, at `scale_clamp`. With image_size, (height, width) or a tensor [N, 2] for
     boxes [N, ..., 4], coordinates are clipped to the image, after which infinite dx or dy give finite boxes. A NaN
-    delta gives the box 0, 0, 0, 0. float64 deltas give float64. Differentiable in the deltas; the gradient of a clipped
-    coordinate or clamped scale is 0.
+    delta, or an infinite one times a side of 0, gives the box 0, 0, 0, 0. float64 deltas give float64. Differentiable
+    in the deltas (in the anchors too by the reference); a clipped coordinate or clamped scale has gradient 0.
     Errors: ValueError for a last dimension other than 4, or an image_size that does not fit.
     """
     _check_last("decode_boxes", deltas=deltas, anchors=anchors)
@@ -69,13 +69,15 @@ def decode_boxes(
     reasons = triton_reasons(deltas, anchors)
     if torch.is_grad_enabled() and anchors.requires_grad:
         reasons.append("the Triton backward gives no gradient to anchors")
-    deltas, anchors = _same_float(deltas, anchors)
     if _choose("decode_boxes", backend, reasons, deltas) == "triton":
         from tmask_kernels.ops.boxes import kernels
 
+        # The kernel reads half-precision deltas as they are.
+        _, anchors = _same_float(deltas, anchors)
         sizes = image_size if isinstance(image_size, Tensor) else None
         size = list(image_size) if isinstance(image_size, tuple) else None
-        return kernels.decode_boxes(deltas, anchors, list(weights), scale_clamp, size, sizes)
+        return kernels.decode_boxes(deltas, anchors, [float(w) for w in weights], scale_clamp, size, sizes)
+    deltas, anchors = _same_float(deltas, anchors)
     return decode_boxes_reference(deltas, anchors, weights, scale_clamp, image_size)
 
 

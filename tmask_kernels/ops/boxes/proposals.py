@@ -70,7 +70,7 @@ def propose(
         valid=all_valid.view(N * L, most),
         max_output=min(post_nms_top_n, most),
     )
-    keep = _mark(kept, most).view(N, L * most)
+    keep = _mark(kept, most).reshape(N, L * most)
     best, picked, counts = _best(keep, all_scores, post_nms_top_n)
     picked_boxes = all_boxes.gather(1, picked[..., None].expand(-1, -1, 4))  # [N, P', 4]
     picked_boxes = torch.where(best[..., None], picked_boxes, 0.0)

@@ -30,7 +30,7 @@ def decode_boxes_reference(
     scale_clamp: float,
     image_size: tuple[int, int] | Tensor | None,
 ) -> Tensor:
-    """Boxes [..., 4] at deltas [..., 4] from anchors [..., 4]; clipped to `image_size`; zeros where a delta is NaN."""
+    """Boxes [..., 4] at deltas [..., 4] from anchors [..., 4]; clipped to `image_size`; zeros instead of NaN."""
     wx, wy, ww, wh = weights
     ax, ay, aw, ah = centre_size(anchors)
     bad = torch.isnan(deltas).any(-1, keepdim=True)  # [..., 1]
@@ -39,6 +39,7 @@ def decode_boxes_reference(
     y = dy / wy * ah + ay
     half_width = 0.5 * (torch.exp((dw / ww).clamp(max=scale_clamp)) * aw)
     half_height = 0.5 * (torch.exp((dh / wh).clamp(max=scale_clamp)) * ah)
+    bad = bad | (torch.isnan(x) | torch.isnan(y))[..., None]  # inf * 0
     boxes = torch.stack([x - half_width, y - half_height, x + half_width, y + half_height], dim=-1)
     if image_size is not None:
         boxes = clip_boxes(boxes, image_size)
