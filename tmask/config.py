@@ -230,6 +230,7 @@ class TrainConfig:
         _require(all(0 < m <= 1 for m in self.milestones), "milestones", "fractions of steps", self.milestones)
         _require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "above 0, or none", self.clip_norm)
 
+
 _SMALL_DATA = TrainConfig(
     steps=1000,
     batch_size=4,

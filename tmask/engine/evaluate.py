@@ -1,0 +1,254 @@
+"""COCO evaluation: a model and a loader in, average precision of boxes and masks out."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tmask.engine.device import autocast, to_device
+
+KINDS = ("bbox", "segm")
+
+
+def evaluate(
+    model: Any,
+    loader: Iterable[Any],
+    dataset: Any,
+    *,
+    max_detections: int = 100,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    results_file: str | Path | None = None,
+) -> dict[str, float]:
+    """COCO metrics of `model` on `dataset` (a CocoDataset), whose images `loader` gives.
+
+    The keys are those of `coco_metrics`. `max_detections` an image count in the AP; the model must be set to give as
+    many (``max_detections`` of its config). With `results_file` the detections are also written as COCO results.
+    """
+    results = detect(model, loader, dataset.category_ids, device=device, precision=precision)
+    if results_file is not None:
+        write_results(results_file, results)
+    return coco_metrics(dataset.coco.dataset, results, max_detections=max_detections)
+
+
+def detect(
+    model: Any,
+    loader: Iterable[Any],
+    category_ids: Sequence[int],
+    *,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+) -> list[dict[str, Any]]:
+    """The model's detections as COCO results: image_id, category_id, bbox (xywh), score, segmentation (RLE).
+
+    Label i becomes ``category_ids[i - 1]``. The mode of the model (train or eval) is put back at the end.
+    """
+    from tmask.model.postprocess import to_list
+
+    device = torch.device(device)
+    was_training = model.training
+    model.eval()
+    results = []
+    try:
+        with torch.inference_mode():
+            for batch in loader:
+                images = to_device(batch.images, device, channels_last=True)
+                with autocast(device, precision):
+                    detections = model.forward_padded(images, compact=device.type == "cpu")
+                found = to_list(detections, images.sizes, batch.original_sizes, masks="rle", convention=model.paste)
+                for image_id, result in zip(batch.image_ids, found, strict=True):
+                    results += coco_results(image_id, result, category_ids)
+    finally:
+        model.train(was_training)
+    return results
+
+
+def coco_results(image_id: int, result: dict[str, Any], category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """One image's result (boxes [D, 4] xyxy, labels [D], scores [D], masks: D RLEs) as COCO results."""
+    boxes: Tensor = result["boxes"]
+    xywh = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
+    rows = zip(xywh, result["labels"].tolist(), result["scores"].tolist(), result["masks"], strict=True)
+    return [
+        {
+            "image_id": image_id,
+            "category_id": category_ids[label - 1],
+            "bbox": box,
+            "score": score,
+            "segmentation": {"size": [int(side) for side in rle["size"]], "counts": rle["counts"]},
+        }
+        for box, label, score, rle in rows
+    ]
+
+
+def write_results(path: str | Path, results: list[dict[str, Any]]) -> None:
+    """Write COCO results as one JSON array, folders included."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results), encoding="utf-8")
+
+
+def coco_metrics(
+    ground_truth: dict[str, Any],
+    results: list[dict[str, Any]],
+    *,
+    max_detections: int = 100,
+    kinds: Sequence[str] = KINDS,
+) -> dict[str, float]:
+    """pycocotools' figures for COCO results against a COCO annotation dict; neither is changed.
+
+    For each kind: ``bbox/AP``, ``AP50``, ``AP75``, ``AP_small``, ``AP_medium``, ``AP_large``, ``AR`` and
+    ``AP/<class name>``, in 0..1, with up to `max_detections` detections an image; -1 where there is no ground truth.
+    No results give 0. Annotations without ``area`` or ``iscrowd`` get them. In ``segm`` a ground truth without a mask
+    neither helps nor harms; if there is none with a mask, ``segm`` is left out.
+    """
+    metrics: dict[str, float] = {}
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints at every step
+        for kind in kinds:
+            truth = _ground_truth(ground_truth, kind)
+            if truth is not None:
+                evaluated = _run_cocoeval(truth, _results(truth, results, kind), kind, max_detections)
+                metrics.update(_summarize(evaluated, kind))
+    return metrics
+
+
+def _ground_truth(dataset: dict[str, Any], kind: str) -> Any:
+    """A COCO object of its own annotations (COCOeval changes them), or None if `kind` has no ground truth."""
+    from pycocotools import mask as mask_utils
+    from pycocotools.coco import COCO
+
+    sizes = {image["id"]: (image["height"], image["width"]) for image in dataset["images"]}
+    annotations, with_mask = [], 0
+    for number, source in enumerate(dataset.get("annotations", ()), start=1):
+        item = {**source, "id": number, "iscrowd": int(source.get("iscrowd", 0))}  # id 0 would read as "no match"
+        if kind == "segm":
+            if item.get("segmentation"):
+                item["segmentation"] = _as_rle(item["segmentation"], sizes[item["image_id"]])
+                with_mask += 1
+            else:  # unknown mask: a detection inside the box is neither right nor wrong, as in a crowd
+                item["segmentation"] = _as_rle([_corners(item["bbox"])], sizes[item["image_id"]])
+                item["iscrowd"] = 1
+            if "bbox" not in item:
+                item["bbox"] = mask_utils.toBbox(item["segmentation"]).tolist()
+        if "area" not in item:
+            item["area"] = _area(item, sizes[item["image_id"]])
+        annotations.append(item)
+    if kind == "segm" and annotations and not with_mask:
+        return None
+    return _coco(COCO(), dataset, annotations)
+
+
+def _results(truth: Any, results: list[dict[str, Any]], kind: str) -> Any:
+    """A COCO object of the results. For ``segm`` area and box are the mask's, as when it is loaded alone."""
+    from pycocotools import mask as mask_utils
+    from pycocotools.coco import COCO
+
+    annotations = []
+    for number, result in enumerate(results, start=1):
+        if result["image_id"] not in truth.imgs:
+            raise ValueError(f"results: image_id {result['image_id']} is not in the ground truth")
+        item = {key: result[key] for key in ("image_id", "category_id", "score")} | {"id": number, "iscrowd": 0}
+        if kind == "segm":
+            rle = result["segmentation"]
+            item |= {"segmentation": rle, "area": float(mask_utils.area(rle)), "bbox": mask_utils.toBbox(rle).tolist()}
+        else:
+            item |= {"bbox": result["bbox"], "area": result["bbox"][2] * result["bbox"][3]}
+        annotations.append(item)
+    return _coco(COCO(), truth.dataset, annotations)
+
+
+def _coco(coco: Any, dataset: dict[str, Any], annotations: list[dict[str, Any]]) -> Any:
+    coco.dataset = {"images": dataset["images"], "categories": dataset["categories"], "annotations": annotations}
+    coco.createIndex()
+    return coco
+
+
+def _as_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """Polygons, uncompressed or compressed RLE as compressed RLE."""
+    from pycocotools import mask as mask_utils
+
+    if isinstance(segmentation, list):
+        return mask_utils.merge(mask_utils.frPyObjects(segmentation, *size))
+    if isinstance(segmentation["counts"], list):
+        return mask_utils.frPyObjects(segmentation, *size)
+    return segmentation
+
+
+def _area(item: dict[str, Any], size: tuple[int, int]) -> float:
+    from pycocotools import mask as mask_utils
+
+    if item.get("segmentation"):
+        return float(mask_utils.area(_as_rle(item["segmentation"], size)))
+    return float(item["bbox"][2] * item["bbox"][3])
+
+
+def _corners(bbox: Sequence[float]) -> list[float]:
+    x, y, w, h = bbox
+    return [x, y, x + w, y, x + w, y + h, x, y + h]
+
+
+def _run_cocoeval(truth: Any, results: Any, kind: str, max_detections: int) -> Any:
+    from pycocotools.cocoeval import COCOeval
+
+    evaluation = COCOeval(truth, results, kind)
+    # `accumulate` reads these in rising order; the last one is what AP is computed with.
+    evaluation.params.maxDets = sorted({min(1, max_detections), min(10, max_detections), max_detections})
+    evaluation.evaluate()
+    evaluation.accumulate()
+    return evaluation
+
+
+def _summarize(evaluation: Any, kind: str) -> dict[str, float]:
+    """The figures at the largest maxDets. (pycocotools' own `summarize` takes AP at 100 whatever is set.)"""
+    precision = evaluation.eval["precision"][..., -1]  # [T thresholds, R recalls, K classes, A areas]
+    recall = evaluation.eval["recall"][..., -1]  # [T, K, A]
+    thresholds = evaluation.params.iouThrs
+    at50, at75 = (int(np.argmin(np.abs(thresholds - value))) for value in (0.5, 0.75))
+    metrics = {
+        f"{kind}/AP": _mean(precision[:, :, :, 0]),
+        f"{kind}/AP50": _mean(precision[at50, :, :, 0]),
+        f"{kind}/AP75": _mean(precision[at75, :, :, 0]),
+        f"{kind}/AP_small": _mean(precision[:, :, :, 1]),
+        f"{kind}/AP_medium": _mean(precision[:, :, :, 2]),
+        f"{kind}/AP_large": _mean(precision[:, :, :, 3]),
+        f"{kind}/AR": _mean(recall[:, :, 0]),
+    }
+    for index, category_id in enumerate(evaluation.params.catIds):
+        name = evaluation.cocoGt.cats[category_id]["name"]
+        metrics[f"{kind}/AP/{name}"] = _mean(precision[:, :, index, 0])
+    return metrics
+
+
+def _mean(values: np.ndarray[Any, Any]) -> float:
+    known = values[values > -1]  # -1 marks a class or size without ground truth
+    return float(known.mean()) if known.size else -1.0
+
+
+def results_table(metrics: dict[str, float]) -> str:
+    """The metrics as a plain text table in percent: one row for all classes, then one a class."""
+    kinds = [kind for kind in KINDS if f"{kind}/AP" in metrics]
+    columns = [f"{kind}/{name}" for kind in kinds for name in ("AP", "AP50", "AP75")]
+    prefix = f"{kinds[0]}/AP/" if kinds else ""
+    classes = [key.removeprefix(prefix) for key in metrics if prefix and key.startswith(prefix)]
+    width = max([len(name) for name in classes] + [len("all classes")])
+    lines = [" ".join([" " * width, *(f"{column:>9}" for column in columns)])]
+    lines.append(" ".join([f"{'all classes':<{width}}", *(f"{_percent(metrics[c]):>9}" for c in columns)]))
+    for name in classes:
+        cells = [
+            _percent(metrics[f"{kind}/AP/{name}"]) if part == "AP" else ""
+            for kind in kinds
+            for part in ("AP", "AP50", "AP75")
+        ]
+        lines.append(" ".join([f"{name:<{width}}", *(f"{cell:>9}" for cell in cells)]).rstrip())
+    return "\n".join(lines)
+
+
+def _percent(value: float) -> str:
+    return "-" if value < 0 else f"{100 * value:.1f}"

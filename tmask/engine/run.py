@@ -1,0 +1,173 @@
+"""A whole training run on a COCO data set: model, loaders, training, evaluation, pictures. `tmask train` and the demo.
+
+Everything a run leaves stands in one folder: ``config.yaml``, ``checkpoint.pt``, ``log.jsonl``, ``metrics.json``,
+``results.json`` (COCO results of the validation images) and ``pictures/``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tmask.build import build_model
+from tmask.config import DataConfig, ModelConfig, TrainConfig
+from tmask.engine.evaluate import evaluate
+from tmask.engine.predict import above
+from tmask.engine.train import TrainResult, train
+
+CONFIG_NAME = "config.yaml"
+METRICS_NAME = "metrics.json"
+RESULTS_NAME = "results.json"
+PICTURES_NAME = "pictures"
+NUM_PICTURES = 8  # of validation images, drawn at the end
+
+
+def open_dataset(data: DataConfig, split: str) -> Any:
+    """The CocoDataset of split ``"train"`` (with its random flips) or ``"val"``; None if `data` names none.
+
+    Errors: ValueError if only one of the two paths is given or a path does not exist.
+    """
+    from tmask.data.coco import CocoDataset
+    from tmask.data.transforms import train_transforms
+
+    images, annotations = getattr(data, f"{split}_images"), getattr(data, f"{split}_annotations")
+    if images is None and annotations is None:
+        return None
+    for name, path in ((f"{split}_images", images), (f"{split}_annotations", annotations)):
+        if path is None:
+            raise ValueError(f"data.{name}: expected a path, got none")
+        if not Path(path).exists():
+            raise ValueError(f"data.{name}: no such file or folder: {path}")
+    flips = train_transforms(hflip=data.hflip, vflip=data.vflip) if split == "train" else None
+    return CocoDataset(images, annotations, transforms=flips)
+
+
+def run_training(
+    model_config: ModelConfig,
+    train_config: TrainConfig,
+    data_config: DataConfig,
+    train_set: Any,
+    val_set: Any | None,
+    *,
+    out_dir: str | Path,
+    device: torch.device,
+    resume: str | Path | None = None,
+) -> TrainResult:
+    """Train on `train_set`, evaluate on `val_set` (if given) and leave everything in `out_dir`.
+
+    Errors: ValueError if the model has fewer classes than the data or the two sets name other categories; and those
+    of `train`.
+    """
+    from tmask.data.loader import make_loader
+
+    check_categories(model_config.num_classes, train_set.categories, val_set.categories if val_set else None)
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(train_config.seed)
+    model = build_model(model_config)
+    loader = make_loader(
+        train_set,
+        model.transform,
+        batch_size=train_config.batch_size,
+        shuffle=True,
+        seed=train_config.seed,
+        num_workers=data_config.num_workers,
+        aspect_grouping=data_config.aspect_grouping,
+        drop_last=len(train_set) >= train_config.batch_size,
+    )
+
+    def measure(model: Any) -> dict[str, float]:
+        val_loader = make_loader(
+            val_set,
+            model.transform,
+            batch_size=train_config.batch_size,
+            shuffle=False,
+            num_workers=data_config.num_workers,
+        )
+        return evaluate(
+            model,
+            val_loader,
+            val_set,
+            max_detections=train_config.eval_max_detections,
+            device=device,
+            precision=train_config.precision,
+            results_file=out_dir / RESULTS_NAME,
+        )
+
+    result = train(
+        model,
+        loader,
+        train_config,
+        out_dir=out_dir,
+        device=device,
+        categories=train_set.categories,
+        evaluate_fn=measure if val_set is not None else None,
+        resume=resume,
+    )
+    if val_set is not None:
+        (out_dir / METRICS_NAME).write_text(json.dumps(result.metrics, indent=1), encoding="utf-8")
+        draw_pictures(model, val_set, out_dir / PICTURES_NAME, device=device, precision=train_config.precision)
+    return result
+
+
+def check_categories(
+    num_classes: int, train: Sequence[dict[str, Any]], val: Sequence[dict[str, Any]] | None = None
+) -> None:
+    """Labels must fit the model, and mean the same in both sets. Errors: ValueError."""
+    if num_classes < len(train) + 1:
+        need = f"at least {len(train) + 1} (the data's {len(train)} and background)"
+        raise ValueError(f"num_classes: expected {need}, got {num_classes}")
+    if val is not None and _ids_and_names(train) != _ids_and_names(val):
+        raise ValueError(f"categories: expected those of training, {_ids_and_names(train)}, got {_ids_and_names(val)}")
+
+
+def _ids_and_names(categories: Sequence[dict[str, Any]]) -> list[tuple[int, str]]:
+    return [(int(category["id"]), str(category["name"])) for category in categories]
+
+
+def draw_pictures(
+    model: Any,
+    dataset: Any,
+    folder: Path,
+    *,
+    device: torch.device,
+    precision: str = "fp32",
+    count: int = NUM_PICTURES,
+    score_threshold: float = 0.5,
+) -> list[Path]:
+    """For the first `count` images of `dataset`: a PNG with the prediction (left) beside the ground truth."""
+    from tmask.engine.device import autocast
+    from tmask.visualize import draw_instances, grid, save_png
+
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [str(category["name"]) for category in dataset.categories]
+    was_training = model.training
+    model.eval()
+    paths = []
+    for index in range(min(count, len(dataset))):
+        image, target = dataset[index]
+        with torch.inference_mode(), autocast(device, precision):
+            found = model([image.to(device)], masks="rle")[0]
+        found = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in found.items()}
+        truth = {"boxes": target["boxes"], "labels": target["labels"], "masks": target["masks"].bool()}
+        pair = [draw_instances(image, above(found, score_threshold), names), draw_instances(image, truth, names)]
+        paths.append(folder / f"{Path(dataset.image_path(index)).stem}.png")
+        save_png(paths[-1], grid(pair, columns=2))
+    model.train(was_training)
+    return paths
+
+
+def write_config(path: Path, preset: str, model: ModelConfig, training: TrainConfig, data: DataConfig) -> None:
+    """Save the resolved settings as YAML that ``tmask train --config`` reads."""
+    import yaml
+
+    groups: dict[str, Any] = {"model": model, "train": training, "data": data}
+    values = {"preset": preset} | {name: dataclasses.asdict(config) for name, config in groups.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # By way of JSON: YAML's safe writer has no tuples.
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False), encoding="utf-8")
