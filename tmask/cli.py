@@ -1,0 +1,402 @@
+"""The command line: ``tmask train | eval | predict | demo | validate | info``.
+
+Each command has its own parser, built when it is called. `train` builds its parser twice over: what ``--preset`` and
+``--config`` say is looked up first, because it decides the defaults that the parser shows and the user overrides.
+Exit codes: 0 done; 1 the run failed; 2 the command line or a config file is wrong. Either error is one line on stderr;
+``TMASK_DEBUG=1`` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+from tmask.config import (
+    CONVENTIONS,
+    PRESETS,
+    TRAIN_PRESETS,
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+    from_dict,
+)
+
+Precision = Literal["fp32", "bf16", "fp16"]
+DEFAULT_PRESET = "r50_fpn"
+
+
+class UsageError(Exception):
+    """Something the user typed is wrong; the message is for him."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; gives the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(_help(), file=sys.stdout if args else sys.stderr)
+        return 0 if args else 2
+    if args[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"tmask {version('tmask')}")
+        return 0
+    name = args[0]
+    try:
+        if name not in COMMANDS:
+            raise UsageError(f"unknown command {name!r}: expected {_nearest(name, COMMANDS)}")
+        return COMMANDS[name](args[1:])
+    except SystemExit as stop:  # --help and --print_config end this way
+        return stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt:
+        return _fail(f"tmask {name}: interrupted", 130)
+    except (UsageError, argparse.ArgumentError) as error:
+        if _debug():
+            raise
+        prog = f"tmask {name}" if name in COMMANDS else "tmask"
+        return _fail(f"{prog}: error: {error} (see {prog} --help)", 2)
+    except Exception as error:  # a user's terminal is no place for a traceback
+        if _debug():
+            raise
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        return _fail(f"tmask {name}: error: {kind}{error}", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print(" ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def _debug() -> bool:
+    return os.environ.get("TMASK_DEBUG") == "1"
+
+
+def _help() -> str:
+    lines = ["usage: tmask COMMAND [options]", ""]
+    lines += [f"  {name:<9} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", "tmask COMMAND --help shows the options. TMASK_DEBUG=1 shows tracebacks."])
+
+
+# ---- train
+
+
+def train_command(argv: list[str]) -> int:
+    """Train on a COCO data set; writes checkpoint, log, results and pictures to --out."""
+    preset, argv = _expand(argv)
+    parser = train_parser(preset)
+    args = _parse(parser, argv)
+    if args.out is None:
+        raise UsageError("--out is required: the folder of the run")
+    # Everything that can be wrong with the settings and paths is found before the first step.
+    try:
+        data = from_dict(DataConfig, args.data.as_dict())
+        training = from_dict(TrainConfig, args.train.as_dict())
+        device = _device(args.device)
+        _check_precision(device, training.precision)
+        from tmask.engine.run import CONFIG_NAME, open_dataset, run_training, write_config
+        from tmask.engine.train import CHECKPOINT_NAME
+
+        for name in ("train_images", "train_annotations"):
+            if getattr(data, name) is None:
+                raise UsageError(f"--data.{name} is required")
+        _paths_exist(
+            **{f"data.{n}": getattr(data, n) for n in ("train_images", "train_annotations")},
+            **{f"data.{n}": getattr(data, n) for n in ("val_images", "val_annotations")},
+            resume=args.resume,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    out = Path(args.out)
+    if args.resume is None and not args.overwrite and (out / CHECKPOINT_NAME).exists():
+        raise UsageError(f"--out {out} holds a checkpoint; go on with --resume {out / CHECKPOINT_NAME} or --overwrite")
+    train_set, val_set = open_dataset(data, "train"), open_dataset(data, "val")
+    settings = args.model.as_dict()
+    if settings["num_classes"] is None:
+        settings["num_classes"] = train_set.num_classes
+    try:
+        config = from_dict(ModelConfig, settings)
+    except ValueError as error:
+        raise UsageError(f"model.{error}") from error
+    write_config(out / CONFIG_NAME, args.preset, config, training, data)
+    result = run_training(config, training, data, train_set, val_set, out_dir=out, device=device, resume=args.resume)
+    _print_run(out, result, has_val=val_set is not None)
+    return 0
+
+
+def train_parser(preset: str) -> ArgumentParser:
+    """The parser of ``tmask train`` with the defaults of a preset."""
+    parser = _parser("train", train_command)
+    parser.add_argument("--config", action="config", help="YAML file with any of these settings")
+    parser.add_argument("--preset", default=preset, help=f"defaults to start from: {', '.join(PRESETS)}")
+    parser.add_argument("--out", type=str | None, default=None, help="folder of the run")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--resume", type=str | None, default=None, help="checkpoint to go on from")
+    parser.add_argument("--overwrite", type=bool, default=False, help="train anew into a folder that holds a run")
+    parser.add_class_arguments(DataConfig, "data")
+    parser.add_class_arguments(ModelConfig, "model", skip={"num_classes"})
+    parser.add_argument(
+        "--model.num_classes", type=int | None, default=None, help="with background; null: from the training data"
+    )
+    parser.add_class_arguments(TrainConfig, "train")
+    settings = dataclasses.asdict(PRESETS[preset])
+    del settings["num_classes"]
+    parser.set_defaults({f"model.{name}": value for name, value in settings.items()})
+    training = dataclasses.asdict(TRAIN_PRESETS[preset])
+    parser.set_defaults({f"train.{name}": value for name, value in training.items()})
+    return parser
+
+
+def _expand(argv: list[str]) -> tuple[str, list[str]]:
+    """The preset, and `argv` with named conventions spelled out and the config file first (arguments override it)."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    peek.add_argument("--config")
+    peek.add_argument("--preset")
+    peek.add_argument("--model.convention", dest="convention")
+    known, rest = peek.parse_known_args(argv)
+    config: dict[str, Any] = {}
+    if known.config is not None:
+        config = _read_config(known.config)
+    preset = known.preset or config.get("preset") or DEFAULT_PRESET
+    if preset not in PRESETS:
+        raise UsageError(f"--preset: expected {_nearest(str(preset), PRESETS)}, got {preset!r}")
+    head = []
+    if config:
+        model = config.get("model")
+        if isinstance(model, dict) and isinstance(model.get("convention"), str):
+            model["convention"] = _convention(model["convention"])
+        head += ["--config", json.dumps(config)]
+    head += ["--preset", str(preset)]
+    if known.convention is not None:
+        named = not known.convention.lstrip().startswith("{")
+        head += ["--model.convention", json.dumps(_convention(known.convention)) if named else known.convention]
+    return str(preset), head + rest
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: not YAML: {error}") from error
+    if config is not None and not isinstance(config, dict):
+        raise UsageError(f"--config {path}: expected settings, got {type(config).__name__}")
+    return config or {}
+
+
+def _convention(name: str) -> dict[str, Any]:
+    if name not in CONVENTIONS:
+        raise UsageError(f"--model.convention: expected {_nearest(name, CONVENTIONS)}, got {name!r}")
+    return dataclasses.asdict(CONVENTIONS[name])
+
+
+def _print_run(out: Path, result: Any, *, has_val: bool) -> None:
+    from tmask.engine.evaluate import results_table
+    from tmask.engine.run import PICTURES_NAME
+
+    if has_val:
+        print(results_table(result.metrics))
+        print(f"pictures: {out / PICTURES_NAME}")
+    print(f"checkpoint: {result.checkpoint} ({result.step} steps, {result.seconds:.0f} s of training)")
+
+
+# ---- eval, predict, demo
+
+
+def eval_command(argv: list[str]) -> int:
+    """Evaluate a checkpoint on a COCO data set: a table of average precision."""
+    parser = _parser("eval", eval_command)
+    parser.add_argument("--checkpoint", type=str, required=True, help="checkpoint.pt of a run")
+    parser.add_argument("--images", type=str, required=True, help="folder of the images")
+    parser.add_argument("--annotations", type=str, required=True, help="COCO annotation file")
+    parser.add_argument("--out", type=str | None, default=None, help="folder for metrics.json and results.json")
+    parser.add_argument("--max_detections", type=int, default=100, help="detections an image that count, and are made")
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--num_workers", type=int, default=0)
+    _add_device(parser)
+    args = _parse(parser, argv)
+    device = _usage(lambda: _device(args.device))
+    _usage(lambda: _check_precision(device, args.precision))
+    _usage(lambda: _paths_exist(checkpoint=args.checkpoint, images=args.images, annotations=args.annotations))
+    for name in ("max_detections", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name}: expected at least 1, got {getattr(args, name)}")
+
+    from tmask.data.coco import CocoDataset
+    from tmask.data.loader import make_loader
+    from tmask.engine.checkpoint import load_model
+    from tmask.engine.evaluate import evaluate, results_table
+    from tmask.engine.run import METRICS_NAME, RESULTS_NAME, check_categories
+
+    model, saved = load_model(args.checkpoint, device)
+    dataset = CocoDataset(args.images, args.annotations)
+    check_categories(model.config.num_classes, saved["categories"], dataset.categories)
+    loader = make_loader(
+        dataset, model.transform, batch_size=args.batch_size, shuffle=False, num_workers=args.num_workers
+    )
+    model.roi_heads.max_detections = args.max_detections
+    out = Path(args.out) if args.out is not None else None
+    metrics = evaluate(
+        model,
+        loader,
+        dataset,
+        max_detections=args.max_detections,
+        device=device,
+        precision=args.precision,
+        results_file=out / RESULTS_NAME if out else None,
+    )
+    if out:
+        (out / METRICS_NAME).write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    print(results_table(metrics))
+    return 0
+
+
+def predict_command(argv: list[str]) -> int:
+    """Detect in an image, a folder or a glob; writes COCO results and pictures to --out."""
+    parser = _parser("predict", predict_command)
+    parser.add_argument("--checkpoint", type=str, required=True, help="checkpoint.pt of a run")
+    parser.add_argument("--images", type=str, required=True, help="image, folder or quoted glob")
+    parser.add_argument("--out", type=str, required=True, help="folder for predictions.json and the pictures")
+    parser.add_argument("--score_threshold", type=float, default=0.5, help="least score that is drawn")
+    _add_device(parser)
+    args = _parse(parser, argv)
+    device = _usage(lambda: _device(args.device))
+    _usage(lambda: _check_precision(device, args.precision))
+    _usage(lambda: _paths_exist(checkpoint=args.checkpoint))
+
+    from tmask.engine.checkpoint import load_model
+    from tmask.engine.predict import RESULTS_NAME as PREDICTIONS_NAME
+    from tmask.engine.predict import find_images, predict
+
+    files = _usage(lambda: find_images(args.images))
+    model, saved = load_model(args.checkpoint, device)
+    results = predict(
+        model,
+        files,
+        saved["categories"],
+        out_dir=args.out,
+        device=device,
+        precision=args.precision,
+        score_threshold=args.score_threshold,
+    )
+    print(f"{len(results)} detections in {len(files)} images: {Path(args.out) / PREDICTIONS_NAME}, pictures beside it")
+    return 0
+
+
+def demo_command(argv: list[str]) -> int:
+    """Make a data set of shapes, train the tiny preset on it, evaluate and draw."""
+    from tmask.demo import DemoConfig, run_demo
+
+    parser = _parser("demo", demo_command)
+    parser.add_class_arguments(DemoConfig)
+    args = _parse(parser, argv)
+    config = _usage(lambda: from_dict(DemoConfig, args.as_dict()))
+    _usage(lambda: _check_precision(_device(config.device), config.precision))
+    run_demo(config, device=_device(config.device))
+    return 0
+
+
+# ---- validate, info
+
+
+def validate_command(argv: list[str]) -> int:
+    """Compare every op of tmask_kernels, on every backend and dtype, with its float64 reference."""
+    from tmask.validate import run_validation
+
+    parser = _parser("validate", validate_command)
+    parser.add_argument("--json", type=bool, default=False, nargs="?", const=True, help="print the rows as JSON")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--ops", type=list[str] | None, default=None, help='only these ops, e.g. ["nms"]')
+    args = _parse(parser, argv)
+    device = _usage(lambda: _device(args.device))
+    return run_validation(device, ops=args.ops, as_json=bool(args.json))
+
+
+def info_command(argv: list[str]) -> int:
+    """Show versions, devices, presets and which backend serves each op here, with the reasons."""
+    from tmask.validate import describe
+
+    _parse(_parser("info", info_command), argv)
+    print(describe())
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train_command,
+    "eval": eval_command,
+    "predict": predict_command,
+    "demo": demo_command,
+    "validate": validate_command,
+    "info": info_command,
+}
+
+
+# ---- shared
+
+
+def _parser(name: str, command: Callable[..., int]) -> ArgumentParser:
+    return ArgumentParser(prog=f"tmask {name}", description=command.__doc__, exit_on_error=False)
+
+
+def _add_device(parser: ArgumentParser) -> None:
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--precision", type=Precision, default="fp32", help="of the features; boxes are always fp32")
+
+
+def _parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
+    """Parse; an unknown option is answered with the nearest known one."""
+    try:
+        return parser.parse_args(argv)
+    except argparse.ArgumentError as error:
+        message = str(error)
+        hint = ""
+        group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+        unknown = re.search(r"unrecognized arguments: --([\w.]+)", message) or re.search(r"[Kk]ey '([\w.]+)'", message)
+        wanted = f"{group[1]}.{group[2]}" if group else unknown[1] if unknown else None
+        known = [action.dest for action in parser._actions]
+        near = difflib.get_close_matches(wanted, known, n=1) if wanted and wanted not in known else []
+        if near:
+            hint = f"; did you mean --{near[0]}?"
+        raise UsageError(message + hint) from error
+
+
+def _usage(function: Callable[[], Any]) -> Any:
+    """Call it; a ValueError of its is the user's error."""
+    try:
+        return function()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _device(name: str) -> Any:
+    from tmask.engine.device import pick_device
+
+    return pick_device(name)
+
+
+def _check_precision(device: Any, precision: str) -> None:
+    from tmask.engine.device import autocast
+
+    autocast(device, precision)
+
+
+def _paths_exist(**paths: str | None) -> None:
+    for name, path in paths.items():
+        if path is not None and not Path(path).exists():
+            raise UsageError(f"--{name}: no such file or folder: {path}")
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"{near[0]!r}?" if near else f"one of {', '.join(known)}"

@@ -1,0 +1,114 @@
+"""``tmask demo``: from nothing to a trained detector and its pictures, on a data set of drawn shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from tmask.config import PRESETS, TRAIN_PRESETS, DataConfig
+
+PRESET = "tiny"
+TRAIN_SEED, VAL_SEED = 1, 2  # of the pictures: disjoint sets
+DATA_NAME = "shapes"
+_MARK = "complete.json"  # written last, so a half-written data set is made anew
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Settings of the demo.
+
+    Args:
+        out: folder of the run
+        steps: training steps
+        batch_size: images a step
+        lr: highest learning rate
+        train_images: pictures to train on
+        val_images: pictures to evaluate on
+        image_size: side of the pictures, pixels
+        precision: of the features; boxes are always fp32
+        device: auto, cpu, cuda or cuda:N
+        seed: of weights and data order
+        num_workers: processes that load the data
+    """
+
+    out: str = "runs/demo"
+    steps: int = 1000
+    batch_size: int = 4
+    lr: float = 4e-4
+    train_images: int = 4000
+    val_images: int = 200
+    image_size: int = 128
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    device: str = "auto"
+    seed: int = 0
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "train_images", "val_images", "image_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+def run_demo(config: DemoConfig, *, device: torch.device) -> dict[str, float]:
+    """Make (or reuse) the data, train, evaluate, draw, and print what came out; gives the metrics."""
+    from tmask.engine.evaluate import results_table
+    from tmask.engine.run import CONFIG_NAME, PICTURES_NAME, open_dataset, run_training, write_config
+
+    began = time.perf_counter()
+    out = Path(config.out)
+    train_images, train_annotations = make_data(
+        out / DATA_NAME / "train", num_images=config.train_images, seed=TRAIN_SEED, size=config.image_size
+    )
+    val_images, val_annotations = make_data(
+        out / DATA_NAME / "val", num_images=config.val_images, seed=VAL_SEED, size=config.image_size
+    )
+    data = DataConfig(
+        train_images=str(train_images),
+        train_annotations=str(train_annotations),
+        val_images=str(val_images),
+        val_annotations=str(val_annotations),
+        num_workers=config.num_workers,
+    )
+    train_set, val_set = open_dataset(data, "train"), open_dataset(data, "val")
+    model = dataclasses.replace(PRESETS[PRESET], num_classes=train_set.num_classes)
+    training = dataclasses.replace(
+        TRAIN_PRESETS[PRESET],
+        steps=config.steps,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        precision=config.precision,
+        seed=config.seed,
+    )
+    write_config(out / CONFIG_NAME, PRESET, model, training, data)
+    prepared = time.perf_counter() - began
+    result = run_training(model, training, data, train_set, val_set, out_dir=out, device=device)
+    total = time.perf_counter() - began
+    print(results_table(result.metrics))
+    rest = total - prepared - result.seconds
+    print(f"seconds: data {prepared:.0f}, training {result.seconds:.0f}, evaluation and pictures {rest:.0f}")
+    print(f"pictures (prediction beside ground truth): {out / PICTURES_NAME}")
+    return result.metrics
+
+
+def make_data(folder: Path, *, num_images: int, seed: int, size: int) -> tuple[Path, Path]:
+    """Shapes as a COCO data set in `folder`: the images folder and the annotation file. Reused if it is complete."""
+    from tmask.data.shapes import write_shapes
+
+    wanted: dict[str, Any] = {"num_images": num_images, "seed": seed, "size": size}
+    mark = folder / _MARK
+    if mark.is_file():
+        found = json.loads(mark.read_text(encoding="utf-8"))
+        images, annotations = folder / found.pop("images"), folder / found.pop("annotations")
+        if found == wanted and annotations.is_file() and len(list(images.iterdir())) >= num_images:
+            return images, annotations
+    mark.unlink(missing_ok=True)
+    images, annotations = (Path(path) for path in write_shapes(folder, num_images=num_images, seed=seed, size=size))
+    places = {"images": str(images.relative_to(folder)), "annotations": str(annotations.relative_to(folder))}
+    mark.write_text(json.dumps(wanted | places), encoding="utf-8")
+    return images, annotations
