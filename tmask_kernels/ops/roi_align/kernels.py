@@ -1,0 +1,387 @@
+"""RoIAlign kernels: mean of bilinear samples, every pyramid level in one launch.
+
+One program: one box x one row of bins x a block of channels. It reads the box, finds its level, and works on a tile
+[bins of the row, channels]; coordinates and weights are computed once a bin, not once a channel. Features are read
+where they lie, by their strides; where every level has its channels side by side (channels_last), a thread
+loads 16 bytes of them, and the output is channels_last too.
+
+Determinism: the forward is; the backward adds in fp32 with atomics, in any order, so its last bits are not.
+Letters as in `reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tmask_kernels._triton import on_device
+
+
+@triton.jit
+def _box(boxes_ptr, valid_ptr, k, num_images, boxes_an_image, PADDED: tl.constexpr, HAS_VALID: tl.constexpr):
+    """Box k: corners, its image, and whether it is to be pooled at all (valid, finite, of an image that exists)."""
+    if PADDED:  # [N, P, 4]
+        row = boxes_ptr + k * 4
+        image = k // boxes_an_image
+        usable = image < num_images
+    else:  # [K, 5]
+        index = tl.load(boxes_ptr + k * 5)
+        row = boxes_ptr + k * 5 + 1
+        usable = (index > -1) & (index < num_images)  # false for NaN
+        image = tl.where(usable, index, 0.0).to(tl.int64)
+    x1, y1, x2, y2 = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    # A difference is finite only if both its terms are, and then only if it does not overflow.
+    usable &= (tl.abs(x2 - x1) < float("inf")) & (tl.abs(y2 - y1) < float("inf"))
+    if HAS_VALID:
+        usable &= tl.load(valid_ptr + k) != 0
+    return x1, y1, x2, y2, image, usable
+
+
+@triton.jit
+def _level(x1, y1, x2, y2, thresholds, ptrs, heights, widths, strides, scales, NUM_LEVELS: tl.constexpr):
+    """Pick the level of a box by how many of the areas in `thresholds` it reaches: pointer, H, W, strides, scale."""
+    area = (x2 - x1) * (y2 - y1)
+    ptr, H, W, scale = ptrs[0], heights[0], widths[0], scales[0]
+    stride_n, stride_c = tl.cast(strides[0][0], tl.int64), tl.cast(strides[0][1], tl.int64)
+    stride_h, stride_w = tl.cast(strides[0][2], tl.int64), tl.cast(strides[0][3], tl.int64)
+    for i in tl.static_range(1, NUM_LEVELS):
+        reached = area >= thresholds[i - 1]
+        ptr = tl.where(reached, ptrs[i], ptr)
+        H, W = tl.where(reached, heights[i], H), tl.where(reached, widths[i], W)
+        scale = tl.where(reached, scales[i], scale)
+        stride_n = tl.where(reached, tl.cast(strides[i][0], tl.int64), stride_n)
+        stride_c = tl.where(reached, tl.cast(strides[i][1], tl.int64), stride_c)
+        stride_h = tl.where(reached, tl.cast(strides[i][2], tl.int64), stride_h)
+        stride_w = tl.where(reached, tl.cast(strides[i][3], tl.int64), stride_w)
+    return ptr, H.to(tl.int32), W.to(tl.int32), stride_n, stride_c, stride_h, stride_w, scale
+
+
+@triton.jit
+def _divide(a, b):
+    """IEEE division: fp32 `/` is approximate and would move the ceil of an adaptive grid by one."""
+    if a.dtype.is_fp64():
+        return a / b
+    else:
+        return tl.math.div_rn(a, b)
+
+
+@triton.jit
+def _axis(low_corner, high_corner, scale, bins, ALIGNED: tl.constexpr, SAMPLING_RATIO: tl.constexpr):
+    """Along an axis, in cells: start of the box, size of a bin, samples in it (a float: it may be huge), their step."""
+    shift: tl.constexpr = 0.5 if ALIGNED else 0.0
+    start = low_corner * scale - shift
+    size = high_corner * scale - shift - start
+    if not ALIGNED:
+        size = tl.maximum(size, 1.0)
+    bin_size = _divide(size, tl.zeros_like(size) + bins)
+    if SAMPLING_RATIO > 0:
+        grid = tl.zeros_like(size) + SAMPLING_RATIO
+    else:
+        grid = tl.ceil(bin_size)
+    step = _divide(bin_size, tl.where(grid > 0, grid, 1.0))
+    return start, bin_size, grid, step
+
+
+@triton.jit
+def _window(bin_start, step, grid, length, SAMPLING_RATIO: tl.constexpr):
+    """First sample of a bin to visit, and how many: the adaptive grid of a huge box has most outside the map.
+
+    With an adaptive grid samples are at least half a cell apart (or there is just one), so at most
+    2 * (length + 1) + 1 fall inside [-1, length]; one more on either side absorbs rounding.
+    """
+    if SAMPLING_RATIO > 0:
+        first = tl.zeros_like(bin_start)
+        count = tl.zeros_like(bin_start) + SAMPLING_RATIO
+    else:
+        first = tl.floor((-1.0 - bin_start) / step - 0.5) - 1
+        first = tl.maximum(tl.minimum(first, grid - 1), 0.0)
+        last = tl.ceil((length - bin_start) / step - 0.5) + 1
+        count = tl.maximum(tl.minimum(last, grid - 1) - first + 1, 0.0)
+    return first, count
+
+
+@triton.jit
+def _taps(at, length):
+    """Cells below and above a sample, the weight of the upper one, and whether the sample lies in the map."""
+    inside = (at >= -1.0) & (at <= length)  # false for NaN
+    at = tl.where(inside, at, 0.0)
+    at = tl.minimum(tl.maximum(at, 0.0), length - 1.0)
+    low = tl.floor(at)
+    upper_weight = at - low
+    low = low.to(tl.int32)
+    high = tl.minimum(low + 1, length - 1)
+    return low.to(tl.int64), high.to(tl.int64), upper_weight, inside
+
+
+@triton.jit(do_not_specialize=["num_images", "boxes_an_image"])
+def _roi_align_kernel(
+    out_ptr,  # [K, C, PH, PW], any strides
+    feature_ptrs,  # one [N, C, H, W] a level, any strides
+    boxes_ptr,  # [N, P, 4] or [K, 5], contiguous
+    valid_ptr,  # [N, P] bytes
+    num_images,
+    boxes_an_image,
+    C,
+    heights,  # floats, which Triton does not compile a new kernel for
+    widths,
+    out_strides,  # (k, c, h, w)
+    feature_strides,  # (n, c, h, w) a level
+    scales,
+    thresholds,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    BLOCK_PW: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    NUM_LEVELS: tl.constexpr,
+    SAMPLING_RATIO: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PADDED: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    FEATURE_STRIDE_C_IS_1: tl.constexpr,
+    OUT_STRIDE_C_IS_1: tl.constexpr,
+    ACC: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
+    """Forward; with BACKWARD, `out_ptr` is the gradient to read and `feature_ptrs` the fp32 sums to add to."""
+    # Programs that read the same box and cells run next to one another.
+    num_blocks_c = tl.cdiv(C, BLOCK_C)
+    ph = tl.program_id(0) % PH
+    k = (tl.program_id(0) // PH // num_blocks_c).to(tl.int64)
+    offs_c = ((tl.program_id(0) // PH % num_blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    mask_c = offs_c < C
+    offs_pw = tl.arange(0, BLOCK_PW)
+    mask_pw = offs_pw < PW
+
+    x1, y1, x2, y2, image, usable = _box(boxes_ptr, valid_ptr, k, num_images, boxes_an_image, PADDED, HAS_VALID)
+    feature_ptr, H, W, stride_n, stride_c, stride_h, stride_w, scale = _level(
+        x1, y1, x2, y2, thresholds, feature_ptrs, heights, widths, feature_strides, scales, NUM_LEVELS
+    )
+    out_row = out_ptr + k * out_strides[0] + ph.to(tl.int64) * out_strides[2]
+    # The compiler cannot see these ones in the strides, and needs them for wide loads and stores.
+    channels = offs_c if FEATURE_STRIDE_C_IS_1 else offs_c * stride_c
+    out_channels = offs_c if OUT_STRIDE_C_IS_1 else offs_c * out_strides[1]
+    out_ptrs = out_row + (offs_pw.to(tl.int64) * out_strides[3])[:, None] + out_channels[None, :]
+    out_mask = mask_pw[:, None] & mask_c[None, :]
+    base = feature_ptr + image * stride_n
+
+    start_y, bin_h, grid_h, step_y = _axis(y1, y2, scale, PH, ALIGNED, SAMPLING_RATIO)
+    start_x, bin_w, grid_w, step_x = _axis(x1, x2, scale, PW, ALIGNED, SAMPLING_RATIO)
+    bin_y = start_y + ph.to(ACC) * bin_h
+    bin_x = start_x + offs_pw.to(ACC) * bin_w  # [BLOCK_PW]
+    first_y, count_y = _window(bin_y, step_y, grid_h, H, SAMPLING_RATIO)
+    first_x, counts_x = _window(bin_x, step_x, grid_w, W, SAMPLING_RATIO)
+    num_y = tl.where(usable, count_y, 0.0).to(tl.int32)
+    num_x = tl.where(usable, tl.max(tl.where(mask_pw, counts_x, 0.0), 0), 0.0).to(tl.int32)
+    share = 1.0 / tl.maximum(tl.where(usable, grid_h * grid_w, 1.0), 1.0)
+
+    if BACKWARD:
+        tile = tl.load(out_ptrs, mask=out_mask, other=0.0).to(ACC) * share
+    else:
+        tile = tl.zeros((BLOCK_PW, BLOCK_C), ACC)
+    iy = tl.full((), 0, tl.int32)
+    while iy < num_y:
+        at_y = first_y + iy.to(ACC)
+        y_low, y_high, ly, inside_y = _taps(bin_y + (at_y + 0.5) * step_y, H)
+        num_x_here = tl.where(inside_y & (at_y < grid_h), num_x, 0)
+        row_low, row_high = base + y_low * stride_h, base + y_high * stride_h
+        ix = tl.full((), 0, tl.int32)
+        while ix < num_x_here:
+            at_x = first_x + ix.to(ACC)
+            x_low, x_high, lx, inside_x = _taps(bin_x + (at_x + 0.5) * step_x, W)
+            mask = (inside_x & (at_x < grid_w) & mask_pw)[:, None] & mask_c[None, :]
+            left = (x_low * stride_w)[:, None] + channels[None, :]
+            right = (x_high * stride_w)[:, None] + channels[None, :]
+            lx = lx[:, None]
+            if BACKWARD:
+                tl.atomic_add(row_low + left, (1.0 - ly) * (1.0 - lx) * tile, mask=mask, sem="relaxed")
+                tl.atomic_add(row_low + right, (1.0 - ly) * lx * tile, mask=mask, sem="relaxed")
+                tl.atomic_add(row_high + left, ly * (1.0 - lx) * tile, mask=mask, sem="relaxed")
+                tl.atomic_add(row_high + right, ly * lx * tile, mask=mask, sem="relaxed")
+            else:
+                v00 = tl.load(row_low + left, mask=mask, other=0.0).to(ACC)
+                v01 = tl.load(row_low + right, mask=mask, other=0.0).to(ACC)
+                v10 = tl.load(row_high + left, mask=mask, other=0.0).to(ACC)
+                v11 = tl.load(row_high + right, mask=mask, other=0.0).to(ACC)
+                tile += (1.0 - ly) * ((1.0 - lx) * v00 + lx * v01) + ly * ((1.0 - lx) * v10 + lx * v11)
+            ix += 1
+        iy += 1
+    if not BACKWARD:
+        tl.store(out_ptrs, (tile * share).to(out_ptr.dtype.element_ty), mask=out_mask)
+
+
+class Tile(NamedTuple):
+    """Launch parameters: the tile of one program and its warps."""
+
+    block_pw: int
+    block_c: int
+    num_warps: int
+
+
+def pick_tile(C: int, PW: int) -> Tile:
+    """About 2,048 elements a program: 16 a thread of 4 warps, two 16-byte loads of bf16 channels for each tap."""
+    block_pw = triton.next_power_of_2(PW)
+    block_c = max(16, min(triton.next_power_of_2(max(C, 1)), 2048 // block_pw, 256))
+    return Tile(block_pw, block_c, num_warps=max(1, min(4, block_pw * block_c // 512)))
+
+
+def _launch(
+    out: Tensor,
+    features: Sequence[Tensor],
+    boxes: Tensor,
+    valid: Tensor | None,
+    scales: Sequence[float],
+    thresholds: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+    *,
+    backward: bool,
+) -> None:
+    """Run the kernel on `out` [K, C, PH, PW] and `features` (one [N, C, H, W] a level)."""
+    K, C, PH, PW = out.shape
+    if not out.numel() or not all(f.numel() for f in features):
+        if not backward:
+            out.zero_()
+        return
+    boxes = boxes.contiguous()
+    tile = pick_tile(C, PW)
+    grid = (K * triton.cdiv(C, tile.block_c) * PH,)
+    with on_device(out):
+        _roi_align_kernel[grid](
+            out_ptr=out,
+            feature_ptrs=tuple(features),
+            boxes_ptr=boxes,
+            valid_ptr=boxes if valid is None else valid.contiguous().view(torch.uint8),
+            num_images=features[0].shape[0],
+            boxes_an_image=boxes.shape[1] if boxes.dim() == 3 else 0,
+            C=C,
+            heights=tuple(float(f.shape[2]) for f in features),
+            widths=tuple(float(f.shape[3]) for f in features),
+            out_strides=tuple(out.stride()),
+            feature_strides=tuple(tuple(f.stride()) for f in features),
+            scales=tuple(float(scale) for scale in scales),
+            thresholds=tuple(float(area) for area in thresholds) or (0.0,),
+            PH=PH,
+            PW=PW,
+            BLOCK_PW=tile.block_pw,
+            BLOCK_C=tile.block_c,
+            NUM_LEVELS=len(features),
+            SAMPLING_RATIO=max(sampling_ratio, 0),
+            ALIGNED=aligned,
+            PADDED=boxes.dim() == 3,
+            HAS_VALID=valid is not None,
+            FEATURE_STRIDE_C_IS_1=all(f.stride(1) == 1 for f in features),
+            OUT_STRIDE_C_IS_1=out.stride(1) == 1,
+            ACC=tl.float64 if out.dtype == torch.float64 else tl.float32,
+            BACKWARD=backward,
+            num_warps=tile.num_warps,
+        )
+
+
+def _memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def is_channels_last(features: Sequence[Tensor]) -> bool:
+    """Whether every level has its channels side by side; then so have the output and the gradients."""
+    return all(f.stride(1) == 1 and f.shape[1] > 1 for f in features)
+
+
+def _empty_out(features: Sequence[Tensor], boxes: Tensor, height: int, width: int) -> Tensor:
+    num_boxes = boxes.shape[0] * (boxes.shape[1] if boxes.dim() == 3 else 1)
+    shape = (num_boxes, features[0].shape[1], height, width)
+    like = features[0]
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=_memory_format(is_channels_last(features))
+    )
+
+
+@torch.library.custom_op("tmask::multiscale_roi_align", mutates_args=())
+def multiscale_roi_align(
+    features: Sequence[Tensor],
+    boxes: Tensor,
+    valid: Tensor | None,
+    pooled_height: int,
+    pooled_width: int,
+    scales: Sequence[float],
+    thresholds: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    """Pool boxes [N, P, 4] (fp32, valid [N, P] bool) or [K, 5]: [K, C, PH, PW]. Arguments as in `reference`."""
+    out = _empty_out(features, boxes, pooled_height, pooled_width)
+    _launch(out, features, boxes, valid, scales, thresholds, sampling_ratio, aligned, backward=False)
+    return out
+
+
+@multiscale_roi_align.register_fake
+def _(features, boxes, valid, pooled_height, pooled_width, scales, thresholds, sampling_ratio, aligned):
+    return _empty_out(features, boxes, pooled_height, pooled_width)
+
+
+@torch.library.custom_op("tmask::multiscale_roi_align_backward", mutates_args=())
+def multiscale_roi_align_backward(
+    grad: Tensor,
+    boxes: Tensor,
+    valid: Tensor | None,
+    num_images: int,
+    heights: Sequence[int],
+    widths: Sequence[int],
+    channels_last: bool,
+    scales: Sequence[float],
+    thresholds: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+) -> list[Tensor]:
+    """Gradient of `multiscale_roi_align` to each level [N, C, H, W], summed in fp32, in the dtype of `grad`."""
+    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    sums = _empty_gradients(grad, num_images, heights, widths, channels_last, dtype)
+    for level in sums:
+        level.zero_()
+    _launch(grad, sums, boxes, valid, scales, thresholds, sampling_ratio, aligned, backward=True)
+    return [level.to(grad.dtype) for level in sums]
+
+
+@multiscale_roi_align_backward.register_fake
+def _(
+    grad, boxes, valid, num_images, heights, widths, channels_last, scales, thresholds, sampling_ratio, aligned
+):  # fmt: skip
+    return _empty_gradients(grad, num_images, heights, widths, channels_last, grad.dtype)
+
+
+def _empty_gradients(
+    grad: Tensor,
+    num_images: int,
+    heights: Sequence[int],
+    widths: Sequence[int],
+    channels_last: bool,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    C, memory_format = grad.shape[1], _memory_format(channels_last)
+    return [
+        torch.empty((num_images, C, H, W), dtype=dtype, device=grad.device, memory_format=memory_format)
+        for H, W in zip(heights, widths, strict=True)
+    ]
+
+
+def _setup_context(ctx, inputs, output):
+    features, boxes, valid, _, _, *ctx.rest = inputs
+    ctx.save_for_backward(boxes, valid)
+    ctx.num_images = features[0].shape[0]
+    ctx.heights, ctx.widths = [f.shape[2] for f in features], [f.shape[3] for f in features]
+    ctx.channels_last = is_channels_last(features)
+
+
+def _backward(ctx, grad):
+    boxes, valid = ctx.saved_tensors
+    gradients = multiscale_roi_align_backward(
+        grad, boxes, valid, ctx.num_images, ctx.heights, ctx.widths, ctx.channels_last, *ctx.rest
+    )
+    return gradients, None, None, None, None, None, None, None, None
+
+
+multiscale_roi_align.register_autograd(_backward, setup_context=_setup_context)

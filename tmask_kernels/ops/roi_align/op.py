@@ -1,0 +1,306 @@
+"""RoIAlign of one feature map or of a pyramid, all levels in one call. Letters as in `reference`."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tmask_kernels.backend import resolve, triton_reasons
+from tmask_kernels.ops.roi_align.reference import box_levels, box_sizes, multiscale_roi_align_reference
+
+# Factor on a box's scale sqrt(area) before its level is taken. torchvision adds 1e-6 to the logarithm. detectron2 adds
+# 1e-8 inside it, less than half a unit in the last place of fp32: it only keeps log2(0) finite, which is level 0 here.
+LEVEL_FACTOR = {"detectron2": 1.0, "torchvision": 2.0**1e-6}
+
+MAX_TRITON_LEVELS = 5
+
+# torchvision's CPU op tabulates the taps of all samples of a box; beyond this many a box goes to the reference.
+MAX_TORCHVISION_SAMPLES = 1 << 20
+
+
+def roi_align(
+    input: Tensor,
+    boxes: Tensor | Sequence[Tensor],
+    output_size: int | tuple[int, int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = -1,
+    aligned: bool = False,
+    *,
+    valid: Tensor | None = None,
+    reduction: Literal["mean", "max"] = "mean",
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+    cubic_coeff: float = -0.5,
+    backend: str | None = None,
+) -> Tensor:
+    """Average bilinear samples of a feature map in each bin of each box: [K, C, PH, PW].
+
+    input [N, C, H, W], fp16, bf16, fp32 or fp64, contiguous or channels_last. boxes, xyxy in image pixels: [K, 5] with
+    the image's index first, a list of N tensors [L, 4], or [N, P, 4] with `valid` [N, P] bool (then K = N * P).
+    spatial_scale: feature cells per pixel. sampling_ratio: samples per bin side; 0 or less takes ceil(bin size).
+    aligned: shift by half a cell, so that pixel centres meet; without it boxes are at least one cell long.
+
+    A sample outside [-1, H] x [-1, W] is 0 and counts in the mean. A box that is not valid, has a coordinate that is
+    NaN or infinite, or names an image that does not exist gives zeros and no gradient; the last is a ValueError where
+    it can be seen without a synchronisation (eager mode on the CPU). An aligned box of size 0 or less gives zeros with
+    the adaptive grid; with a fixed one, the value at the point or the mirrored crop.
+
+    Boxes and sums are fp32 (fp64 for fp64 input); the result has the input's dtype and, on CUDA, its memory format.
+    Differentiable in `input`, and in `boxes` with backend="reference". Not implemented yet: "max", "bicubic".
+    Errors: ValueError for a wrong shape, dtype, device or option. Source: Mask R-CNN (He et al. 2017), section 3.
+    """
+    return _roi_align(
+        "roi_align", [input], boxes, valid, output_size, [spatial_scale], [], sampling_ratio, aligned,
+        reduction, interpolation, backend,
+    )  # fmt: skip
+
+
+def multiscale_roi_align(
+    features: Sequence[Tensor],
+    boxes: Tensor | Sequence[Tensor],
+    output_size: int | tuple[int, int],
+    spatial_scales: Sequence[float],
+    *,
+    valid: Tensor | None = None,
+    sampling_ratio: int = 2,
+    aligned: bool = True,
+    canonical_scale: float = 224,
+    canonical_level: int = 4,
+    level_convention: str = "detectron2",
+    reduction: Literal["mean", "max"] = "mean",
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+    cubic_coeff: float = -0.5,
+    backend: str | None = None,
+) -> Tensor:
+    """`roi_align` from the pyramid level that fits each box: [K, C, PH, PW].
+
+    features: one [N, C, H, W] a level, finest first. spatial_scales: one a level, each half the one before; the first
+    is 2 ** -(finest level), as 1/4 for P2. A box of ``area`` px^2 belongs to level
+    ``floor(canonical_level + log2(sqrt(area) / canonical_scale))``, clamped to those given; `level_convention` says
+    where the epsilon stands: torchvision's 1e-6 outside the logarithm moves boxes just under a boundary up.
+    Everything else as in `roi_align`. Source of the levels: Feature Pyramid Networks (Lin et al. 2017), equation 1.
+    """
+    if level_convention not in LEVEL_FACTOR:
+        raise ValueError(f"level_convention: expected one of {', '.join(LEVEL_FACTOR)}, got {level_convention!r}")
+    scales = [float(scale) for scale in spatial_scales]
+    thresholds = _level_thresholds(scales, float(canonical_scale), canonical_level, level_convention)
+    return _roi_align(
+        "multiscale_roi_align", list(features), boxes, valid, output_size, scales, thresholds, sampling_ratio, aligned,
+        reduction, interpolation, backend,
+    )  # fmt: skip
+
+
+def _level_thresholds(
+    scales: list[float], canonical_scale: float, canonical_level: int, convention: str
+) -> list[float]:
+    """Area in px^2 from which a box leaves level i for level i + 1. Comparing areas needs no logarithm.
+
+    sqrt(area) / canonical_scale * factor >= 2 ** (level - canonical_level), squared.
+    """
+    if not canonical_scale > 0:
+        raise ValueError(f"canonical_scale: expected more than 0, got {canonical_scale}")
+    if not scales or not all(scale > 0 for scale in scales):
+        raise ValueError(f"spatial_scales: expected one or more numbers above 0, got {scales}")
+    if any(b * 2 != a for a, b in itertools.pairwise(scales)):
+        raise ValueError(f"spatial_scales: expected each half the one before, got {scales}")
+    finest = -math.log2(scales[0])
+    if len(scales) > 1 and finest != int(finest):
+        raise ValueError(f"spatial_scales: expected powers of two, got {scales}")
+    unit = canonical_scale / LEVEL_FACTOR[convention]
+    return [unit**2 * 4.0 ** (finest + i - canonical_level) for i in range(1, len(scales))]
+
+
+def _roi_align(
+    op: str,
+    features: list[Tensor],
+    boxes: Tensor | Sequence[Tensor],
+    valid: Tensor | None,
+    output_size: int | tuple[int, int],
+    scales: list[float],
+    thresholds: list[float],
+    sampling_ratio: int,
+    aligned: bool,
+    reduction: str,
+    interpolation: str,
+    backend: str | None,
+) -> Tensor:
+    size = (output_size, output_size) if isinstance(output_size, int) else (output_size[0], output_size[1])
+    _check_options(size, reduction, interpolation)
+    _check_features(features, scales)
+    boxes = _as_tensor(features[0], boxes, valid)
+    traced = _is_traced(features[0])
+    if boxes.dim() == 2 and boxes.device.type == "cpu" and not traced:
+        _check_image_indices(boxes, features[0].shape[0])
+    boxes = boxes.to(torch.float64 if features[0].dtype == torch.float64 else torch.float32)
+
+    device = features[0].device
+    reasons: dict[str, list[str]] = {"reference": []}
+    torchvision, triton = _torchvision_reasons(features, boxes, traced), _triton_reasons(features, boxes)
+    if device.type == "cuda":
+        reasons = {"triton": triton, "reference": [], "torchvision": torchvision}
+    else:
+        reasons = {"torchvision": torchvision, "reference": [], "triton": triton}
+    chosen = resolve(op, backend, reasons, device=device)
+    if chosen == "triton":
+        from tmask_kernels.ops.roi_align import kernels
+
+        return kernels.multiscale_roi_align(
+            features, boxes, valid, size[0], size[1], scales, thresholds, sampling_ratio, aligned
+        )
+    pool = multiscale_roi_align_reference if chosen == "reference" else _pool_torchvision
+    return pool(features, boxes, valid, size, scales, sampling_ratio, aligned, thresholds)
+
+
+def _check_options(size: tuple[int, int], reduction: str, interpolation: str) -> None:
+    if min(size) < 1:
+        raise ValueError(f"output_size: expected at least 1 x 1, got {size}")
+    for name, got, known, served in (
+        ("reduction", reduction, ("mean", "max"), "mean"),
+        ("interpolation", interpolation, ("bilinear", "bicubic"), "bilinear"),
+    ):
+        if got not in known:
+            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {got!r}")
+        if got != served:
+            raise ValueError(f"{name}: {got!r} is not implemented yet, expected {served!r}")
+
+
+def _check_features(features: list[Tensor], scales: list[float]) -> None:
+    if len(features) != len(scales):
+        raise ValueError(f"features: expected one a spatial scale ({len(scales)}), got {len(features)}")
+    for feature in features:
+        if feature.dim() != 4 or feature.shape[:2] != features[0].shape[:2]:
+            shapes = [tuple(f.shape) for f in features]
+            raise ValueError(f"features: expected [N, C, H, W] with one N and one C, got {shapes}")
+        if not feature.dtype.is_floating_point or feature.dtype != features[0].dtype:
+            raise ValueError(f"features: expected one floating point dtype, got {[f.dtype for f in features]}")
+        if feature.device != features[0].device:
+            raise ValueError(f"features: expected one device, got {[str(f.device) for f in features]}")
+
+
+def _as_tensor(feature: Tensor, boxes: Tensor | Sequence[Tensor], valid: Tensor | None) -> Tensor:
+    """Check `boxes` and `valid`; join a list of [L, 4] to [K, 5]."""
+    N = feature.shape[0]
+    if not isinstance(boxes, Tensor):
+        if len(boxes) != N or any(b.dim() != 2 or b.shape[1] != 4 for b in boxes):
+            shapes = [tuple(b.shape) for b in boxes]
+            raise ValueError(f"boxes: expected {N} tensors [L, 4], one an image, got {shapes}")
+        rows = [torch.nn.functional.pad(b, (1, 0), value=float(i)) for i, b in enumerate(boxes)]
+        boxes = torch.cat(rows) if rows else feature.new_zeros((0, 5), dtype=torch.float32)
+    flat, padded = boxes.dim() == 2 and boxes.shape[1] == 5, boxes.dim() == 3 and boxes.shape[::2] == (N, 4)
+    if not flat and not padded:
+        raise ValueError(f"boxes: expected [K, 5], a list of [L, 4] or [{N}, P, 4], got {tuple(boxes.shape)}")
+    if not boxes.dtype.is_floating_point:
+        raise ValueError(f"boxes: expected a floating point dtype, got {boxes.dtype}")
+    if boxes.device != feature.device:
+        raise ValueError(f"boxes: expected the features' device {feature.device}, got {boxes.device}")
+    if valid is not None and (not padded or valid.shape != boxes.shape[:2] or valid.dtype != torch.bool):
+        raise ValueError(
+            f"valid: expected bool [N, P] with boxes [N, P, 4], got {valid.dtype} {tuple(valid.shape)} "
+            f"with boxes {tuple(boxes.shape)}"
+        )
+    return boxes
+
+
+def _check_image_indices(boxes: Tensor, num_images: int) -> None:
+    index = boxes[:, 0].detach()
+    inside = (index > -1) & (index < num_images)
+    if not bool(inside.all()):
+        raise ValueError(f"boxes: expected image indices in 0..{num_images - 1}, got {index[~inside][0].item()}")
+
+
+def _is_traced(tensor: Tensor) -> bool:
+    """Whether values cannot be read: under torch.compile, torch.export, or on fake and meta tensors."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.device.type == "meta"
+
+
+def _torchvision_reasons(features: list[Tensor], boxes: Tensor, traced: bool) -> list[str]:
+    reasons = []
+    if features[0].device.type != "cpu":
+        reasons.append("serves CPU tensors only")
+    if traced:
+        reasons.append("selects rows by value, which cannot be traced")
+    if boxes.requires_grad and torch.is_grad_enabled():
+        reasons.append("no gradient to the boxes")
+    return reasons
+
+
+def _triton_reasons(features: list[Tensor], boxes: Tensor) -> list[str]:
+    reasons = triton_reasons(features[0], boxes)
+    if features[0].dtype == torch.float64 and features[0].device.type == "cuda":
+        reasons.append("float64 features run in the interpreter only")
+    if len(features) > MAX_TRITON_LEVELS:
+        reasons.append(f"at most {MAX_TRITON_LEVELS} levels")
+    if torch.is_grad_enabled():
+        if boxes.requires_grad:
+            reasons.append("no gradient to the boxes yet")
+        if torch.are_deterministic_algorithms_enabled() and any(f.requires_grad for f in features):
+            reasons.append("backward not deterministic yet")
+    return reasons
+
+
+def _pool_torchvision(
+    features: list[Tensor],
+    boxes: Tensor,
+    valid: Tensor | None,
+    output_size: tuple[int, int],
+    scales: list[float],
+    sampling_ratio: int,
+    aligned: bool,
+    thresholds: list[float],
+) -> Tensor:
+    """`multiscale_roi_align_reference` by torchvision's CPU op, one call a level; rows that give zeros cost nothing."""
+    from torchvision.ops import roi_align as torchvision_roi_align
+
+    boxes = boxes.detach()
+    if boxes.dim() == 3:
+        images = torch.arange(boxes.shape[0]).repeat_interleave(boxes.shape[1])
+        boxes = torch.cat([images[:, None].to(boxes.dtype), boxes.flatten(0, 1)], 1)  # [K, 5]
+    K = boxes.shape[0]
+    # torchvision's CPU op reads outside its memory at NaN and infinite boxes.
+    usable = torch.isfinite(box_sizes(boxes[:, 1:])).all(1)  # [K]
+    if valid is not None:
+        usable &= valid.flatten()
+    levels = box_levels(boxes[:, 1:], thresholds)
+    all_rows, pooled = [], []
+    for level, (feature, scale) in enumerate(zip(features, scales, strict=True)):
+        feature = feature.to(boxes.dtype)  # its CPU op has no bf16, and fp16 is 17 times slower
+        rows = (usable & (levels == level)).nonzero()[:, 0]  # the sizes of a call on the CPU may depend on data
+        outsized = rows[:0]
+        if sampling_ratio <= 0:
+            rows, outsized = _split_by_grid(boxes, rows, output_size, scale, aligned)
+        pooled.append(torchvision_roi_align(feature, boxes[rows], output_size, scale, sampling_ratio, aligned))
+        all_rows.append(rows)
+        if len(outsized):
+            pooled.append(
+                multiscale_roi_align_reference(
+                    [feature], boxes[outsized], None, output_size, [scale], sampling_ratio, aligned, []
+                )
+            )
+            all_rows.append(outsized)
+    index, values = torch.cat(all_rows), torch.cat(pooled)
+    if len(features) == 1 and len(index) == K and len(all_rows) == 1:
+        return values.to(features[0].dtype)
+    return values.new_zeros(K, *values.shape[1:]).index_copy(0, index, values).to(features[0].dtype)
+
+
+def _split_by_grid(
+    boxes: Tensor, rows: Tensor, output_size: tuple[int, int], scale: float, aligned: bool
+) -> tuple[Tensor, Tensor]:
+    """Of `rows`, those whose adaptive grid torchvision can tabulate, and those whose grid is too large for it.
+
+    Rows with an empty grid are in neither: they give zeros (torchvision fails on a grid of negative size).
+    """
+    corners = boxes[rows, 1:] * scale - (0.5 if aligned else 0.0)
+    sizes = box_sizes(corners)  # [rows, 2] x, y
+    if not aligned:
+        sizes = sizes.clamp(min=1.0)
+    bins = torch.tensor([output_size[1], output_size[0]])
+    samples = ((sizes / bins).ceil() * bins).double().prod(1)
+    some, large = (sizes > 0).all(1), samples > MAX_TORCHVISION_SAMPLES
+    return rows[some & ~large], rows[some & large]

@@ -1,0 +1,149 @@
+"""RoIAlign in plain PyTorch: the truth the other backends must agree with.
+
+The mean of bilinear samples is separable: for one channel ``out = Wy F Wx^T``, where row ``ph`` of ``Wy`` [PH, H] holds
+the weight of every feature row in bin row ``ph``, and ``Wx`` [PW, W] likewise. Both are built here densely, in closed
+form, so that no shape depends on data, not even for the adaptive grid.
+
+Letters: N images, P boxes an image, K boxes in all, C channels, H W feature size, PH PW bins.
+Source: He et al., Mask R-CNN (2017), section 3; levels: Lin et al., Feature Pyramid Networks (2017), equation 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Elements of the largest temporary: boxes are worked off in chunks of a size to match.
+CHUNK_ELEMENTS = 1 << 24
+
+# An adaptive grid with two or more samples has them more than half a cell apart, so at most 5 lie within a cell of a
+# given cell; one more on either side absorbs the rounding of the estimate where they begin.
+NEARBY_SAMPLES = 7
+
+
+def multiscale_roi_align_reference(
+    features: list[Tensor],
+    boxes: Tensor,
+    valid: Tensor | None,
+    output_size: tuple[int, int],
+    spatial_scales: list[float],
+    sampling_ratio: int,
+    aligned: bool,
+    level_thresholds: list[float],
+) -> Tensor:
+    """Pool every box from the feature map of its level.
+
+    features: one [N, C, H, W] a level, any float dtype. boxes [N, P, 4] with valid [N, P] bool or None, or [K, 5] with
+    the image's index first. level_thresholds: area in px^2 from which a box leaves level i for level i + 1, one fewer
+    than there are levels. Returns [N * P, C, PH, PW] or [K, C, PH, PW] in the features' dtype. Differentiable in the
+    features and the boxes; a box that is not valid or not finite, or whose image does not exist, gives zeros and takes
+    no gradient.
+    """
+    N, C = features[0].shape[:2]
+    dtype = torch.float64 if features[0].dtype == torch.float64 else torch.float32
+    boxes = boxes.to(dtype)
+    flat = boxes.dim() == 2
+    if flat:
+        # Every image sees every box, and owns those of its index: [K, 5] -> [N, K, 4].
+        images = torch.arange(N, device=boxes.device)
+        valid = boxes[:, 0].detach().trunc() == images[:, None]  # [N, K]
+        boxes = boxes[:, 1:].expand(N, -1, -1)
+    elif valid is None:
+        valid = torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
+
+    valid = valid & torch.isfinite(box_sizes(boxes.detach())).all(-1)  # [N, P]
+    boxes = torch.where(valid[..., None], boxes, 0.0)
+    levels = box_levels(boxes, level_thresholds)  # [N, P]
+
+    chunk = max(1, CHUNK_ELEMENTS // max(1, max(N * C * output_size[0] * f.shape[-1] for f in features)))
+    chunks = []
+    # Autocast would turn the products into half precision.
+    with torch.autocast(boxes.device.type, enabled=False):
+        maps = [f.to(dtype) for f in features]
+        for part, part_levels, part_valid in zip(
+            boxes.split(chunk, 1), levels.split(chunk, 1), valid.split(chunk, 1), strict=True
+        ):
+            out = torch.zeros((), dtype=dtype, device=boxes.device)
+            for level, (feature, scale) in enumerate(zip(maps, spatial_scales, strict=True)):
+                pooled = _pool(feature, part, output_size, scale, sampling_ratio, aligned)  # [N, p, C, PH, PW]
+                mine = (part_levels == level) & part_valid  # [N, p]
+                out = out + torch.where(mine[..., None, None, None], pooled, 0.0)
+            chunks.append(out)
+    result = torch.cat(chunks, 1)  # [N, P, C, PH, PW]
+    result = result.sum(0) if flat else result.flatten(0, 1)
+    return result.to(features[0].dtype)
+
+
+def box_sizes(boxes: Tensor) -> Tensor:
+    """Width and height of xyxy boxes [..., 4]: [..., 2]. NaN or infinite where any coordinate is."""
+    return boxes[..., 2:] - boxes[..., :2]
+
+
+def box_levels(boxes: Tensor, level_thresholds: list[float]) -> Tensor:
+    """Level index of boxes [..., 4], int64 [...]: how many thresholds the area reaches. Inverted boxes: level 0."""
+    sides = box_sizes(boxes.detach())
+    area = sides[..., 0] * sides[..., 1]
+    level = torch.zeros_like(area, dtype=torch.int64)
+    for threshold in level_thresholds:
+        level = level + (area >= threshold)
+    return level
+
+
+def _pool(
+    feature: Tensor, boxes: Tensor, output_size: tuple[int, int], scale: float, sampling_ratio: int, aligned: bool
+) -> Tensor:
+    """Pool boxes [N, P, 4] from one feature [N, C, H, W] of the same dtype: [N, P, C, PH, PW]."""
+    N, C, H, W = feature.shape
+    P = boxes.shape[1]
+    PH, PW = output_size
+    corners = boxes * scale - (0.5 if aligned else 0.0)
+    start, size = corners[..., :2], corners[..., 2:] - corners[..., :2]  # [N, P, 2] x, y in cells
+    if not aligned:
+        size = size.clamp(min=1.0)
+    weight_x = axis_weights(start[..., 0], size[..., 0], PW, W, sampling_ratio)  # [N, P, PW, W]
+    weight_y = axis_weights(start[..., 1], size[..., 1], PH, H, sampling_ratio)  # [N, P, PH, H]
+    rows = feature.permute(0, 2, 1, 3).reshape(N, H, C * W)
+    rows = torch.bmm(weight_y.reshape(N, P * PH, H), rows)  # [N, P * PH, C * W]
+    rows = rows.reshape(N * P, PH * C, W)
+    pooled = torch.bmm(rows, weight_x.reshape(N * P, PW, W).transpose(1, 2))  # [N * P, PH * C, PW]
+    return pooled.reshape(N, P, PH, C, PW).transpose(2, 3)
+
+
+def axis_weights(start: Tensor, size: Tensor, bins: int, length: int, sampling_ratio: int) -> Tensor:
+    """Weight of each of `length` cells in each of `bins` bins along one axis: [..., bins, length].
+
+    start, size [...]: where the box begins and how long it is, in cells. Bin ``b`` averages samples
+    ``start + b * bin + (i + 0.5) * bin / grid`` with ``bin = size / bins``; ``grid`` is `sampling_ratio`, or
+    ``ceil(bin)`` where that is 0 or less. A sample outside [-1, length] weighs 0 but counts in the mean.
+    """
+    index = torch.arange(bins, dtype=start.dtype, device=start.device)[:, None]  # [bins, 1]
+    cells = torch.arange(length, dtype=start.dtype, device=start.device)  # [length]
+    bin_size = (size / bins)[..., None, None]
+    bin_start = start[..., None, None] + index * bin_size  # [..., bins, 1]
+    if sampling_ratio > 0:
+        grid = torch.full_like(bin_size, sampling_ratio)
+        first, candidates = torch.zeros_like(bin_size), sampling_ratio
+    else:
+        grid = bin_size.detach().ceil()
+        # The samples whose taps can be a cell c lie in [c - 1, c + 1]; those clamped to the border do so too.
+        step = torch.where(grid > 0, bin_size / grid, 1.0).detach()
+        first = ((cells - 1 - bin_start.detach()) / step - 0.5).floor() - 1  # [..., bins, length]
+        first = torch.minimum(first, grid - 1).clamp(min=0)
+        candidates = NEARBY_SAMPLES
+    total = torch.zeros((), dtype=start.dtype, device=start.device)
+    for candidate in range(candidates):
+        i = first + candidate
+        at = bin_start + (i + 0.5) * bin_size / torch.where(grid > 0, grid, 1.0)
+        total = total + torch.where(i < grid, _tap_weights(at, cells, length), 0.0)
+    return total / grid.clamp(min=1)
+
+
+def _tap_weights(at: Tensor, cells: Tensor, length: int) -> Tensor:
+    """Bilinear weight of each of the `cells` [length] for samples `at` [..., 1 or length]: [..., length]."""
+    inside = (at >= -1) & (at <= length)
+    at = at.clamp(0, max(length - 1, 0))
+    low = at.detach().floor()
+    high = (low + 1).clamp(max=length - 1)
+    fraction = at - low  # 0 at the last cell
+    weight = torch.where(cells == low, 1 - fraction, 0.0) + torch.where(cells == high, fraction, 0.0)
+    return torch.where(inside, weight, 0.0)
