@@ -1,0 +1,74 @@
+"""Learning rates and parameter groups."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tmask.config import TRAIN_PRESETS, TrainConfig
+from tmask.engine.optimizer import build_optimizer, lr_factor, parameter_groups, set_lr
+
+
+@pytest.mark.parametrize("steps", [120, 540])
+def test_small_data_schedule_is_the_common_warm_up_and_cosine(steps: int) -> None:
+    config = dataclasses.replace(TRAIN_PRESETS["r18_fpn"], steps=steps)
+    for s in range(steps):
+        expected = min(1, (s + 1) / 50) * (0.5 * (1 + math.cos(math.pi * s / steps)) + 0.01)
+        assert lr_factor(config, s) == pytest.approx(expected, rel=1e-12), s
+
+
+def test_published_schedule_warms_up_and_falls_at_its_milestones() -> None:
+    config = TrainConfig()
+    assert lr_factor(config, 0) == pytest.approx(0.001)
+    assert lr_factor(config, 500) == pytest.approx((0.001 + 1) / 2)
+    assert [lr_factor(config, s) for s in (1000, 59_999)] == [1, 1]
+    assert [lr_factor(config, s) for s in (60_000, 79_999)] == pytest.approx([0.1, 0.1])
+    assert lr_factor(config, 80_000) == pytest.approx(0.01)
+
+
+def test_constant_schedule_without_warm_up_is_one() -> None:
+    config = TrainConfig(steps=10, schedule="constant", warmup_steps=0)
+    assert [lr_factor(config, s) for s in (0, 9)] == [1, 1]
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+        self.group_norm = nn.GroupNorm(2, 4)
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+        self.tied = self.conv
+
+
+def names(groups: list[dict[str, object]], model: nn.Module) -> list[tuple[float, set[str]]]:
+    by_id = {id(p): name for name, p in model.named_parameters()}
+    return [(g["weight_decay"], {by_id[id(p)] for p in g["params"]}) for g in groups]  # type: ignore[attr-defined,misc]
+
+
+def test_norm_and_bias_leave_weight_decay_on_request() -> None:
+    model = Small()
+    config = TrainConfig(weight_decay=0.1, decay_norm_and_bias=False)
+    plain = {"conv.bias", "norm.weight", "norm.bias", "group_norm.weight", "group_norm.bias"}
+    assert names(parameter_groups(model, config), model) == [(0.1, {"conv.weight"}), (0.0, plain)]
+
+
+def test_all_trainable_parameters_are_decayed_by_default_each_once() -> None:
+    groups = parameter_groups(Small(), TrainConfig(weight_decay=0.1))
+    assert len(groups) == 1
+    assert len(groups[0]["params"]) == 6  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def test_optimizer_kind_and_rate(name: str, kind: type) -> None:
+    optimizer = build_optimizer(Small(), TrainConfig(optimizer=name, lr=0.5))  # type: ignore[arg-type]
+    assert type(optimizer) is kind
+    set_lr(optimizer, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25]
+
+
+def test_a_frozen_model_is_an_error() -> None:
+    with pytest.raises(ValueError, match="model: expected parameters that take gradients"):
+        build_optimizer(Small().requires_grad_(False), TrainConfig())
