@@ -1,29 +1,152 @@
 """The padded path never waits for the host: zero blocking operations, also inside our custom ops."""
 
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import pytest
 import torch
+from torch import Tensor
+from triton.runtime.interpreter import GridExecutor
 
 import tmask
+import tmask_kernels
 from tests.model.sync import count_blocking
+from tmask.model import rpn
 from tmask.structures import ImageBatch, Targets
-from tmask_kernels.backend import use_backend
+from tmask_kernels.backend import resolve, use_backend
+
+OPS = sorted(path.parent.name for path in Path(tmask_kernels.__file__).parent.glob("ops/*/op.py"))
 
 
-def train_step(model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]) -> None:
+def run(mode: str, model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]) -> None:
+    if mode == "inference":
+        with torch.no_grad():
+            model.eval().forward_padded(batch[0])
+        return
     losses = model.forward_padded(*batch)
     assert isinstance(losses, dict)
     torch.stack(list(losses.values())).sum().backward()
 
 
-# "auto" would take torchvision's ragged CPU ops; on a GPU auto is Triton, which the interpreter stands for here.
+@contextlib.contextmanager
+def triton_where_there_is_a_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """Every op takes Triton if it can, else its reference: what ``auto`` does on a GPU. Yields the ops that ran it."""
+    used = set()
+
+    def prefer(op: str, backend: str | None, reasons: dict[str, list[str]], *, device: torch.device) -> str:
+        chosen = "triton" if reasons.get("triton", ["none"]) == [] else "reference"
+        if chosen == "triton":
+            used.add(op)
+        return resolve(op, chosen, reasons, device=device)
+
+    for op in OPS:
+        monkeypatch.setattr(importlib.import_module(f"tmask_kernels.ops.{op}.op"), "resolve", prefer)
+
+    # The interpreter reads the arguments on the host, as no launch on a GPU does: leave it out of the count.
+    interpret: Callable[..., None] = GridExecutor.__call__
+
+    def launch(self: GridExecutor, *args: object, **kwargs: object) -> None:
+        with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():
+            interpret(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", launch)
+    yield used
+
+
+# ``auto`` on a CPU takes torchvision's ragged ops, so it is not what is tested here.
 @pytest.mark.parametrize("mode", ["train", "inference"])
-def test_reference_backend_never_blocks(
-    mode: str, small_model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]
-) -> None:
+def test_reference_backend(mode: str, small_model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]) -> None:
     with use_backend("reference"), count_blocking() as found:
-        if mode == "train":
-            train_step(small_model, batch)
-        else:
-            with torch.no_grad():
-                small_model.eval().forward_padded(batch[0])
+        run(mode, small_model, batch)
+    assert not found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels run, see tests marked gpu")
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_triton_backend(
+    mode: str, small_model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with triton_where_there_is_a_kernel(monkeypatch) as used, count_blocking() as found:
+        run(mode, small_model, batch)
+    assert not found
+    assert "multiscale_roi_align" in used
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_an_item_in_the_model_is_found(
+    mode: str, small_model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = rpn.rpn_proposals
+
+    def with_item(*args: object, **kwargs: object) -> tuple[Tensor, Tensor, Tensor]:
+        boxes, scores, counts = real(*args, **kwargs)
+        assert counts[0].item() >= 0
+        return boxes, scores, counts
+
+    monkeypatch.setattr(rpn, "rpn_proposals", with_item)
+    with use_backend("reference"), count_blocking() as found:
+        run(mode, small_model, batch)
+    assert sum(found.values()) == 1, found
+
+
+def test_an_item_in_a_custom_op_is_found(
+    small_model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    definition = torch._library.custom_ops.OPDEFS["tmask::mask_targets_reference"]
+    real = definition._init_fn
+
+    def with_item(packed: Tensor, *args: object) -> Tensor:
+        assert packed.sum().item() >= 0
+        return real(packed, *args)
+
+    monkeypatch.setattr(definition, "_init_fn", with_item)
+    with use_backend("reference"), count_blocking() as found:
+        run("train", small_model, batch)
+    assert sum(found.values()) == 1, found
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.tolist(),
+        lambda x: x.sum().item(),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0.5],
+        lambda x: bool(x.sum() > 0),
+        lambda x: x.masked_select(x > 0.5),
+        lambda x: x.unique(),
+        lambda x: x.numpy(),
+        lambda x: x.cpu(),
+        lambda x: torch.where(x > 0.5),
+        lambda x: x.repeat_interleave((x > 0.5).long()),
+    ],
+    ids=[
+        "tolist",
+        "item",
+        "nonzero",
+        "boolean index",
+        "bool",
+        "masked_select",
+        "unique",
+        "numpy",
+        "cpu",
+        "where",
+        "rep",
+    ],
+)
+def test_the_counter_sees(read: Callable[[Tensor], object]) -> None:
+    x = torch.rand(9)
+    with count_blocking() as found:
+        read(x)
+    assert sum(found.values()) >= 1
+
+
+def test_the_counter_lets_static_ops_pass() -> None:
+    x = torch.rand(9)
+    with count_blocking() as found:
+        x.topk(3).values.repeat_interleave(2)
+        torch.where(x > 0.5, x, 0.0)[torch.arange(3)]
+        x.masked_fill(x > 0.5, 0.0)
     assert not found

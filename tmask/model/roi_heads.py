@@ -179,6 +179,7 @@ class RoIHeads(nn.Module):
             boxes,
             torch.where(valid, gt_index, -1),
             2 * self.mask_pool_size,
+            image_sizes=images.sizes,
             convention=self.mask_targets,
         )  # [N, slots, M, M]
         pooled = self.extractor(features, boxes, valid, images.tensor.shape[-2], self.mask_pool_size)
