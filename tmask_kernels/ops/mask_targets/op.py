@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -18,7 +16,7 @@ def mask_targets(
     gt_index: Tensor,
     size: int,
     *,
-    convention: Literal["detectron2", "torchvision"],
+    convention: str,
     image_sizes: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:

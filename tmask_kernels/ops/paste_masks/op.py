@@ -12,8 +12,6 @@ from tmask_kernels.ops.paste_masks.reference import paste_masks_reference
 from tmask_kernels.ops.paste_masks.rle import paste_rle
 from tmask_kernels.packed import WORD
 
-Convention = Literal["detectron2", "torchvision"]
-
 
 @overload
 def paste_masks(

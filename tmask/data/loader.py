@@ -1,0 +1,169 @@
+"""From a data set to padded batches. What an epoch shows, and how it is flipped, depends on (seed, epoch) alone.
+
+Not on the number of workers, nor on what ran before: a resumed run sees the batches it would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from tmask.structures import ImageBatch, Targets
+
+Item = tuple[Tensor, dict[str, Any]]
+# tmask.model.transform.ImageTransform, or anything called like it.
+BatchTransform = Callable[[Sequence[Tensor], Sequence[Mapping[str, Tensor]] | None], tuple[ImageBatch, Targets | None]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N images, resized and padded, with their targets."""
+
+    images: ImageBatch
+    targets: Targets
+    image_ids: list[int]
+    original_sizes: list[tuple[int, int]]  # height, width before the resize
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory; DataLoader calls it."""
+        images = ImageBatch(*(tensor.pin_memory() for tensor in self.images))
+        pinned = {name: tensor.pin_memory() for name, tensor in self.targets._asdict().items() if tensor is not None}
+        targets = self.targets._replace(**pinned)
+        return Batch(images, targets, self.image_ids, self.original_sizes)
+
+
+class DetectionData(Protocol):
+    """What a loader needs of a data set; `tmask.data.coco.CocoDataset` has it."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int) -> Item: ...
+    def aspect_ratio(self, i: int) -> float:
+        """Width / height of image i, without reading it."""
+
+
+class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (index, seed) pairs; an item's seed sets its augmentation.
+
+    Every index of 0..length-1 comes once an epoch; with `drop_last` an incomplete batch is left out. Without `shuffle`
+    they come in order. With `aspect_ratios` (width / height, one an index) a batch holds only wide or only tall images,
+    so that little of it is padding.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        seed: int = 0,
+        aspect_ratios: Sequence[float] | None = None,
+        drop_last: bool = False,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        if seed < 0:
+            raise ValueError(f"seed: expected at least 0, got {seed}")
+        if aspect_ratios is not None and len(aspect_ratios) != length:
+            raise ValueError(f"aspect_ratios: expected {length} values, got {len(aspect_ratios)}")
+        self.length, self.batch_size, self.shuffle, self.seed = length, batch_size, shuffle, seed
+        self.drop_last = drop_last
+        self.epoch = 0
+        self.groups = [0] * length if aspect_ratios is None else [int(ratio >= 1) for ratio in aspect_ratios]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order that the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        sizes = [self.groups.count(group) for group in set(self.groups)]
+        return sum(size // self.batch_size if self.drop_last else -(-size // self.batch_size) for size in sizes)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.epoch
+        for batch in self.batches(epoch):
+            yield [(i, _mix(self.seed, epoch, i)) for i in batch]
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """The indices of each batch of `epoch`, in order."""
+        order = list(range(self.length))
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+            order = torch.randperm(self.length, generator=generator).tolist()
+        batches: list[list[int]] = []
+        open_batches: dict[int, list[int]] = {}
+        for i in order:
+            batch = open_batches.setdefault(self.groups[i], [])
+            batch.append(i)
+            if len(batch) == self.batch_size:
+                batches.append(open_batches.pop(self.groups[i]))
+        return batches if self.drop_last else [*batches, *open_batches.values()]
+
+
+def make_loader(
+    dataset: DetectionData,
+    transform: BatchTransform,
+    *,
+    batch_size: int,
+    shuffle: bool,
+    seed: int = 0,
+    num_workers: int = 0,
+    aspect_grouping: bool = False,
+    drop_last: bool = False,
+) -> DataLoader[Batch]:
+    """Batches of `dataset`, made by `transform` in `num_workers` processes (0: in this one).
+
+    Call ``loader.batch_sampler.set_epoch(n)`` before each epoch. Without `shuffle` images come in order (leave
+    `aspect_grouping` off then, or they do not). Batches are pinned where there is a GPU.
+    Errors: ValueError for a batch_size below 1 or a negative seed.
+    """
+    ratios = [dataset.aspect_ratio(i) for i in range(len(dataset))] if aspect_grouping else None
+    sampler = EpochBatchSampler(
+        len(dataset), batch_size=batch_size, shuffle=shuffle, seed=seed, aspect_ratios=ratios, drop_last=drop_last
+    )
+    return DataLoader(
+        _SeededDataset(dataset),  # type: ignore[arg-type]
+        batch_sampler=sampler,
+        collate_fn=_Collate(transform),
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed),  # else each epoch draws from the caller's random state
+    )
+
+
+class _SeededDataset(Dataset[Item]):
+    """Items by (index, seed): random transforms of an item depend on the seed and on nothing else."""
+
+    def __init__(self, dataset: DetectionData) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Item:
+        index, seed = key
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.dataset[index]
+
+
+@dataclass(frozen=True)
+class _Collate:
+    transform: BatchTransform
+
+    def __call__(self, items: Sequence[Item]) -> Batch:
+        sizes = [(image.shape[-2], image.shape[-1]) for image, _ in items]
+        images, targets = self.transform([image for image, _ in items], [target for _, target in items])
+        assert targets is not None
+        return Batch(images, targets, [int(target["image_id"]) for _, target in items], sizes)
+
+
+def _mix(*numbers: int) -> int:
+    """One well-mixed 63-bit number from several."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
