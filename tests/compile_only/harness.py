@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,12 +69,14 @@ class Case:
     """One compiled variant. `signature` maps run-time arguments to types ("*fp32", "i32", "fp32"...).
 
     Like Triton's launcher, give an integer argument that is 1 as a constexpr, and name pointers and integers that are
-    multiples of 16 in `divisible_by_16`. `fp32` says that the arithmetic must be full fp32: no TF32 is allowed.
+    multiples of 16 in `divisible_by_16`. A tuple argument takes a tuple of types; in it "=1" is an integer known to be
+    1, and its name in `divisible_by_16` holds for all its members. `fp32` says that the arithmetic must be full fp32:
+    no TF32 is allowed.
     """
 
     name: str
     kernel: Any
-    signature: Mapping[str, str]
+    signature: Mapping[str, Any]
     constexprs: Mapping[str, Any]
     budget: Budget
     divisible_by_16: Sequence[str] = ()
@@ -123,7 +125,7 @@ def compile_case(case: Case, target: str) -> Resources:
 
 def compile_kernel(
     kernel: Any,
-    signature: Mapping[str, str],
+    signature: Mapping[str, Any],
     constexprs: Mapping[str, Any],
     *,
     divisible_by_16: Sequence[str] = (),
@@ -139,16 +141,42 @@ def compile_kernel(
     names = list(kernel.arg_names)
     given = set(signature) | set(constexprs)
     assert given == set(names), f"{kernel.__name__}: missing {set(names) - given}, unknown {given - set(names)}"
-    types = {name: "constexpr" if name in constexprs else signature[name] for name in names}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible_by_16}
+    types: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for i, name in enumerate(names):
+        if name in constexprs:
+            types[name], constants[(i,)] = "constexpr", constexprs[name]
+            continue
+        types[name] = _without_ones(signature[name])
+        for path, kind in _leaves(signature[name], (i,)):
+            if kind == "=1":
+                constants[path] = 1
+            elif name in divisible_by_16:
+                attributes[path] = [["tt.divisibility", 16]]
     amd = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     options = {"num_warps": num_warps} | ({} if num_stages is None else {"num_stages": num_stages})
-    source = ASTSource(kernel, types, dict(constexprs), attributes)
+    source = ASTSource(kernel, types, constants, attributes)
     compiled = triton.compile(source, target=gpu, options=options)
     if amd:
         return _amd_resources(compiled.asm["amdgcn"])
     return _nvidia_resources(compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def _leaves(kind: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Each type in a nested tuple with its path."""
+    if not isinstance(kind, tuple):
+        yield path, kind
+        return
+    for i, member in enumerate(kind):
+        yield from _leaves(member, (*path, i))
+
+
+def _without_ones(kind: Any) -> Any:
+    if isinstance(kind, tuple):
+        return tuple(_without_ones(member) for member in kind)
+    return "constexpr" if kind == "=1" else kind
 
 
 def _nvidia_resources(ptx: str, cubin: bytes, dynamic_shared: int) -> Resources:
