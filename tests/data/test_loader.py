@@ -1,0 +1,145 @@
+import itertools
+
+import pytest
+import torch
+
+from tmask.data.coco import CocoDataset
+from tmask.data.loader import EpochBatchSampler, make_loader
+from tmask.data.shapes import write_shapes
+from tmask.data.transforms import train_transforms
+from tmask.model.transform import ImageTransform
+from tmask_kernels import unpack_masks
+
+TRANSFORM = ImageTransform(
+    min_size=64, max_size=96, image_mean=(0.5, 0.5, 0.5), image_std=(0.25, 0.25, 0.25), size_divisible=32,
+    antialias=True, keep_crowds=True,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return write_shapes(tmp_path_factory.mktemp("shapes"), num_images=10, seed=5, size=64)
+
+
+def flat(batches):
+    return list(itertools.chain.from_iterable(batches))
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(("length", "batch_size"), [(10, 3), (9, 3), (2, 4), (0, 2), (7, 1)], ids=str)
+def test_an_epoch_shows_each_image_once(length, batch_size, grouped, drop_last):
+    ratios = [0.5 if i % 3 else 2.0 for i in range(length)] if grouped else None
+    sampler = EpochBatchSampler(length, batch_size=batch_size, shuffle=True, aspect_ratios=ratios, drop_last=drop_last)
+    batches = sampler.batches(0)
+    assert len(batches) == len(sampler) == len(list(sampler))
+    shown = flat(batches)
+    assert len(shown) == len(set(shown))
+    if drop_last:
+        assert all(len(batch) == batch_size for batch in batches)
+    else:
+        assert sorted(shown) == list(range(length))
+    if ratios:
+        assert all(len({ratios[i] for i in batch}) == 1 for batch in batches)
+
+
+def test_order_depends_on_seed_and_epoch_only():
+    def order(seed, epoch):
+        sampler = EpochBatchSampler(50, batch_size=4, shuffle=True, seed=seed)
+        torch.rand(epoch + 3)  # what else was drawn does not matter
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert order(1, 2) == order(1, 2)
+    assert order(1, 2) != order(1, 3)
+    assert order(1, 2) != order(2, 2)
+
+
+def test_item_seeds_change_with_the_epoch_and_do_not_repeat():
+    sampler = EpochBatchSampler(40, batch_size=4, shuffle=False)
+    seeds = set()
+    for epoch in range(5):
+        sampler.set_epoch(epoch)
+        seeds |= {seed for _, seed in flat(sampler)}
+    assert len(seeds) == 200
+
+
+def test_without_shuffle_images_come_in_order():
+    assert flat(EpochBatchSampler(10, batch_size=3, shuffle=False).batches(7)) == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"seed": -1}, "seed: expected at least 0, got -1"),
+        ({"aspect_ratios": [1.0]}, "aspect_ratios: expected 10 values, got 1"),
+    ],
+    ids=["batch_size", "seed", "aspect_ratios"],
+)
+def test_wrong_arguments_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        EpochBatchSampler(10, **{"batch_size": 2, "shuffle": True, **change})
+
+
+def test_batches_hold_images_targets_ids_and_sizes(shapes):
+    dataset = CocoDataset(*shapes)
+    loader = make_loader(dataset, TRANSFORM, batch_size=4, shuffle=False)
+    batches = list(loader)
+    assert [len(batch.image_ids) for batch in batches] == [4, 4, 2]
+    assert flat(batch.image_ids for batch in batches) == list(range(1, 11))
+    first = batches[0]
+    assert first.original_sizes == [(64, 64)] * 4
+    assert first.images.tensor.shape == (4, 3, 64, 64)
+    for n in range(4):
+        target = dataset[n][1]
+        count = len(target["labels"])
+        assert first.targets.valid[n].tolist() == [g < count for g in range(first.targets.valid.shape[1])]
+        assert torch.equal(first.targets.labels[n, :count], target["labels"])
+        masks = unpack_masks(first.targets.masks[n, :count], 64)
+        assert torch.equal(masks, target["masks"].bool())
+
+
+def test_flips_do_not_depend_on_the_number_of_workers_nor_on_the_global_state(shapes):
+    dataset = CocoDataset(*shapes, transforms=train_transforms(0.5, 0.5))
+
+    def epoch(num_workers, epoch):
+        loader = make_loader(dataset, TRANSFORM, batch_size=4, shuffle=True, seed=3, num_workers=num_workers)
+        loader.batch_sampler.set_epoch(epoch)
+        torch.rand(1)
+        state = torch.get_rng_state()
+        batches = list(loader)
+        assert torch.equal(torch.get_rng_state(), state)
+        return [batch.image_ids for batch in batches], torch.cat([batch.images.tensor for batch in batches])
+
+    ids, images = epoch(0, 1)
+    for num_workers in (0, 2):
+        other_ids, other = epoch(num_workers, 1)
+        assert other_ids == ids
+        assert torch.equal(other, images)
+    plain = make_loader(CocoDataset(*shapes), TRANSFORM, batch_size=4, shuffle=True, seed=3)
+    plain.batch_sampler.set_epoch(1)
+    flipped = (images != torch.cat([batch.images.tensor for batch in plain])).flatten(1).any(1)
+    assert flipped.any()
+
+
+def test_persistent_workers_follow_set_epoch(shapes):
+    loader = make_loader(CocoDataset(*shapes), TRANSFORM, batch_size=4, shuffle=True, num_workers=1)
+    for epoch in (0, 1, 0):
+        loader.batch_sampler.set_epoch(epoch)
+        shown = [batch.image_ids for batch in loader]
+        assert shown == [[i + 1 for i in batch] for batch in loader.batch_sampler.batches(epoch)]
+
+
+def test_aspect_grouping_reads_the_data_set(write, content):
+    dataset = CocoDataset(*write(content))
+    loader = make_loader(dataset, TRANSFORM, batch_size=2, shuffle=True, aspect_grouping=True)
+    assert [batch.image_ids for batch in loader] in ([[7], [3]], [[3], [7]])
+
+
+def test_a_crowd_and_an_empty_image_share_a_batch(write, content):
+    loader = make_loader(CocoDataset(*write(content)), TRANSFORM, batch_size=2, shuffle=False)
+    (batch,) = loader
+    assert batch.targets.crowd.tolist() == [[False, True, False], [False] * 3]
+    assert batch.targets.valid.tolist() == [[True, False, True], [False] * 3]
+    assert batch.original_sizes == [(10, 20), (12, 8)]

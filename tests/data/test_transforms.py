@@ -1,0 +1,60 @@
+import pickle
+
+import pytest
+import torch
+
+from tmask.data.transforms import train_transforms
+
+
+def item():
+    """An image and two instances, each mask exactly filling its box."""
+    image = torch.randint(0, 256, (3, 9, 14), dtype=torch.uint8)
+    boxes = torch.tensor([[1.0, 2.0, 5.0, 6.0], [7.0, 0.0, 14.0, 3.0]])
+    masks = torch.zeros(2, 9, 14, dtype=torch.uint8)
+    for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[y1:y2, x1:x2] = 1
+    return image, {"image_id": 4, "boxes": boxes, "labels": torch.tensor([1, 2]), "masks": masks}
+
+
+@pytest.mark.parametrize(("hflip", "vflip", "dims"), [(1, 0, [2]), (0, 1, [1]), (1, 1, [1, 2]), (0, 0, [])], ids=str)
+def test_flips_move_image_boxes_and_masks_together(hflip, vflip, dims):
+    image, target = item()
+    before = target["boxes"].clone()
+    flipped, out = train_transforms(hflip, vflip)(image, target)
+    assert torch.equal(flipped, image.flip(dims))
+    assert torch.equal(out["masks"], target["masks"].flip(dims))
+    for mask, (x1, y1, x2, y2) in zip(out["masks"], out["boxes"].int().tolist(), strict=True):
+        assert mask[y1:y2, x1:x2].all()
+        assert mask.sum() == (x2 - x1) * (y2 - y1)
+    assert out["image_id"] == 4
+    assert torch.equal(out["labels"], target["labels"])
+    assert torch.equal(target["boxes"], before)
+    for value in (flipped, out["boxes"], out["masks"]):
+        assert type(value) is torch.Tensor
+
+
+def test_probability_is_kept():
+    image, target = item()
+    flips = train_transforms(0.3, 0.0)
+    share = sum(not torch.equal(flips(image, target)[0], image) for _ in range(400)) / 400
+    assert 0.22 < share < 0.38
+
+
+def test_no_instances():
+    image, target = item()
+    target = {"boxes": target["boxes"][:0], "masks": target["masks"][:0]}
+    _, out = train_transforms(1, 1)(image, target)
+    assert out["boxes"].shape == (0, 4)
+    assert out["masks"].shape == (0, 9, 14)
+
+
+def test_pickles():
+    image, target = item()
+    flips = pickle.loads(pickle.dumps(train_transforms(1, 0)))
+    assert torch.equal(flips(image, target)[0], image.flip(2))
+
+
+@pytest.mark.parametrize(("hflip", "vflip"), [(1.1, 0), (0, -0.1)])
+def test_probabilities_are_checked(hflip, vflip):
+    with pytest.raises(ValueError, match=r"flip: expected a probability in 0..1"):
+        train_transforms(hflip, vflip)

@@ -1,0 +1,144 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from pycocotools import mask as coco_mask
+
+from tmask import visualize
+from tmask.visualize import comparison, draw_instances, grid, save_png
+
+NAMES = ["disc", "square"]
+
+
+def grey(height=40, width=60):
+    return torch.full((3, height, width), 128, dtype=torch.uint8)
+
+
+def result(height=40, width=60, **extra):
+    masks = torch.zeros(2, height, width, dtype=torch.bool)
+    masks[0, 5:15, 5:20] = True
+    masks[1, 20:35, 30:50] = True
+    boxes = torch.tensor([[5.0, 5.0, 20.0, 15.0], [30.0, 20.0, 50.0, 35.0]])
+    return {"boxes": boxes, "labels": torch.tensor([1, 2]), "masks": masks, **extra}
+
+
+def forms(masks):
+    runs = coco_mask.encode(np.asfortranarray(masks.permute(1, 2, 0).numpy().astype(np.uint8)))
+    return {
+        "bool": masks,
+        "uint8": masks.to(torch.uint8),
+        "probability": masks.float() * 0.9,
+        "torchvision": masks[:, None].float() * 0.9,
+        "bytes": runs,
+        "text": [{"size": run["size"], "counts": run["counts"].decode()} for run in runs],
+    }
+
+
+def test_every_form_of_mask_draws_the_same():
+    first = None
+    for name, masks in forms(result()["masks"]).items():
+        picture = draw_instances(grey(), {**result(), "masks": masks}, NAMES)
+        first = picture if first is None else first
+        assert torch.equal(picture, first), name
+
+
+def test_small_images_are_enlarged_and_large_ones_are_not():
+    assert draw_instances(grey(), result(), NAMES).shape == (3, 40 * 13, 60 * 13)
+    assert draw_instances(grey(), result(), NAMES, side=40).shape == (3, 40, 60)
+    assert draw_instances(grey(600, 900), result(600, 900), NAMES).shape == (3, 600, 900)
+
+
+def test_each_instance_has_its_colour_inside_its_mask_and_the_rest_is_untouched():
+    """One class and no score: no label lies over the masks."""
+    one = {**result(), "labels": torch.tensor([1, 1])}
+    picture = draw_instances(grey(), one, ["nucleus"], side=40)
+    assert picture[:, 10, 12].tolist() != picture[:, 30, 40].tolist()
+    drawn = (picture != 128).any(0)
+    assert torch.equal(drawn, result()["masks"].any(0))
+
+
+def test_no_instances_give_the_plain_image():
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
+    for masks in (None, [], torch.zeros(0, 40, 60, dtype=torch.bool)):
+        assert torch.equal(draw_instances(grey(), {**empty, "masks": masks}, NAMES, side=40), grey())
+
+
+def test_scores_below_the_bound_are_left_out():
+    scores = torch.tensor([0.2, 0.9])
+    picture = draw_instances(grey(), result(scores=scores), NAMES, min_score=0.5)
+    assert picture[:, 10 * 13, 12 * 13].tolist() == [128] * 3
+    assert picture[:, 30 * 13, 40 * 13].tolist() != [128] * 3
+
+
+def test_boxes_alone_and_boxes_beyond_the_image():
+    boxes = torch.tensor([[-10.0, -10.0, 500.0, 400.0], [50.0, 30.0, 20.0, 10.0], [float("nan"), 0.0, 5.0, 5.0]])
+    picture = draw_instances(grey(), {"boxes": boxes, "labels": torch.tensor([1, 1, 2])}, NAMES)
+    assert (picture != 128).any()
+
+
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("names", [NAMES, ["nucleus"]], ids=["two classes", "one class"])
+def test_labels_stand_above_the_box_and_a_single_class_is_not_named(names, scored):
+    one = {**result(), "labels": torch.tensor([1, 1]), "masks": None}
+    if scored:
+        one["scores"] = torch.tensor([0.5, 0.5])
+    above = draw_instances(grey(), one, names)[:, : 5 * 13, 5 * 13 : 20 * 13]
+    assert (above != 128).any() == (scored or len(names) > 1)
+
+
+def test_labels_that_would_hide_others_are_left_out():
+    """Fifty labels of one box: only as many as find room around it, none over another."""
+    draw, taken = ImageDraw.Draw(Image.new("RGB", (400, 400))), []
+    for _ in range(50):
+        arguments = ("square 0.50", (150.0, 150.0, 250.0, 250.0), (255, 0, 0), visualize._font(14), (400, 400))
+        visualize._write_label(draw, *arguments, taken)
+    assert 4 <= len(taken) <= 8
+    assert all(visualize._overlap(a, b) == 0 for a, b in itertools.combinations(taken, 2))
+
+
+def test_image_and_result_are_not_changed():
+    image, found = grey(), result(scores=torch.tensor([0.5, 0.6]))
+    before = {name: value.clone() for name, value in found.items()}
+    draw_instances(image, found, NAMES)
+    assert torch.equal(image, grey())
+    assert all(torch.equal(found[name], value) for name, value in before.items())
+
+
+def test_grid_places_pictures_of_unequal_sizes():
+    a, b, c = (torch.full((3, h, w), v, dtype=torch.uint8) for h, w, v in [(10, 20, 1), (30, 10, 2), (5, 5, 3)])
+    out = grid([a, b, c], columns=2)
+    assert out.shape == (3, 30 + 5 + 3 * 8, 20 + 10 + 3 * 8)
+    for value, picture in ((1, a), (2, b), (3, c)):
+        assert (out == value).sum() == picture.numel()
+    captioned = grid([a, b, c], columns=2, captions=["a", "b", "c"])
+    assert captioned.shape[1] > out.shape[1]
+
+
+def test_comparison_puts_the_prediction_left_of_the_truth(tmp_path):
+    scores = torch.tensor([0.9, 0.1])
+    picture = comparison(grey(), result(scores=scores), result(), NAMES)
+    assert picture.shape[2] == 2 * 60 * 13 + 3 * 8
+    save_png(tmp_path / "new" / "a.png", picture)
+    read = np.array(Image.open(tmp_path / "new" / "a.png"))
+    assert np.array_equal(read, picture.permute(1, 2, 0).numpy())
+    left, right = picture[:, -520:, 8:788], picture[:, -520:, -788:-8]
+    assert ((left - right).abs() > 0).any(0)[26 * 10 :, 30 * 10 :].any()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: draw_instances(grey().float(), result(), NAMES), r"image: expected uint8 \[3, H, W\]"),
+        (lambda: draw_instances(grey(), result(20, 60), NAMES), "masks: expected 2 of 40x60 pixels"),
+        (lambda: draw_instances(grey(), {**result(), "labels": torch.tensor([1, 3])}, NAMES), "labels: expected 1..2"),
+        (lambda: grid([], columns=2), "pictures: expected at least one"),
+        (lambda: grid([grey()], columns=0), "columns: expected at least 1"),
+        (lambda: grid([grey()], columns=1, captions=[]), "captions: expected 1"),
+    ],
+    ids=["image", "masks", "labels", "pictures", "columns", "captions"],
+)
+def test_wrong_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
