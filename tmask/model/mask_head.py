@@ -49,7 +49,8 @@ def _deconv_and_predict(x: Tensor, deconv: nn.ConvTranspose2d, predictor: nn.Con
     in_channels, channels = deconv.weight.shape[:2]
     weight = deconv.weight.permute(2, 3, 1, 0).reshape(4 * channels, in_channels)  # rows: dy, dx, output channel
     assert deconv.bias is not None
-    hidden = F.relu(F.linear(x.permute(0, 2, 3, 1), weight, deconv.bias.repeat(4)))  # [R, h, w, 4 * channels]
+    pixels = x.permute(0, 2, 3, 1).contiguous()  # a strided bf16 product on the CPU takes 70 times as long
+    hidden = F.relu(F.linear(pixels, weight, deconv.bias.repeat(4)))  # [R, h, w, 4 * channels]
     hidden = hidden.view(num_rois, height, width, 2, 2, channels)
     logits = F.linear(hidden, predictor.weight.flatten(1), predictor.bias)  # [R, h, w, dy, dx, C]
     return logits.permute(0, 5, 1, 3, 2, 4).reshape(num_rois, predictor.out_channels, 2 * height, 2 * width)
