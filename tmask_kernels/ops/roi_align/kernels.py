@@ -58,7 +58,7 @@ def _level(x1, y1, x2, y2, thresholds, ptrs, heights, widths, strides, scales, N
         stride_c = tl.where(reached, tl.cast(strides[i][1], tl.int64), stride_c)
         stride_h = tl.where(reached, tl.cast(strides[i][2], tl.int64), stride_h)
         stride_w = tl.where(reached, tl.cast(strides[i][3], tl.int64), stride_w)
-    return ptr, H.to(tl.int32), W.to(tl.int32), stride_n, stride_c, stride_h, stride_w, scale
+    return ptr, tl.cast(H, tl.int32), tl.cast(W, tl.int32), stride_n, stride_c, stride_h, stride_w, scale
 
 
 @triton.jit

@@ -10,6 +10,8 @@ Source: He et al., Mask R-CNN (2017), section 3; levels: Lin et al., Feature Pyr
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -57,8 +59,7 @@ def multiscale_roi_align_reference(
 
     chunk = max(1, CHUNK_ELEMENTS // max(1, max(N * C * output_size[0] * f.shape[-1] for f in features)))
     chunks = []
-    # Autocast would turn the products into half precision.
-    with torch.autocast(boxes.device.type, enabled=False):
+    with _no_autocast(boxes.device.type):
         maps = [f.to(dtype) for f in features]
         for part, part_levels, part_valid in zip(
             boxes.split(chunk, 1), levels.split(chunk, 1), valid.split(chunk, 1), strict=True
@@ -72,6 +73,11 @@ def multiscale_roi_align_reference(
     result = torch.cat(chunks, 1)  # [N, P, C, PH, PW]
     result = result.sum(0) if flat else result.flatten(0, 1)
     return result.to(features[0].dtype)
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast would turn the products into half precision. The meta device knows none."""
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 def box_sizes(boxes: Tensor) -> Tensor:
