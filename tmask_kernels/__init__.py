@@ -8,6 +8,7 @@ from tmask_kernels.ops.mask_targets.op import mask_targets
 from tmask_kernels.ops.matcher.op import match_anchors
 from tmask_kernels.ops.nms.op import batched_nms, nms, padded_nms
 from tmask_kernels.ops.paste_masks.op import paste_masks
+from tmask_kernels.ops.roi_align.op import multiscale_roi_align, roi_align
 from tmask_kernels.packed import pack_masks, unpack_masks
 
 __all__ = [
@@ -20,10 +21,12 @@ __all__ = [
     "mask_bce",
     "mask_targets",
     "match_anchors",
+    "multiscale_roi_align",
     "nms",
     "pack_masks",
     "padded_nms",
     "paste_masks",
+    "roi_align",
     "rpn_proposals",
     "sigmoid_focal_loss",
     "unpack_masks",
