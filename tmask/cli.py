@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -140,7 +141,7 @@ def train_parser(preset: str) -> ArgumentParser:
     parser.add_argument("--out", type=str | None, default=None, help="folder of the run")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--resume", type=str | None, default=None, help="checkpoint to go on from")
-    parser.add_argument("--overwrite", type=bool, default=False, help="train anew into a folder that holds a run")
+    parser.add_argument("--overwrite", action="store_true", help="train anew into a folder that holds a run")
     parser.add_class_arguments(DataConfig, "data")
     parser.add_class_arguments(ModelConfig, "model", skip={"num_classes"})
     parser.add_argument(
@@ -299,7 +300,9 @@ def demo_command(argv: list[str]) -> int:
     from tmask.demo import DemoConfig, run_demo
 
     parser = _parser("demo", demo_command)
-    parser.add_class_arguments(DemoConfig)
+    hints = typing.get_type_hints(DemoConfig)
+    for item in dataclasses.fields(DemoConfig):
+        parser.add_argument(f"--{item.name}", type=hints[item.name], default=item.default, help=item.metadata["help"])
     args = _parse(parser, argv)
     config = _usage(lambda: from_dict(DemoConfig, args.as_dict()))
     _usage(lambda: _check_precision(_device(config.device), config.precision))
@@ -312,15 +315,16 @@ def demo_command(argv: list[str]) -> int:
 
 def validate_command(argv: list[str]) -> int:
     """Compare every op of tmask_kernels, on every backend and dtype, with its float64 reference."""
-    from tmask.validate import run_validation
+    from tmask.validate import run_validation, select_ops
 
     parser = _parser("validate", validate_command)
-    parser.add_argument("--json", type=bool, default=False, nargs="?", const=True, help="print the rows as JSON")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--ops", type=list[str] | None, default=None, help='only these ops, e.g. ["nms"]')
     args = _parse(parser, argv)
     device = _usage(lambda: _device(args.device))
-    return run_validation(device, ops=args.ops, as_json=bool(args.json))
+    _usage(lambda: select_ops(args.ops))
+    return run_validation(device, ops=args.ops, as_json=args.json)
 
 
 def info_command(argv: list[str]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,35 +19,25 @@ DATA_NAME = "shapes"
 _MARK = "complete.json"  # written last, so a half-written data set is made anew
 
 
+def _option(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Settings of the demo.
+    """Settings of the demo; each is an option of the command line."""
 
-    Args:
-        out: folder of the run
-        steps: training steps
-        batch_size: images a step
-        lr: highest learning rate
-        train_images: pictures to train on
-        val_images: pictures to evaluate on
-        image_size: side of the pictures, pixels
-        precision: of the features; boxes are always fp32
-        device: auto, cpu, cuda or cuda:N
-        seed: of weights and data order
-        num_workers: processes that load the data
-    """
-
-    out: str = "runs/demo"
-    steps: int = 1000
-    batch_size: int = 4
-    lr: float = 4e-4
-    train_images: int = 4000
-    val_images: int = 200
-    image_size: int = 128
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    device: str = "auto"
-    seed: int = 0
-    num_workers: int = 0
+    out: str = _option("runs/demo", "folder of the run")
+    steps: int = _option(1000, "training steps")
+    batch_size: int = _option(4, "images a step")
+    lr: float = _option(4e-4, "highest learning rate")
+    train_images: int = _option(4000, "pictures to train on")
+    val_images: int = _option(200, "pictures to evaluate on")
+    image_size: int = _option(128, "side of the pictures, pixels")
+    precision: Literal["fp32", "bf16", "fp16"] = _option("fp32", "of the features; boxes are always fp32")
+    device: str = _option("auto", "auto, cpu, cuda or cuda:N")
+    seed: int = _option(0, "of weights and data order")
+    num_workers: int = _option(0, "processes that load the data")
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "train_images", "val_images", "image_size"):

@@ -45,7 +45,7 @@ class Row:
 
 def run_validation(device: torch.device, *, ops: Sequence[str] | None = None, as_json: bool = False) -> int:
     """Print the table of all rows (or JSON); 1 if any failed, else 0. Errors: ValueError for an unknown op."""
-    checks = _select(ops)
+    checks = select_ops(ops)
     if device.type == "cpu" and not interpreter_enabled():
         command = [sys.executable, "-m", "tmask", "validate", "--device", "cpu"]
         command += ["--json"] if as_json else []
@@ -59,7 +59,8 @@ def run_validation(device: torch.device, *, ops: Sequence[str] | None = None, as
     return int(any(row.verdict == "fail" for row in rows))
 
 
-def _select(ops: Sequence[str] | None) -> list[OpCheck]:
+def select_ops(ops: Sequence[str] | None) -> list[OpCheck]:
+    """The cases of the named ops; all if none is named. Errors: ValueError for an unknown name."""
     names = {check.name.split()[0] for check in OP_CHECKS}
     for name in ops or ():
         if name not in names:
@@ -186,16 +187,25 @@ def describe() -> str:
         lines.append("cuda: no GPU")
     lines.append(f"presets: {', '.join(PRESETS)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    order = "triton, reference" if device.type == "cuda" else "torchvision, reference, triton"
-    lines.append(f"backends on {device} (auto takes the first that serves, in the order {order}):")
+    lines.append(f"backends on {device}, the first is what auto takes:")
+    notes: list[str] = []
     for check in OP_CHECKS:
-        lines += [f"  {check.name:<26} {line}" for line in _backends(check, device)]
-    return "\n".join(lines)
+        lines.append(f"  {check.name:<26} {_backends(check, device, notes)}")
+    return "\n".join(lines + [f"[{number}] {note}" for number, note in enumerate(notes, start=1)])
 
 
-def _backends(check: OpCheck, device: torch.device) -> list[str]:
+def _backends(check: OpCheck, device: torch.device, notes: list[str]) -> str:
+    """The backends that serve this op, in auto's order, then those that do not, with the numbers of their reasons."""
     inputs = _inputs(check, torch.float32, device)
     truth = _forward(check, inputs, "reference")
-    rows = [row for backend in NAMES for row in _row(check, "forward", backend, torch.float32, inputs, truth)]
-    words = {"pass": "serves", "skip": "no: ", "fail": "WRONG, see tmask validate: "}
-    return [f"{row.backend:<11} {words[row.verdict]}{row.note}" for row in rows]
+    order = ("triton", "reference", "torchvision") if device.type == "cuda" else ("torchvision", "reference", "triton")
+    rows = [row for backend in order for row in _row(check, "forward", backend, torch.float32, inputs, truth)]
+    serving = [row.backend + (" (WRONG: see tmask validate)" if row.verdict == "fail" else "") for row in rows
+               if row.verdict != "skip"]  # fmt: skip
+    refusing = []
+    for row in rows:
+        if row.verdict == "skip":
+            if row.note not in notes:
+                notes.append(row.note)
+            refusing.append(f"; not {row.backend} [{notes.index(row.note) + 1}]")
+    return ", ".join(serving) + "".join(refusing)

@@ -172,9 +172,7 @@ def test_evaluation_is_logged_and_disturbs_nothing(tmp_path: Path) -> None:
     plain, measured = Model(), Model()
     measured.load_state_dict(plain.state_dict())
     run(tmp_path / "plain", plain)
-    result = run(
-        tmp_path / "measured", measured, dataclasses.replace(CONFIG, eval_every=5), evaluate_fn=evaluate
-    )
+    result = run(tmp_path / "measured", measured, dataclasses.replace(CONFIG, eval_every=5), evaluate_fn=evaluate)
     assert len(calls) == 3
     assert result.metrics == {"segm/AP": 0.25}
     assert measured.training

@@ -79,9 +79,8 @@ def load_checkpoint(path: str | Path, *, device: torch.device | str = "cpu") -> 
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f"checkpoint {path}: truncated, damaged or no checkpoint ({_first_line(error)})"
-        ) from error
+        # torch's own message advises to load without weights_only, which would let the file run code.
+        raise CheckpointError(f"checkpoint {path}: truncated, damaged or no checkpoint") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint {path}: expected a file written by tmask, got something else")
     if content["version"] != VERSION:
@@ -142,10 +141,6 @@ def differences(saved: dict[str, Any] | None, current: dict[str, Any] | None) ->
     saved, current = saved or {}, current or {}
     names = sorted(saved.keys() | current.keys())
     return [f"{n}: {saved.get(n)} -> {current.get(n)}" for n in names if saved.get(n) != current.get(n)]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _umask() -> int:

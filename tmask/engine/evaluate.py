@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tmask.data.coco import run_length
 from tmask.engine.device import autocast, to_device
 
 KINDS = ("bbox", "segm")
@@ -128,17 +129,16 @@ def _ground_truth(dataset: dict[str, Any], kind: str) -> Any:
     annotations, with_mask = [], 0
     for number, source in enumerate(dataset.get("annotations", ()), start=1):
         item = {**source, "id": number, "iscrowd": int(source.get("iscrowd", 0))}  # id 0 would read as "no match"
-        if kind == "segm":
-            if item.get("segmentation"):
-                item["segmentation"] = _as_rle(item["segmentation"], sizes[item["image_id"]])
-                with_mask += 1
-            else:  # unknown mask: a detection inside the box is neither right nor wrong, as in a crowd
-                item["segmentation"] = _as_rle([_corners(item["bbox"])], sizes[item["image_id"]])
-                item["iscrowd"] = 1
-            if "bbox" not in item:
-                item["bbox"] = mask_utils.toBbox(item["segmentation"]).tolist()
+        size = sizes[item["image_id"]]
+        rle = run_length(item.get("segmentation"), size) if kind == "segm" or "area" not in item else None
         if "area" not in item:
-            item["area"] = _area(item, sizes[item["image_id"]])
+            item["area"] = float(mask_utils.area(rle)) if rle else float(item["bbox"][2] * item["bbox"][3])
+        if kind == "segm":
+            with_mask += rle is not None
+            if rle is None:  # unknown mask: a detection inside the box is neither right nor wrong, as in a crowd
+                rle = run_length([_corners(item["bbox"])], size)
+                item["iscrowd"] = 1
+            item["segmentation"] = rle
         annotations.append(item)
     if kind == "segm" and annotations and not with_mask:
         return None
@@ -168,25 +168,6 @@ def _coco(coco: Any, dataset: dict[str, Any], annotations: list[dict[str, Any]])
     coco.dataset = {"images": dataset["images"], "categories": dataset["categories"], "annotations": annotations}
     coco.createIndex()
     return coco
-
-
-def _as_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """Polygons, uncompressed or compressed RLE as compressed RLE."""
-    from pycocotools import mask as mask_utils
-
-    if isinstance(segmentation, list):
-        return mask_utils.merge(mask_utils.frPyObjects(segmentation, *size))
-    if isinstance(segmentation["counts"], list):
-        return mask_utils.frPyObjects(segmentation, *size)
-    return segmentation
-
-
-def _area(item: dict[str, Any], size: tuple[int, int]) -> float:
-    from pycocotools import mask as mask_utils
-
-    if item.get("segmentation"):
-        return float(mask_utils.area(_as_rle(item["segmentation"], size)))
-    return float(item["bbox"][2] * item["bbox"][3])
 
 
 def _corners(bbox: Sequence[float]) -> list[float]:

@@ -7,6 +7,7 @@ Everything a run leaves stands in one folder: ``config.yaml``, ``checkpoint.pt``
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,24 +82,23 @@ def run_training(
         drop_last=len(train_set) >= train_config.batch_size,
     )
 
-    def measure(model: Any) -> dict[str, float]:
-        val_loader = make_loader(
-            val_set,
-            model.transform,
-            batch_size=train_config.batch_size,
-            shuffle=False,
-            num_workers=data_config.num_workers,
-        )
-        return evaluate(
-            model,
-            val_loader,
-            val_set,
+    measure = None
+    if val_set is not None:
+        measure = functools.partial(
+            evaluate,
+            loader=make_loader(
+                val_set,
+                model.transform,
+                batch_size=train_config.batch_size,
+                shuffle=False,
+                num_workers=data_config.num_workers,
+            ),
+            dataset=val_set,
             max_detections=train_config.eval_max_detections,
             device=device,
             precision=train_config.precision,
             results_file=out_dir / RESULTS_NAME,
         )
-
     result = train(
         model,
         loader,
@@ -106,7 +106,7 @@ def run_training(
         out_dir=out_dir,
         device=device,
         categories=train_set.categories,
-        evaluate_fn=measure if val_set is not None else None,
+        evaluate_fn=measure,
         resume=resume,
     )
     if val_set is not None:

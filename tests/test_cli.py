@@ -1,0 +1,306 @@
+"""The command line from end to end on a few small pictures, and each way of using it wrongly."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from tmask import cli
+from tmask.config import CONVENTIONS, PRESETS, TRAIN_PRESETS
+from tmask.data.shapes import CLASSES, write_shapes
+from tmask.engine.log import read_log
+
+SMALL = [
+    *("--model.min_size", "64", "--model.max_size", "64", "--model.fpn_channels", "16"),
+    *("--model.box_head_dim", "16", "--model.mask_head_channels", "16", "--model.box_batch_size", "16"),
+    *("--train.batch_size", "2", "--train.precision", "fp32", "--train.log_every", "2", "--data.num_workers", "0"),
+]
+
+
+class Data(NamedTuple):
+    train_images: Path
+    train_annotations: Path
+    val_images: Path
+    val_annotations: Path
+
+    def options(self) -> list[str]:
+        return [part for name, path in self._asdict().items() for part in (f"--data.{name}", str(path))]
+
+
+def call(command: str, *words: str, **options: object) -> int:
+    return cli.main([command, *words, *(f"--{name}={value}" for name, value in options.items())])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    folder = tmp_path_factory.mktemp("data")
+    train = write_shapes(folder / "train", num_images=6, seed=1, size=64)
+    return Data(*train, *write_shapes(folder / "val", num_images=3, seed=2, size=64))
+
+
+@pytest.fixture(scope="module")
+def run(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of four steps."""
+    out = tmp_path_factory.mktemp("runs") / "a"
+    code = call(
+        "train",
+        *data.options(),
+        *SMALL,
+        "--model.convention=torchvision",
+        "--model.box_score_threshold=0.001",
+        "--train.steps=4",
+        "--train.checkpoint_every=2",
+        preset="tiny",
+        out=out,
+    )
+    assert code == 0
+    return out
+
+
+def test_train_leaves_a_whole_run(run: Path) -> None:
+    assert {item.name for item in run.iterdir()} == {
+        "checkpoint.pt",
+        "config.yaml",
+        "log.jsonl",
+        "metrics.json",
+        "pictures",
+        "results.json",
+    }
+    assert len(list((run / "pictures").glob("*.png"))) == 3
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["num_classes"] == len(CLASSES) + 1
+    assert config["model"]["convention"]["roi_aligned"] is False
+    assert set(json.loads((run / "metrics.json").read_text())) >= {"bbox/AP", "segm/AP", f"segm/AP/{CLASSES[0]}"}
+    assert [row["step"] for row in read_log(run / "log.jsonl")] == [2, 4, 4]
+
+
+def test_eval_repeats_the_figures_of_training(run: Path, data: Data, tmp_path: Path, capsys: Any) -> None:
+    code = call(
+        "eval",
+        checkpoint=run / "checkpoint.pt",
+        images=data.val_images,
+        annotations=data.val_annotations,
+        out=tmp_path,
+        batch_size=2,
+    )
+    assert code == 0
+    assert "all classes" in capsys.readouterr().out
+    assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(
+        json.loads((run / "metrics.json").read_text()), abs=1e-9
+    )
+    limited = tmp_path / "limited"
+    call(
+        "eval",
+        checkpoint=run / "checkpoint.pt",
+        images=data.val_images,
+        annotations=data.val_annotations,
+        out=limited,
+        max_detections=1,
+    )
+    assert len(json.loads((limited / "results.json").read_text())) <= 3
+
+
+@pytest.mark.parametrize("form", ["file", "folder", "glob"])
+def test_predict_takes_a_file_a_folder_or_a_glob(run: Path, data: Data, tmp_path: Path, form: str) -> None:
+    first = sorted(data.val_images.iterdir())[0]
+    images, count = {
+        "file": (str(first), 1),
+        "folder": (str(data.val_images), 3),
+        "glob": (str(data.val_images / "*.png"), 3),
+    }[form]
+    code = call("predict", checkpoint=run / "checkpoint.pt", images=images, out=tmp_path, score_threshold=0)
+    assert code == 0
+    assert len(list(tmp_path.glob("*.png"))) == count
+    results = json.loads((tmp_path / "predictions.json").read_text())
+    # The same detections as the evaluation's, whose ids are those of the file.
+    expected = json.loads((run / "results.json").read_text())
+    first_id = json.loads(data.val_annotations.read_text())["images"][0]["id"]
+    scores = [[r["score"] for r in rows if r["image_id"] == i] for rows, i in ((results, 1), (expected, first_id))]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+    assert {r["file_name"] for r in results if r["image_id"] == 1} <= {first.name}
+
+
+def test_saved_config_repeats_the_run_and_resume_goes_on(run: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "b"
+    assert cli.main(["train", "--config", str(run / "config.yaml"), "--out", str(out), "--train.steps", "2"]) == 0
+    losses = [[row["loss"] for row in read_log(folder / "log.jsonl") if "loss" in row] for folder in (run, out)]
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-5)
+    again = ["train", "--config", str(run / "config.yaml"), "--out", str(out)]
+    assert cli.main(again) == 2
+    assert "holds a checkpoint" in capsys.readouterr().err
+    assert cli.main([*again, "--resume", str(out / "checkpoint.pt")]) == 0
+    assert read_log(out / "log.jsonl")[-1]["step"] == 4
+
+
+def test_config_files_round_trip(run: Path, capsys: Any) -> None:
+    assert cli.main(["train", "--config", str(run / "config.yaml"), "--print_config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert {name: printed[name] for name in saved} == saved
+
+
+def printed_config(capsys: Any, *options: str) -> dict[str, Any]:
+    assert cli.main(["train", *options, "--print_config"]) == 0
+    config: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
+    return config
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_presets_give_the_defaults(preset: str, capsys: Any) -> None:
+    config = printed_config(capsys, "--preset", preset)
+    assert config["preset"] == preset
+    assert config["model"]["min_size"] == PRESETS[preset].min_size
+    assert config["model"]["backbone"] == PRESETS[preset].backbone
+    assert config["model"]["num_classes"] is None
+    assert config["train"]["lr"] == TRAIN_PRESETS[preset].lr
+
+
+def test_options_override_the_config_file_wherever_they_stand(tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("preset: tiny\nmodel: {min_size: 100, convention: torchvision}\ntrain: {steps: 7}\n")
+    config = printed_config(
+        capsys, "--train.steps", "9", "--config", str(file), "--model.convention.roi_sampling_ratio", "3"
+    )
+    assert (config["preset"], config["train"]["steps"], config["model"]["min_size"]) == ("tiny", 9, 100)
+    expected = vars(CONVENTIONS["torchvision"]) | {"roi_sampling_ratio": 3}
+    assert config["model"]["convention"] == expected
+    assert printed_config(capsys, "--model.convention=torchvision")["model"]["convention"]["paste"] == "torchvision"
+
+
+# Command line (with DATA for the four paths), and a part of the one line on stderr.
+USAGE_ERRORS = {
+    "no command": ("", "usage: tmask COMMAND"),
+    "unknown command": ("trian", "unknown command 'trian': expected 'train'?"),
+    "unknown option": ("train --model.min_sise 3", "did you mean --model.min_size?"),
+    "no data": ("train --out OUT", "--data.train_images is required"),
+    "no out": ("train DATA", "--out is required"),
+    "unknown preset": ("train --preset tinny", "--preset: expected 'tiny'?, got 'tinny'"),
+    "unknown convention": ("train --model.convention detectron", "expected 'detectron2'?, got 'detectron'"),
+    "wrong type": ("train --train.steps many", "train.steps"),
+    "impossible value": ("train DATA --out OUT --train.steps 0", "steps: expected at least 1, got 0"),
+    "impossible model": ("train DATA --out OUT --model.min_size 0", "min_size: expected in 1..max_size, got 0"),
+    "no such folder": (
+        "train DATA --out OUT --data.val_images none",
+        "--data.val_images: no such file or folder: none",
+    ),
+    "no such config": ("train --config none.yaml", "--config none.yaml: No such file"),
+    "unknown device": ("train DATA --out OUT --device gpu", "device: expected auto, cpu, cuda"),
+    "fp16 on a CPU": ("train DATA --out OUT --device cpu --train.precision fp16", "fp16 needs a CUDA device"),
+    "eval without a checkpoint": ("eval --images x --annotations y", "checkpoint"),
+    "eval of a missing checkpoint": ("eval --checkpoint none --images . --annotations .", "no such file"),
+    "unknown op": ('validate --ops ["nmz"]', "ops: expected some of"),
+    "demo of no step": ("demo --steps 0", "steps: expected at least 1, got 0"),
+}
+
+
+@pytest.mark.parametrize("case", USAGE_ERRORS)
+def test_usage_errors_are_one_line_and_exit_code_2(
+    case: str, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line, expected = USAGE_ERRORS[case]
+    argv: list[str] = []
+    for word in line.split():
+        argv += data.options() if word == "DATA" else [str(tmp_path / "out") if word == "OUT" else word]
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert expected in err
+    assert "Traceback" not in err
+    assert case == "no command" or err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_keys_of_a_config_file_are_named(tmp_path: Path, capsys: Any) -> None:
+    for text, expected in (
+        ("model: {min_sise: 3}", "did you mean --model.min_size?"),
+        ("- 1", "expected settings, got list"),
+        ("model: [", "not YAML"),
+    ):
+        (tmp_path / "c.yaml").write_text(text)
+        assert cli.main(["train", "--config", str(tmp_path / "c.yaml")]) == 2
+        err = capsys.readouterr().err
+        assert expected in err
+        assert err.count("\n") == 1
+
+
+def test_run_errors_are_one_line_and_exit_code_1(
+    run: Path, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (tmp_path / "bad.pt").write_text("no checkpoint")
+    argv = ["predict", "--checkpoint", str(tmp_path / "bad.pt"), "--images", str(data.val_images), "--out", "x"]
+    assert cli.main(argv) == 1
+    err = capsys.readouterr().err
+    assert err == f"tmask predict: error: checkpoint {tmp_path / 'bad.pt'}: truncated, damaged or no checkpoint\n"
+    monkeypatch.setenv("TMASK_DEBUG", "1")
+    with pytest.raises(ValueError, match="truncated"):
+        cli.main(argv)
+
+
+def test_other_categories_are_refused(run: Path, data: Data, tmp_path: Path, capsys: Any) -> None:
+    content = json.loads(data.val_annotations.read_text())
+    content["categories"][0]["name"] = "something else"
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    code = call("eval", checkpoint=run / "checkpoint.pt", images=data.val_images, annotations=tmp_path / "other.json")
+    assert code == 1
+    assert "categories: expected those of training" in capsys.readouterr().err
+
+
+def test_too_few_classes_are_refused(data: Data, tmp_path: Path, capsys: Any) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    assert cli.main(["train", "--preset", "tiny", *data.options(), *SMALL, "--model.num_classes", "3", *out]) == 1
+    assert "num_classes: expected at least 6" in capsys.readouterr().err
+
+
+def test_demo_reuses_its_data(tmp_path: Path, capsys: Any) -> None:
+    argv = ["demo", "--out", str(tmp_path), "--steps", "1", "--train_images", "2", "--val_images", "2"]
+    argv += ["--image_size", "64", "--batch_size", "2"]
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "all classes" in out
+    assert str(tmp_path / "pictures") in out
+    annotations = next((tmp_path / "shapes" / "train").glob("*.json"))
+    images = sorted((tmp_path / "shapes" / "train").rglob("*.png"))
+    before = [path.stat().st_mtime_ns for path in images]
+    assert cli.main(argv) == 0
+    assert [path.stat().st_mtime_ns for path in images] == before
+    images[0].unlink()  # no longer complete
+    shutil.rmtree(tmp_path / "pictures")
+    assert cli.main(argv) == 0
+    assert images[0].is_file()
+    assert annotations.is_file()
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
+
+
+def test_help_and_version(capsys: Any) -> None:
+    for argv in (["--help"], ["--version"], *([name, "--help"] for name in cli.COMMANDS)):
+        assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    for name in cli.COMMANDS:
+        assert f"  {name}" in out
+
+
+def test_options_are_a_contract() -> None:
+    assert sorted(cli.COMMANDS) == ["demo", "eval", "info", "predict", "train", "validate"]
+    options = {
+        option
+        for action in cli.train_parser("tiny")._actions
+        for option in action.option_strings
+        if not option.startswith(("--model.", "--data.", "--train."))
+    }
+    assert options == {
+        "-h",
+        "--help",
+        "--config",
+        "--print_config",
+        "--preset",
+        "--out",
+        "--device",
+        "--resume",
+        "--overwrite",
+        "--model",
+        "--data",
+        "--train",
+    }

@@ -1,0 +1,76 @@
+"""Configs as data: their fields are a contract, and they survive YAML."""
+
+import dataclasses
+import json
+
+import pytest
+import yaml
+
+from tmask.config import (
+    CONVENTIONS,
+    PRESETS,
+    TRAIN_PRESETS,
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+    from_dict,
+    model_config,
+)
+
+FIELDS = {
+    DataConfig: """train_images train_annotations val_images val_annotations hflip vflip num_workers
+        aspect_grouping""",
+    TrainConfig: """steps batch_size optimizer lr momentum weight_decay decay_norm_and_bias schedule milestones lr_floor
+        warmup_steps warmup_start clip_norm precision channels_last seed log_every checkpoint_every eval_every
+        eval_max_detections""",
+    ModelConfig: """num_classes convention min_size max_size image_mean image_std size_divisible backbone
+        backbone_weights norm trainable_layers fpn_channels anchor_sizes anchor_aspect_ratios rpn_fg_iou rpn_bg_iou
+        rpn_batch_size rpn_positive_fraction rpn_pre_nms_top_n_train rpn_pre_nms_top_n_test rpn_post_nms_top_n_train
+        rpn_post_nms_top_n_test rpn_nms_threshold rpn_min_size rpn_score_threshold box_pool_size box_head_dim box_fg_iou
+        box_bg_iou box_batch_size box_positive_fraction box_score_threshold box_nms_threshold max_detections
+        mask_pool_size mask_head_channels mask_head_layers loss_rpn_objectness loss_rpn_box loss_classifier loss_box
+        loss_mask""",
+}
+
+
+@pytest.mark.parametrize("cls", list(FIELDS), ids=lambda cls: cls.__name__)
+def test_fields_are_a_contract(cls: type) -> None:
+    assert [item.name for item in dataclasses.fields(cls)] == FIELDS[cls].split()
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_configs_survive_yaml(name: str) -> None:
+    for config in (PRESETS[name], TRAIN_PRESETS[name], DataConfig(hflip=0.25)):
+        text = yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))))
+        assert from_dict(type(config), yaml.safe_load(text)) == config
+
+
+def test_every_model_preset_has_training_defaults() -> None:
+    assert sorted(PRESETS) == sorted(TRAIN_PRESETS)
+
+
+def test_the_two_conventions_differ_and_are_named() -> None:
+    assert sorted(CONVENTIONS) == ["detectron2", "torchvision"]
+    assert model_config("tiny", convention="torchvision").convention == CONVENTIONS["torchvision"]
+    assert model_config("tiny").convention == CONVENTIONS["detectron2"]
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "message"),
+    [
+        (TrainConfig, {"stepz": 3}, "unknown TrainConfig setting 'stepz': expected 'steps'?"),
+        (TrainConfig, {"steps": 0}, "steps: expected at least 1, got 0"),
+        (TrainConfig, {"lr": -1.0}, "lr: expected at least 0, got -1.0"),
+        (TrainConfig, {"clip_norm": 0.0}, "clip_norm: expected above 0, or none, got 0.0"),
+        (TrainConfig, {"warmup_start": 2.0}, "warmup_start: expected in 0..1, got 2.0"),
+        (TrainConfig, {"milestones": [60000.0]}, "milestones: expected fractions of steps"),
+        (DataConfig, {"hflip": 1.5}, "hflip: expected in 0..1, got 1.5"),
+        (DataConfig, {"num_workers": -1}, "num_workers: expected at least 0, got -1"),
+        (ModelConfig, {"min_size": 2000}, "min_size: expected in 1..max_size, got 2000"),
+        (ModelConfig, {"convention": {"paste_": 1}}, "unknown Convention setting 'paste_': expected 'paste'?"),
+    ],
+)
+def test_wrong_values_name_field_expected_and_got(cls: type, values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is compared whole
+        from_dict(cls, values)
+    assert message in str(error.value)
