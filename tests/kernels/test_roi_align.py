@@ -195,6 +195,16 @@ def test_backends_equal_the_truth(
     )
 
 
+def test_a_single_map_equals_the_truth_both_ways(backend: str, device: torch.device) -> None:
+    features = pyramid(device)[:1]
+    boxes = random_boxes(12, height=SIDE, width=SIDE, min_size=4, device=device).view(2, 6, 4)
+    check_forward_and_backward(
+        lambda f: multiscale_roi_align(f, boxes, 3, SCALES[:1], backend=backend),
+        features,
+        *truth(features, boxes, 3, SCALES[:1]),
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_dtypes(backend: str, device: torch.device, dtype: torch.dtype, channels_last: bool) -> None:

@@ -386,7 +386,9 @@ def _backward(ctx, grad):
     gradients = multiscale_roi_align_backward(
         grad, boxes, valid, ctx.num_images, ctx.heights, ctx.widths, ctx.channels_last, *ctx.rest
     )
-    return gradients, None, None, None, None, None, None, None, None
+    # A single map has no thresholds, and autograd takes an empty list for a list of tensors: its gradient is a list.
+    no_thresholds = None if ctx.rest[1] else []
+    return gradients, None, None, None, None, None, no_thresholds, None, None
 
 
 multiscale_roi_align.register_autograd(_backward, setup_context=_setup_context)
