@@ -170,6 +170,27 @@ def test_options_override_the_config_file_wherever_they_stand(tmp_path: Path, ca
     assert printed_config(capsys, "--model.convention=torchvision")["model"]["convention"]["paste"] == "torchvision"
 
 
+def test_a_published_small_data_recipe_can_be_written_down(capsys: Any) -> None:
+    """torchvision's Mask R-CNN R18-FPN from scratch on cell nuclei: every constant is an option."""
+    levels = "[[8],[16],[32],[64],[128]]"
+    config = printed_config(
+        capsys,
+        *("--preset=r18_fpn", "--model.convention=torchvision", "--model.min_size=256", "--model.max_size=384"),
+        *("--model.image_mean=[0.5,0.5,0.5]", "--model.image_std=[0.25,0.25,0.25]", f"--model.anchor_sizes={levels}"),
+        *("--model.rpn_pre_nms_top_n_train=1000", "--model.rpn_post_nms_top_n_train=1000"),
+        *("--model.box_batch_size=256", "--model.max_detections=300", "--data.vflip=0.5", "--train.steps=540"),
+        "--train.eval_max_detections=300",
+    )
+    model, training = config["model"], config["train"]
+    assert (model["norm"], model["trainable_layers"]) == ("bn", 5)
+    assert model["anchor_sizes"] == [[8.0], [16.0], [32.0], [64.0], [128.0]]
+    assert [training[name] for name in ("optimizer", "lr", "weight_decay", "clip_norm", "batch_size")] == [
+        *("adamw", 4e-4, 0.01, 5.0, 4)
+    ]
+    assert (training["decay_norm_and_bias"], training["precision"]) == (True, "bf16")
+    assert (config["data"]["hflip"], config["data"]["vflip"]) == (0.5, 0.5)
+
+
 # Command line (with DATA for the four paths), and a part of the one line on stderr.
 USAGE_ERRORS = {
     "no command": ("", "usage: tmask COMMAND"),
