@@ -166,9 +166,9 @@ def _decode_clipped(deltas: Tensor, anchors: Tensor, image_sizes: Tensor, *, bac
 
 
 def _choose(name: str, backend: str | None, reasons: list[str], tensor: Tensor) -> str:
-    both = {"triton": reasons, "reference": list[str]()}
-    order = ("triton", "reference") if tensor.is_cuda else ("reference", "triton")
-    return resolve(name, backend, {key: both[key] for key in order}, device=tensor.device)
+    none: list[str] = []
+    ordered = {"triton": reasons, "reference": none} if tensor.is_cuda else {"reference": none, "triton": reasons}
+    return resolve(name, backend, ordered, device=tensor.device)
 
 
 def _choose_composite(name: str, backend: str | None, tensor: Tensor) -> str:

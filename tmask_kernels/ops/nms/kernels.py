@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tmask_kernels._triton import box_iou, on_device
-from tmask_kernels.ops.nms.reference import sort_segments
+from tmask_kernels.ops.nms.reference import SortedSegments, sort_segments
 
 # A tile of 64 x 64 IoUs is 8 a thread in 16 warps; in 4 warps the coordinates spill. Not tuned on a GPU yet.
 BLOCK = 64
@@ -139,9 +139,10 @@ def padded_nms_fwd(
         device = boxes.device
         indices = torch.full((S, max_output), -1, dtype=torch.int64, device=device)
         return indices, torch.zeros(S, dtype=torch.int64, device=device)
-    segments = sort_segments(boxes, scores, valid)
+    # The order of a transposed tensor of scores would be transposed too.
+    segments = SortedSegments(*(t.contiguous() for t in sort_segments(boxes, scores, valid)))
     state = segments.alive.to(torch.int8) + segments.suppresses.to(torch.int8)  # [S, K]
-    sorted_groups = None if groups is None else groups.gather(1, segments.order)  # [S, K]
+    sorted_groups = None if groups is None else groups.gather(1, segments.order).contiguous()  # [S, K]
     indices = torch.empty((S, M), dtype=torch.int64, device=boxes.device)
     counts = torch.empty((S,), dtype=torch.int64, device=boxes.device)
     kept = torch.empty((S, M, 4), dtype=torch.float32, device=boxes.device)

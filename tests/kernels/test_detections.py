@@ -1,0 +1,212 @@
+"""detections against torchvision's postprocess_detections, and its own rules."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.models.detection.roi_heads import RoIHeads
+
+from tests.model.sync import count_blocking
+from tests.mutation import mutant
+from tmask_kernels import detections, padded_nms
+from tmask_kernels.ops.boxes import proposals
+from tmask_kernels.testing import random_boxes
+
+# The interpreter's numpy warns where padding gives 0 / 0.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+BACKENDS = ["torchvision", "reference", "triton"]
+IMAGE_SIZES = [(96, 120), (75, 128)]
+SETTINGS = {"score_threshold": 0.05, "nms_threshold": 0.5, "max_detections": 60}
+HEAD = (10.0, 10.0, 5.0, 5.0)
+
+
+def inputs(classes: int = 5, count: int = 80, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Class logits [2, P, classes + 1], deltas [2, P, 4 * (classes + 1)] and proposals [2, P, 4]."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2, count, classes + 1, generator=generator) * 2
+    deltas = torch.randn(2, count, 4 * (classes + 1), generator=generator)
+    rois = [random_boxes(count, height=96, width=128, min_size=10, max_size=60, seed=seed + i) for i in range(2)]
+    return logits, deltas, torch.stack(rois)
+
+
+def heads(settings) -> RoIHeads:
+    return RoIHeads(None, None, None, 0.5, 0.5, 8, 0.25, HEAD, settings["score_threshold"], settings["nms_threshold"],
+                    settings["max_detections"])  # fmt: skip
+
+
+def decoded(deltas, rois) -> torch.Tensor:
+    """All classes' boxes [2, P, classes + 1, 4]."""
+    boxes = heads(SETTINGS).box_coder.decode(deltas.flatten(0, 1), list(rois))
+    return boxes.view(2, rois.shape[1], -1, 4)
+
+
+def call(logits, boxes, device, backend=None, function=detections, valid=None, **changes):
+    scores = torch.softmax(logits, -1)[..., 1:].to(device)
+    valid = torch.ones(boxes.shape[:2], dtype=torch.bool) if valid is None else valid
+    return function(scores, boxes.to(device), valid=valid.to(device),
+                    image_sizes=torch.tensor(IMAGE_SIZES, device=device), backend=backend,
+                    **(SETTINGS | changes))  # fmt: skip
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, device) -> str:
+    if request.param == "torchvision" and device.type == "cuda":
+        pytest.skip("the torchvision backend serves CPU tensors")
+    return request.param
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"max_detections": 5}, {"max_detections": 500}, {"score_threshold": 0.4, "nms_threshold": 0.2}],
+    ids=["plain", "few", "all", "strict"],
+)
+@pytest.mark.parametrize("counts", [(80, 80), (80, 31), (0, 80)], ids=["full", "padded", "empty"])
+def test_equals_torchvision(device, backend, changes, counts):
+    logits, deltas, rois = inputs()
+    settings = SETTINGS | changes
+    valid = torch.arange(80) < torch.tensor(counts)[:, None]
+    boxes = decoded(deltas, rois)[:, :, 1:]
+    got_boxes, got_scores, got_labels, got_counts = call(logits, boxes, device, backend, valid=valid, **changes)
+    D = settings["max_detections"]
+    assert got_boxes.shape == (2, D, 4)
+    assert (got_boxes.dtype, got_scores.dtype, got_labels.dtype) == (torch.float32, torch.float32, torch.int64)
+    for n, count in enumerate(counts):
+        # torchvision keeps background in column 0, so its labels are ours plus 1.
+        expected = heads(settings).postprocess_detections(
+            logits[n, :count], deltas[n, :count], [rois[n, :count]], [IMAGE_SIZES[n]]
+        )
+        (boxes_n,), (scores_n,), (labels_n,) = expected
+        found = len(boxes_n)
+        assert got_counts[n] == found
+        assert torch.equal(got_boxes[n, :found].cpu(), boxes_n)
+        assert torch.equal(got_scores[n, :found].cpu(), scores_n)
+        assert torch.equal(got_labels[n, :found].cpu() + 1, labels_n)
+        assert not got_boxes[n, found:].any()
+        assert not got_scores[n, found:].any()
+        assert not got_labels[n, found:].any()
+
+
+def test_boxes_shared_by_the_classes(device, backend):
+    logits, _, rois = inputs()
+    shared = call(logits, rois[:, :, None], device, backend)
+    repeated = call(logits, rois[:, :, None].expand(-1, -1, 5, -1), device, backend)
+    assert all(torch.equal(a, b) for a, b in zip(shared, repeated, strict=True))
+
+
+def test_classes_do_not_suppress_each_other(device, backend):
+    boxes = torch.tensor([[10.0, 10.0, 50.0, 50.0]], device=device).expand(2, 3, 1, 4)
+    scores = torch.tensor([[0.3, 0.6, 0.0], [0.4, 0.5, 0.0], [0.0, 0.0, 0.0]], device=device).expand(2, 3, 3)
+    got = detections(
+        scores, boxes, valid=torch.ones(2, 3, dtype=torch.bool, device=device),
+        image_sizes=torch.tensor(IMAGE_SIZES, device=device), backend=backend, **SETTINGS,
+    )  # fmt: skip
+    assert got[3].tolist() == [2, 2]
+    assert got[2][0, :3].tolist() == [1, 0, 0]
+    assert torch.equal(got[1][0, :2].cpu(), torch.tensor([0.6, 0.4]))
+
+
+def test_ties_go_by_proposal_then_class(device, backend):
+    boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0], [20.0, 0.0, 29.0, 9.0]], device=device)[None, :, None]
+    got = detections(
+        torch.full((1, 2, 2), 0.5, device=device), boxes, valid=torch.ones(1, 2, dtype=torch.bool, device=device),
+        image_sizes=torch.tensor([[40, 40]], device=device), backend=backend, **SETTINGS,
+    )  # fmt: skip
+    assert got[2][0, :4].tolist() == [0, 1, 0, 1]
+    assert got[0][0, :4, 0].tolist() == [0, 0, 20, 20]
+
+
+def test_what_is_no_detection(device, backend):
+    """A score at the threshold, NaN in a score or a box, a box outside the image or thinner than min_size."""
+    nan = float("nan")
+    rows = [([0, 0, 9, 9], 0.05), ([0, 20, 9, 29], nan), ([0, nan, 9, 9], 0.9), ([200, 0, 210, 9], 0.9),
+            ([0, 0, 0.005, 9], 0.9), ([9, 0, 0, 9], 0.9), ([0, 40, 9, 49], 0.9)]  # fmt: skip
+    boxes = torch.tensor([box for box, _ in rows], device=device)[None, :, None]
+    scores = torch.tensor([score for _, score in rows], device=device)[None, :, None]
+    got = detections(
+        scores, boxes, valid=torch.ones(1, 7, dtype=torch.bool, device=device),
+        image_sizes=torch.tensor([[96, 120]], device=device), backend=backend, **SETTINGS,
+    )  # fmt: skip
+    assert got[3].tolist() == [1]
+    assert got[0][0, 0].tolist() == [0, 40, 9, 49]
+
+
+@pytest.mark.parametrize(("count", "classes"), [(0, 5), (80, 0), (1, 1)], ids=["no proposals", "no classes", "one"])
+def test_degenerate_sizes(device, backend, count, classes):
+    scores = torch.full((2, count, classes), 0.5, device=device)
+    boxes = torch.tensor([1.0, 1.0, 5.0, 5.0], device=device).expand(2, count, 1, 4)
+    got = detections(
+        scores, boxes, valid=torch.ones(2, count, dtype=torch.bool, device=device),
+        image_sizes=torch.tensor(IMAGE_SIZES, device=device), backend=backend, **SETTINGS,
+    )  # fmt: skip
+    assert [tuple(t.shape) for t in got] == [(2, 60, 4), (2, 60), (2, 60), (2,)]
+    assert got[3].tolist() == [int(count == 1)] * 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("(scores > score_threshold)", "(scores >= 0)"),
+        (">= min_size).all(-1)  # [N, P, Cls or 1]", ">= 0).all(-1)"),
+        ("& valid[..., None]", ""),
+        ("boxes = clip_boxes(boxes.float(), image_sizes)", "boxes = boxes.float()"),
+        ("row = picked // Cls * boxes.shape[2]", "row = picked // Cls"),
+        ("(picked % Cls if boxes.shape[2] > 1 else 0)", "0"),
+        (".view(N, Cls, P).transpose(1, 2)", ""),
+        ("torch.where(best, picked % Cls, 0)", "torch.where(best, picked % Cls + 1, 0)"),
+    ],
+    ids=["score", "size", "valid", "clip", "row", "class box", "order", "label"],
+)
+def test_a_broken_composition_fails(tmp_path: Path, old, new):
+    broken = mutant(proposals, old, new, tmp_path)
+
+    def function(scores, boxes, *, backend, **kwargs):
+        kwargs.setdefault("min_size", 0.01)
+        return broken.detect(scores, boxes, nms=lambda *a, **k: padded_nms(*a, backend="reference", **k), **kwargs)
+
+    logits, deltas, rois = inputs()
+    boxes = decoded(deltas, rois)[:, :, 1:]
+    valid = torch.arange(80).expand(2, -1) % 3 > 0
+    got, expected = (
+        call(logits, boxes, torch.device("cpu"), "reference", f, valid=valid, min_size=15.0, max_detections=200)
+        for f in (function, detections)
+    )
+    assert not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("chosen", ["auto", "triton"])
+def test_compiles_to_one_graph(device, chosen):
+    logits, _, rois = inputs(count=20)
+
+    def whole(logits, boxes):
+        return call(logits, boxes, device, chosen)
+
+    args = logits.to(device), rois[:, :, None].to(device)
+    compiled = torch.compile(whole, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(*args), whole(*args), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_nothing_waits(device):
+    logits, _, rois = inputs(count=20)
+    with count_blocking() as found:
+        call(logits, rois[:, :, None], device, "reference")
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_scores": torch.zeros(2, 3)}, r"class_scores: expected \[N, P, Cls\]"),
+        ({"boxes": torch.zeros(2, 3, 2, 4)}, r"boxes: expected \[2, 3, 5, 4\] or \[2, 3, 1, 4\]"),
+        ({"valid": torch.ones(2, 3)}, r"valid: expected bool \[2, 3\]"),
+        ({"image_sizes": torch.zeros(3, 2)}, r"image_sizes: expected \[2, 2\]"),
+        ({"max_detections": 0}, "max_detections: expected at least 1"),
+    ],
+    ids=["scores", "boxes", "valid", "sizes", "count"],
+)
+def test_wrong_arguments(changes, message):
+    arguments = {"class_scores": torch.zeros(2, 3, 5), "boxes": torch.zeros(2, 3, 1, 4),
+                 "valid": torch.ones(2, 3, dtype=torch.bool), "image_sizes": torch.zeros(2, 2), **SETTINGS}  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        detections(**(arguments | changes))

@@ -1,0 +1,388 @@
+"""nms, batched_nms and padded_nms: every backend against torchvision where it agrees, and the edge rules one by one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+from tests.model.sync import count_blocking
+from tests.mutation import mutant
+from tmask_kernels import batched_nms, nms, padded_nms
+from tmask_kernels.ops.nms import kernels, op, reference
+from tmask_kernels.testing import guarded, poisoned_empty, random_boxes
+
+BACKENDS = ["torchvision", "reference", "triton"]
+# The interpreter's numpy warns where the rules for NaN and inf are at work.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, device) -> str:
+    if request.param == "torchvision" and device.type == "cuda":
+        pytest.skip("the torchvision backend serves CPU tensors")
+    return request.param
+
+
+def crowded(count: int, seed: int = 0) -> torch.Tensor:
+    """Boxes of which NMS at 0.5 keeps about a third, some of them repeated."""
+    boxes = random_boxes(count, height=100, width=120, min_size=15, max_size=60, seed=seed)
+    boxes[count // 2 :: 10] = boxes[: len(boxes[count // 2 :: 10])].clone()
+    return boxes
+
+
+def distinct_scores(*shape: int, seed: int = 0) -> torch.Tensor:
+    count = torch.Size(shape).numel()
+    return (torch.randperm(count, generator=torch.Generator().manual_seed(seed)) / count).view(shape)
+
+
+# --- against torchvision ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 1000], ids=lambda k: f"K{k}")
+@pytest.mark.parametrize("threshold", [0.3, 0.7])
+def test_padded_nms_equals_torchvision(device, backend, count, threshold):
+    boxes = torch.stack([crowded(count, seed) for seed in range(3)])
+    scores = distinct_scores(3, count)
+    indices, counts = padded_nms(
+        boxes.to(device), scores.to(device), threshold, max_output=count, backend=backend
+    )  # fmt: skip
+    assert indices.shape == (3, count)
+    assert indices.dtype == counts.dtype == torch.int64
+    for s in range(3):
+        expected = torchvision.ops.nms(boxes[s], scores[s], threshold)
+        assert counts[s] == len(expected)
+        assert indices[s, : len(expected)].tolist() == expected.tolist()
+        assert (indices[s, len(expected) :] == -1).all()
+    assert count < 63 or counts.max() < count
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_other_dtypes_compute_in_float32(device, backend, dtype):
+    boxes, scores = crowded(150).to(dtype), distinct_scores(150).to(dtype)
+    kept = nms(boxes.to(device), scores.to(device), 0.5, backend=backend)
+    order = torch.sort(scores, descending=True, stable=True).indices
+    ramp = torch.arange(150, 0, -1.0)
+    assert kept.tolist() == order[torchvision.ops.nms(boxes[order].float(), ramp, 0.5)].tolist()
+
+
+def test_batched_nms_is_nms_of_each_class(device, backend):
+    boxes, scores = crowded(300) - 50, distinct_scores(300)
+    classes = torch.randint(-2, 5, (300,), generator=torch.Generator().manual_seed(1))
+    kept = batched_nms(boxes.to(device), scores.to(device), classes.to(device), 0.5, backend=backend).cpu()
+    expected = [rows[torchvision.ops.nms(boxes[rows], scores[rows], 0.5)]
+                for rows in ((classes == c).nonzero()[:, 0] for c in range(-2, 5))]  # fmt: skip
+    assert sorted(kept.tolist()) == sorted(torch.cat(expected).tolist())
+    assert (scores[kept].diff() < 0).all()
+    first = batched_nms(
+        boxes.to(device), scores.to(device), classes.to(device), 0.5, max_output=7, backend=backend
+    )  # fmt: skip
+    assert first.tolist() == kept[:7].tolist()
+
+
+# --- edges -----------------------------------------------------------------------------------------------------------
+
+UNIT = [0.0, 0.0, 10.0, 10.0]
+EDGES = {
+    # boxes, scores, threshold, kept
+    "duplicates": ([UNIT, UNIT, UNIT], [0.1, 0.9, 0.5], 0.5, [1]),
+    "duplicates at threshold 1": ([UNIT, UNIT], [0.1, 0.9], 1.0, [1, 0]),
+    "any overlap at threshold 0": ([UNIT, [9.0, 9.0, 20.0, 20.0]], [0.9, 0.1], 0.0, [0]),
+    "touching at threshold 0": ([UNIT, [10.0, 0.0, 20.0, 10.0]], [0.9, 0.1], 0.0, [0, 1]),
+    "tie with 0.5 keeps": ([UNIT, [0.0, 0.0, 10.0, 5.0]], [0.9, 0.1], 0.5, [0, 1]),
+    # As float32, 0.1 is above 0.1: a threshold in double would remove.
+    "tie with 0.1 keeps": ([UNIT, [0.0, 0.0, 10.0, 1.0]], [0.9, 0.1], 0.1, [0, 1]),
+    "just above removes": ([UNIT, [0.0, 0.0, 10.0, 5.00001]], [0.9, 0.1], 0.5, [0]),
+    "no plus one on sides": ([UNIT, [0.0, 0.0, 10.0, 4.9]], [0.9, 0.1], 0.495, [0, 1]),
+    "equal scores by rising index": ([UNIT, [50.0, 0.0, 60.0, 10.0], UNIT], [0.5, 0.5, 0.5], 0.5, [0, 1]),
+    "removed boxes remove nothing": (
+        [[0.0, 0.0, 10.0, 10.0], [4.0, 0.0, 14.0, 10.0], [8.0, 0.0, 18.0, 10.0]], [0.9, 0.8, 0.7], 0.4, [0, 2],
+    ),
+    "negative coordinates": ([[-20.0, -20.0, -10.0, -10.0], [-20.0, -20.0, -10.0, -11.0]], [0.9, 0.1], 0.5, [0]),
+    "NaN coordinate": ([[0.0, NAN, 10.0, 10.0], UNIT, UNIT], [0.9, 0.5, 0.1], 0.5, [0, 1]),
+    "NaN coordinate below": ([UNIT, [NAN, 0.0, 10.0, 10.0]], [0.9, 0.5], 0.0, [0, 1]),
+    "all NaN": ([[NAN] * 4, [NAN] * 4], [0.9, 0.5], 0.0, [0, 1]),
+    "inf coordinate": ([[0.0, 0.0, INF, 10.0], UNIT, UNIT], [0.9, 0.5, 0.1], 0.0, [0, 1]),
+    "inf coordinate below": ([UNIT, [-INF, 0.0, 10.0, 10.0]], [0.9, 0.5], 0.0, [0, 1]),
+    "all inf": ([[-INF, -INF, INF, INF]] * 2, [0.9, 0.5], 0.0, [0, 1]),
+    "zero area": ([[5.0, 5.0, 5.0, 9.0], UNIT], [0.9, 0.5], 0.0, [0, 1]),
+    "zero area twice": ([[5.0, 5.0, 5.0, 5.0]] * 2, [0.9, 0.5], 0.0, [0, 1]),
+    "inverted": ([[10.0, 0.0, 0.0, 10.0], UNIT, [10.0, 0.0, 0.0, 10.0]], [0.9, 0.5, 0.1], 0.0, [0, 1, 2]),
+    "inverted twice": ([[10.0, 10.0, 0.0, 0.0], UNIT, [10.0, 10.0, 0.0, 0.0]], [0.9, 0.5, 0.1], 0.0, [0, 1, 2]),
+    "NaN score is last and removes nothing": (
+        [UNIT, [50.0, 0.0, 60.0, 10.0], [50.0, 0.0, 60.0, 10.0], UNIT], [0.5, NAN, NAN, 0.4], 0.5, [0, 1, 2],
+    ),
+    "NaN score can be removed": ([UNIT, UNIT], [NAN, -5.0], 0.5, [1]),
+    "NaN below minus inf": ([UNIT, [50.0, 0.0, 60.0, 10.0]], [NAN, -INF], 0.5, [1, 0]),
+    "infinite scores": ([UNIT, [50.0, 0.0, 60.0, 10.0]], [-INF, INF], 0.5, [1, 0]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("edge", EDGES.values(), ids=EDGES.keys())
+def test_edges(device, backend, edge):
+    boxes, scores, threshold, expected = edge
+    boxes, scores = torch.tensor(boxes, device=device), torch.tensor(scores, device=device)
+    assert nms(boxes, scores, threshold, backend=backend).tolist() == expected
+    # The same with 70 boxes of higher score before them, so that another block of the kernel decides.
+    far = torch.arange(70.0, device=device)[:, None] * 20 + torch.tensor([1e5, 1e5, 1e5 + 10, 1e5 + 10], device=device)
+    lifted = torch.cat([torch.full((70,), INF, device=device), scores])
+    kept = nms(torch.cat([far, boxes]), lifted, threshold, backend=backend)
+    assert kept[:70].tolist() == list(range(70)) or INF in scores
+    assert sorted((kept[kept >= 70] - 70).tolist()) == sorted(expected)
+    same = torch.zeros(len(boxes), dtype=torch.int64, device=device)
+    assert batched_nms(boxes, scores, same, threshold, backend=backend).tolist() == expected
+
+
+def test_classes_do_not_leak_at_negative_coordinates_or_inf(device, backend):
+    """The offset trick puts class 1 over class 0 here, and an inf box turns every offset into inf or NaN."""
+    boxes = torch.tensor([[-9.0, -9.0, 1.0, 1.0], [-11.0, -11.0, -1.0, -1.0], [-9.0, -9.0, 1.0, 1.0], [0, 0, INF, 1.0]])
+    scores, classes = torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([0, 1, 0, 1])
+    kept = batched_nms(boxes.to(device), scores.to(device), classes.to(device), 0.3, backend=backend)
+    assert kept.tolist() == [0, 1, 3]
+
+
+def test_classes_may_be_huge(device, backend):
+    boxes = torch.tensor([UNIT] * 3, device=device)
+    scores = torch.tensor([0.9, 0.8, 0.7], device=device)
+    classes = torch.tensor([2**40, 2**40 + 1, 2**40], device=device)
+    assert batched_nms(boxes, scores, classes, 0.5, backend=backend).tolist() == [0, 1]
+
+
+def test_segments_are_alone_and_have_their_thresholds(device, backend):
+    boxes = torch.tensor([UNIT, [0.0, 0.0, 10.0, 6.0]], device=device).expand(3, 2, 4)
+    scores = torch.tensor([0.9, 0.1], device=device).expand(3, 2)
+    thresholds = torch.tensor([0.5, 0.7, 0.6], device=device)
+    indices, counts = padded_nms(boxes, scores, thresholds, max_output=3, backend=backend)
+    assert indices.tolist() == [[0, -1, -1], [0, 1, -1], [0, 1, -1]]
+    assert counts.tolist() == [1, 2, 2]
+
+
+def test_invalid_slots_do_not_exist(device, backend):
+    boxes, scores = crowded(130).to(device), distinct_scores(130).to(device)
+    valid = torch.arange(130, device=device) % 3 != 0
+    scores[::3] = torch.where(torch.arange(len(scores[::3]), device=device) % 2 == 0, NAN, 2.0)
+    rows = valid.nonzero()[:, 0]
+    expected = rows[nms(boxes[rows], scores[rows], 0.5, backend="reference")]
+    none = torch.zeros_like(valid)
+    indices, counts = padded_nms(
+        boxes.expand(2, -1, -1), scores.expand(2, -1), 0.5, valid=torch.stack([valid, none]), max_output=130,
+        backend=backend,
+    )  # fmt: skip
+    assert counts.tolist() == [len(expected), 0]
+    assert indices[0, : len(expected)].tolist() == expected.tolist()
+    assert (indices[1] == -1).all()
+
+
+@pytest.mark.parametrize("limit", [0, 1, 63, 64, 65, 300])
+def test_max_output_is_the_head_of_the_whole(device, backend, limit):
+    boxes, scores = (
+        random_boxes(200, height=300, width=300, min_size=30, max_size=80).to(device),
+        distinct_scores(200).to(device),
+    )
+    whole = nms(boxes, scores, 0.5, backend=backend)
+    assert 65 < len(whole) < 200
+    assert nms(boxes, scores, 0.5, max_output=limit, backend=backend).tolist() == whole[:limit].tolist()
+    indices, counts = padded_nms(boxes[None], scores[None], 0.5, max_output=limit, backend=backend)
+    pad = [-1] * max(0, limit - len(whole))
+    assert indices[0].tolist() == whole[:limit].tolist() + pad
+    assert counts.item() == min(limit, len(whole))
+
+
+def test_strided_inputs(device, backend):
+    """Segments that are columns of a larger tensor, as the classes of one image are."""
+    boxes, scores = crowded(70).to(device), distinct_scores(70, 3).to(device)
+    valid = scores > 0.2
+    groups = [nms(boxes[valid[:, c]], scores[valid[:, c], c], 0.5, backend="reference") for c in range(3)]
+    indices, counts = padded_nms(
+        boxes.flip(1).T.flip(0).T.expand(3, -1, -1), scores.T, 0.5, valid=valid.T, max_output=70, backend=backend
+    )
+    for c in range(3):
+        rows = valid[:, c].nonzero()[:, 0]
+        assert indices[c, : counts[c]].tolist() == rows[groups[c]].tolist()
+
+
+@pytest.mark.parametrize(("segments", "count"), [(0, 5), (3, 0), (0, 0)])
+def test_empty(device, backend, segments, count):
+    boxes, scores = torch.empty(segments, count, 4, device=device), torch.empty(segments, count, device=device)
+    indices, counts = padded_nms(boxes, scores, 0.5, max_output=4, backend=backend)
+    assert indices.tolist() == [[-1] * 4] * segments
+    assert counts.tolist() == [0] * segments
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    assert nms(boxes.view(-1, 4), scores.view(-1), 0.5, backend=backend).tolist() == []
+    assert batched_nms(boxes.view(-1, 4), scores.view(-1), none, 0.5, backend=backend).tolist() == []
+
+
+# --- the kernel ------------------------------------------------------------------------------------------------------
+
+
+def check_padded(function, device) -> None:
+    """`function` (the kernel's or the reference's signature) against the reference on what its blocks may get wrong."""
+    chain = torch.arange(150.0)[:, None] * torch.tensor([4.0, 0.0, 4.0, 0.0]) + torch.tensor([0.0, 0.0, 10.0, 10.0])
+    # Every box at the threshold with a box of its own block and with one of the next.
+    tied = torch.tensor([UNIT, [0.0, 0.0, 10.0, 5.0]]).repeat_interleave(70, 0) + 0.0
+    tied[:, [0, 2]] += (torch.arange(140) % 70)[:, None] * 20.0
+    repeated = tied[:70].repeat(2, 1)
+    cases = [  # name, boxes, threshold, max_output, boxes with a score
+        ("crowded", torch.stack([crowded(200), crowded(200, seed=1)]), 0.5, 200, 191),
+        ("head", torch.stack([crowded(200), crowded(200, seed=1)]), 0.5, 30, 191),
+        ("chain", torch.stack([chain, chain.flip(0)]), 0.4, 150, 141),
+        ("tied", torch.stack([tied, tied.view(2, 70, 4).transpose(0, 1).reshape(140, 4)]), 0.5, 150, 131),
+        ("without scores", torch.stack([repeated, repeated + 1]), 0.5, 150, 3),
+    ]
+    for name, boxes, threshold, limit, scored in cases:
+        count = boxes.shape[1]
+        scores = torch.linspace(1, 0, count).expand(2, count).clone()
+        scores[:, scored:] = NAN
+        boxes[:, -1] = boxes[:, -2]
+        valid = torch.arange(count).expand(2, count) % 11 != 5
+        groups = (torch.arange(count) % 4 // 3).expand(2, count).contiguous()
+        for group in (None, groups):
+            args = [boxes, scores, torch.full((2,), threshold), valid, group]
+            args = [None if a is None else guarded(a.to(device)) for a in args]
+            with poisoned_empty():
+                indices, counts = function(*args, limit)
+            args = [None if a is None else a.cpu() for a in args]
+            expected, expected_counts = reference.padded_nms_reference(*args, limit)
+            assert indices.cpu().equal(expected), name
+            assert counts.cpu().equal(expected_counts), name
+
+
+def test_kernel_equals_reference_behind_guard_bands(device):
+    check_padded(kernels.padded_nms_fwd, device)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("over = iou > threshold\n", "over = iou >= threshold\n"),
+        ("over = (iou > threshold) &", "over = (iou >= threshold) &"),
+        ("(offs[:, None] < offs[None, :])", "(offs[:, None] + 1 < offs[None, :])"),
+        ("& (state[:, None] == 2)", "& (state[:, None] > 0)"),
+        ('tl.where(state == 2, x1, float("nan"))', "x1"),
+        ("return x1, y1, x2, y2", "return y1, x1, x2, y2"),
+        ("start += BLOCK", "start += BLOCK + 1"),
+        ("first += BLOCK\n        alive", "first += BLOCK + 1\n        alive"),
+        ("mask_k = cols < end", "mask_k = cols < end - 1"),
+        ("while changed > 0:", "if changed > 0:"),
+        ("(rank < M)", "(rank <= M)"),
+        ("k_group[:, None] == group[None, :]", "k_group[:, None] <= group[None, :]"),
+        ("(group[:, None] == group[None, :])", "(group[:, None] >= group[None, :])"),
+        ("mask=cols < M)", "mask=cols < M - 1)"),
+        ("total = tl.minimum(total, M)", "total = total"),
+    ],
+    ids=["tie with list", "tie in block", "neighbour", "NaN score in block", "NaN score in list", "x and y",
+         "block step", "list step", "list end", "one round", "past the end", "group with list", "group in block",
+         "padding", "count"],
+)  # fmt: skip
+def test_a_broken_kernel_fails(tmp_path: Path, old, new):
+    broken = mutant(kernels, old, new, tmp_path)
+    with pytest.raises(AssertionError):
+        check_padded(broken.padded_nms_fwd, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("> thresholds[:, None]", ">= thresholds[:, None]"),
+        ("takes = keep[:, i : i + 1] &", "takes ="),
+        ("& segments.suppresses[:, i : i + 1]", ""),
+        ("if sorted_groups is not None:", "if False:"),
+        ("keep = segments.alive.clone()", "keep = torch.ones_like(segments.alive)"),
+        (".clamp(min=0)\n    height", "\n    height"),
+        ("- inter\n", "\n"),
+        ("torch.where(real, -scores, torch.nan)", "torch.where(real, -scores, -torch.inf)"),
+        ("(rank < max_output)", "(rank < max_output - 1)"),
+    ],
+    ids=["tie", "removed removes", "NaN score removes", "groups", "valid", "overlap", "union", "NaN order", "output"],
+)
+def test_a_broken_reference_fails(tmp_path: Path, monkeypatch, old, new):
+    broken = mutant(reference, old, new, tmp_path)
+    monkeypatch.setattr(op, "padded_nms_reference", broken.padded_nms_reference)
+    cpu = torch.device("cpu")
+    with pytest.raises((AssertionError, RuntimeError)):  # noqa: PT012 - any of these checks may be the one that fails
+        test_invalid_slots_do_not_exist(cpu, "reference")
+        test_batched_nms_is_nms_of_each_class(cpu, "reference")
+        test_max_output_is_the_head_of_the_whole(cpu, "reference", 63)
+        for edge in EDGES.values():
+            test_edges(cpu, "reference", edge)
+
+
+# --- tracing and synchronisation -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_groups", [False, True])
+def test_opcheck(device, with_groups):
+    boxes, scores = crowded(20).expand(2, -1, -1).to(device), distinct_scores(2, 20).to(device)
+    thresholds = torch.tensor([0.5, 0.6], device=device)
+    groups = torch.arange(20, device=device).expand(2, -1) % 3 if with_groups else None
+    for custom in (kernels.padded_nms, op._padded_nms_traced):
+        torch.library.opcheck(custom, (boxes, scores, thresholds, scores > 0.2, groups, 10))
+    torch.library.opcheck(op._first_traced, (torch.arange(5), torch.tensor(3)))
+
+
+@pytest.mark.parametrize("chosen", ["auto", "reference", "triton"])
+def test_compiles_to_one_graph(device, chosen):
+    def whole(boxes, scores):
+        return padded_nms(boxes * 2, scores, 0.5, valid=scores > 0.1, max_output=20, backend=chosen)
+
+    args = crowded(40).expand(2, -1, -1).to(device), distinct_scores(2, 40).to(device)
+    compiled = torch.compile(whole, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(*args), whole(*args), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_ragged_ones_compile_where_dynamic_shapes_are_allowed(device):
+    def whole(boxes, scores):
+        return boxes[nms(boxes, scores, 0.5)]
+
+    args = crowded(40).to(device), distinct_scores(40).to(device)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        got = torch.compile(whole, fullgraph=True, backend="aot_eager")(*args)
+    assert torch.equal(got, whole(*args))
+
+
+def test_reference_never_waits_and_ragged_ones_wait_once(device):
+    boxes, scores = crowded(30).to(device), distinct_scores(30).to(device)
+    with count_blocking() as found:
+        padded_nms(boxes[None], scores[None], 0.5, valid=scores[None] > 0.1, max_output=9, backend="reference")
+    assert not found
+    with count_blocking() as found:
+        nms(boxes, scores, 0.5, backend="reference")
+    assert found["_local_scalar_dense"] == 1
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.5, NAN, INF])
+def test_threshold_out_of_range(device, threshold):
+    boxes, scores = torch.zeros(2, 4, device=device), torch.zeros(2, device=device)
+    for call in (lambda: nms(boxes, scores, threshold), lambda: batched_nms(boxes, scores, scores.long(), threshold)):
+        with pytest.raises(ValueError, match=r"iou_threshold: expected a number in 0\.\.1, got"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"boxes": torch.zeros(2, 3)}, "boxes: expected float"),
+        ({"boxes": torch.zeros(2, 3, 4, dtype=torch.int64)}, "boxes: expected float"),
+        ({"scores": torch.zeros(2, 4)}, r"scores: expected float \[2, 3\]"),
+        ({"valid": torch.ones(2, 3)}, r"valid: expected bool \[2, 3\]"),
+        ({"max_output": -1}, "max_output: expected at least 0"),
+        ({"iou_threshold": torch.zeros(3)}, r"iou_threshold: expected a float or shape \[2\]"),
+        ({"backend": "cuda"}, "backend: expected one of"),
+    ],
+    ids=["rank", "integer", "scores", "valid", "max_output", "thresholds", "backend"],
+)
+def test_wrong_arguments(changes, message):
+    arguments = {"boxes": torch.zeros(2, 3, 4), "scores": torch.zeros(2, 3), "iou_threshold": 0.5, "max_output": 3}
+    with pytest.raises(ValueError, match=message):
+        padded_nms(**(arguments | changes))
+
+
+def test_wrong_classes():
+    with pytest.raises(ValueError, match=r"idxs: expected integer \[3\]"):
+        batched_nms(torch.zeros(3, 4), torch.zeros(3), torch.zeros(3), 0.5)
