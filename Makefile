@@ -33,7 +33,7 @@ test-gpu: $(VENV)/.installed
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python -m pytest bench/ops -o python_files='*.py' --benchmark-only --benchmark-columns=median,iqr,rounds
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -106,7 +106,9 @@ def test_imports_follow_the_rules(path: Path) -> None:
         ("tmask/engine/train.py", "import bench.cases", "neither tests nor bench"),
     ],
 )
-def test_a_broken_rule_is_found(place: str, line: str, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_rule_is_found(
+    place: str, line: str, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / place
     path.parent.mkdir(parents=True)
     path.write_text(line + "\n")

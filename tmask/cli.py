@@ -384,9 +384,12 @@ def _usage(function: Callable[[], Any]) -> Any:
 
 
 def _device(name: str) -> Any:
-    from tmask.engine.device import pick_device
+    from tmask.engine.device import keep_freed_memory, pick_device
 
-    return pick_device(name)
+    device = pick_device(name)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
 
 
 def _check_precision(device: Any, precision: str) -> None:

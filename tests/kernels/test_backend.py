@@ -1,5 +1,7 @@
 """Backend choice: defaults, precedence, reasons, errors."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -54,10 +56,11 @@ def test_bad_environment_variable_names_itself(monkeypatch: pytest.MonkeyPatch) 
 def test_fallback_on_cuda_warns_once() -> None:
     backend._warn_once.cache_clear()
     reasons = {"triton": ["dtype"], "reference": []}
-    with pytest.warns(UserWarning, match="op_x: using the reference backend on CUDA, not triton: dtype") as seen:
-        for _ in range(3):
-            assert resolve("op_x", None, reasons, device=torch.device("cuda")) == "reference"
-    assert len(seen) == 1
+    with pytest.warns(UserWarning, match="op_x: using the reference backend on CUDA, not triton: dtype"):
+        resolve("op_x", None, reasons, device=torch.device("cuda"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve("op_x", None, reasons, device=torch.device("cuda")) == "reference"
 
 
 def test_triton_reasons_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,9 @@ def masks(num_positive: int, num_negative: int, num_other: int) -> tuple[torch.T
 def test_counts(num_positive: int, num_negative: int, expect_positive: int, expect_negative: int) -> None:
     positive, negative = masks(num_positive, num_negative, 6)
     chosen = sample(positive, negative, size=32, positive_fraction=0.25)
-    assert chosen.index.shape == chosen.positive.shape == chosen.valid.shape == (2, 32)
+    assert chosen.rows.shape == chosen.positive.shape == chosen.valid.shape == (2, 32)
     for n in range(2):
-        picked = chosen.index[n][chosen.valid[n]]
+        picked = chosen.rows[n][chosen.valid[n]]
         assert len(picked) == expect_positive + expect_negative
         assert len(picked.unique()) == len(picked), "a candidate was drawn twice"
         assert int(chosen.positive[n].sum()) == expect_positive
@@ -35,15 +35,15 @@ def test_every_candidate_can_be_drawn_and_draws_differ() -> None:
     seen = torch.zeros(30, dtype=torch.bool)
     for _ in range(60):
         chosen = sample(positive, negative, size=8, positive_fraction=0.5)
-        seen[chosen.index[0]] = True
+        seen[chosen.rows[0]] = True
     assert seen.all()
-    assert not torch.equal(chosen.index[0], chosen.index[1])
+    assert not torch.equal(chosen.rows[0], chosen.rows[1])
 
 
 def test_images_are_sampled_apart() -> None:
     positive = torch.tensor([[True, False, False], [False, False, False]])
     negative = torch.tensor([[False, False, True], [False, True, False]])
     chosen = sample(positive, negative, size=4, positive_fraction=0.5)
-    assert chosen.index[0, :2].tolist() == [0, 2]
-    assert chosen.index[1, :1].tolist() == [1]
+    assert chosen.rows[0, :2].tolist() == [0, 2]
+    assert chosen.rows[1, :1].tolist() == [1]
     assert chosen.valid.sum(1).tolist() == [2, 1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -26,6 +28,21 @@ def pick_device(name: str | torch.device) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: expected one of this machine's, got {name!r} ({torch.cuda.device_count()} GPUs)")
     return device
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory it frees for its next allocation. Does nothing without glibc.
+
+    By default glibc hands large blocks back to the system at once, and a training step on a CPU then spends a good
+    part of its time on the page faults of getting them again.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # mallopt(3): M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_max, 0)  # take large blocks from the heap too
+    libc.mallopt(trim_threshold, 2**31 - 1)  # and do not shrink it
+    libc.mallopt(top_pad, 64 * 2**20)  # grow it in steps of 64 MiB
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
-_DEPTHS: dict[str, tuple[type[nn.Module], list[int]]] = {
+_DEPTHS: dict[str, tuple[type[resnet.BasicBlock | resnet.Bottleneck], list[int]]] = {
     "resnet10": (resnet.BasicBlock, [1, 1, 1, 1]),
     "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
     "resnet34": (resnet.BasicBlock, [3, 4, 6, 3]),
@@ -56,10 +56,11 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Images [N, 3, H, W] to maps [N, C_i, ceil(H / stride), ceil(W / stride)]."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        for stage in ("conv1", "bn1", "relu", "maxpool"):
+            x = self.get_submodule(stage)(x)
         maps = {}
-        for name, stage in (("c2", self.layer1), ("c3", self.layer2), ("c4", self.layer3), ("c5", self.layer4)):
-            x = stage(x)
+        for name, stage in (("c2", "layer1"), ("c3", "layer2"), ("c4", "layer3"), ("c5", "layer4")):
+            x = self.get_submodule(stage)(x)
             maps[name] = x
         return maps
 

@@ -27,9 +27,10 @@ class MaskHead(nn.Module):
         self.predictor = nn.Conv2d(channels, num_classes, 1)
         for layer in [*self.convs, self.deconv]:
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
         nn.init.normal_(self.predictor.weight, std=0.001)
-        nn.init.zeros_(self.predictor.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         """Pooled features [R, in_channels, M / 2, M / 2] to mask logits [R, C, M, M]."""

@@ -153,9 +153,9 @@ class RoIHeads(nn.Module):
             size=self.batch_size,
             positive_fraction=self.positive_fraction,
         )
-        gt_index = torch.where(chosen.positive, matches.gather(1, chosen.index), -1)  # [N, S]
+        gt_index = torch.where(chosen.positive, matches.gather(1, chosen.rows), -1)  # [N, S]
         labels = torch.where(chosen.positive, targets.labels.gather(1, gt_index.clamp(min=0)), 0)
-        return SampledRois(take_rows(boxes, chosen.index), labels, gt_index, chosen.positive, chosen.valid)
+        return SampledRois(take_rows(boxes, chosen.rows), labels, gt_index, chosen.positive, chosen.valid)
 
     def _box_branch(
         self, features: Sequence[Tensor], boxes: Tensor, valid: Tensor, images: ImageBatch
@@ -198,7 +198,7 @@ class RoIHeads(nn.Module):
         own = found.labels.flatten()[rows][:, None, None, None].expand(-1, 1, *logits.shape[-2:])
         masks = logits.gather(1, own).squeeze(1).float().sigmoid()  # [R, M, M]
         masks = torch.where(valid.flatten()[rows][:, None, None], masks, 0.0)
-        if compact:
+        if isinstance(rows, Tensor):
             masks = masks.new_zeros(valid.numel(), *masks.shape[1:]).index_copy(0, rows, masks)
         return masks.unflatten(0, valid.shape)
 

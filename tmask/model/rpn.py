@@ -28,7 +28,9 @@ class RPNHead(nn.Module):
         self.deltas = nn.Conv2d(channels, 4 * num_anchors, 1)
         for layer in (self.conv, self.objectness, self.deltas):
             nn.init.normal_(layer.weight, std=0.01)  # Ren et al. 2015, section 3.1.3
-            nn.init.zeros_(layer.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """[N, C, H, W] each to logits [N, A, H, W] each and deltas [N, 4A, H, W] each."""
@@ -116,11 +118,11 @@ class RPN(nn.Module):
         # Anchors run by level, row, column, then anchor of the cell; the maps hold the anchor before the cell.
         logits = torch.cat([x.permute(0, 2, 3, 1).flatten(1) for x in objectness], dim=1)  # [N, T]
         flat = torch.cat([x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4) for x in deltas], dim=1)  # [N, T, 4]
-        matched = take_rows(targets.boxes, matches.gather(1, chosen.index).clamp(min=0))  # [N, S, 4]
+        matched = take_rows(targets.boxes, matches.gather(1, chosen.rows).clamp(min=0))  # [N, S, 4]
         objectness_loss, box_loss = rpn_losses(
-            logits.gather(1, chosen.index),
-            take_rows(flat, chosen.index),
-            encode_boxes(matched, anchors[chosen.index]),
+            logits.gather(1, chosen.rows),
+            take_rows(flat, chosen.rows),
+            encode_boxes(matched, anchors[chosen.rows]),
             chosen.positive,
             chosen.valid,
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 class Sample(NamedTuple):
     """Chosen candidates: positives in the first slots, then negatives, then empty slots."""
 
-    index: Tensor  # [N, S] int64 into the M candidates; 0 in an empty slot
+    rows: Tensor  # [N, S] int64 into the M candidates; 0 in an empty slot
     positive: Tensor  # [N, S] bool
     valid: Tensor  # [N, S] bool: not empty
 
