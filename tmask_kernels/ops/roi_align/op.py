@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 
 from tmask_kernels.backend import resolve, triton_reasons
-from tmask_kernels.ops.roi_align.reference import box_levels, box_sizes, multiscale_roi_align_reference
+from tmask_kernels.ops.roi_align.cpu import multiscale_roi_align_cpu
+from tmask_kernels.ops.roi_align.reference import multiscale_roi_align_reference
 
 # Factor on a box's scale sqrt(area) before its level is taken. torchvision adds 1e-6 to the logarithm. detectron2 adds
 # 1e-8 inside it, less than half a unit in the last place of fp32: it only keeps log2(0) finite, which is level 0 here.
 LEVEL_FACTOR = {"detectron2": 1.0, "torchvision": 2.0**1e-6}
 
 MAX_TRITON_LEVELS = 5
-
-# torchvision's CPU op tabulates the taps of all samples of a box; beyond this many a box goes to the reference.
-MAX_TORCHVISION_SAMPLES = 1 << 20
 
 
 def roi_align(
@@ -151,7 +149,7 @@ def _roi_align(
         return kernels.multiscale_roi_align(
             features, boxes, valid, size[0], size[1], scales, thresholds, sampling_ratio, aligned
         )
-    pool = multiscale_roi_align_reference if chosen == "reference" else _pool_torchvision
+    pool = multiscale_roi_align_reference if chosen == "reference" else multiscale_roi_align_cpu
     return pool(features, boxes, valid, size, scales, sampling_ratio, aligned, thresholds)
 
 
@@ -242,65 +240,3 @@ def _triton_reasons(features: list[Tensor], boxes: Tensor) -> list[str]:
         if torch.are_deterministic_algorithms_enabled() and any(f.requires_grad for f in features):
             reasons.append("backward not deterministic yet")
     return reasons
-
-
-def _pool_torchvision(
-    features: list[Tensor],
-    boxes: Tensor,
-    valid: Tensor | None,
-    output_size: tuple[int, int],
-    scales: list[float],
-    sampling_ratio: int,
-    aligned: bool,
-    thresholds: list[float],
-) -> Tensor:
-    """`multiscale_roi_align_reference` by torchvision's CPU op, one call a level; rows that give zeros cost nothing."""
-    from torchvision.ops import roi_align as torchvision_roi_align
-
-    boxes = boxes.detach()
-    if boxes.dim() == 3:
-        images = torch.arange(boxes.shape[0]).repeat_interleave(boxes.shape[1])
-        boxes = torch.cat([images[:, None].to(boxes.dtype), boxes.flatten(0, 1)], 1)  # [K, 5]
-    K = boxes.shape[0]
-    # torchvision's CPU op reads outside its memory at NaN and infinite boxes.
-    usable = torch.isfinite(box_sizes(boxes[:, 1:])).all(1)  # [K]
-    if valid is not None:
-        usable &= valid.flatten()
-    levels = box_levels(boxes[:, 1:], thresholds)
-    all_rows, pooled = [], []
-    for level, (feature, scale) in enumerate(zip(features, scales, strict=True)):
-        feature = feature.to(boxes.dtype)  # its CPU op has no bf16, and fp16 is 17 times slower
-        rows = (usable & (levels == level)).nonzero()[:, 0]  # the sizes of a call on the CPU may depend on data
-        outsized = rows[:0]
-        if sampling_ratio <= 0:
-            rows, outsized = _split_by_grid(boxes, rows, output_size, scale, aligned)
-        pooled.append(torchvision_roi_align(feature, boxes[rows], output_size, scale, sampling_ratio, aligned))
-        all_rows.append(rows)
-        if len(outsized):
-            pooled.append(
-                multiscale_roi_align_reference(
-                    [feature], boxes[outsized], None, output_size, [scale], sampling_ratio, aligned, []
-                )
-            )
-            all_rows.append(outsized)
-    index, values = torch.cat(all_rows), torch.cat(pooled)
-    if len(features) == 1 and len(index) == K and len(all_rows) == 1:
-        return values.to(features[0].dtype)
-    return values.new_zeros(K, *values.shape[1:]).index_copy(0, index, values).to(features[0].dtype)
-
-
-def _split_by_grid(
-    boxes: Tensor, rows: Tensor, output_size: tuple[int, int], scale: float, aligned: bool
-) -> tuple[Tensor, Tensor]:
-    """Of `rows`, those whose adaptive grid torchvision can tabulate, and those whose grid is too large for it.
-
-    Rows with an empty grid are in neither: they give zeros (torchvision fails on a grid of negative size).
-    """
-    corners = boxes[rows, 1:] * scale - (0.5 if aligned else 0.0)
-    sizes = box_sizes(corners)  # [rows, 2] x, y
-    if not aligned:
-        sizes = sizes.clamp(min=1.0)
-    bins = torch.tensor([output_size[1], output_size[0]])
-    samples = ((sizes / bins).ceil() * bins).double().prod(1)
-    some, large = (sizes > 0).all(1), samples > MAX_TORCHVISION_SAMPLES
-    return rows[some & ~large], rows[some & large]

@@ -59,7 +59,7 @@ def multiscale_roi_align_reference(
 
     chunk = max(1, CHUNK_ELEMENTS // max(1, max(N * C * output_size[0] * f.shape[-1] for f in features)))
     chunks = []
-    with _no_autocast(boxes.device.type):
+    with no_autocast(boxes.device.type):
         maps = [f.to(dtype) for f in features]
         for part, part_levels, part_valid in zip(
             boxes.split(chunk, 1), levels.split(chunk, 1), valid.split(chunk, 1), strict=True
@@ -75,7 +75,7 @@ def multiscale_roi_align_reference(
     return result.to(features[0].dtype)
 
 
-def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+def no_autocast(device_type: str) -> AbstractContextManager[object]:
     """Autocast would turn the products into half precision. The meta device knows none."""
     return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
