@@ -28,13 +28,13 @@ class DemoConfig:
     """Settings of the demo; each is an option of the command line."""
 
     out: str = _option("runs/demo", "folder of the run")
-    steps: int = _option(1000, "training steps")
-    batch_size: int = _option(4, "images a step")
-    lr: float = _option(4e-4, "highest learning rate")
+    steps: int = _option(1200, "training steps")
+    batch_size: int = _option(8, "images a step")
+    lr: float = _option(1e-3, "highest learning rate")
     train_images: int = _option(4000, "pictures to train on")
     val_images: int = _option(200, "pictures to evaluate on")
     image_size: int = _option(128, "side of the pictures, pixels")
-    precision: Literal["fp32", "bf16", "fp16"] = _option("fp32", "of the features; boxes are always fp32")
+    precision: Literal["fp32", "bf16", "fp16"] = _option("bf16", "of the features; boxes are always fp32")
     device: str = _option("auto", "auto, cpu, cuda or cuda:N")
     seed: int = _option(0, "of weights and data order")
     num_workers: int = _option(0, "processes that load the data")
