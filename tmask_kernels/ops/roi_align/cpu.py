@@ -25,8 +25,8 @@ from tmask_kernels.ops.roi_align.reference import (
 # torchvision's CPU op tabulates the taps of all samples of a box; beyond this many a box goes to the reference.
 MAX_TORCHVISION_SAMPLES = 1 << 20
 
-# The products win while they take fewer multiply-adds than this for each addition of torchvision's backward. Measured on
-# two cores at 256 to 1,024 boxes: about 80 GFLOP/s against 3.5 ns an addition, so 140; kept on the safe side.
+# The products win while they take fewer multiply-adds than this for each addition of torchvision's backward. Measured
+# on two cores at 256 to 1,024 boxes: about 80 GFLOP/s against 3.5 ns an addition, so 140; kept on the safe side.
 DENSE_WORK = 100
 
 
