@@ -1,0 +1,87 @@
+"""The real launch path without a GPU: our launchers bind their arguments and Triton compiles what they ask for.
+
+The interpreter and `compile_kernel` both go around Triton's launcher, which turns Python arguments (tuples of tensors,
+strides, numbers that specialise) into a signature. Here it runs on a driver that says it is an H100, up to the launch.
+"""
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+pytestmark = pytest.mark.compile_only
+
+
+class FakeH100:
+    """As much of a Triton driver as binding and compiling ask for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that reached the launch; nothing is launched."""
+    names: list[str] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, warmup: bool = False, **kwargs: Any) -> None:
+        compiled = run(self, *args, warmup=True, **kwargs)
+        assert compiled.asm["cubin"]
+        names.append(self.fn.__name__)
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(driver, "_active", FakeH100())
+    return names
+
+
+def kernels_of(op: str) -> Any:
+    return importlib.import_module(f"tmask_kernels.ops.{op}.kernels")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_roi_align(dtype: torch.dtype, layout: torch.memory_format, launched: list[str]) -> None:
+    kernels = kernels_of("roi_align")
+    maps = [
+        torch.zeros(2, 40, 21 // k, 23 // k, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+        for k in (1, 2, 4, 8)
+    ]
+    boxes, valid = torch.rand(2, 6, 4), torch.ones(2, 6, dtype=torch.bool)
+    scales, areas = [1 / 4, 1 / 8, 1 / 16, 1 / 32], [1.0, 2.0, 3.0]
+    out = kernels.multiscale_roi_align(maps, boxes, valid, 7, 7, scales, areas, 0, True)
+    out.backward(torch.ones_like(out))
+    out = kernels.multiscale_roi_align(maps[:1], torch.rand(5, 5), None, 7, 7, scales[:1], [], 2, False)
+    out.backward(torch.ones_like(out))
+    assert launched == ["_roi_align_kernel"] * 4
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_padded_nms(grouped: bool, launched: list[str]) -> None:
+    groups = torch.zeros(3, 70, dtype=torch.int64) if grouped else None
+    kernels_of("nms").padded_nms(torch.rand(3, 70, 4), torch.rand(3, 70), torch.full((3,), 0.5), None, groups, 20)
+    assert launched == ["_padded_nms_kernel"]
+
+
+@pytest.mark.parametrize("size", [None, [30, 40]], ids=["free", "clipped"])
+def test_boxes(size: list[int] | None, launched: list[str]) -> None:
+    kernels = kernels_of("boxes")
+    weights, anchors = [1.0, 1.0, 1.0, 1.0], torch.rand(9, 4)
+    kernels.encode_boxes(torch.rand(9, 4), anchors, weights)
+    deltas = torch.rand(9, 4, requires_grad=True)
+    out: Tensor = kernels.decode_boxes(deltas, anchors, weights, 4.0, size, None)
+    out.sum().backward()
+    kernels.decode_boxes(torch.rand(2, 9, 4), anchors, weights, 4.0, None, torch.full((2, 2), 30))
+    decode = "_decode_boxes_fwd_kernel"
+    assert launched == ["_encode_boxes_kernel", decode, "_decode_boxes_bwd_kernel", decode]
