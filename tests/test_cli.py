@@ -69,7 +69,7 @@ def test_train_leaves_a_whole_run(run: Path) -> None:
         "pictures",
         "results.json",
     }
-    assert len(list((run / "pictures").glob("*.png"))) == 3
+    assert len(list((run / "pictures").glob("*.png"))) == 4  # and the overview
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["model"]["num_classes"] == len(CLASSES) + 1
     assert config["model"]["convention"]["roi_aligned"] is False
@@ -292,7 +292,7 @@ def test_demo_reuses_its_data(tmp_path: Path, capsys: Any) -> None:
     assert cli.main(argv) == 0
     assert images[0].is_file()
     assert annotations.is_file()
-    assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 3
 
 
 def test_help_and_version(capsys: Any) -> None:

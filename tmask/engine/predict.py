@@ -67,20 +67,10 @@ def predict(
             result = model([image.to(device)], masks="rle")[0]
         result = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in result.items()}
         results += [{**row, "file_name": path.name} for row in coco_results(number, result, ids)]
-        save_png(out_dir / pictures[number - 1], draw_instances(image, above(result, score_threshold), names))
+        picture = draw_instances(image, result, names, min_score=score_threshold)
+        save_png(out_dir / pictures[number - 1], picture)
     write_results(out_dir / RESULTS_NAME, results)
     return results
-
-
-def above(result: dict[str, Any], score_threshold: float) -> dict[str, Any]:
-    """The instances of a result (masks as a list of RLEs) with at least this score."""
-    keep = (result["scores"] >= score_threshold).nonzero()[:, 0].tolist()  # on the CPU, for drawing
-    return {
-        "boxes": result["boxes"][keep],
-        "labels": result["labels"][keep],
-        "scores": result["scores"][keep],
-        "masks": [result["masks"][i] for i in keep],
-    }
 
 
 def _picture_names(images: Sequence[Path]) -> list[str]:

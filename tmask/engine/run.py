@@ -18,7 +18,6 @@ import torch
 from tmask.build import build_model
 from tmask.config import DataConfig, ModelConfig, TrainConfig
 from tmask.engine.evaluate import evaluate
-from tmask.engine.predict import above
 from tmask.engine.train import TrainResult, train
 
 CONFIG_NAME = "config.yaml"
@@ -26,6 +25,7 @@ METRICS_NAME = "metrics.json"
 RESULTS_NAME = "results.json"
 PICTURES_NAME = "pictures"
 NUM_PICTURES = 8  # of validation images, drawn at the end
+OVERVIEW_NAME, OVERVIEW_PICTURES = "overview.png", 4
 
 
 def open_dataset(data: DataConfig, split: str) -> Any:
@@ -140,24 +140,29 @@ def draw_pictures(
     count: int = NUM_PICTURES,
     score_threshold: float = 0.5,
 ) -> list[Path]:
-    """For the first `count` images of `dataset`: a PNG with the prediction (left) beside the ground truth."""
+    """For the first `count` images of `dataset`: a PNG with the prediction beside the ground truth.
+
+    ``overview.png`` shows the first few of them on one page.
+    """
     from tmask.engine.device import autocast
-    from tmask.visualize import draw_instances, grid, save_png
+    from tmask.visualize import comparison, grid, save_png
 
     folder.mkdir(parents=True, exist_ok=True)
     names = [str(category["name"]) for category in dataset.categories]
     was_training = model.training
     model.eval()
-    paths = []
+    paths, pictures = [], []
     for index in range(min(count, len(dataset))):
         image, target = dataset[index]
         with torch.inference_mode(), autocast(device, precision):
             found = model([image.to(device)], masks="rle")[0]
         found = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in found.items()}
         truth = {"boxes": target["boxes"], "labels": target["labels"], "masks": target["masks"].bool()}
-        pair = [draw_instances(image, above(found, score_threshold), names), draw_instances(image, truth, names)]
+        pictures.append(comparison(image, found, truth, names, min_score=score_threshold))
         paths.append(folder / f"{Path(dataset.image_path(index)).stem}.png")
-        save_png(paths[-1], grid(pair, columns=2))
+        save_png(paths[-1], pictures[-1])
+    if pictures:
+        save_png(folder / OVERVIEW_NAME, grid(pictures[:OVERVIEW_PICTURES], columns=2))
     model.train(was_training)
     return paths
 
