@@ -39,8 +39,30 @@ def test_an_epoch_shows_each_image_once(length, batch_size, grouped, drop_last):
         assert all(len(batch) == batch_size for batch in batches)
     else:
         assert sorted(shown) == list(range(length))
-    if ratios:
+    if ratios and not drop_last:
         assert all(len({ratios[i] for i in batch}) == 1 for batch in batches)
+
+
+@pytest.mark.parametrize(("wide", "tall"), [(17, 3), (3, 3), (18, 3), (7, 7), (16, 4)], ids=str)
+def test_drop_last_loses_no_group(wide, tall):
+    """Each epoch has as many full batches as the images give; the few left out are others in the next."""
+    length, batch_size = wide + tall, 4
+    ratios = [2.0] * wide + [0.5] * tall
+    sampler = EpochBatchSampler(length, batch_size=batch_size, shuffle=True, aspect_ratios=ratios, drop_last=True)
+    left_out = []
+    for epoch in range(30):
+        batches = sampler.batches(epoch)
+        assert len(batches) == len(sampler) == length // batch_size
+        assert all(len(batch) == batch_size for batch in batches)
+        assert len(set(flat(batches))) == len(flat(batches))
+        mixed = [len({ratios[i] for i in batch}) > 1 for batch in batches]
+        pure = wide // batch_size + tall // batch_size
+        assert not any(mixed[:pure])
+        left_out.append(set(range(length)) - set(flat(batches)))
+    assert {len(images) for images in left_out} == {length % batch_size}
+    assert not set.intersection(*left_out)
+    if wide % batch_size and length % batch_size:  # either group can lose one
+        assert {ratios[i] for images in left_out for i in images} == {2.0, 0.5}
 
 
 def test_order_depends_on_seed_and_epoch_only():

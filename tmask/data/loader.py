@@ -50,9 +50,11 @@ class DetectionData(Protocol):
 class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (index, seed) pairs; an item's seed sets its augmentation.
 
-    Every index of 0..length-1 comes once an epoch; with `drop_last` an incomplete batch is left out. Without `shuffle`
-    they come in order. With `aspect_ratios` (width / height, one an index) a batch holds only wide or only tall images,
-    so that little of it is padding.
+    Every index of 0..length-1 comes once an epoch. Without `shuffle` they come in order. With `aspect_ratios` (width /
+    height, one an index) a batch holds only wide or only tall images, so that little of it is padding.
+
+    With `drop_last` every batch is full: what the groups have left over makes mixed batches at the end, and only the
+    last length % batch_size of that is left out; with `shuffle` others in each epoch.
     """
 
     def __init__(
@@ -81,8 +83,9 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        sizes = [self.groups.count(group) for group in set(self.groups)]
-        return sum(size // self.batch_size if self.drop_last else -(-size // self.batch_size) for size in sizes)
+        if self.drop_last:
+            return self.length // self.batch_size
+        return sum(-(-self.groups.count(group) // self.batch_size) for group in set(self.groups))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
@@ -102,7 +105,13 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
             batch.append(i)
             if len(batch) == self.batch_size:
                 batches.append(open_batches.pop(self.groups[i]))
-        return batches if self.drop_last else [*batches, *open_batches.values()]
+        if not self.drop_last:
+            return [*batches, *open_batches.values()]
+        # In the order of the epoch, not by group: else it would always be the same group that loses images.
+        rest = {i for batch in open_batches.values() for i in batch}
+        left = [i for i in order if i in rest]
+        starts = range(0, len(left) - self.batch_size + 1, self.batch_size)
+        return batches + [left[start : start + self.batch_size] for start in starts]
 
 
 def make_loader(
