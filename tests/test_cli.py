@@ -9,15 +9,18 @@ import pytest
 import yaml
 
 from tmask import cli
-from tmask.config import CONVENTIONS, PRESETS, TRAIN_PRESETS
+from tmask.config import CONVENTIONS, PRESETS, TRAIN_PRESETS, ModelConfig, TrainConfig
 from tmask.data.shapes import CLASSES, write_shapes
+from tmask.engine import evaluate
 from tmask.engine.log import read_log
+from tmask.engine.run import detections_that_count
 
 SMALL = [
     *("--model.min_size", "64", "--model.max_size", "64", "--model.fpn_channels", "16"),
     *("--model.box_head_dim", "16", "--model.mask_head_channels", "16", "--model.box_batch_size", "16"),
     *("--train.batch_size", "2", "--train.precision", "fp32", "--train.log_every", "2", "--data.num_workers", "0"),
 ]
+MAX_DETECTIONS = 120  # of the run: more than COCO's 100, and fewer than the model finds
 
 
 class Data(NamedTuple):
@@ -51,6 +54,7 @@ def run(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
         *SMALL,
         "--model.convention=torchvision",
         "--model.box_score_threshold=0.001",
+        f"--model.max_detections={MAX_DETECTIONS}",
         "--train.steps=4",
         "--train.checkpoint_every=2",
         preset="tiny",
@@ -77,7 +81,23 @@ def test_train_leaves_a_whole_run(run: Path) -> None:
     assert [row["step"] for row in read_log(run / "log.jsonl")] == [2, 4, 4]
 
 
-def test_eval_repeats_the_figures_of_training(run: Path, data: Data, tmp_path: Path, capsys: Any) -> None:
+def detections(folder: Path) -> list[tuple[Any, ...]]:
+    """What results.json holds, but for the masks."""
+    rows = json.loads((folder / "results.json").read_text())
+    return [(row["image_id"], row["category_id"], row["score"], *row["bbox"]) for row in rows]
+
+
+def test_eval_repeats_the_figures_of_training(
+    run: Path, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    cuts = []
+    real = evaluate.coco_metrics
+
+    def metrics(truth: Any, results: Any, *, max_detections: int) -> dict[str, float]:
+        cuts.append(max_detections)
+        return real(truth, results, max_detections=max_detections)
+
+    monkeypatch.setattr(evaluate, "coco_metrics", metrics)
     code = call(
         "eval",
         checkpoint=run / "checkpoint.pt",
@@ -91,6 +111,14 @@ def test_eval_repeats_the_figures_of_training(run: Path, data: Data, tmp_path: P
     assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(
         json.loads((run / "metrics.json").read_text()), abs=1e-9
     )
+    # AP is next to 0 after four steps, so what is found must agree too, one by one.
+    found, trained = detections(tmp_path), detections(run)
+    assert len(trained) == 3 * MAX_DETECTIONS
+    assert len({round(row[2], 4) for row in trained}) > 20
+    assert [row[:2] for row in found] == [row[:2] for row in trained]
+    for ours, theirs in zip(found, trained, strict=True):
+        assert ours[2:] == pytest.approx(theirs[2:], abs=1e-4)
+    assert cuts == [MAX_DETECTIONS]
     limited = tmp_path / "limited"
     call(
         "eval",
@@ -100,7 +128,14 @@ def test_eval_repeats_the_figures_of_training(run: Path, data: Data, tmp_path: P
         out=limited,
         max_detections=1,
     )
-    assert len(json.loads((limited / "results.json").read_text())) <= 3
+    assert [row[0] for row in detections(limited)] == [1, 2, 3]
+    assert cuts == [MAX_DETECTIONS, 1]
+
+
+def test_coco_cut_is_the_larger_of_model_and_training() -> None:
+    for model, training, cut in ((50, 100, 100), (300, 100, 300), (100, 300, 300)):
+        configs = ModelConfig(max_detections=model), TrainConfig(eval_max_detections=training)
+        assert detections_that_count(*configs) == cut
 
 
 @pytest.mark.parametrize("form", ["file", "folder", "glob"])

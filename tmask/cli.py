@@ -222,7 +222,9 @@ def eval_command(argv: list[str]) -> int:
     parser.add_argument("--images", type=str, required=True, help="folder of the images")
     parser.add_argument("--annotations", type=str, required=True, help="COCO annotation file")
     parser.add_argument("--out", type=str | None, default=None, help="folder for metrics.json and results.json")
-    parser.add_argument("--max_detections", type=int, default=100, help="detections an image that count, and are made")
+    parser.add_argument(
+        "--max_detections", type=int | None, default=None, help="an image, made and counted; null: as in training"
+    )
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--num_workers", type=int, default=0)
     _add_device(parser)
@@ -231,14 +233,15 @@ def eval_command(argv: list[str]) -> int:
     _usage(lambda: _check_precision(device, args.precision))
     _usage(lambda: _paths_exist(checkpoint=args.checkpoint, images=args.images, annotations=args.annotations))
     for name in ("max_detections", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name}: expected at least 1, got {getattr(args, name)}")
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name}: expected at least 1, got {value}")
 
     from tmask.data.coco import CocoDataset
     from tmask.data.loader import make_loader
     from tmask.engine.checkpoint import load_model
     from tmask.engine.evaluate import evaluate, results_table
-    from tmask.engine.run import METRICS_NAME, RESULTS_NAME, check_categories
+    from tmask.engine.run import METRICS_NAME, RESULTS_NAME, check_categories, detections_that_count
 
     model, saved = load_model(args.checkpoint, device)
     dataset = CocoDataset(args.images, args.annotations)
@@ -246,13 +249,17 @@ def eval_command(argv: list[str]) -> int:
     loader = make_loader(
         dataset, model.transform, batch_size=args.batch_size, shuffle=False, num_workers=args.num_workers
     )
-    model.roi_heads.max_detections = args.max_detections
+    max_detections = args.max_detections
+    if max_detections is None:
+        max_detections = detections_that_count(model.config, from_dict(TrainConfig, saved["train_config"]))
+    else:
+        model.roi_heads.max_detections = max_detections
     out = Path(args.out) if args.out is not None else None
     metrics = evaluate(
         model,
         loader,
         dataset,
-        max_detections=args.max_detections,
+        max_detections=max_detections,
         device=device,
         precision=args.precision,
         results_file=out / RESULTS_NAME if out else None,
