@@ -304,10 +304,12 @@ def test_other_categories_are_refused(run: Path, data: Data, tmp_path: Path, cap
     assert "categories: expected those of training" in capsys.readouterr().err
 
 
-def test_too_few_classes_are_refused(data: Data, tmp_path: Path, capsys: Any) -> None:
-    out = ["--out", str(tmp_path / "out")]
-    assert cli.main(["train", "--preset", "tiny", *data.options(), *SMALL, "--model.num_classes", "3", *out]) == 1
-    assert "num_classes: expected at least 6" in capsys.readouterr().err
+@pytest.mark.parametrize("count", [3, 5, 7])
+def test_another_number_of_classes_is_refused(count: int, data: Data, tmp_path: Path, capsys: Any) -> None:
+    out = ["--out", str(tmp_path / "out"), "--model.num_classes", str(count)]
+    assert cli.main(["train", "--preset", "tiny", *data.options(), *SMALL, *out]) == 1
+    expected = f"num_classes: expected 6 (the 5 categories and background), got {count}"
+    assert expected in capsys.readouterr().err
 
 
 def test_demo_reuses_its_data(tmp_path: Path, capsys: Any) -> None:

@@ -15,7 +15,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from tmask.engine.evaluate import coco_metrics, coco_results, evaluate, results_table
+from tmask.engine.evaluate import coco_metrics, coco_results, detect, evaluate, results_table
 from tmask.structures import Detections, ImageBatch
 
 H, W = 120, 150
@@ -244,6 +244,15 @@ def test_evaluate_maps_back_to_original_pixels_and_writes_results(tmp_path: Path
     written = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(r["image_id"], r["category_id"], r["bbox"]) for r in written] == [(1, 8, box), (2, 8, box)]
     assert coco_metrics(truth, written) == metrics
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_model_of_other_classes_is_refused(count: int) -> None:
+    model = Oracle()
+    model.config = SimpleNamespace(num_classes=3)
+    with pytest.raises(ValueError, match=f"category_ids: expected 2, the model's classes .*, got {count}"):
+        detect(model, [], list(range(count)))
+    assert detect(model, [], [3, 8]) == []
 
 
 def test_results_table_shows_percent_and_gaps() -> None:

@@ -51,10 +51,15 @@ def detect(
     """The model's detections as COCO results: image_id, category_id, bbox (xywh), score, segmentation (RLE).
 
     Label i becomes ``category_ids[i - 1]``. The mode of the model (train or eval) is put back at the end.
+    Errors: ValueError if a model made by `build_model` has more or fewer classes than `category_ids` and background.
     """
     from tmask.model.postprocess import to_list
 
     device = torch.device(device)
+    num_classes = getattr(getattr(model, "config", None), "num_classes", None)
+    if num_classes is not None and num_classes != len(category_ids) + 1:
+        need = f"{num_classes - 1}, the model's classes without background"
+        raise ValueError(f"category_ids: expected {need}, got {len(category_ids)}")
     was_training = model.training
     model.eval()
     results = []

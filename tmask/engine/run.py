@@ -61,7 +61,7 @@ def run_training(
 ) -> TrainResult:
     """Train on `train_set`, evaluate on `val_set` (if given) and leave everything in `out_dir`.
 
-    Errors: ValueError if the model has fewer classes than the data or the two sets name other categories; and those
+    Errors: ValueError if the model has not the classes of the data or the two sets name other categories; and those
     of `train`.
     """
     from tmask.data.loader import make_loader
@@ -123,9 +123,9 @@ def detections_that_count(model: ModelConfig, training: TrainConfig) -> int:
 def check_categories(
     num_classes: int, train: Sequence[dict[str, Any]], val: Sequence[dict[str, Any]] | None = None
 ) -> None:
-    """Labels must fit the model, and mean the same in both sets. Errors: ValueError."""
-    if num_classes < len(train) + 1:
-        need = f"at least {len(train) + 1} (the data's {len(train)} and background)"
+    """The model must have the classes of `train` and no more, and both sets the same. Errors: ValueError."""
+    if num_classes != len(train) + 1:
+        need = f"{len(train) + 1} (the {len(train)} categories and background)"
         raise ValueError(f"num_classes: expected {need}, got {num_classes}")
     if val is not None and _ids_and_names(train) != _ids_and_names(val):
         raise ValueError(f"categories: expected those of training, {_ids_and_names(train)}, got {_ids_and_names(val)}")
