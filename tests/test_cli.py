@@ -170,6 +170,33 @@ def test_saved_config_repeats_the_run_and_resume_goes_on(run: Path, tmp_path: Pa
     assert read_log(out / "log.jsonl")[-1]["step"] == 4
 
 
+def test_resume_of_a_finished_run_evaluates_it(run: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    (out / "metrics.json").unlink()
+    argv = ["train", "--config", str(run / "config.yaml"), "--out", str(out), "--resume", str(out / "checkpoint.pt")]
+    assert cli.main(argv) == 0
+    assert "all classes" in capsys.readouterr().out
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (out, run)]
+    assert metrics[0] == pytest.approx(metrics[1], abs=1e-9)
+
+
+def test_a_refused_resume_changes_no_file(run: Path, data: Data, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    content = json.loads(data.train_annotations.read_text())
+    content["categories"][0]["name"] = "something else"
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    argv = ["train", "--config", str(run / "config.yaml"), "--out", str(out), "--resume", str(out / "checkpoint.pt")]
+    other = ["--data.train_annotations", str(tmp_path / "other.json")]
+    other += ["--data.val_images", "null", "--data.val_annotations", "null"]
+    for words, expected in ((other, "the category of label 1"), (["--train.batch_size", "3"], "batch_size: 2 -> 3")):
+        assert cli.main([*argv, *words]) == 1
+        assert expected in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 def test_config_files_round_trip(run: Path, capsys: Any) -> None:
     assert cli.main(["train", "--config", str(run / "config.yaml"), "--print_config"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
@@ -310,6 +337,7 @@ def test_another_number_of_classes_is_refused(count: int, data: Data, tmp_path: 
     assert cli.main(["train", "--preset", "tiny", *data.options(), *SMALL, *out]) == 1
     expected = f"num_classes: expected 6 (the 5 categories and background), got {count}"
     assert expected in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_demo_reuses_its_data(tmp_path: Path, capsys: Any) -> None:

@@ -127,8 +127,17 @@ def train_command(argv: list[str]) -> int:
         config = from_dict(ModelConfig, settings)
     except ValueError as error:
         raise UsageError(f"model.{error}") from error
-    write_config(out / CONFIG_NAME, args.preset, config, training, data)
-    result = run_training(config, training, data, train_set, val_set, out_dir=out, device=device, resume=args.resume)
+    result = run_training(
+        config,
+        training,
+        data,
+        train_set,
+        val_set,
+        out_dir=out,
+        device=device,
+        resume=args.resume,
+        on_start=lambda: write_config(out / CONFIG_NAME, args.preset, config, training, data),
+    )
     _print_run(out, result, has_val=val_set is not None)
     return 0
 

@@ -75,9 +75,17 @@ def run_demo(config: DemoConfig, *, device: torch.device) -> dict[str, float]:
         precision=config.precision,
         seed=config.seed,
     )
-    write_config(out / CONFIG_NAME, PRESET, model, training, data)
     prepared = time.perf_counter() - began
-    result = run_training(model, training, data, train_set, val_set, out_dir=out, device=device)
+    result = run_training(
+        model,
+        training,
+        data,
+        train_set,
+        val_set,
+        out_dir=out,
+        device=device,
+        on_start=lambda: write_config(out / CONFIG_NAME, PRESET, model, training, data),
+    )
     total = time.perf_counter() - began
     print(results_table(result.metrics))
     rest = total - prepared - result.seconds

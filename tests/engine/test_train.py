@@ -143,6 +143,18 @@ def test_resume_refuses_other_settings(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     with pytest.raises(CheckpointError, match="the run differs: batch_size: 2 -> 4"):
         run(tmp_path, Model(), dataclasses.replace(CONFIG, batch_size=4), resume=path)
+    for categories in ([{"id": 1, "name": "disc"}], [{"id": 2, "name": "star"}, {"id": 1, "name": "disc"}]):
+        own = tmp_path / str(len(categories))
+        run(own, Model(), categories=categories)
+        model = Model()
+        before = model.state_dict()["conv.weight"].clone()
+        label = len(categories)
+        with pytest.raises(CheckpointError, match=rf"the category of label {label}: .*'disc'.* -> .*'ring'"):
+            run(own, model, resume=own / "checkpoint.pt", categories=[*categories[:-1], {"id": 1, "name": "ring"}])
+        with pytest.raises(CheckpointError, match=rf"the category of label {label}: .*'disc'.* -> None"):
+            run(own, model, resume=own / "checkpoint.pt", categories=categories[:-1])
+        assert torch.equal(model.state_dict()["conv.weight"], before)
+        run(own, Model(), resume=own / "checkpoint.pt", categories=categories)
     saved = load_checkpoint(path)
     save_checkpoint(path, saved | {"model_config": {"min_size": 800}})
     with pytest.raises(CheckpointError, match="the model differs: min_size: 800 -> None"):
@@ -179,6 +191,31 @@ def test_evaluation_is_logged_and_disturbs_nothing(tmp_path: Path) -> None:
     assert measured.seen == plain.seen
     rows = read_log(tmp_path / "measured" / "log.jsonl")
     assert [row["step"] for row in rows if "segm/AP" in row] == [5, 10, 12]
+
+
+def test_a_finished_run_is_evaluated_on_resume(tmp_path: Path) -> None:
+    run(tmp_path, Model())
+    path, seen = tmp_path / "checkpoint.pt", []
+
+    def evaluate(model: Model) -> dict[str, float]:
+        seen.append(model.conv.weight.detach().clone())
+        return {"segm/AP": 0.5}
+
+    model = Model()
+    result = run(tmp_path, model, resume=path, evaluate_fn=evaluate)
+    assert (result.step, result.metrics, model.calls) == (12, {"segm/AP": 0.5}, 0)
+    assert torch.equal(seen[0], load_checkpoint(path)["model"]["conv.weight"])
+    assert read_log(tmp_path / "log.jsonl")[-1] == {"step": 12, "segm/AP": 0.5}
+
+
+def test_on_start_comes_after_the_checks_and_before_the_first_step(tmp_path: Path) -> None:
+    calls = []
+    model = Model()
+    run(tmp_path, model, on_start=lambda: calls.append((model.calls, (tmp_path / "log.jsonl").exists())))
+    assert calls == [(0, False)]
+    with pytest.raises(CheckpointError):
+        run(tmp_path, Model(), resume=tmp_path / "none.pt", on_start=lambda: calls.append((0, False)))
+    assert len(calls) == 1
 
 
 def test_clipping_bounds_the_update(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,11 @@ def run_training(
     out_dir: str | Path,
     device: torch.device,
     resume: str | Path | None = None,
+    on_start: Callable[[], None] | None = None,
 ) -> TrainResult:
     """Train on `train_set`, evaluate on `val_set` (if given) and leave everything in `out_dir`.
 
+    ``config.yaml`` is the caller's to write, by `on_start`: called before the first step, once all checks are passed.
     Errors: ValueError if the model has not the classes of the data or the two sets name other categories; and those
     of `train`.
     """
@@ -68,7 +70,6 @@ def run_training(
 
     check_categories(model_config.num_classes, train_set.categories, val_set.categories if val_set else None)
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(train_config.seed)
     model = build_model(model_config)
     loader = make_loader(
@@ -108,6 +109,7 @@ def run_training(
         categories=train_set.categories,
         evaluate_fn=measure,
         resume=resume,
+        on_start=on_start,
     )
     if val_set is not None:
         (out_dir / METRICS_NAME).write_text(json.dumps(result.metrics, indent=1), encoding="utf-8")

@@ -67,14 +67,16 @@ def train(
     categories: Sequence[dict[str, Any]] = (),
     evaluate_fn: EvaluateFn | None = None,
     resume: str | Path | None = None,
+    on_start: Callable[[], None] | None = None,
 ) -> TrainResult:
     """Train `model` in place for ``config.steps`` updates and write ``checkpoint.pt`` and ``log.jsonl`` to `out_dir`.
 
     `train_loader` gives batches with ``.images`` (ImageBatch) and ``.targets`` (Targets), and is gone through again and
     again; if its batch sampler has ``set_epoch`` that is called first. `model` has ``forward_padded`` as MaskRCNN has;
     its loss terms are summed. `categories` are stored with the model.
-    `evaluate_fn` gives metrics to log, every ``eval_every`` steps and at the end. `resume` is a checkpoint to go on
-    from: weights, optimiser, position in the data and random state.
+    `evaluate_fn` gives metrics to log, every ``eval_every`` steps and at the end, also where a resumed run has no step
+    left. `resume` is a checkpoint to go on from: weights, optimiser, position in the data and random state.
+    `on_start` is called when `resume` and all else is found good, before anything in `out_dir` changes.
 
     Errors: NonFiniteLossError at the next log point after a loss is NaN or infinite; CheckpointError if `resume`
     cannot be used or belongs to other settings; ValueError for an empty loader or a precision the device lacks.
@@ -87,9 +89,11 @@ def train(
     scaler = GradScaler(device.type) if config.precision == "fp16" else None
     saved = None
     if resume is not None:
-        saved = _restore(resume, model, optimizer, scaler, config)
+        saved = _restore(resume, model, optimizer, scaler, config, _stored(categories))
     stream = BatchStream(train_loader, device, saved)
     step = saved["step"] if saved else 0
+    if on_start is not None:
+        on_start()
     run = _Run(out_dir, device, config, resume_step=step if saved else None)
 
     def checkpoint() -> None:
@@ -100,7 +104,7 @@ def train(
                 "version": VERSION,
                 "model": model.state_dict(),
                 "model_config": config_dict(getattr(model, "config", None)),
-                "categories": [{"id": int(c["id"]), "name": str(c["name"])} for c in categories],
+                "categories": _stored(categories),
                 "train_config": config_dict(config),
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict() if scaler else None,
@@ -114,7 +118,8 @@ def train(
     metrics: dict[str, float] = {}
     model.train()
     run.start(step)
-    for batch in itertools.islice(stream, max(0, config.steps - step)):
+    steps_left = max(0, config.steps - step)
+    for batch in itertools.islice(stream, steps_left):
         lr = config.lr * lr_factor(config, step)
         set_lr(optimizer, lr)
         run.losses.add(_train_step(model, batch, optimizer, scaler, device, config))
@@ -137,6 +142,9 @@ def train(
     run.bar.close()
     if not (out_dir / CHECKPOINT_NAME).is_file():
         checkpoint()  # a resumed run that had no step left, in a new folder
+    if steps_left == 0 and evaluate_fn is not None:
+        metrics = _evaluate(evaluate_fn, model, device)
+        run.log.write({"step": step, **metrics})
     return TrainResult(step, run.seconds, out_dir / CHECKPOINT_NAME, run.means, metrics)
 
 
@@ -230,7 +238,9 @@ def _restore(
     optimizer: torch.optim.Optimizer,
     scaler: GradScaler | None,
     config: TrainConfig,
+    categories: list[dict[str, Any]],
 ) -> dict[str, Any]:
+    """Load `path` into model, optimiser and scaler. Nothing is loaded if it does not belong to the same run."""
     saved = load_checkpoint(path)
     changed = differences(saved["model_config"], config_dict(getattr(model, "config", None)))
     if changed:
@@ -239,11 +249,19 @@ def _restore(
     changed = [line for line in changed if line.split(":")[0] in _FIXED_ON_RESUME]
     if changed:
         raise CheckpointError(f"checkpoint {path}: cannot resume, the run differs: {'; '.join(changed)}")
+    for label, (old, new) in enumerate(itertools.zip_longest(saved["categories"], categories), start=1):
+        if old != new:
+            raise CheckpointError(f"checkpoint {path}: cannot resume, the category of label {label}: {old} -> {new}")
     load_weights(model, saved["model"], path)
     optimizer.load_state_dict(saved["optimizer"])
     if scaler is not None and saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
     return saved
+
+
+def _stored(categories: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Categories as a checkpoint holds them."""
+    return [{"id": int(category["id"]), "name": str(category["name"])} for category in categories]
 
 
 def _evaluate(evaluate_fn: EvaluateFn, model: Any, device: torch.device) -> dict[str, float]:
