@@ -21,23 +21,31 @@ STRIDES = (4, 8, 16, 32, 64)  # P2-P6
 
 
 def build_model(
-    preset: str | ModelConfig, num_classes: int | None = None, *, backbone: nn.Module | None = None, **overrides: Any
+    preset: str | ModelConfig,
+    num_classes: int | None = None,
+    *,
+    backbone: str | nn.Module | None = None,
+    warn_if_untrained: bool = True,
+    **overrides: Any,
 ) -> MaskRCNN:
     """A Mask R-CNN with random heads, in training mode.
 
     `preset` names an entry of `tmask.config.PRESETS` or is a config; `num_classes` counts the background; `overrides`
-    replace fields of the config (``min_size=640``, ``convention="torchvision"``...). `backbone` replaces the ResNet by
-    any module as tmask/model/backbone.py describes. The result has ``.config``.
+    replace fields of the config (``min_size=640``, ``convention="torchvision"``...). `backbone` names a ResNet or is
+    any module as tmask/model/backbone.py describes. `warn_if_untrained`: say so when frozen layers hold random weights;
+    off where a checkpoint will fill them. The result has ``.config``.
     Errors: ValueError for unknown names (with the nearest) and impossible values.
     """
     if num_classes is not None:
         overrides["num_classes"] = num_classes
+    if isinstance(backbone, str):
+        overrides["backbone"], backbone = backbone, None
     config = model_config(preset, **overrides)
     if backbone is None:
         backbone = ResNet(config.backbone, norm=config.norm, trainable_layers=config.trainable_layers)
         if config.backbone_weights is not None:
             load_backbone(backbone, config.backbone_weights)
-        else:
+        elif warn_if_untrained:
             warn_if_random_and_frozen(backbone)
     model = MaskRCNN(
         transform=_transform(config),
@@ -60,12 +68,14 @@ def build_model(
 
 def _transform(config: ModelConfig) -> ImageTransform:
     return ImageTransform(
+        num_classes=config.num_classes,
         min_size=config.min_size,
         max_size=config.max_size,
         image_mean=config.image_mean,
         image_std=config.image_std,
         size_divisible=config.size_divisible,
         antialias=config.convention.resize_antialias,
+        mask_resize=config.convention.mask_resize,
         keep_crowds=config.convention.ignore_crowds,
     )
 
@@ -95,6 +105,7 @@ def _rpn(config: ModelConfig) -> RPN:
 def _roi_heads(config: ModelConfig) -> RoIHeads:
     return RoIHeads(
         extractor=RoIExtractor(
+            strides=STRIDES[:-1],
             aligned=config.convention.roi_aligned,
             sampling_ratio=config.convention.roi_sampling_ratio,
             level_convention=config.convention.level_convention,

@@ -22,6 +22,22 @@ def _require(condition: bool, name: str, expected: str, got: Any) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
+def _expected(name: str, known: typing.Iterable[str]) -> str:
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"{near[0]!r}?" if near else f"one of {', '.join(names)}"
+
+
+def _check_names(config: Any) -> None:
+    """A field of a Literal type holds one of its names."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        known = typing.get_args(hint)
+        if typing.get_origin(hint) is Literal and getattr(config, name) not in known:
+            raise ValueError(
+                f"{name}: expected {_expected(str(getattr(config, name)), known)}, got {getattr(config, name)!r}"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Convention:
     """Where published detectors differ by fractions of a pixel: weights give their figures only under their own."""
@@ -33,6 +49,7 @@ class Convention:
     anchors_rounded: bool  # anchor sizes rounded to whole pixels
     anchor_stride_from_grid: bool  # stride = image // grid (True) or 2^level (False)
     resize_antialias: bool
+    mask_resize: Literal["bilinear", "nearest"]  # of ground-truth masks; bilinear is cut at 0.5
     mask_targets: ConventionName  # binary (detectron2) or soft (torchvision) 28 x 28 targets
     paste: ConventionName  # sample at pixel centres (detectron2) or in a box truncated to integers (torchvision)
     ignore_crowds: bool  # anchors and RoIs inside a crowd are no negatives; torchvision drops crowds before the model
@@ -47,6 +64,7 @@ CONVENTIONS: dict[str, Convention] = {
         anchors_rounded=False,
         anchor_stride_from_grid=False,
         resize_antialias=True,
+        mask_resize="bilinear",
         mask_targets="detectron2",
         paste="detectron2",
         ignore_crowds=True,
@@ -59,6 +77,7 @@ CONVENTIONS: dict[str, Convention] = {
         anchors_rounded=True,
         anchor_stride_from_grid=True,
         resize_antialias=False,
+        mask_resize="nearest",
         mask_targets="torchvision",
         paste="torchvision",
         ignore_crowds=False,
@@ -126,6 +145,7 @@ class ModelConfig:
     loss_mask: float = 1.0
 
     def __post_init__(self) -> None:
+        _check_names(self)
         _require(self.num_classes >= 2, "num_classes", "at least 2 (background and one class)", self.num_classes)
         _require(0 < self.min_size <= self.max_size, "min_size", "in 1..max_size", self.min_size)
         _require(0 <= self.trainable_layers <= 5, "trainable_layers", "in 0..5", self.trainable_layers)
@@ -222,6 +242,7 @@ class TrainConfig:
     eval_max_detections: int = 100  # of COCO's evaluation, an image
 
     def __post_init__(self) -> None:
+        _check_names(self)
         for name in ("steps", "batch_size", "log_every", "checkpoint_every", "eval_max_detections"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("lr", "momentum", "weight_decay", "warmup_steps", "eval_every", "lr_floor"):
@@ -293,9 +314,3 @@ def from_dict(cls: type[Any], values: dict[str, Any]) -> Any:
 
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
-
-
-def _expected(name: str, known: typing.Iterable[str]) -> str:
-    names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"{near[0]!r}?" if near else f"one of {', '.join(names)}"

@@ -1,5 +1,6 @@
 """GPU ops of object detection and instance segmentation, each with a plain PyTorch reference."""
 
+from tmask_kernels.backend import use_backend
 from tmask_kernels.ops.boxes.anchors import AnchorSpec, make_anchors
 from tmask_kernels.ops.boxes.op import decode_boxes, detections, encode_boxes, rpn_proposals
 from tmask_kernels.ops.focal_loss.op import sigmoid_focal_loss
@@ -30,4 +31,5 @@ __all__ = [
     "rpn_proposals",
     "sigmoid_focal_loss",
     "unpack_masks",
+    "use_backend",
 ]

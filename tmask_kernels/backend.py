@@ -71,10 +71,14 @@ def resolve(op: str, backend: str | None, reasons: Mapping[str, Sequence[str]], 
 
     `reasons` maps each backend the op has, in the order ``auto`` tries them on `device`, to the reasons why it
     cannot serve this call. ``auto`` takes the first with none; on a CUDA device it warns once when that is not
-    Triton. An explicit backend that the op lacks, or that has reasons, is a ValueError that lists them.
+    Triton. An explicit backend that the op lacks, or that has reasons, is a ValueError that lists them. A default from
+    `use_backend` or the environment holds for many ops, so one that lacks it says so once and goes on as ``auto``.
     """
     name = default_backend() if backend is None else backend
     _check_name("backend", name)
+    if backend is None and name != "auto" and name not in reasons:
+        _warn_lacking(op, name)
+        name = "auto"
     if name != "auto":
         if name not in reasons:
             raise ValueError(f"{op}: backend={name!r} does not exist for this op; it has {', '.join(reasons)}")
@@ -114,6 +118,16 @@ def triton_installed() -> bool:
 @functools.cache
 def _find_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _warn_lacking(op: str, name: str) -> None:
+    _warn_lacking_once(op, name)
+
+
+@functools.cache
+def _warn_lacking_once(op: str, name: str) -> None:
+    warnings.warn(f"{op}: has no {name} backend, taking what auto takes", stacklevel=4)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -53,6 +53,17 @@ def test_bad_environment_variable_names_itself(monkeypatch: pytest.MonkeyPatch) 
         default_backend()
 
 
+def test_a_default_that_an_op_lacks_warns_once_and_is_auto() -> None:
+    backend._warn_lacking_once.cache_clear()
+    with use_backend("triton"):
+        with pytest.warns(UserWarning, match="op_y: has no triton backend"):
+            assert resolve("op_y", None, {"reference": []}, device=CPU) == "reference"
+        with pytest.raises(ValueError, match="does not exist"):
+            resolve("op_y", "triton", {"reference": []}, device=CPU)
+        with pytest.raises(ValueError, match="cannot serve this call: too old"):
+            resolve("op_y", None, {"triton": ["too old"], "reference": []}, device=CPU)
+
+
 def test_fallback_on_cuda_warns_once() -> None:
     backend._warn_once.cache_clear()
     reasons = {"triton": ["dtype"], "reference": []}

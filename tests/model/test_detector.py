@@ -10,6 +10,7 @@ from torch import Tensor
 import tmask
 from tests.model.conftest import SMALL, images_and_targets
 from tmask.structures import Detections, ImageBatch, Targets
+from tmask_kernels import unpack_masks
 
 LOSSES = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"}
 
@@ -176,6 +177,40 @@ def test_presets_run(preset: str, convention: str) -> None:
         assert len(model.eval()(images_and_targets()[0])[0]["scores"]) == 3
 
 
+@pytest.mark.parametrize("name", ["resnet10", "resnet18", "resnet34", "resnet50", "resnet101"])
+def test_a_backbone_by_name(name: str) -> None:
+    model = tmask.build_model("tiny", backbone=name)
+    assert model.config.backbone == name
+    assert len(model.backbone.layer3) == {"resnet10": 1, "resnet18": 2, "resnet34": 6, "resnet50": 6}.get(name, 23)
+
+
+@pytest.mark.parametrize("size", [(33, 65), (65, 33), (45, 67)], ids=str)
+def test_sizes_that_no_stride_divides(size: tuple[int, int]) -> None:
+    """No padding to multiples of 32, so every level is rounded up."""
+    model = tmask.build_model("tiny", num_classes=3, **{**SMALL, "size_divisible": 1, "min_size": 33, "max_size": 99})
+    target = {
+        "boxes": torch.tensor([[4.0, 4.0, 30.0, 28.0]]),
+        "labels": torch.tensor([1]),
+        "masks": torch.ones(1, *size),
+    }
+    losses = model([torch.rand(3, *size)], [target])
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    with torch.no_grad():
+        result = model.eval()([torch.rand(3, *size)])[0]
+    assert result["masks"].shape[1:] == (1, *size)
+
+
+@pytest.mark.parametrize("convention", ["torchvision", "detectron2"])
+def test_masks_are_resized_as_the_convention_says(convention: str) -> None:
+    model = tmask.build_model("tiny", num_classes=3, convention=convention, min_size=80, max_size=80, size_divisible=1)
+    masks = (torch.rand(2, 40, 40) > 0.5).to(torch.uint8)
+    target = {"boxes": torch.tensor([[4.0, 4.0, 30.0, 28.0]] * 2), "labels": torch.ones(2).long(), "masks": masks}
+    _, targets = model.transform([torch.rand(3, 40, 40)], [target])
+    mode = "nearest" if convention == "torchvision" else "bilinear"
+    expected = torch.nn.functional.interpolate(masks[None].float(), size=(80, 80), mode=mode)[0] >= 0.5
+    assert torch.equal(unpack_masks(targets.masks[0], 80), expected)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -185,6 +220,8 @@ def test_presets_run(preset: str, convention: str) -> None:
         ({"num_classes": 1}, "num_classes: expected at least 2"),
         ({"rpn_nms_threshold": 1.5}, "rpn_nms_threshold: expected in 0..1, got 1.5"),
         ({"min_size": 500}, "min_size: expected in 1..max_size"),
+        ({"norm": "frozen"}, "norm: expected 'frozen_bn'"),
+        ({"backbone": "resnet81"}, "backbone: expected 'resnet18'"),
         ({"box_bg_iou": 0.6}, "box_bg_iou: expected at most box_fg_iou"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -204,6 +241,31 @@ def bad_inputs() -> dict[str, tuple[list[Tensor], list[dict[str, Tensor]] | None
         "count": (images, targets[:1], "targets: expected 2, one an image, got 1"),
         "no labels": (images, [{"boxes": torch.zeros(0, 4)}] * 2, "expected a key 'labels'"),
         "mask size": (images, [targets[0], {**targets[1], "masks": torch.zeros(1, 9, 9)}], r"targets\[1\]\['masks'\]"),
+        "label 0": (
+            images,
+            [{**targets[0], "labels": torch.tensor([0, 1])}, targets[1]],
+            r"\['labels'\]\[0\]: expected",
+        ),
+        "label past the last": (
+            images,
+            [targets[0], {**targets[1], "labels": torch.tensor([4])}],
+            "expected 1..3, got 4",
+        ),
+        "xywh": (
+            images,
+            [targets[0], {**targets[1], "boxes": torch.tensor([[30.0, 9, 20, 30]])}],
+            r"\[1\]\['boxes'\]\[0\]",
+        ),
+        "nan box": (
+            images,
+            [targets[0], {**targets[1], "boxes": torch.full((1, 4), torch.nan)}],
+            "expected finite x1 < x2",
+        ),
+        "no area": (
+            images,
+            [targets[0], {**targets[1], "boxes": torch.tensor([[5.0, 5, 5, 9]])}],
+            "expected finite x1 < x2",
+        ),
         "box shape": (images, [{**targets[0], "boxes": torch.zeros(2, 5)}, targets[1]], r"\['boxes'\]: expected shape"),
     }
 

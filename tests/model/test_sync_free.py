@@ -74,6 +74,20 @@ def test_triton_backend(
     assert "multiscale_roi_align" in used
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_a_gpu_never_waits(mode: str, small_model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]) -> None:
+    model, on_gpu = small_model.cuda(), torch.utils._pytree.tree_map_only(Tensor, Tensor.cuda, batch)
+    run(mode, model, on_gpu)  # kernels compile
+    model.train()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(mode, model, on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 @pytest.mark.parametrize("mode", ["train", "inference"])
 def test_an_item_in_the_model_is_found(
     mode: str, small_model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets], monkeypatch: pytest.MonkeyPatch

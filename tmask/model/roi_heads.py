@@ -6,7 +6,6 @@ P proposals, G ground-truth boxes, S sampled RoIs, D detections, C classes with 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,21 +33,18 @@ BOX_CODE_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # bring the deltas to unit variance: 
 class RoIExtractor:
     """How RoI features are read from the pyramid: the arguments of `multiscale_roi_align` that a config chooses."""
 
+    strides: tuple[int, ...]  # pixels per cell of each level, finest first
     aligned: bool
     sampling_ratio: int
     level_convention: str
 
-    def __call__(
-        self, features: Sequence[Tensor], boxes: Tensor, valid: Tensor, image_height: int, output_size: int
-    ) -> Tensor:
+    def __call__(self, features: Sequence[Tensor], boxes: Tensor, valid: Tensor, output_size: int) -> Tensor:
         """Levels [N, C, H, W], boxes [N, P, 4], valid [N, P] to [N * P, C, output_size, output_size]."""
-        # Strides are powers of two, so the ratio of the sizes gives them in spite of the rounding of odd sizes.
-        scales = [2.0 ** round(math.log2(x.shape[-2] / image_height)) for x in features]
         return multiscale_roi_align(
             features,
             boxes,
             output_size,
-            scales,
+            [1 / stride for stride in self.strides],
             valid=valid,
             sampling_ratio=self.sampling_ratio,
             aligned=self.aligned,
@@ -96,7 +92,7 @@ class RoIHeads(nn.Module):
     ) -> dict[str, Tensor]:
         """Classifier, box and mask loss of a sample of the proposals. `compact`: see `MaskRCNN.forward_padded`."""
         rois = self.sample_rois(proposals, targets)
-        class_logits, deltas = self._box_branch(features, rois.boxes, rois.valid, images)
+        class_logits, deltas = self._box_branch(features, rois.boxes, rois.valid)
         matched = take_rows(targets.boxes, rois.gt_index.clamp(min=0))  # [N, S, 4]
         classifier_loss, box_loss = box_losses(
             class_logits,
@@ -114,7 +110,7 @@ class RoIHeads(nn.Module):
     ) -> Detections:
         """Class scores, refined boxes, NMS within each class, then masks of what is left."""
         valid = proposals.valid()
-        class_logits, deltas = self._box_branch(features, proposals.boxes, valid, images)
+        class_logits, deltas = self._box_branch(features, proposals.boxes, valid)
         boxes = decode_boxes(deltas.float(), proposals.boxes[:, :, None], weights=BOX_CODE_WEIGHTS)  # [N, P, C, 4]
         probabilities = class_logits.float().softmax(dim=-1)  # [N, P, C]
         boxes, scores, labels, counts = detections(
@@ -129,7 +125,7 @@ class RoIHeads(nn.Module):
         found = Detections(boxes, scores, labels, counts, masks=None)
         # The background column was left out above: column 0 is label 1. Padding stays 0.
         found = found._replace(labels=torch.where(found.valid(), labels + 1, 0))
-        return found._replace(masks=self._mask_probabilities(features, found, images, compact=compact))
+        return found._replace(masks=self._mask_probabilities(features, found, compact=compact))
 
     def sample_rois(self, proposals: Proposals, targets: Targets) -> SampledRois:
         """Match proposals and the ground truth itself to the ground truth, and draw the RoIs of the losses.
@@ -157,11 +153,9 @@ class RoIHeads(nn.Module):
         labels = torch.where(chosen.positive, targets.labels.gather(1, gt_index.clamp(min=0)), 0)
         return SampledRois(take_rows(boxes, chosen.rows), labels, gt_index, chosen.positive, chosen.valid)
 
-    def _box_branch(
-        self, features: Sequence[Tensor], boxes: Tensor, valid: Tensor, images: ImageBatch
-    ) -> tuple[Tensor, Tensor]:
+    def _box_branch(self, features: Sequence[Tensor], boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Boxes [N, S, 4] to class logits [N, S, C] and deltas [N, S, C, 4]."""
-        pooled = self.extractor(features, boxes, valid, images.tensor.shape[-2], self.box_pool_size)
+        pooled = self.extractor(features, boxes, valid, self.box_pool_size)
         logits, deltas = self.box_head(pooled)
         return logits.unflatten(0, valid.shape), deltas.unflatten(0, valid.shape)
 
@@ -182,17 +176,15 @@ class RoIHeads(nn.Module):
             image_sizes=images.sizes,
             convention=self.mask_targets,
         )  # [N, slots, M, M]
-        pooled = self.extractor(features, boxes, valid, images.tensor.shape[-2], self.mask_pool_size)
+        pooled = self.extractor(features, boxes, valid, self.mask_pool_size)
         rows = _rows(valid, compact)
         logits = self.mask_head(pooled[rows])  # [R, C, M, M]
         return mask_bce(logits, labels.flatten()[rows], target.flatten(0, 1)[rows], valid=valid.flatten()[rows])
 
-    def _mask_probabilities(
-        self, features: Sequence[Tensor], found: Detections, images: ImageBatch, *, compact: bool
-    ) -> Tensor:
+    def _mask_probabilities(self, features: Sequence[Tensor], found: Detections, *, compact: bool) -> Tensor:
         """The mask of each detection's own class: [N, D, M, M], zeros in padding."""
         valid = found.valid()
-        pooled = self.extractor(features, found.boxes, valid, images.tensor.shape[-2], self.mask_pool_size)
+        pooled = self.extractor(features, found.boxes, valid, self.mask_pool_size)
         rows = _rows(valid, compact)
         logits = self.mask_head(pooled[rows])  # [R, C, M, M]
         own = found.labels.flatten()[rows][:, None, None, None].expand(-1, 1, *logits.shape[-2:])

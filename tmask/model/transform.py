@@ -24,15 +24,18 @@ class ImageTransform:
 
     It has no parameters and pickles, so loader workers can run it. `size_divisible` pads H and W to its multiples.
     `antialias`: filter when shrinking (detectron2's convention); torchvision's does not.
+    `mask_resize`: how ground-truth masks are resized, ``bilinear`` (cut at 0.5) or ``nearest``.
     `keep_crowds`: hand crowd regions on, so that nothing inside them counts as a negative.
     """
 
+    num_classes: int
     min_size: int
     max_size: int
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     size_divisible: int
     antialias: bool
+    mask_resize: str
     keep_crowds: bool
 
     def __call__(
@@ -41,7 +44,8 @@ class ImageTransform:
         """Images [3, h, w], uint8 or float in 0..1, and torchvision's target dicts, as padded batches.
 
         A target holds ``boxes`` [G, 4] xyxy in pixels, ``labels`` [G], ``masks`` [G, h, w] of 0 and 1, and may hold
-        ``iscrowd`` [G] and ``has_mask`` [G]. Errors: ValueError for wrong types, shapes or counts.
+        ``iscrowd`` [G] and ``has_mask`` [G]. Errors: ValueError for wrong types, shapes or counts, boxes that are not
+        finite or have no area, and labels outside 1..num_classes-1 (`num_classes` counts the background).
         """
         _check(images, targets)
         resized = [self._resize(image) for image in images]
@@ -58,6 +62,7 @@ class ImageTransform:
                 for target, image, size in zip(targets, images, sizes, strict=True)
             ]
             packed = _stack(scaled)
+            _check_values(packed, self.num_classes)
         return ImageBatch(batch, torch.tensor(sizes, device=batch.device)), packed
 
     def _resize(self, image: Tensor) -> Tensor:
@@ -92,10 +97,10 @@ class ImageTransform:
         packed = torch.zeros(count, padded[0], words, dtype=torch.int32, device=boxes.device)
         if masks is not None:
             for first in range(0, count, _MASKS_AT_ONCE):
-                part = masks[first : first + _MASKS_AT_ONCE]
+                part = masks[first : first + _MASKS_AT_ONCE].float()
                 if after != before:
-                    part = F.interpolate(part[:, None].float(), size=after, mode="bilinear")[:, 0] >= 0.5
-                part = F.pad(part.to(torch.bool), (0, padded[1] - after[1], 0, padded[0] - after[0]))
+                    part = F.interpolate(part[:, None], size=after, mode=self.mask_resize)[:, 0]
+                part = F.pad(part >= 0.5, (0, padded[1] - after[1], 0, padded[0] - after[0]))
                 packed[first : first + _MASKS_AT_ONCE] = pack_masks(part)
         return {
             "boxes": boxes * scale,
@@ -143,6 +148,22 @@ def _check(images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | N
         for name, shape in shapes.items():
             if name in target and tuple(target[name].shape) != shape:
                 raise ValueError(f"targets[{i}][{name!r}]: expected shape {shape}, got {tuple(target[name].shape)}")
+
+
+def _check_values(targets: Targets, num_classes: int) -> None:
+    """Boxes and labels of all images at once; on CUDA the answer is read once, and the culprit only looked for then."""
+    boxes, labels = targets.boxes, targets.labels
+    good = torch.isfinite(boxes).all(-1) & (boxes[..., 2:] > boxes[..., :2]).all(-1)  # [N, G]; false for NaN
+    good &= (labels >= 1) & (labels < num_classes)
+    bad = targets.valid & ~good
+    if not bool(bad.any()):
+        return
+    image, row = bad.nonzero()[0].tolist()
+    box, label = boxes[image, row], int(labels[image, row])
+    if not 1 <= label < num_classes:
+        raise ValueError(f"targets[{image}]['labels'][{row}]: expected 1..{num_classes - 1}, got {label}")
+    expected = "finite x1 < x2 and y1 < y2"
+    raise ValueError(f"targets[{image}]['boxes'][{row}]: expected {expected}, got {box.tolist()} (after the resize)")
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -1,0 +1,52 @@
+"""What the README tells a newcomer to type works: commands parse, Python runs, links lead somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from tmask import cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line for line in re.sub(r"\\\n\s*", "", README).splitlines() if re.match(r"tmask (train|eval|predict) ", line)
+]
+
+
+def test_there_are_commands() -> None:
+    assert {shlex.split(line)[1] for line in COMMANDS} == {"train", "eval", "predict"}
+
+
+@pytest.mark.parametrize("line", COMMANDS, ids=lambda line: line.split()[1])
+def test_commands_parse(line: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """They fail for want of the data alone."""
+    arguments = [word.replace("data/", f"{tmp_path}/") for word in shlex.split(line)[1:]]
+    assert cli.main(arguments) == 2
+    message = capsys.readouterr().err
+    assert "unrecognized" not in message
+    assert re.search(r"no such file|does not exist", message), message
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_python_runs() -> None:
+    model_code, ops_code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(model_code.replace('"r50_fpn"', '"tiny"'), names)
+    assert names["result"]["masks"].shape[1:] == (1, 480, 640)  # type: ignore[index]
+    boxes = torch.tensor([[[0.0, 0, 30, 30], [5, 5, 50, 50]]])
+    pyramid = [torch.rand(1, 8, 64 // k, 64 // k) for k in (1, 2, 4, 8)]
+    names = {"boxes": boxes[0], "scores": torch.rand(2), "pyramid": pyramid}
+    first, second = ops_code.split("with use_backend")
+    exec(first, names)
+    names |= {"boxes": boxes, "valid": torch.ones(1, 2, dtype=torch.bool)}
+    exec("with use_backend" + second, names)
+    assert names["pooled"].shape == (2, 8, 7, 7)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
+        assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
