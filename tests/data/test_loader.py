@@ -11,8 +11,8 @@ from tmask.model.transform import ImageTransform
 from tmask_kernels import unpack_masks
 
 TRANSFORM = ImageTransform(
-    min_size=64, max_size=96, image_mean=(0.5, 0.5, 0.5), image_std=(0.25, 0.25, 0.25), size_divisible=32,
-    antialias=True, keep_crowds=True,
+    num_classes=91, min_size=64, max_size=96, image_mean=(0.5, 0.5, 0.5), image_std=(0.25, 0.25, 0.25),
+    size_divisible=32, antialias=True, mask_resize="bilinear", keep_crowds=True,
 )  # fmt: skip
 
 
