@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import yaml
 
 from tmask import cli
@@ -14,6 +16,7 @@ from tmask.data.shapes import CLASSES, write_shapes
 from tmask.engine import evaluate
 from tmask.engine.log import read_log
 from tmask.engine.run import detections_that_count
+from tmask.model.backbone import ResNet
 
 SMALL = [
     *("--model.min_size", "64", "--model.max_size", "64", "--model.fpn_channels", "16"),
@@ -195,6 +198,22 @@ def test_a_refused_resume_changes_no_file(run: Path, data: Data, tmp_path: Path,
         assert cli.main([*argv, *words]) == 1
         assert expected in capsys.readouterr().err
         assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_resume_needs_no_backbone_weights(data: Data, tmp_path: Path) -> None:
+    weights, out = tmp_path / "imagenet.pth", tmp_path / "out"
+    torch.save(ResNet("resnet10", norm="frozen_bn", trainable_layers=3).state_dict(), weights)
+    argv = ["train", "--preset", "tiny", *data.options(), *SMALL, "--out", str(out), "--train.steps", "1"]
+    argv += ["--model.norm", "frozen_bn", "--model.trainable_layers", "3", "--model.backbone_weights", str(weights)]
+    assert cli.main(argv) == 0
+    weights.unlink()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*random")
+        assert cli.main([*argv, "--resume", str(out / "checkpoint.pt"), "--train.steps", "2"]) == 0
+        argv.remove("--model.backbone_weights")
+        argv.remove(str(weights))
+        assert cli.main([*argv, "--resume", str(out / "checkpoint.pt"), "--train.steps", "3"]) == 0
+    assert read_log(out / "log.jsonl")[-1]["step"] == 3
 
 
 def test_config_files_round_trip(run: Path, capsys: Any) -> None:

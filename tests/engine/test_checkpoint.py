@@ -1,6 +1,7 @@
 """Checkpoints: whole or not at all, readable without running code, clear about what is wrong."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,16 @@ def test_load_model_rebuilds_the_model(tmp_path: Path) -> None:
     assert saved["categories"] == [{"id": 7, "name": "disc"}]
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_load_model_of_frozen_layers_gives_no_warning(tmp_path: Path) -> None:
+    frozen: dict[str, Any] = {"norm": "frozen_bn", "trainable_layers": 3}
+    with pytest.warns(UserWarning, match="random"):
+        model = tmask.build_model("tiny", 3, **frozen, **SMALL)
+    save_checkpoint(tmp_path / "a.pt", model_content(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(tmp_path / "a.pt")
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:

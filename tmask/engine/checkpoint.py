@@ -108,7 +108,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[An
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"checkpoint {path}: model config: {error}") from error
     # The weights are all in the checkpoint: the ImageNet file the run began with may be gone.
-    model = build_model(dataclasses.replace(config, backbone_weights=None))
+    model = build_model(dataclasses.replace(config, backbone_weights=None), warn_if_untrained=False)
     load_weights(model, weights, path)
     return model.to(device).eval(), content
 

@@ -71,7 +71,11 @@ def run_training(
     check_categories(model_config.num_classes, train_set.categories, val_set.categories if val_set else None)
     out_dir = Path(out_dir)
     torch.manual_seed(train_config.seed)
-    model = build_model(model_config)
+    if resume is None:
+        model = build_model(model_config)
+    else:  # the checkpoint has all the weights: the ImageNet file the run began with may be gone
+        model = build_model(dataclasses.replace(model_config, backbone_weights=None), warn_if_untrained=False)
+        model.config = model_config
     loader = make_loader(
         train_set,
         model.transform,

@@ -243,6 +243,7 @@ def _restore(
     """Load `path` into model, optimiser and scaler. Nothing is loaded if it does not belong to the same run."""
     saved = load_checkpoint(path)
     changed = differences(saved["model_config"], config_dict(getattr(model, "config", None)))
+    changed = [line for line in changed if line.split(":")[0] != "backbone_weights"]  # read only to begin with
     if changed:
         raise CheckpointError(f"checkpoint {path}: cannot resume, the model differs: {'; '.join(changed)}")
     changed = differences(saved["train_config"], config_dict(config))
