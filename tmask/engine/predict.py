@@ -47,7 +47,8 @@ def predict(
 
     The JSON array holds COCO results of every detection; ``image_id`` counts the images from 1 and ``file_name`` is
     added. `categories` are the checkpoint's: label i is ``categories[i - 1]``. `score_threshold` limits only what is
-    drawn. Errors: ValueError if a file is no image.
+    drawn. The JSON is written however this ends, with all images done by then.
+    Errors: ValueError, when all others are done, that names the files that are no images.
     """
     from tqdm import tqdm
 
@@ -60,16 +61,26 @@ def predict(
     pictures = _picture_names(images)
     model.to(device).eval()
     out_dir.mkdir(parents=True, exist_ok=True)
-    results = []
-    for number, path in enumerate(tqdm(images, unit="image", disable=None), start=1):
-        image = read_image(path)  # [3, H, W] uint8
-        with torch.inference_mode(), autocast(device, precision):
-            result = model([image.to(device)], masks="rle")[0]
-        result = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in result.items()}
-        results += [{**row, "file_name": path.name} for row in coco_results(number, result, ids)]
-        picture = draw_instances(image, result, names, min_score=score_threshold)
-        save_png(out_dir / pictures[number - 1], picture)
-    write_results(out_dir / RESULTS_NAME, results)
+    results: list[dict[str, Any]] = []
+    unreadable: list[str] = []
+    try:
+        for number, path in enumerate(tqdm(images, unit="image", disable=None), start=1):
+            try:
+                image = read_image(path)  # [3, H, W] uint8
+            except ValueError as error:
+                unreadable.append(str(error))
+                continue
+            with torch.inference_mode(), autocast(device, precision):
+                result = model([image.to(device)], masks="rle")[0]
+            result = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in result.items()}
+            results += [{**row, "file_name": path.name} for row in coco_results(number, result, ids)]
+            picture = draw_instances(image, result, names, min_score=score_threshold)
+            save_png(out_dir / pictures[number - 1], picture)
+    finally:
+        write_results(out_dir / RESULTS_NAME, results)
+    if unreadable:
+        done = f"the {len(images) - len(unreadable)} others are done, {out_dir / RESULTS_NAME}"
+        raise ValueError(f"{len(unreadable)} of {len(images)} images left out ({done}): {'; '.join(unreadable)}")
     return results
 
 
