@@ -95,10 +95,13 @@ def run_demo(config: DemoConfig, *, device: torch.device) -> dict[str, float]:
 
 
 def make_data(folder: Path, *, num_images: int, seed: int, size: int) -> tuple[Path, Path]:
-    """Shapes as a COCO data set in `folder`: the images folder and the annotation file. Reused if it is complete."""
-    from tmask.data.shapes import write_shapes
+    """Shapes as a COCO data set in `folder`: the images folder and the annotation file.
 
-    wanted: dict[str, Any] = {"num_images": num_images, "seed": seed, "size": size}
+    Reused if it is complete and of the same settings and version of the generator.
+    """
+    from tmask.data.shapes import GENERATOR_VERSION, write_shapes
+
+    wanted: dict[str, Any] = {"num_images": num_images, "seed": seed, "size": size, "generator": GENERATOR_VERSION}
     mark = folder / _MARK
     if mark.is_file():
         found = json.loads(mark.read_text(encoding="utf-8"))

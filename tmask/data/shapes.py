@@ -24,6 +24,10 @@ Bools = npt.NDArray[np.bool_]
 
 CLASSES = ("disc", "square", "triangle", "star", "ring")
 
+# Raise by one with every change that gives other pixels, masks or files for the same arguments: kept pictures of
+# another version are drawn anew.
+GENERATOR_VERSION = 1
+
 # At side 128; another side scales them.
 MIN_SIDE, MAX_SIDE = 12.0, 60.0  # longer side of a shape's box, log-uniform, pixels
 MIN_SHAPES, MAX_SHAPES = 2, 6
