@@ -174,6 +174,19 @@ def test_faults_of_a_mask_name_the_annotation(write, content, segmentation, mess
     dataset = CocoDataset(*write(content))
     with pytest.raises(ValueError, match=f"file.json: annotation id 11: segmentation: .*{message}"):
         dataset[0]
+    del content["annotations"][0]["area"]  # then the mask is needed on opening
+    with pytest.raises(ValueError, match=f"file.json: annotation id 11: segmentation: .*{message}"):
+        CocoDataset(*write(content))
+
+
+@pytest.mark.parametrize("segmentation", [{"size": [10, 20], "counts": 5}, [3, 4]], ids=["counts", "flat list"])
+@pytest.mark.parametrize("number", [11, 0])
+def test_a_broken_mask_without_area_names_the_annotation(write, content, segmentation, number):
+    """Also one that only pycocotools finds; by the id that stands in the file, which a 0 does not keep."""
+    content["annotations"][0] |= {"segmentation": segmentation, "id": number}
+    del content["annotations"][0]["area"]
+    with pytest.raises(ValueError, match=f"file.json: annotation id {number}: "):
+        CocoDataset(*write(content))
 
 
 def test_missing_folder_and_file_are_named(write, content, tmp_path):

@@ -11,7 +11,7 @@ import io
 import json
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         self.category_ids: list[int] = [category["id"] for category in self.categories]
         self._check_image_files()
         self._annotations, self._boxes = self._sort_annotations(content["annotations"])
-        _fill_annotations(content["annotations"], self.images)
+        _fill_annotations(self.annotation_file, content["annotations"], self.images)
         self.coco = COCO()
         self.coco.dataset = content
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
@@ -145,7 +145,8 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         masks = torch.zeros(len(annotations), *size, dtype=torch.uint8)
         runs, rows = [], []
         for g, item in enumerate(annotations):
-            run = self._run_length(item, size)
+            with _naming(self.annotation_file, item):
+                run = run_length(item.get("segmentation"), size)
             if run is not None:
                 runs.append(run)
                 rows.append(g)
@@ -153,12 +154,6 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             decoded = np.ascontiguousarray(coco_mask.decode(runs).transpose(2, 0, 1))  # [rows, H, W]
             masks[rows] = torch.from_numpy(decoded)
         return masks
-
-    def _run_length(self, annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, Any] | None:
-        try:
-            return run_length(annotation.get("segmentation"), size)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{self.annotation_file}: annotation id {annotation['id']}: {error}") from error
 
 
 def run_length(segmentation: Any, size: tuple[int, int]) -> dict[str, Any] | None:
@@ -260,7 +255,16 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _fill_annotations(annotations: Sequence[dict[str, Any]], images: Sequence[dict[str, Any]]) -> None:
+@contextlib.contextmanager
+def _naming(path: Path, annotation: dict[str, Any]) -> Iterator[None]:
+    """Errors in here are about this annotation of the file: a ValueError says so."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: annotation id {annotation['id']}: {error}") from error
+
+
+def _fill_annotations(path: Path, annotations: Sequence[dict[str, Any]], images: Sequence[dict[str, Any]]) -> None:
     """Add, in place, the fields that COCO's evaluator needs and files leave out."""
     from pycocotools import mask as coco_mask
 
@@ -268,8 +272,9 @@ def _fill_annotations(annotations: Sequence[dict[str, Any]], images: Sequence[di
     top = max((item["id"] for item in annotations), default=0)
     for item in annotations:
         item.setdefault("iscrowd", 0)
+        if "area" not in item:
+            with _naming(path, item):
+                run = run_length(item.get("segmentation"), sizes[item["image_id"]])
+                item["area"] = float(coco_mask.area(run)) if run else float(item["bbox"][2] * item["bbox"][3])
         if item["id"] == 0:
             item["id"] = top + 1
-        if "area" not in item:
-            run = run_length(item.get("segmentation"), sizes[item["image_id"]])
-            item["area"] = float(coco_mask.area(run)) if run else float(item["bbox"][2] * item["bbox"][3])
