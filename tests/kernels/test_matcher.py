@@ -136,7 +136,11 @@ def test_bounds_are_inclusive_and_lowest_index_wins(device):
 POINT = [5.0, 5.0, 5.0, 5.0]
 
 
-@pytest.mark.parametrize("bad", [POINT, [NAN] * 4, [10.0, 10.0, 0.0, 0.0]], ids=["point", "NaN", "inverted"])
+@pytest.mark.parametrize(
+    "bad",
+    [POINT, [NAN] * 4, [10.0, 10.0, 0.0, 0.0], [10.0, 0.0, 0.0, 10.0]],
+    ids=["point", "NaN", "inverted", "inverted on one axis"],
+)
 def test_degenerate_anchors_are_background(device, bad):
     """A proposal of zeros beside a ground truth of zeros gives 0 / 0, which is 0 here."""
     matches, ious = one(device, [bad, UNIT], [UNIT, POINT], **HEAD)
@@ -148,6 +152,11 @@ def test_degenerate_anchors_are_background(device, bad):
     matches, ious = match_anchors(torch.tensor([bad, UNIT], device=device), boxes, valid, **RPN)
     assert matches.tolist() == [[-1, 1]]
     assert ious.tolist() == [[0, 1]]
+    # Nor does a crowd, wherever it is, make one ignored.
+    for crowd in ([-50.0, -50.0, 50.0, 50.0], [200.0, 200.0, 300.0, 300.0], bad):
+        matches, ious = one(device, [bad, UNIT], [crowd, UNIT], crowd=[True, False], **HEAD)
+        assert matches == [-1, 1]
+        assert ious == [0, 1]
 
 
 def test_crowds(device):

@@ -66,7 +66,9 @@ def _inside_crowd(columns: Tensor, crowds: Tensor) -> Tensor:
     area = _area(columns)  # [N or 1, A]
     covered = torch.zeros(len(crowds), columns.shape[2], dtype=torch.bool, device=columns.device)
     for rows in _chunks(covered.numel(), crowds.shape[1], columns.device):
-        covered |= (_intersection(columns, crowds[:, rows]) > CROWD_COVER * area[:, None]).any(dim=1)
+        inter = _intersection(columns, crowds[:, rows])  # [N, g, A]
+        # An anchor inverted on one axis has a negative area, and overlaps nothing.
+        covered |= ((inter > CROWD_COVER * area[:, None]) & (inter > 0)).any(dim=1)
     return covered
 
 
