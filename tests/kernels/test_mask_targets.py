@@ -1,11 +1,13 @@
 """mask_targets against torchvision's RoIAlign of the float mask."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torchvision
 
+from tests.model.sync import count_blocking
 from tests.mutation import mutant
 from tmask_kernels import mask_targets, pack_masks
 from tmask_kernels.ops.mask_targets import reference
@@ -94,7 +96,7 @@ def test_equals_torchvision_roi_align(device, convention, size, height, width):
     ],
     ids=["two samples", "half pixel", "one pixel", "low edge", "high edge", "last pixel", "grid", "no target"],
 )
-def test_a_broken_reference_fails(tmp_path: Path, old, new):
+def test_a_broken_reference_fails(device, tmp_path: Path, old, new):
     broken = mutant(reference, old, new, tmp_path).mask_targets_reference
 
     def function(packed, boxes, gt_index, size, *, convention, image_sizes):
@@ -102,7 +104,7 @@ def test_a_broken_reference_fails(tmp_path: Path, old, new):
         return broken(packed, boxes, gt_index, size, image_sizes, aligned=binary, binary=binary)
 
     def run(convention):
-        check(torch.device("cpu"), function, convention=convention, size=7)
+        check(device, function, convention=convention, size=7)
 
     failures = 0
     for convention in CONVENTIONS:
@@ -164,6 +166,21 @@ def test_nan_and_infinite_boxes_give_zeros(device):
     index = torch.zeros(1, 4, dtype=torch.int64, device=device)
     for convention in CONVENTIONS:
         assert not mask_targets(packed, boxes, index, 4, convention=convention).any()
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("given", [False, True], ids=["whole", "sizes"])
+def test_nothing_waits(device, convention, given):
+    masks, boxes = blobs(2, 3, 40, 64), random_boxes(10, height=40, width=64).view(2, 5, 4)
+    args = pack_masks(masks).to(device), boxes.to(device), torch.zeros(2, 5, dtype=torch.int64, device=device), 14
+    sizes = torch.tensor([[40, 64]] * 2, device=device)
+    expected = mask_targets(*args, convention=convention, image_sizes=sizes)
+    # A GPU gets a tensor made from a list by a copy that the host waits for.
+    with count_blocking() as found, mock.patch.object(torch, "tensor", wraps=torch.tensor) as from_host:
+        got = mask_targets(*args, convention=convention, image_sizes=sizes if given else None)
+    assert not found
+    assert not from_host.called
+    assert torch.equal(got, expected)
 
 
 def test_chunks_do_not_change_the_result(device, monkeypatch):

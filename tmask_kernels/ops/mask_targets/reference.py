@@ -36,7 +36,9 @@ def mask_targets_reference(
         return out.view(n, s, size, size)
 
     if image_sizes is None:
-        limits = torch.tensor([height, words * WORD], device=packed.device).expand(n, 2)
+        # Made where they are needed: a tensor from a list would be copied there, and the host would wait.
+        sides = [torch.full((n,), side, device=packed.device) for side in (height, words * WORD)]  # [N] each
+        limits = torch.stack(sides, dim=1)  # [N, 2]
     else:
         limits = image_sizes
     limits = limits.to(box_dtype).repeat_interleave(s, dim=0)  # [K, 2] mask height and width
