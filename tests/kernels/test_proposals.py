@@ -186,6 +186,18 @@ def test_nan_is_no_proposal(device, backend):
     assert counts[0] > 10
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_images(device, backend):
+    if backend == "torchvision" and device.type == "cuda":
+        pytest.skip("the torchvision backend serves CPU tensors")
+    logits, deltas = maps()
+    boxes, scores, counts = rpn_proposals(
+        [x[:0].to(device) for x in logits], [x[:0].to(device) for x in deltas],
+        torch.zeros(0, 2, dtype=torch.int64, device=device), SPEC, **SETTINGS, backend=backend,
+    )  # fmt: skip
+    assert (boxes.shape, scores.shape, counts.shape) == ((0, 150, 4), (0, 150), (0,))
+
+
 def test_no_gradient_passes(device):
     logits, deltas = maps()
     boxes, scores, _ = call([x.requires_grad_() for x in logits], [x.requires_grad_() for x in deltas], device)
@@ -196,8 +208,9 @@ def test_no_gradient_passes(device):
 def test_top_indices_orders_ties_signs_and_nan():
     inf = float("inf")
     scores = torch.tensor([[0.0, -1.5, inf, float("nan"), -0.0, 2.0, -inf, 2.0, -1.25, 1e-40]])
-    order = [2, 5, 7, 9, 0, 4, 8, 1, 3, 6]
+    order = [2, 5, 7, 9, 0, 4, 8, 1, 6, 3]
     assert proposals.top_indices(scores, 10)[0].tolist() == order
+    assert proposals.top_indices(-scores, 10)[0].tolist() == [6, 1, 8, 0, 4, 9, 5, 7, 2, 3]
     assert proposals.top_indices(scores, 4)[0].tolist() == order[:4]
     many = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = torch.sort(many.float(), dim=1, descending=True, stable=True).indices

@@ -47,7 +47,7 @@ def propose(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rpn_proposals` out of the NMS and the box decoder it is given."""
     strides = level_strides(spec, [(x.shape[2], x.shape[3]) for x in objectness], padded_size)
-    most = max(min(pre_nms_top_n, x[0].numel()) for x in objectness)  # K
+    most = max(min(pre_nms_top_n, x.shape[1:].numel()) for x in objectness)  # K
     boxes, scores, valid = [], [], []
     for level, (logits, delta) in enumerate(zip(objectness, deltas, strict=True)):
         box, score, good = _level_candidates(
@@ -147,15 +147,16 @@ def detect(
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:
-    """Indices [N, k] of the k largest of scores [N, M], by falling score, ties by rising index, NaN last.
+    """Indices [N, k] of the k largest of scores [N, M], by falling score, ties by rising index, NaN last (behind -inf).
 
     `torch.topk` promises no order among ties, and half-precision logits tie often; so it is given integers that are
     all different: the score's bits, made to rise with the score, above the index counted from the end.
     """
     M = scores.shape[1]
-    values = torch.where(torch.isnan(scores), -torch.inf, scores.float()) + 0.0  # adding 0 turns -0 into 0
+    values = scores.float() + 0.0  # adding 0 turns -0 into 0
     bits = values.view(torch.int32).long()  # [N, M]
     rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # negative floats have the reverse order
+    rising = torch.where(torch.isnan(values), -(2**31), rising)
     keys = rising * 2**32 + (M - 1 - torch.arange(M, device=scores.device))  # [N, M]
     return M - 1 - (keys.topk(k, dim=1).values & 0xFFFFFFFF)
 
