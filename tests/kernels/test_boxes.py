@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
@@ -79,10 +81,12 @@ def test_anchors_of_an_empty_map(device):
     ("arguments", "message"),
     [
         ({"sizes": ((32.0,), ())}, "sizes: expected positive"),
+        ({"sizes": ()}, "sizes: expected one tuple a level"),
+        ({"sizes": (), "strides": ()}, "sizes: expected one tuple a level"),
         ({"aspect_ratios": (0.0,)}, "aspect_ratios: expected positive"),
         ({"strides": (4,)}, "strides: expected 2"),
     ],
-    ids=["sizes", "ratios", "strides"],
+    ids=["sizes", "no level", "no level and stride", "ratios", "strides"],
 )
 def test_wrong_spec(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -206,12 +210,12 @@ def test_kernels_clip(device, image_size):
     ids=["delta order", "centre", "stride", "clamp", "height", "weight", "log", "width and height", "clip", "clip grad",
          "sign", "clamp grad", "image", "mask"],
 )  # fmt: skip
-def test_a_broken_kernel_fails(tmp_path: Path, old, new):
+def test_a_broken_kernel_fails(device, tmp_path: Path, old, new):
     broken = mutant(kernels, old, new, tmp_path)
 
     def both() -> None:
         for image_size in IMAGE_SIZES.values():
-            check_coding(broken, torch.device("cpu"), SHAPES["anchors shared by both"], torch.float32, image_size)
+            check_coding(broken, device, SHAPES["anchors shared by both"], torch.float32, image_size)
 
     with pytest.raises((AssertionError, IndexError)):
         both()
@@ -284,6 +288,59 @@ def test_half_deltas_are_decoded_in_float32(device):
         assert_close(boxes[0, 0], 1000 + deltas[0, 0].double() * 100)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", [list, tuple, torch.Size])
+def test_any_pair_clips(device, backend, kind):
+    deltas = torch.zeros(2, 4, device=device)
+    anchors = torch.tensor([[10.0, 10.0, 300.0, 200.0]], device=device)
+    boxes = decode_boxes(deltas, anchors, image_size=kind([64, 96]), backend=backend)
+    assert boxes.tolist() == [[10, 10, 96, 64]] * 2
+    assert decode_boxes(deltas[0], anchors[0], image_size=kind([64, 96]), backend=backend).tolist() == [10, 10, 96, 64]
+
+
+class Conversions(TorchDispatchMode):
+    """Dtypes of the tensors that are converted."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default:
+            self.found.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def test_triton_reads_half_deltas_without_a_copy(device):
+    anchors = random_boxes(9, height=60, width=90).to(device)
+    with Conversions() as conversions:
+        decode_boxes(torch.randn(9, 4, device=device).bfloat16(), anchors, backend="triton")
+        assert conversions.found == [torch.float32]  # the test's own
+        decode_boxes(torch.randn(9, 4, device=device), anchors.bfloat16(), backend="triton")
+    assert conversions.found == [torch.float32, torch.float32, torch.bfloat16]
+
+
+def test_triton_refuses_float64_on_a_gpu():
+    with FakeTensorMode():
+        boxes = torch.zeros(2, 4, dtype=torch.float64, device="cuda")
+        for call in (encode_boxes, decode_boxes):
+            with pytest.raises(ValueError, match="float64 runs in the interpreter only"):
+                call(boxes, boxes, backend="triton")
+            assert call(boxes, boxes, backend="reference").dtype == torch.float64
+
+
+def test_float64_with_weights_that_float32_does_not_hold(device):
+    """The kernels take weights and scale_clamp in float32; so float64 agrees to float32's precision then."""
+    if device.type == "cuda":
+        pytest.skip("float64 is for the interpreter")
+    weights = (0.1, 0.3, 0.7, 1.1)
+    anchors, boxes = (random_boxes(20, height=60, width=90, seed=i).double() for i in range(2))
+    deltas = encode_boxes(boxes, anchors, weights, backend="reference")
+    again = decode_boxes(deltas, anchors, weights=weights, backend="reference").float()
+    assert_close(encode_boxes(boxes, anchors, weights, backend="triton").float(), deltas)
+    assert_close(decode_boxes(deltas, anchors, weights=weights, backend="triton").float(), again.double())
+
+
 def test_encode_by_triton_refuses_a_gradient(device):
     boxes = torch.tensor([[0.0, 0.0, 4.0, 2.0]], device=device, requires_grad=True)
     with pytest.raises(ValueError, match="no Triton backward"):
@@ -336,8 +393,11 @@ def test_nothing_waits(device):
         (lambda t: encode_boxes(t, t.long()), r"anchors: expected float \[..., 4\]"),
         (lambda t: decode_boxes(t[:, :3], t), r"deltas: expected float \[..., 4\]"),
         (lambda t: decode_boxes(t, t, image_size=torch.zeros(3, 2)), r"image_size: expected shape \[2, 2\]"),
+        (lambda t: decode_boxes(t[0], t[0], image_size=torch.zeros(1, 2)), "image_size: expected .* for a single box"),
+        (lambda t: decode_boxes(t, t, image_size=[5, 6, 7]), r"image_size: expected \(height, width\) .* \[5, 6, 7\]"),
+        (lambda t: decode_boxes(t, t, image_size=5), r"image_size: expected \(height, width\)"),
     ],
-    ids=["boxes", "anchors", "deltas", "image_size"],
+    ids=["boxes", "anchors", "deltas", "image_size", "sizes of one box", "three numbers", "one number"],
 )
 def test_wrong_arguments(call, message):
     with pytest.raises(ValueError, match=message):

@@ -33,6 +33,8 @@ class AnchorSpec:
     half_sides: tuple[tuple[tuple[float, float], ...], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if not self.sizes:
+            raise ValueError("AnchorSpec: sizes: expected one tuple a level, at least one, got ()")
         for name, values in (("aspect_ratios", self.aspect_ratios), *(("sizes", level) for level in self.sizes)):
             if not values or min(values) <= 0:
                 raise ValueError(f"AnchorSpec: {name}: expected positive numbers, at least one, got {values}")

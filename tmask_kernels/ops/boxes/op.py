@@ -29,14 +29,16 @@ def encode_boxes(
     """Deltas (dx, dy, dw, dh) [..., 4] float32 that take anchors [..., 4] to boxes [..., 4] (broadcast).
 
     A pair in which a side is not over 0, as in padding, gives zeros (torchvision: NaN or inf). float64 boxes give
-    float64. The reference is differentiable; Triton is not and refuses inputs that need a gradient.
+    float64, though Triton takes the weights in float32. The reference is differentiable; Triton is not and refuses
+    inputs that need a gradient.
     Errors: ValueError for a last dimension other than 4. Source: R-CNN (2014), appendix C.
     """
     _check_last("encode_boxes", boxes=boxes, anchors=anchors)
-    reasons = triton_reasons(boxes, anchors)
+    reasons = _coding_reasons(boxes, anchors)
     if torch.is_grad_enabled() and (boxes.requires_grad or anchors.requires_grad):
         reasons.append("encode_boxes has no Triton backward")
-    boxes, anchors = _same_float(boxes, anchors)
+    dtype = _double_or_float(boxes)
+    boxes, anchors = boxes.to(dtype), anchors.to(dtype)
     if _choose("encode_boxes", backend, reasons, boxes) == "triton":
         from tmask_kernels.ops.boxes import kernels
 
@@ -50,35 +52,31 @@ def decode_boxes(
     *,
     weights: Weights = (1.0, 1.0, 1.0, 1.0),
     scale_clamp: float = SCALE_CLAMP,
-    image_size: tuple[int, int] | Tensor | None = None,
+    image_size: Sequence[int] | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Boxes [..., 4] float32 at deltas [..., 4] from anchors [..., 4] (broadcast); the inverse of `encode_boxes`.
 
     dw and dh are clamped from above only, at `scale_clamp`. With image_size, (height, width) or a tensor [N, 2] for
     boxes [N, ..., 4], coordinates are clipped to the image, after which infinite dx or dy give finite boxes. A NaN
-    delta, or an infinite one times a side of 0, gives the box 0, 0, 0, 0. float64 deltas give float64. Differentiable
-    in the deltas (in the anchors too by the reference); a clipped coordinate or clamped scale has gradient 0.
+    delta, or an infinite one times a side of 0, gives the box 0, 0, 0, 0. float64 deltas give float64, though Triton
+    takes weights and scale_clamp in float32. Differentiable in the deltas (in the anchors too by the reference); a
+    clipped coordinate or clamped scale has gradient 0.
     Errors: ValueError for a last dimension other than 4, or an image_size that does not fit.
     """
     _check_last("decode_boxes", deltas=deltas, anchors=anchors)
-    if isinstance(image_size, Tensor):
-        N = torch.broadcast_shapes(deltas.shape, anchors.shape)[0] if max(deltas.ndim, anchors.ndim) > 1 else 1
-        if image_size.shape != (N, 2):
-            raise ValueError(f"decode_boxes: image_size: expected shape [{N}, 2], got {list(image_size.shape)}")
-    reasons = triton_reasons(deltas, anchors)
+    size, sizes = _split_image_size(image_size, torch.broadcast_shapes(deltas.shape, anchors.shape))
+    reasons = _coding_reasons(deltas, anchors)
     if torch.is_grad_enabled() and anchors.requires_grad:
         reasons.append("the Triton backward gives no gradient to anchors")
+    anchors = anchors.to(_double_or_float(deltas))
     if _choose("decode_boxes", backend, reasons, deltas) == "triton":
         from tmask_kernels.ops.boxes import kernels
 
         # The kernel reads half-precision deltas as they are.
-        _, anchors = _same_float(deltas, anchors)
-        sizes = image_size if isinstance(image_size, Tensor) else None
-        size = list(image_size) if isinstance(image_size, tuple) else None
         return kernels.decode_boxes(deltas, anchors, [float(w) for w in weights], scale_clamp, size, sizes)
-    deltas, anchors = _same_float(deltas, anchors)
-    return decode_boxes_reference(deltas, anchors, weights, scale_clamp, image_size)
+    clip = size if sizes is None else sizes
+    return decode_boxes_reference(deltas.to(anchors.dtype), anchors, weights, scale_clamp, clip)
 
 
 def rpn_proposals(
@@ -176,10 +174,32 @@ def _choose_composite(name: str, backend: str | None, tensor: Tensor) -> str:
     return resolve(name, backend, backend_reasons(tensor), device=tensor.device)
 
 
-def _same_float(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float32, or in float64 if `a` is."""
-    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
-    return a.to(dtype), b.to(dtype)
+def _coding_reasons(coded: Tensor, anchors: Tensor) -> list[str]:
+    """Why the coding kernels cannot serve boxes or deltas `coded`."""
+    reasons = triton_reasons(coded, anchors)
+    if coded.dtype == torch.float64 and coded.is_cuda:
+        reasons.append("float64 runs in the interpreter only")
+    return reasons
+
+
+def _double_or_float(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _split_image_size(
+    image_size: Sequence[int] | Tensor | None, shape: Sequence[int]
+) -> tuple[tuple[int, int] | None, Tensor | None]:
+    """One size (height, width) for boxes of `shape` [..., 4], or sizes [N, 2] for [N, ..., 4]."""
+    if isinstance(image_size, Tensor):
+        if len(shape) < 2 or image_size.shape != (shape[0], 2):
+            expected = f"shape [{shape[0]}, 2]" if len(shape) > 1 else "(height, width) for a single box"
+            raise ValueError(f"decode_boxes: image_size: expected {expected}, got a tensor {list(image_size.shape)}")
+        return None, image_size
+    if image_size is None:
+        return None, None
+    if not isinstance(image_size, Sequence) or len(image_size) != 2:
+        raise ValueError(f"decode_boxes: image_size: expected (height, width) or a tensor [N, 2], got {image_size!r}")
+    return (image_size[0], image_size[1]), None
 
 
 def _check_last(name: str, **tensors: Tensor) -> None:
