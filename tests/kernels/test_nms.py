@@ -276,10 +276,10 @@ def test_kernel_equals_reference_behind_guard_bands(device):
          "block step", "list step", "list end", "one round", "past the end", "group with list", "group in block",
          "padding", "count"],
 )  # fmt: skip
-def test_a_broken_kernel_fails(tmp_path: Path, old, new):
+def test_a_broken_kernel_fails(device, tmp_path: Path, old, new):
     broken = mutant(kernels, old, new, tmp_path)
     with pytest.raises(AssertionError):
-        check_padded(broken.padded_nms_fwd, torch.device("cpu"))
+        check_padded(broken.padded_nms_fwd, device)
 
 
 @pytest.mark.parametrize(
