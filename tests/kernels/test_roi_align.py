@@ -254,6 +254,20 @@ def test_odd_boxes(backend: str, device: torch.device, sampling_ratio: int, alig
         assert_close(got, want)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of overflows in the interpreter
+@pytest.mark.parametrize(("sampling_ratio", "aligned"), GRIDS)
+def test_boxes_that_overflow_once_scaled_give_zeros(
+    backend: str, device: torch.device, sampling_ratio: int, aligned: bool
+) -> None:
+    feature = torch.ones(1, 3, 8, 8, device=device, requires_grad=True)
+    rows = [[1e30, 1e30, 2e30, 2e30], [-1e30, 0.0, 1e30, 2e-10], [0.0, -3e28, 2e-10, 3e28], [0.0, 0.0, 4e-10, 4e-10]]
+    boxes = torch.tensor([rows], device=device)
+    out = roi_align(feature, boxes, 2, 1e10, sampling_ratio, aligned, backend=backend)
+    assert_close(out, torch.tensor([0.0, 0, 0, 1], device=device)[:, None, None, None].expand(4, 3, 2, 2))
+    (gradient,) = torch.autograd.grad(out.sum(), feature)
+    assert_close(gradient.sum(), torch.tensor(12.0, device=device))
+
+
 def test_nan_features_stay_in_their_image_and_level(backend: str, device: torch.device) -> None:
     features = [x.detach() for x in pyramid(device, C=3)]
     boxes = odd_boxes(device)[:3].expand(2, -1, -1)
@@ -319,6 +333,14 @@ def test_forms_of_boxes_agree(backend: str, device: torch.device) -> None:
     assert_close(flat, padded.view(2, 5, 3, 2, 2).flip(0).flatten(0, 1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_lists_name_their_image_exactly(device: torch.device, dtype: torch.dtype) -> None:
+    """bfloat16 has no 257."""
+    feature = torch.arange(260.0, device=device)[:, None, None, None].expand(-1, 1, 4, 4)
+    boxes = [torch.tensor([[1.0, 1.0, 3.0, 3.0]], device=device, dtype=dtype)] * 260
+    assert_close(roi_align(feature, boxes, 1).flatten(), torch.arange(260.0, device=device))
+
+
 def test_invalid_rows_are_zero_and_take_no_gradient(backend: str, device: torch.device) -> None:
     features = pyramid(device, C=3)
     boxes = random_boxes(12, height=SIDE, width=SIDE, min_size=4, device=device).view(2, 6, 4)
@@ -344,6 +366,23 @@ def test_no_boxes_keep_the_graph(backend: str, device: torch.device, shape: tupl
 def test_no_images(backend: str, device: torch.device) -> None:
     out = roi_align(torch.zeros(0, 3, 8, 8, device=device), torch.zeros(0, 5, device=device), 2, backend=backend)
     assert out.shape == (0, 3, 2, 2)
+
+
+@pytest.mark.parametrize("empty", [(0, 8), (8, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+def test_maps_without_cells_give_zeros(
+    backend: str, device: torch.device, empty: tuple[int, int], sampling_ratio: int
+) -> None:
+    """Alone and below a level that has cells, whose boxes are pooled as ever."""
+    boxes = torch.tensor([[[0.0, 0.0, 4.0, 4.0], [0.0, 0.0, 30.0, 30.0]]], device=device)
+    none = torch.zeros(1, 3, *empty, device=device, requires_grad=True)
+    out = roi_align(none, boxes, 2, sampling_ratio=sampling_ratio, backend=backend)
+    assert out.tolist() == torch.zeros(2, 3, 2, 2).tolist()
+    assert torch.autograd.grad(out.sum(), none)[0].shape == none.shape
+    maps = [torch.ones(1, 3, 8, 8, device=device), none]
+    options: dict[str, Any] = {"canonical_scale": 16, "canonical_level": 3, "sampling_ratio": sampling_ratio}
+    out = multiscale_roi_align(maps, boxes, 2, SCALES[:2], **options, backend=backend)
+    assert out.flatten(1).sum(1).tolist() == [12, 0]
 
 
 def test_strided_features(backend: str, device: torch.device) -> None:

@@ -18,6 +18,7 @@ from tmask_kernels.ops.roi_align.reference import (
     axis_weights,
     box_levels,
     box_sizes,
+    is_finite,
     multiscale_roi_align_reference,
     no_autocast,
 )
@@ -46,21 +47,23 @@ def multiscale_roi_align_cpu(
         images = torch.arange(boxes.shape[0]).repeat_interleave(boxes.shape[1])
         boxes = torch.cat([images[:, None].to(boxes.dtype), boxes.flatten(0, 1)], 1)  # [K, 5]
     K = boxes.shape[0]
-    # torchvision's CPU op reads outside its memory at NaN and infinite boxes.
-    usable = torch.isfinite(box_sizes(boxes[:, 1:])).all(1)  # [K]
+    usable = is_finite(boxes[:, 1:])  # [K]
     if valid is not None:
         usable &= valid.flatten()
     levels = box_levels(boxes[:, 1:], thresholds)
     all_rows, pooled = [], []
     for level, (feature, scale) in enumerate(zip(features, scales, strict=True)):
         feature = feature.to(boxes.dtype)  # its CPU op has no bf16, and fp16 is 17 times slower
-        rows = (usable & (levels == level)).nonzero()[:, 0]  # the sizes of a call on the CPU may depend on data
-        outsized = rows[:0]
-        if sampling_ratio <= 0:
-            rows, outsized = _split_by_grid(boxes, rows, output_size, scale, aligned)
-        pooled.append(_RoIAlign.apply(feature, boxes[rows], output_size, scale, sampling_ratio, aligned))
-        all_rows.append(rows)
-        if len(outsized):
+        # torchvision's CPU op reads outside its memory at NaN and infinite boxes, and in a map without cells.
+        here = usable & (levels == level) & is_finite(boxes[:, 1:] * scale)  # [K]
+        rows = here.nonzero()[:, 0]  # the sizes of a call on the CPU may depend on data
+        outsized = rows if not feature.numel() else rows[:0]
+        if feature.numel():
+            if sampling_ratio <= 0:
+                rows, outsized = _split_by_grid(boxes, rows, output_size, scale, aligned)
+            pooled.append(_RoIAlign.apply(feature, boxes[rows], output_size, scale, sampling_ratio, aligned))
+            all_rows.append(rows)
+        if len(outsized) or not feature.numel():
             pooled.append(
                 multiscale_roi_align_reference(
                     [feature], boxes[outsized], None, output_size, [scale], sampling_ratio, aligned, []

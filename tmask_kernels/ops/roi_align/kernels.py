@@ -23,6 +23,12 @@ from tmask_kernels._triton import on_device
 
 
 @triton.jit
+def _is_finite(x1, y1, x2, y2):
+    """A difference is finite only if both its terms are, and then only if it does not overflow."""
+    return (tl.abs(x2 - x1) < float("inf")) & (tl.abs(y2 - y1) < float("inf"))
+
+
+@triton.jit
 def _box(boxes_ptr, valid_ptr, k, num_images, boxes_an_image, PADDED: tl.constexpr, HAS_VALID: tl.constexpr):
     """Box k: corners, its image, and whether it is to be pooled at all (valid, finite, of an image that exists)."""
     if PADDED:  # [N, P, 4]
@@ -35,8 +41,7 @@ def _box(boxes_ptr, valid_ptr, k, num_images, boxes_an_image, PADDED: tl.constex
         usable = (index > -1) & (index < num_images)  # false for NaN
         image = tl.where(usable, index, 0.0).to(tl.int64)
     x1, y1, x2, y2 = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-    # A difference is finite only if both its terms are, and then only if it does not overflow.
-    usable &= (tl.abs(x2 - x1) < float("inf")) & (tl.abs(y2 - y1) < float("inf"))
+    usable &= _is_finite(x1, y1, x2, y2)
     if HAS_VALID:
         usable &= tl.load(valid_ptr + k) != 0
     return x1, y1, x2, y2, image, usable
@@ -161,6 +166,8 @@ def _roi_align_kernel(
     feature_ptr, H, W, stride_n, stride_c, stride_h, stride_w, scale = _level(
         x1, y1, x2, y2, thresholds, feature_ptrs, heights, widths, feature_strides, scales, NUM_LEVELS
     )
+    # Scaled by more than 1 a box may overflow; a level may have no cells.
+    usable &= _is_finite(x1 * scale, y1 * scale, x2 * scale, y2 * scale) & (H > 0) & (W > 0)
     out_row = out_ptr + k * out_strides[0] + ph.to(tl.int64) * out_strides[2]
     # The compiler cannot see these ones in the strides, and needs them for wide loads and stores.
     channels = offs_c if FEATURE_STRIDE_C_IS_1 else offs_c * stride_c
@@ -247,7 +254,7 @@ def _launch(
 ) -> None:
     """Run the kernel on `out` [K, C, PH, PW] and `features` (one [N, C, H, W] a level)."""
     K, C, PH, PW = out.shape
-    if not out.numel() or not all(f.numel() for f in features):
+    if not out.numel() or not any(f.numel() for f in features):
         if not backward:
             out.zero_()
         return

@@ -186,7 +186,9 @@ def _as_tensor(feature: Tensor, boxes: Tensor | Sequence[Tensor], valid: Tensor 
         if len(boxes) != N or any(b.dim() != 2 or b.shape[1] != 4 for b in boxes):
             shapes = [tuple(b.shape) for b in boxes]
             raise ValueError(f"boxes: expected {N} tensors [L, 4], one an image, got {shapes}")
-        rows = [torch.nn.functional.pad(b, (1, 0), value=float(i)) for i, b in enumerate(boxes)]
+        # Half precision does not hold every image's index.
+        wide = [b.to(torch.promote_types(b.dtype, torch.float32)) if b.is_floating_point() else b for b in boxes]
+        rows = [torch.nn.functional.pad(b, (1, 0), value=float(i)) for i, b in enumerate(wide)]
         boxes = torch.cat(rows) if rows else feature.new_zeros((0, 5), dtype=torch.float32)
     flat, padded = boxes.dim() == 2 and boxes.shape[1] == 5, boxes.dim() == 3 and boxes.shape[::2] == (N, 4)
     if not flat and not padded:

@@ -38,8 +38,8 @@ def multiscale_roi_align_reference(
     features: one [N, C, H, W] a level, any float dtype. boxes [N, P, 4] with valid [N, P] bool or None, or [K, 5] with
     the image's index first. level_thresholds: area in px^2 from which a box leaves level i for level i + 1, one fewer
     than there are levels. Returns [N * P, C, PH, PW] or [K, C, PH, PW] in the features' dtype. Differentiable in the
-    features and the boxes; a box that is not valid or not finite, or whose image does not exist, gives zeros and takes
-    no gradient.
+    features and the boxes; a box that is not valid, or not finite in pixels or in cells of its level, or whose image
+    does not exist, gives zeros and takes no gradient.
     """
     N, C = features[0].shape[:2]
     dtype = torch.float64 if features[0].dtype == torch.float64 else torch.float32
@@ -53,7 +53,7 @@ def multiscale_roi_align_reference(
     elif valid is None:
         valid = torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
 
-    valid = valid & torch.isfinite(box_sizes(boxes.detach())).all(-1)  # [N, P]
+    valid = valid & is_finite(boxes)  # [N, P]
     boxes = torch.where(valid[..., None], boxes, 0.0)
     levels = box_levels(boxes, level_thresholds)  # [N, P]
 
@@ -66,8 +66,11 @@ def multiscale_roi_align_reference(
         ):
             out = torch.zeros((), dtype=dtype, device=boxes.device)
             for level, (feature, scale) in enumerate(zip(maps, spatial_scales, strict=True)):
-                pooled = _pool(feature, part, output_size, scale, sampling_ratio, aligned)  # [N, p, C, PH, PW]
-                mine = (part_levels == level) & part_valid  # [N, p]
+                fits = is_finite(part * scale)  # [N, p]
+                mine = (part_levels == level) & part_valid & fits  # [N, p]
+                # What overflows is replaced before it is pooled: it would turn gradients into NaN.
+                small = torch.where(fits[..., None], part, 0.0)  # [N, p, 4]
+                pooled = _pool(feature, small, output_size, scale, sampling_ratio, aligned)  # [N, p, C, PH, PW]
                 out = out + torch.where(mine[..., None, None, None], pooled, 0.0)
             chunks.append(out)
     result = torch.cat(chunks, 1)  # [N, P, C, PH, PW]
@@ -83,6 +86,11 @@ def no_autocast(device_type: str) -> AbstractContextManager[object]:
 def box_sizes(boxes: Tensor) -> Tensor:
     """Width and height of xyxy boxes [..., 4]: [..., 2]. NaN or infinite where any coordinate is."""
     return boxes[..., 2:] - boxes[..., :2]
+
+
+def is_finite(boxes: Tensor) -> Tensor:
+    """Whether the coordinates and the sides of boxes [..., 4] are finite: bool [...]."""
+    return torch.isfinite(box_sizes(boxes.detach())).all(-1)
 
 
 def box_levels(boxes: Tensor, level_thresholds: list[float]) -> Tensor:
