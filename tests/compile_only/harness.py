@@ -71,7 +71,7 @@ class Case:
     Like Triton's launcher, give an integer argument that is 1 as a constexpr, and name pointers and integers that are
     multiples of 16 in `divisible_by_16`. A tuple argument takes a tuple of types; in it "=1" is an integer known to be
     1, and its name in `divisible_by_16` holds for all its members. `fp32` says that the arithmetic must be full fp32:
-    no TF32 is allowed.
+    no TF32 is allowed. `enable_fp_fusion` is the launch option: False where products and sums must round one by one.
     """
 
     name: str
@@ -82,6 +82,7 @@ class Case:
     divisible_by_16: Sequence[str] = ()
     num_warps: int = 4
     num_stages: int | None = None
+    enable_fp_fusion: bool = True
     fp32: bool = True
     targets: Sequence[str] = field(default=TARGETS)
 
@@ -120,6 +121,7 @@ def compile_case(case: Case, target: str) -> Resources:
         target=target,
         num_warps=case.num_warps,
         num_stages=case.num_stages,
+        enable_fp_fusion=case.enable_fp_fusion,
     )
 
 
@@ -132,6 +134,7 @@ def compile_kernel(
     target: str,
     num_warps: int = 4,
     num_stages: int | None = None,
+    enable_fp_fusion: bool = True,
 ) -> Resources:
     """Compile a jitted kernel for `target` (one of ``TARGETS``) and read its resources; see `Case`."""
     import triton
@@ -156,7 +159,9 @@ def compile_kernel(
                 attributes[path] = [["tt.divisibility", 16]]
     amd = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    options = {"num_warps": num_warps} | ({} if num_stages is None else {"num_stages": num_stages})
+    options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion} | (
+        {} if num_stages is None else {"num_stages": num_stages}
+    )
     source = ASTSource(kernel, types, constants, attributes)
     compiled = triton.compile(source, target=gpu, options=options)
     if amd:

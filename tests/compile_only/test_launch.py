@@ -14,6 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from tests.compile_only.harness import all_cases
+
 pytestmark = pytest.mark.compile_only
 
 
@@ -32,13 +34,15 @@ class FakeH100:
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the kernels that reached the launch; nothing is launched."""
+    """Names of the kernels that reached the launch, as the budgets have them; nothing is launched."""
     names: list[str] = []
+    fusion = {case.kernel.fn.__name__: case.enable_fp_fusion for case in all_cases()}
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, warmup: bool = False, **kwargs: Any) -> None:
         compiled = run(self, *args, warmup=True, **kwargs)
         assert compiled.asm["cubin"]
+        assert compiled.metadata.enable_fp_fusion == fusion[self.fn.__name__], "the budgets are for another variant"
         names.append(self.fn.__name__)
 
     monkeypatch.setattr(JITFunction, "run", compile_only)

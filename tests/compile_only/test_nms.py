@@ -28,6 +28,7 @@ def _case(name: str, *, groups: bool) -> Case:
         constexprs={"HAS_GROUPS": groups, "BLOCK": kernels.BLOCK},
         divisible_by_16=["boxes_ptr", "kept_ptr"],
         num_warps=kernels.NUM_WARPS,
+        enable_fp_fusion=False,
         budget=Budget(registers=128, shared=2048),
     )
 

@@ -62,6 +62,7 @@ def _case(
         constexprs=constexprs,
         divisible_by_16=divisible,
         num_warps=tile.num_warps,
+        enable_fp_fusion=False,
         budget=budget,
     )
 
