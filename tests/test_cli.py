@@ -11,11 +11,10 @@ import torch
 import yaml
 
 from tmask import cli
-from tmask.config import CONVENTIONS, PRESETS, TRAIN_PRESETS, ModelConfig, TrainConfig
+from tmask.config import CONVENTIONS, PRESETS, TRAIN_PRESETS, TrainConfig
 from tmask.data.shapes import CLASSES, write_shapes
 from tmask.engine import evaluate
 from tmask.engine.log import read_log
-from tmask.engine.run import detections_that_count
 from tmask.model.backbone import ResNet
 
 SMALL = [
@@ -121,7 +120,8 @@ def test_eval_repeats_the_figures_of_training(
     assert [row[:2] for row in found] == [row[:2] for row in trained]
     for ours, theirs in zip(found, trained, strict=True):
         assert ours[2:] == pytest.approx(theirs[2:], abs=1e-4)
-    assert cuts == [MAX_DETECTIONS]
+    cut = TrainConfig().eval_max_detections
+    assert cuts == [cut]
     limited = tmp_path / "limited"
     call(
         "eval",
@@ -132,13 +132,7 @@ def test_eval_repeats_the_figures_of_training(
         max_detections=1,
     )
     assert [row[0] for row in detections(limited)] == [1, 2, 3]
-    assert cuts == [MAX_DETECTIONS, 1]
-
-
-def test_coco_cut_is_the_larger_of_model_and_training() -> None:
-    for model, training, cut in ((50, 100, 100), (300, 100, 300), (100, 300, 300)):
-        configs = ModelConfig(max_detections=model), TrainConfig(eval_max_detections=training)
-        assert detections_that_count(*configs) == cut
+    assert cuts == [cut, 1]
 
 
 @pytest.mark.parametrize("form", ["file", "folder", "glob"])

@@ -250,7 +250,7 @@ def eval_command(argv: list[str]) -> int:
     from tmask.data.loader import make_loader
     from tmask.engine.checkpoint import load_model
     from tmask.engine.evaluate import evaluate, results_table
-    from tmask.engine.run import METRICS_NAME, RESULTS_NAME, check_categories, detections_that_count
+    from tmask.engine.run import METRICS_NAME, RESULTS_NAME, check_categories
 
     model, saved = load_model(args.checkpoint, device)
     dataset = CocoDataset(args.images, args.annotations)
@@ -260,7 +260,7 @@ def eval_command(argv: list[str]) -> int:
     )
     max_detections = args.max_detections
     if max_detections is None:
-        max_detections = detections_that_count(model.config, from_dict(TrainConfig, saved["train_config"]))
+        max_detections = saved["train_config"]["eval_max_detections"]
     else:
         model.roi_heads.max_detections = max_detections
     out = Path(args.out) if args.out is not None else None

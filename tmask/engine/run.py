@@ -99,7 +99,7 @@ def run_training(
                 num_workers=data_config.num_workers,
             ),
             dataset=val_set,
-            max_detections=detections_that_count(model_config, train_config),
+            max_detections=train_config.eval_max_detections,
             device=device,
             precision=train_config.precision,
             results_file=out_dir / RESULTS_NAME,
@@ -119,11 +119,6 @@ def run_training(
         (out_dir / METRICS_NAME).write_text(json.dumps(result.metrics, indent=1), encoding="utf-8")
         draw_pictures(model, val_set, out_dir / PICTURES_NAME, device=device, precision=train_config.precision)
     return result
-
-
-def detections_that_count(model: ModelConfig, training: TrainConfig) -> int:
-    """COCO's cut, detections an image: ``eval_max_detections``, or as many as the model gives if that is more."""
-    return max(training.eval_max_detections, model.max_detections)
 
 
 def check_categories(
