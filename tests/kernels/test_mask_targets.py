@@ -11,6 +11,7 @@ from tests.model.sync import count_blocking
 from tests.mutation import mutant
 from tmask_kernels import mask_targets, pack_masks
 from tmask_kernels.ops.mask_targets import reference
+from tmask_kernels.ops.roi_align import reference as roi_align
 from tmask_kernels.testing import Tolerance, assert_close, random_boxes
 
 CONVENTIONS = ["detectron2", "torchvision"]
@@ -83,21 +84,24 @@ def test_equals_torchvision_roi_align(device, convention, size, height, width):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("module", "old", "new"),
     [
-        ("range(5)", "range(2)"),
-        ("offset = 0.5 if aligned", "offset = 0.0 if aligned"),
-        ("extent = extent.clamp(min=1)", "pass"),
-        ("y >= -1", "y >= 0"),
-        ("y <= limit", "y <= limit - 1"),
-        (".minimum(limit - 1)", ""),
-        ("bin_size.ceil()", "bin_size.round()"),
-        ("(index >= 0) &", "(index >= -1) &"),
+        (roi_align, "NEARBY_SAMPLES = 5", "NEARBY_SAMPLES = 2"),
+        (reference, "(0.5 if aligned else 0.0)", "0.0"),
+        (reference, "sides = sides.clamp(min=1.0)", "pass"),
+        (roi_align, "at >= -1", "at >= 0"),
+        (roi_align, "at <= end", "at <= end - 1"),
+        (roi_align, "last = (end - 1)", "last = (end + 0)"),
+        (roi_align, "bin_size.detach().ceil()", "bin_size.detach().round()"),
+        (reference, "(index >= 0) &", "(index >= -1) &"),
     ],
     ids=["two samples", "half pixel", "one pixel", "low edge", "high edge", "last pixel", "grid", "no target"],
 )
-def test_a_broken_reference_fails(device, tmp_path: Path, old, new):
-    broken = mutant(reference, old, new, tmp_path).mask_targets_reference
+def test_a_broken_reference_fails(device, tmp_path: Path, monkeypatch, module, old, new):
+    copy = mutant(module, old, new, tmp_path)
+    broken = (copy if module is reference else reference).mask_targets_reference
+    if module is roi_align:
+        monkeypatch.setattr(reference, "axis_weights", copy.axis_weights)
 
     def function(packed, boxes, gt_index, size, *, convention, image_sizes):
         binary = convention == "detectron2"

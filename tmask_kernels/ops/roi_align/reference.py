@@ -18,9 +18,10 @@ from torch import Tensor
 # Elements of the largest temporary: boxes are worked off in chunks of a size to match.
 CHUNK_ELEMENTS = 1 << 24
 
-# An adaptive grid with two or more samples has them more than half a cell apart, so at most 5 lie within a cell of a
-# given cell; one more on either side absorbs the rounding of the estimate where they begin.
-NEARBY_SAMPLES = 7
+# An adaptive grid with two or more samples has them more than half a cell apart, so at most 4 lie within a cell of a
+# given cell. One more absorbs an estimate of where they begin that is one too low; one too high misses a sample a whole
+# cell away, whose weight is 0.
+NEARBY_SAMPLES = 5
 
 
 def multiscale_roi_align_reference(
@@ -123,13 +124,17 @@ def _pool(
     return pooled.reshape(N, P, PH, C, PW).transpose(2, 3)
 
 
-def axis_weights(start: Tensor, size: Tensor, bins: int, length: int, sampling_ratio: int) -> Tensor:
+def axis_weights(
+    start: Tensor, size: Tensor, bins: int, length: int, sampling_ratio: int, limit: Tensor | None = None
+) -> Tensor:
     """Weight of each of `length` cells in each of `bins` bins along one axis: [..., bins, length].
 
     start, size [...]: where the box begins and how long it is, in cells. Bin ``b`` averages samples
     ``start + b * bin + (i + 0.5) * bin / grid`` with ``bin = size / bins``; ``grid`` is `sampling_ratio`, or
-    ``ceil(bin)`` where that is 0 or less. A sample outside [-1, length] weighs 0 but counts in the mean.
+    ``ceil(bin)`` where that is 0 or less. A sample outside [-1, limit] weighs 0 but counts in the mean. limit [...]:
+    how many of the cells are no padding; None: all.
     """
+    end = torch.full_like(start[..., None, None], length) if limit is None else limit[..., None, None]  # [..., 1, 1]
     index = torch.arange(bins, dtype=start.dtype, device=start.device)[:, None]  # [bins, 1]
     cells = torch.arange(length, dtype=start.dtype, device=start.device)  # [length]
     bin_size = (size / bins)[..., None, None]
@@ -141,23 +146,27 @@ def axis_weights(start: Tensor, size: Tensor, bins: int, length: int, sampling_r
         grid = bin_size.detach().ceil()
         # The samples whose taps can be a cell c lie in [c - 1, c + 1]; those clamped to the border do so too.
         step = torch.where(grid > 0, bin_size / grid, 1.0).detach()
-        first = ((cells - 1 - bin_start.detach()) / step - 0.5).floor() - 1  # [..., bins, length]
+        first = ((cells - 1 - bin_start.detach()) / step - 0.5).floor()  # [..., bins, length]
         first = torch.minimum(first, grid - 1).clamp(min=0)
         candidates = NEARBY_SAMPLES
     total = torch.zeros((), dtype=start.dtype, device=start.device)
     for candidate in range(candidates):
         i = first + candidate
         at = bin_start + (i + 0.5) * bin_size / torch.where(grid > 0, grid, 1.0)
-        total = total + torch.where(i < grid, _tap_weights(at, cells, length), 0.0)
+        total = total + torch.where(i < grid, _tap_weights(at, cells, end), 0.0)
     return total / grid.clamp(min=1)
 
 
-def _tap_weights(at: Tensor, cells: Tensor, length: int) -> Tensor:
-    """Bilinear weight of each of the `cells` [length] for samples `at` [..., 1 or length]: [..., length]."""
-    inside = (at >= -1) & (at <= length)
-    at = at.clamp(0, max(length - 1, 0))
+def _tap_weights(at: Tensor, cells: Tensor, end: Tensor) -> Tensor:
+    """Bilinear weight of each of the `cells` [length] for samples `at` [..., 1 or length]: [..., length].
+
+    end [..., 1]: number of cells that are no padding.
+    """
+    inside = (at >= -1) & (at <= end)
+    last = (end - 1).clamp(min=0)  # [..., 1]
+    at = at.clamp(min=0).clamp(max=last)
     low = at.detach().floor()
-    high = (low + 1).clamp(max=length - 1)
+    high = (low + 1).clamp(max=last)
     fraction = at - low  # 0 at the last cell
     weight = torch.where(cells == low, 1 - fraction, 0.0) + torch.where(cells == high, fraction, 0.0)
     return torch.where(inside, weight, 0.0)
