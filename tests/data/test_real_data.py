@@ -63,11 +63,11 @@ def test_flips_keep_every_area(real_data, name):
 
 @pytest.mark.parametrize(("name", "side"), [("nuclei", 256), ("coco-mini", 320)])
 def test_batches_of_real_images(real_data, name, side):
-    transform = ImageTransform(
-        min_size=side, max_size=2 * side, image_mean=(0.5, 0.5, 0.5), image_std=(0.25, 0.25, 0.25),
-        size_divisible=32, antialias=True, keep_crowds=True,
-    )  # fmt: skip
     dataset = load(real_data, name, "val", train_transforms(0.5, 0.0))
+    transform = ImageTransform(
+        num_classes=dataset.num_classes, min_size=side, max_size=2 * side, image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.25, 0.25, 0.25), size_divisible=32, antialias=True, mask_resize="bilinear", keep_crowds=True,
+    )  # fmt: skip
     loader = make_loader(dataset, transform, batch_size=4, shuffle=True, aspect_grouping=True, num_workers=1)
     shown = []
     for batch in loader:
