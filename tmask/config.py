@@ -54,6 +54,9 @@ class Convention:
     paste: ConventionName  # sample at pixel centres (detectron2) or in a box truncated to integers (torchvision)
     ignore_crowds: bool  # anchors and RoIs inside a crowd are no negatives; torchvision drops crowds before the model
 
+    def __post_init__(self) -> None:
+        _check_names(self)
+
 
 CONVENTIONS: dict[str, Convention] = {
     "detectron2": Convention(
