@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tmask.model.losses import box_losses
-from tmask.model.rpn import take_rows
-from tmask.model.sampling import sample
+from tmask.model.sampling import sample, take_rows
 from tmask.structures import Detections, ImageBatch, Proposals, SampledRois, Targets
 from tmask_kernels import (
     decode_boxes,

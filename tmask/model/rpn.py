@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tmask.model.losses import rpn_losses
-from tmask.model.sampling import sample
+from tmask.model.sampling import sample, take_rows
 from tmask.structures import ImageBatch, Proposals, Targets
 from tmask_kernels import AnchorSpec, encode_boxes, make_anchors, match_anchors, rpn_proposals
 
@@ -127,8 +127,3 @@ class RPN(nn.Module):
             chosen.valid,
         )
         return {"loss_objectness": objectness_loss, "loss_rpn_box_reg": box_loss}
-
-
-def take_rows(values: Tensor, index: Tensor) -> Tensor:
-    """Row `index` [N, S] of each image of `values` [N, M, D]: [N, S, D]."""
-    return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))

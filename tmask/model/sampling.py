@@ -45,6 +45,11 @@ def sample(positive: Tensor, negative: Tensor, *, size: int, positive_fraction: 
     return Sample(torch.where(valid, index.gather(1, front), 0), is_positive_slot, valid)
 
 
+def take_rows(values: Tensor, index: Tensor) -> Tensor:
+    """Row `index` [N, S] of each image of `values` [N, M, D]: [N, S, D]."""
+    return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
+
+
 def _random_subset(mask: Tensor, keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Up to `count` random True positions of `mask` [N, M]: indices and whether each slot holds one, filled first."""
     order = torch.where(mask, keys, -1.0).topk(min(count, mask.shape[1]), dim=1)

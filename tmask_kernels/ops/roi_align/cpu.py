@@ -119,6 +119,7 @@ class _RoIAlign(torch.autograd.Function):
         (height, width), scale, sampling_ratio, aligned = ctx.arguments
         N, C, H, W = ctx.shape
         samples = sampling_ratio**2 if sampling_ratio > 0 else 1  # of a bin, at least
+        # For one channel and one row of bins: four taps a sample, against the two products.
         if width * 4 * samples * DENSE_WORK > W * (width + H):
             dense = _dense_gradient(grad, boxes, ctx.shape, scale, sampling_ratio, aligned)
             return dense, None, None, None, None, None
