@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tmask.data.images import read_image
+
 Target = dict[str, Any]
 Transforms = Callable[[Tensor, Target], tuple[Tensor, Target]]
 
@@ -181,28 +183,6 @@ def run_length(segmentation: Any, size: tuple[int, int]) -> dict[str, Any] | Non
             raise ValueError(f"segmentation: expected runs of {size[0] * size[1]} pixels in all")
         return coco_mask.frPyObjects(segmentation, *size)
     return segmentation
-
-
-def read_image(path: str | Path) -> Tensor:
-    """An image file as uint8 [3, H, W] RGB: grey is repeated, alpha dropped, EXIF orientation not applied.
-
-    Errors: ValueError, naming the file, if it cannot be read or is not an 8-bit image.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-            # PIL would clip the 16-bit grey of microscopes to 255.
-            deep = mode.startswith(("I", "F"))
-            pixels = None if deep else np.array(image.convert("RGB"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as an image: {error}") from error
-    if pixels is None:
-        raise ValueError(f"{path}: expected an image of 8 bits a channel, got mode {mode!r}")
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def read_json(path: Path) -> Any:

@@ -52,7 +52,7 @@ def predict(
     """
     from tqdm import tqdm
 
-    from tmask.data.coco import read_image
+    from tmask.data.images import read_image
     from tmask.visualize import draw_instances, save_png
 
     device, out_dir = torch.device(device), Path(out_dir)
