@@ -3,29 +3,59 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+_ORIENTATION = 0x0112  # EXIF tag: how to turn the stored pixels for viewing
 
-def read_image(path: str | Path) -> Tensor:
-    """An image file as uint8 [3, H, W] RGB: grey is repeated, alpha dropped, EXIF orientation not applied.
 
-    Errors: ValueError, naming the file, if it cannot be read or is not an 8-bit image.
+def read_image(path: str | Path, *, apply_exif: bool = False) -> Tensor:
+    """An image file as uint8 [3, H, W] RGB.
+
+    Grey is repeated. Alpha is dropped, not blended, so that training and prediction see one picture whatever ground a
+    viewer would put below it; what was hidden shows. The EXIF orientation turns the image upright only with
+    `apply_exif`: COCO's annotations were drawn on the pixels as they are stored. Of a photograph that carries previews
+    (MPO) the first picture counts.
+
+    Errors: ValueError, naming the file, if it cannot be read, has more than 8 bits a channel, or holds several images
+    (an animation, pages).
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
-            mode = image.mode
-            # PIL would clip the 16-bit grey of microscopes to 255.
-            deep = mode.startswith(("I", "F"))
-            pixels = None if deep else np.array(image.convert("RGB"))
+            _check(image)
+            if not apply_exif:
+                # PIL turns a TIFF while it reads the pixels, unless the tag is gone.
+                image.getexif().pop(_ORIENTATION, None)
+            elif image.getexif().get(_ORIENTATION, 1) != 1:
+                image = ImageOps.exif_transpose(image)
+            if "transparency" in image.info:  # PIL asks for this way with a warning
+                image = image.convert("RGBA")
+            pixels = np.array(image.convert("RGB"))  # [H, W, 3]
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except _UnsuitableError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:  # decoders raise whatever they please on a damaged file
         raise ValueError(f"{path}: cannot be read as an image: {error}") from error
-    if pixels is None:
-        raise ValueError(f"{path}: expected an image of 8 bits a channel, got mode {mode!r}")
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+class _UnsuitableError(Exception):
+    """A sound image file of a kind that is not taken."""
+
+
+def _check(image: Any) -> None:
+    """Refuse what PIL would change in silence: it clips 16-bit grey to 255 and cuts 16-bit colours to the top byte."""
+    stored = {image.mode, *(tile[3] if isinstance(tile[3], str) else tile[3][0] for tile in image.tile if tile[3])}
+    deep = sorted(mode for mode in stored if str(mode).startswith(("I", "F")) or ";16" in str(mode))
+    if deep:
+        how = "magick IN -auto-level -depth 8 OUT.png stretches the darkest value to 0 and the brightest to 255"
+        raise _UnsuitableError(f"expected an image of 8 bits a channel, got mode {deep[-1]!r}; convert it ({how})")
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":
+        raise _UnsuitableError(f"expected one image, got a file of {frames}; split it (magick IN OUT-%d.png)")
