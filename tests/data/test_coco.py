@@ -1,12 +1,17 @@
+import math
 import pickle
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from tmask.data.annotations import check_segmentation
 from tmask.data.coco import CocoDataset
 
 
@@ -81,10 +86,19 @@ def test_every_form_of_mask(write, content, form):
     assert torch.equal(CocoDataset(*write(content))[0][1]["masks"][0], expected)
 
 
-@pytest.mark.parametrize("segmentation", [[], None, [[1, 2, 3, 4]], {"size": [10, 20], "counts": [200]}], ids=str)
+@pytest.mark.parametrize("segmentation", [[], [[]], None, [[1, 2, 3, 4]], {"size": [10, 20], "counts": [200]}], ids=str)
 def test_masks_of_nothing_do_not_count(write, content, segmentation):
     content["annotations"][0]["segmentation"] = segmentation
-    target = CocoDataset(*write(content))[0][1]
+    arguments = write(content)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        target = CocoDataset(*arguments)[0][1]
+    expected = (
+        "file.json: the mask of 1 of 3 annotations is empty and left out, their boxes count; first annotation id 11"
+    )
+    told = [str(item.message) for item in caught if item.category is UserWarning]
+    assert len(told) == (isinstance(segmentation, list))
+    assert all(expected in text for text in told)
     assert target["has_mask"].tolist() == [False, True, False]
     assert not target["masks"][0].any()
 
@@ -134,23 +148,35 @@ def annotation(**fields):
         (broken(lambda c: '{"images": [\n1,, 2]}'), r"file.json: broken JSON at line 2, column 3"),
         (broken(lambda c: "[]"), r"file.json: expected a COCO file, .* list 'images'"),
         (broken(lambda c: c.pop("categories") and c), r"file.json: expected .* list 'categories'"),
-        (broken(lambda c: c["categories"].clear()), r"file.json: expected at least one category"),
+        (broken(lambda c: c["categories"].clear()), r"file.json: categories: expected at least one, got none"),
+        (broken(lambda c: c["images"].clear()), r"file.json: images: expected at least one, got none"),
         (broken(lambda c: c["images"][1].pop("width") and c), r"file.json: images\[1\]: expected a field 'width'"),
         (broken(lambda c: c["images"][1].update(id=7)), r"file.json: images\[1\]: id 7 occurs twice"),
-        (broken(lambda c: c["images"][1].update(height=0)), r"images\[1\]: expected a positive size, got 8x0"),
+        (broken(lambda c: c["images"][1].update(id="3")), r"images\[1\]: id: expected a whole number, got '3'"),
+        (broken(lambda c: c["images"][1].update(height=0)), r"images\[1\]: expected a size in whole pixels, got 8 x 0"),
+        (broken(lambda c: c["images"][1].update(width="8")), r"expected a size in whole pixels, got '8' x 12"),
+        (broken(lambda c: c["images"][1].update(file_name=3)), r"images\[1\]: file_name: expected a text, got 3"),
         (broken(lambda c: c["annotations"][0].pop("bbox") and c), r"annotations\[0\]: expected a field 'bbox'"),
-        (annotation(bbox=[1, 2, 3]), r"annotation id 11: bbox: expected four finite numbers .* got \[1, 2, 3\]"),
-        (annotation(bbox=[1, 2, 3, float("nan")]), r"annotation id 11: bbox: expected four finite numbers"),
+        (annotation(bbox=[1, 2, 3]), r"annotation id 11: bbox: expected four numbers .* got \[1, 2, 3\]"),
+        (annotation(bbox=[1, 2, 3, math.nan]), r"annotation id 11: bbox: expected finite numbers, got nan"),
+        (annotation(bbox=[1, math.inf, -math.inf, 4]), r"annotation id 11: bbox: expected finite numbers, got inf"),
+        (annotation(bbox=[1, "2", 3, 4]), r"annotation id 11: bbox: expected finite numbers, got '2'"),
+        (annotation(bbox=[1, 2, 3, 1e30]), r"annotation id 11: bbox: expected pixels within 1e\+06, got 1e\+30"),
+        (annotation(iscrowd="0"), r"annotation id 11: iscrowd: expected 0 or 1, got '0'"),
+        (annotation(area=math.nan), r"annotation id 11: area: expected finite numbers, got nan"),
         (annotation(image_id=99), r"file.json: annotation id 11: image_id 99 is not in the file"),
+        (annotation(image_id="7"), r"file.json: annotation id 11: image_id '7' is not in the file"),
         (annotation(category_id=1), r"file.json: annotation id 11: category_id 1 is not in the file"),
+        (annotation(category_id=[5]), r"file.json: annotation id 11: category_id \[5\] is not in the file"),
         (
             broken(lambda c: c["images"][0].update(file_name="gone.png")),
             r"file.json: 1 of 2 images do not exist, first .*gone.png \(image id 7\)",
         ),
     ],
     ids=[
-        "broken JSON", "no object", "no categories", "empty categories", "no width", "same id", "no height", "no box",
-        "short box", "NaN box", "unknown image", "unknown category", "missing image",
+        "broken JSON", "no object", "no categories", "empty categories", "no images", "no width", "same id", "text id",
+        "no height", "text width", "no name", "no box", "short box", "NaN box", "infinite box", "text box", "huge box",
+        "text crowd", "NaN area", "unknown image", "text image", "unknown category", "list category", "missing image",
     ],
 )  # fmt: skip
 def test_faults_of_the_file_are_found_on_opening(write, content, change, message):
@@ -158,34 +184,67 @@ def test_faults_of_the_file_are_found_on_opening(write, content, change, message
         CocoDataset(*write(change(content)))
 
 
+WHOLE = coco_mask.encode(np.asfortranarray(np.eye(10, 20, dtype=np.uint8)))["counts"].decode()
+
+
 @pytest.mark.parametrize(
     ("segmentation", "message"),
     [
         ({"size": [20, 10], "counts": [200]}, r"expected run lengths of size \(10, 20\), got \(20, 10\)"),
-        ({"size": [10, 20], "counts": [3, 4]}, "expected runs of 200 pixels in all"),
+        ({"size": 10, "counts": [200]}, r"expected run lengths of size \(10, 20\), got 10"),
+        ({"size": [10, 20], "counts": [3, 4]}, "expected runs of 200 pixels in all, got 7"),
+        ({"size": [10, 20], "counts": [300, -100]}, "expected runs of 200 pixels in all, got damaged ones"),
+        ({"size": [10, 20], "counts": [100, "100"]}, "expected runs of 200 pixels in all, got damaged ones"),
+        ({"size": [10, 20], "counts": WHOLE[:-2]}, r"expected runs of 200 pixels in all, got \d+"),
+        ({"size": [10, 20], "counts": WHOLE + "4"}, r"expected runs of 200 pixels in all, got \d+"),
+        ({"size": [10, 20], "counts": WHOLE[::-1]}, "expected runs of 200 pixels in all, got "),
+        ({"size": [10, 20], "counts": ""}, "got damaged ones"),
+        ({"size": [10, 20], "counts": "\xe9"}, "got damaged ones"),
+        ({"size": [10, 20], "counts": "o" * 40}, "got damaged ones"),
+        ({"size": [10, 20], "counts": 5}, "expected run lengths as a list or a text, got 5"),
         ({"size": [10, 20]}, "expected polygons or run lengths"),
-        ([[1, 2, 3, 4, 5, 6, 7]], "odd number of values"),
+        ([[1, 2, 3, 4, 5, 6, 7]], "odd number of values, 7"),
+        ([[1, 2, 3, 4, 5, math.nan]], "expected finite numbers, got nan"),
+        ([[1, 2, 3, 4, 5, "6"]], "expected finite numbers, got '6'"),
+        ([[1, 2, 3, 4, 5, None]], "expected finite numbers, got None"),
+        ([[1, 2, 3, 4, 5, -2e9]], "expected pixels within 1e\\+06, got -2"),
+        ([1, 2, 3, 4, 5, 6], r"expected polygons \[\[x, y, ...\], ...\], got a list of 1"),
         ("square", "expected polygons or run lengths, got str"),
     ],
-    ids=["size", "short", "no counts", "odd", "text"],
-)
-def test_faults_of_a_mask_name_the_annotation(write, content, segmentation, message):
+    ids=[
+        "size", "no size", "short", "negative run", "text run", "truncated", "longer", "turned", "no text",
+        "no characters", "no end", "number", "no counts", "odd", "NaN", "text in it", "null in it", "huge", "flat",
+        "text",
+    ],
+)  # fmt: skip
+def test_faults_of_a_mask_are_found_on_opening_and_name_the_annotation(write, content, segmentation, message):
     content["annotations"][0]["segmentation"] = segmentation
-    dataset = CocoDataset(*write(content))
-    with pytest.raises(ValueError, match=f"file.json: annotation id 11: segmentation: .*{message}"):
-        dataset[0]
-    del content["annotations"][0]["area"]  # then the mask is needed on opening
     with pytest.raises(ValueError, match=f"file.json: annotation id 11: segmentation: .*{message}"):
         CocoDataset(*write(content))
 
 
-@pytest.mark.parametrize("segmentation", [{"size": [10, 20], "counts": 5}, [3, 4]], ids=["counts", "flat list"])
-@pytest.mark.parametrize("number", [11, 0])
-def test_a_broken_mask_without_area_names_the_annotation(write, content, segmentation, number):
-    """Also one that only pycocotools finds; by the id that stands in the file, which a 0 does not keep."""
-    content["annotations"][0] |= {"segmentation": segmentation, "id": number}
-    del content["annotations"][0]["area"]
-    with pytest.raises(ValueError, match=f"file.json: annotation id {number}: "):
+@given(arrays(np.uint8, array_shapes(min_dims=2, max_dims=2, max_side=40), elements=st.integers(0, 1)), st.data())
+def test_damage_of_compressed_run_lengths_is_found(mask, data):
+    """What is let through decodes to as many pixels as the image has, of 0 and 1 alone."""
+    size, counts = mask.shape, bytearray(coco_mask.encode(np.asfortranarray(mask))["counts"])
+    check_segmentation({"size": list(size), "counts": bytes(counts)}, size)
+    place = data.draw(st.integers(0, len(counts) - 1))
+    counts[place] = data.draw(st.integers(0, 255))
+    damaged = {"size": list(size), "counts": bytes(counts[: data.draw(st.integers(0, len(counts)))])}
+    try:
+        check_segmentation(damaged, size)
+    except ValueError:
+        return
+    decoded = coco_mask.decode(damaged)
+    assert decoded.shape == size
+    assert decoded.max() <= 1
+    again = coco_mask.encode(decoded)
+    assert coco_mask.area(again) == coco_mask.area(damaged) == decoded.sum()
+
+
+def test_a_broken_mask_is_named_by_the_id_of_the_file(write, content):
+    content["annotations"][0] |= {"segmentation": [3, 4], "id": 0}  # the evaluator gets another id than 0
+    with pytest.raises(ValueError, match=r"file.json: annotation id 0: "):
         CocoDataset(*write(content))
 
 
@@ -195,12 +254,51 @@ def test_missing_folder_and_file_are_named(write, content, tmp_path):
         CocoDataset(tmp_path / "nowhere", file)
     with pytest.raises(ValueError, match=r"annotation_file: no such file: .*nowhere.json"):
         CocoDataset(images, tmp_path / "nowhere.json")
+    with pytest.raises(ValueError, match=r"images_folder: expected a folder, got a file: .*file.json"):
+        CocoDataset(file, file)
+    with pytest.raises(ValueError, match=r"annotation_file: expected a file, got a folder: .*images"):
+        CocoDataset(images, images)
+
+
+def test_a_wrong_images_folder_is_one_short_message(write, content, tmp_path):
+    _, file = write(content)
+    (tmp_path / "empty").mkdir()
+    expected = r"images_folder: none of the 2 images of .*file.json is in .*empty, first wide.png \(image id 7\)$"
+    with pytest.raises(ValueError, match=expected):
+        CocoDataset(tmp_path / "empty", file)
+
+
+def test_a_byte_order_mark_is_read_over(write, content):
+    images, file = write(content)
+    file.write_text(file.read_text(), encoding="utf-8-sig")
+    assert len(CocoDataset(images, file)) == 2
+
+
+def test_category_ids_may_have_holes_and_be_zero(write, content):
+    content["categories"] = [{"id": 1000, "name": "brush"}, {"id": 0, "name": "plane"}, {"id": 5, "name": "saw"}]
+    for item, category in zip(content["annotations"], (1000, 0, 5), strict=True):
+        item["category_id"] = category
+    dataset = CocoDataset(*write(content))
+    assert dataset.category_ids == [0, 5, 1000]
+    assert dataset[0][1]["labels"].tolist() == [3, 1, 2]
+
+
+def test_instances_are_annotations_with_a_box_and_no_crowds(write, content):
+    assert CocoDataset(*write(content)).num_instances == 2
+    content["annotations"][0]["bbox"] = [2, 3, 0, 4]
+    with pytest.warns(UserWarning, match="left out 1 of 3"):
+        assert CocoDataset(*write(content)).num_instances == 1
 
 
 def test_an_image_of_another_size_is_named(write, content):
+    content["annotations"].clear()
     content["images"][0]["width"] = 21
     dataset = CocoDataset(*write(content))
-    with pytest.raises(ValueError, match=r"wide.png: expected 21x10 pixels by .*file.json, got 20x10"):
+    with pytest.raises(ValueError, match=r"wide.png: expected 21x10 pixels by .*file.json, got 20x10$"):
+        dataset[0]
+    content["images"][0] |= {"width": 10, "height": 20}
+    dataset = CocoDataset(*write(content))
+    with pytest.raises(ValueError, match=r"expected 10x20 .* got 20x10 \(annotated as its EXIF orientation turns it"):
         dataset[0]
 
 

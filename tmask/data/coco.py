@@ -1,17 +1,15 @@
 """Data sets in COCO's instance format: a folder of images and one JSON file.
 
-Everything that can be wrong in the files is found when the data set is opened, and named; a training run does not die
-of a missing image in its third hour. Letters: G annotations of an image, H W its size.
+Everything that can be wrong in the files but the images' pixels is found when the data set is opened, and named; a
+training run does not die of a missing image in its third hour. Letters: G annotations of an image, H W its size.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
-import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tmask.data.annotations import fill_annotations, naming, outlines_nothing, read_coco, run_length
 from tmask.data.images import read_image
 
 Target = dict[str, Any]
 Transforms = Callable[[Tensor, Target], tuple[Tensor, Target]]
+
+# Pixels. Of a narrower box float32 may lose the area when the image is resized.
+_MIN_SIDE = 0.01
 
 
 class CocoDataset(Dataset[tuple[Tensor, Target]]):
@@ -34,8 +36,9 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     covers no pixel; the mask is zeros then).
 
     Label i in 1..num_classes-1 stands for ``category_ids[i - 1]``; 0 is the background. Images without annotations
-    are kept. Annotations whose box has no area inside the image are left out of the targets, with one warning.
-    A missing ``iscrowd`` means 0, a missing ``area`` is the mask's, or the box's without a mask.
+    are kept. Annotations whose box has no area inside the image (is less than 0.01 pixels wide or high) are left out
+    of the targets, with one warning; one more counts masks that are given but empty. A missing ``iscrowd`` means 0, a
+    missing ``area`` is the mask's, or the box's without a mask.
 
     `transforms` (image, target) -> (image, target) runs on each item. Images are read as they are stored: an EXIF
     orientation is not applied, since COCO's annotations were drawn on the stored pixels.
@@ -43,8 +46,9 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     ``coco`` is the `pycocotools.coco.COCO` of the whole file for evaluation. There an annotation id of 0 is replaced,
     since its evaluator takes a match with id 0 for none.
 
-    Errors: ValueError, naming file and entry, for a missing folder, file or image, broken JSON, missing or
-    contradictory fields; on reading an item, for an image that cannot be decoded or is not of the size the file says.
+    Errors: ValueError, naming file and entry, for a missing folder, file or image, broken JSON, no image or category,
+    missing or contradictory fields; on reading an item, for an image that cannot be decoded or is not of the size the
+    file says.
     """
 
     def __init__(
@@ -55,15 +59,15 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         self.images_folder, self.annotation_file = Path(images_folder), Path(annotation_file)
         self.transforms = transforms
         if not self.images_folder.is_dir():
-            raise ValueError(f"images_folder: no such folder: {self.images_folder}")
-        content = read_json(self.annotation_file)
-        _check_content(self.annotation_file, content)
+            fault = "expected a folder, got a file" if self.images_folder.exists() else "no such folder"
+            raise ValueError(f"images_folder: {fault}: {self.images_folder}")
+        content = read_coco(self.annotation_file)
         self.images: list[dict[str, Any]] = content["images"]
         self.categories: list[dict[str, Any]] = sorted(content["categories"], key=lambda category: category["id"])
         self.category_ids: list[int] = [category["id"] for category in self.categories]
         self._check_image_files()
         self._annotations, self._boxes = self._sort_annotations(content["annotations"])
-        _fill_annotations(self.annotation_file, content["annotations"], self.images)
+        fill_annotations(content)
         self.coco = COCO()
         self.coco.dataset = content
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
@@ -73,6 +77,11 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     def num_classes(self) -> int:
         """Number of categories and background."""
         return len(self.categories) + 1
+
+    @property
+    def num_instances(self) -> int:
+        """Number of annotations to learn from: all that are not left out and no crowd."""
+        return sum(not item["iscrowd"] for items in self._annotations for item in items)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -91,7 +100,10 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         image = read_image(self.image_path(i))
         if tuple(image.shape[1:]) != size:
             expected, got = f"{size[1]}x{size[0]}", f"{image.shape[2]}x{image.shape[1]}"
-            raise ValueError(f"{self.image_path(i)}: expected {expected} pixels by {self.annotation_file}, got {got}")
+            turned = " (annotated as its EXIF orientation turns it?)" if tuple(image.shape[:0:-1]) == size else ""
+            raise ValueError(
+                f"{self.image_path(i)}: expected {expected} pixels by {self.annotation_file}, got {got}{turned}"
+            )
         masks = self._masks(annotations, size)
         labels = {category_id: label for label, category_id in enumerate(self.category_ids, start=1)}
         target = {
@@ -106,11 +118,17 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
 
     def _check_image_files(self) -> None:
         missing = [i for i in range(len(self)) if not self.image_path(i).is_file()]
-        if missing:
+        if not missing:
+            return
+        if len(missing) == len(self):
             raise ValueError(
-                f"{self.annotation_file}: {len(missing)} of {len(self)} images do not exist, "
-                f"first {self.image_path(missing[0])} (image id {self.images[missing[0]]['id']})"
+                f"images_folder: none of the {len(self)} images of {self.annotation_file} is in {self.images_folder}, "
+                f"first {self.images[0]['file_name']} (image id {self.images[0]['id']})"
             )
+        raise ValueError(
+            f"{self.annotation_file}: {len(missing)} of {len(self)} images do not exist, "
+            f"first {self.image_path(missing[0])} (image id {self.images[missing[0]]['id']})"
+        )
 
     def _sort_annotations(
         self, annotations: Sequence[dict[str, Any]]
@@ -119,23 +137,29 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         row = {record["id"]: i for i, record in enumerate(self.images)}
         kept: list[list[dict[str, Any]]] = [[] for _ in self.images]
         boxes: list[list[tuple[float, ...]]] = [[] for _ in self.images]
-        dropped = []
+        dropped, empty = [], []
         for item in annotations:
             i = row[item["image_id"]]
             x, y, width, height = item["bbox"]
             right, bottom = self.images[i]["width"], self.images[i]["height"]
             box = (max(x, 0), max(y, 0), min(x + width, right), min(y + height, bottom))
-            # Compared as stored: in float32 a sliver may lose its area.
-            x1, y1, x2, y2 = np.array(box, dtype=np.float32)
-            if x2 > x1 and y2 > y1:
+            if box[2] - box[0] >= _MIN_SIDE and box[3] - box[1] >= _MIN_SIDE:
                 kept[i].append(item)
                 boxes[i].append(box)
+                if outlines_nothing(item.get("segmentation")):
+                    empty.append(item["id"])
             else:
                 dropped.append(item["id"])
         if dropped:
             warnings.warn(
                 f"{self.annotation_file}: left out {len(dropped)} of {len(annotations)} annotations, whose box has no "
                 f"area inside the image; first annotation id {dropped[0]}",
+                stacklevel=3,
+            )
+        if empty:
+            warnings.warn(
+                f"{self.annotation_file}: the mask of {len(empty)} of {len(annotations)} annotations is empty and left "
+                f"out, their boxes count; first annotation id {empty[0]}",
                 stacklevel=3,
             )
         return kept, [np.array(item, dtype=np.float32).reshape(-1, 4) for item in boxes]
@@ -147,7 +171,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         masks = torch.zeros(len(annotations), *size, dtype=torch.uint8)
         runs, rows = [], []
         for g, item in enumerate(annotations):
-            with _naming(self.annotation_file, item):
+            with naming(self.annotation_file, item):
                 run = run_length(item.get("segmentation"), size)
             if run is not None:
                 runs.append(run)
@@ -156,105 +180,3 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             decoded = np.ascontiguousarray(coco_mask.decode(runs).transpose(2, 0, 1))  # [rows, H, W]
             masks[rows] = torch.from_numpy(decoded)
         return masks
-
-
-def run_length(segmentation: Any, size: tuple[int, int]) -> dict[str, Any] | None:
-    """COCO's compressed run lengths of any of its mask forms, for an image of `size` (H, W); None for no mask.
-
-    Forms: polygons (a list of [x, y, x, y, ...]; those of fewer than three points are ignored), or run lengths, as
-    numbers or compressed. Errors: ValueError for another form or size.
-    """
-    from pycocotools import mask as coco_mask
-
-    if not segmentation:
-        return None
-    if isinstance(segmentation, list):
-        # pycocotools would take a list of four numbers for a box.
-        polygons = [points for points in segmentation if len(points) >= 6]
-        if any(len(points) % 2 for points in polygons):
-            raise ValueError("segmentation: expected polygons of x, y pairs, got an odd number of values")
-        return coco_mask.merge(coco_mask.frPyObjects(polygons, *size)) if polygons else None
-    if not isinstance(segmentation, dict) or "counts" not in segmentation or "size" not in segmentation:
-        raise ValueError(f"segmentation: expected polygons or run lengths, got {type(segmentation).__name__}")
-    if tuple(segmentation["size"]) != size:
-        raise ValueError(f"segmentation: expected run lengths of size {size}, got {tuple(segmentation['size'])}")
-    if isinstance(segmentation["counts"], list):
-        if sum(segmentation["counts"]) != size[0] * size[1]:
-            raise ValueError(f"segmentation: expected runs of {size[0] * size[1]} pixels in all")
-        return coco_mask.frPyObjects(segmentation, *size)
-    return segmentation
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file. Errors: ValueError that names the file, and line and column of a syntax error."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"annotation_file: no such file: {path}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-
-
-def _check_content(path: Path, content: Any) -> None:
-    """Raise ValueError unless `content` has COCO's three lists with the fields that are used."""
-    fields = {
-        "images": ("id", "file_name", "width", "height"),
-        "categories": ("id", "name"),
-        "annotations": ("id", "image_id", "category_id", "bbox"),
-    }
-    ids: dict[str, set[Any]] = {}
-    for name, keys in fields.items():
-        if not isinstance(content, dict) or not isinstance(content.get(name), list):
-            raise ValueError(f"{path}: expected a COCO file, an object with a list {name!r}")
-        ids[name] = set()
-        for i, item in enumerate(content[name]):
-            for key in keys:
-                if not isinstance(item, dict) or key not in item:
-                    raise ValueError(f"{path}: {name}[{i}]: expected a field {key!r}, got none")
-            if item["id"] in ids[name]:
-                raise ValueError(f"{path}: {name}[{i}]: id {item['id']} occurs twice")
-            ids[name].add(item["id"])
-    if not content["categories"]:
-        raise ValueError(f"{path}: expected at least one category, got none")
-    for item in content["annotations"]:
-        where = f"{path}: annotation id {item['id']}"
-        for key, known in (("image_id", ids["images"]), ("category_id", ids["categories"])):
-            if item[key] not in known:
-                raise ValueError(f"{where}: {key} {item[key]} is not in the file")
-        box = item["bbox"]
-        if not (isinstance(box, list) and len(box) == 4 and all(_is_finite(value) for value in box)):
-            raise ValueError(f"{where}: bbox: expected four finite numbers [x, y, width, height], got {box}")
-    for i, item in enumerate(content["images"]):
-        if not (item["width"] > 0 and item["height"] > 0):
-            raise ValueError(f"{path}: images[{i}]: expected a positive size, got {item['width']}x{item['height']}")
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-@contextlib.contextmanager
-def _naming(path: Path, annotation: dict[str, Any]) -> Iterator[None]:
-    """Errors in here are about this annotation of the file: a ValueError says so."""
-    try:
-        yield
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: annotation id {annotation['id']}: {error}") from error
-
-
-def _fill_annotations(path: Path, annotations: Sequence[dict[str, Any]], images: Sequence[dict[str, Any]]) -> None:
-    """Add, in place, the fields that COCO's evaluator needs and files leave out."""
-    from pycocotools import mask as coco_mask
-
-    sizes = {record["id"]: (record["height"], record["width"]) for record in images}
-    top = max((item["id"] for item in annotations), default=0)
-    for item in annotations:
-        item.setdefault("iscrowd", 0)
-        if "area" not in item:
-            with _naming(path, item):
-                run = run_length(item.get("segmentation"), sizes[item["image_id"]])
-                item["area"] = float(coco_mask.area(run)) if run else float(item["bbox"][2] * item["bbox"][3])
-        if item["id"] == 0:
-            item["id"] = top + 1

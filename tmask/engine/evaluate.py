@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tmask.data.coco import run_length
+from tmask.data.annotations import run_length
 from tmask.engine.device import autocast, to_device
 
 KINDS = ("bbox", "segm")
