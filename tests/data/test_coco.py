@@ -201,6 +201,8 @@ WHOLE = coco_mask.encode(np.asfortranarray(np.eye(10, 20, dtype=np.uint8)))["cou
         ({"size": [10, 20], "counts": ""}, "got damaged ones"),
         ({"size": [10, 20], "counts": "\xe9"}, "got damaged ones"),
         ({"size": [10, 20], "counts": "o" * 40}, "got damaged ones"),
+        ({"size": [10, 20], "counts": "]6K"}, "got damaged ones"),  # 205, -5
+        ({"size": [10, 20], "counts": "XV" + "P" * 12 + "0"}, "got damaged ones"),  # 200, by way of twelve zeros
         ({"size": [10, 20], "counts": 5}, "expected run lengths as a list or a text, got 5"),
         ({"size": [10, 20]}, "expected polygons or run lengths"),
         ([[1, 2, 3, 4, 5, 6, 7]], "odd number of values, 7"),
@@ -213,7 +215,7 @@ WHOLE = coco_mask.encode(np.asfortranarray(np.eye(10, 20, dtype=np.uint8)))["cou
     ],
     ids=[
         "size", "no size", "short", "negative run", "text run", "truncated", "longer", "turned", "no text",
-        "no characters", "no end", "number", "no counts", "odd", "NaN", "text in it", "null in it", "huge", "flat",
+        "no characters", "no end", "negative", "long", "number", "no counts", "odd", "NaN", "text in it", "null in it", "huge", "flat",
         "text",
     ],
 )  # fmt: skip
