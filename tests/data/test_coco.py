@@ -215,8 +215,8 @@ WHOLE = coco_mask.encode(np.asfortranarray(np.eye(10, 20, dtype=np.uint8)))["cou
     ],
     ids=[
         "size", "no size", "short", "negative run", "text run", "truncated", "longer", "turned", "no text",
-        "no characters", "no end", "negative", "long", "number", "no counts", "odd", "NaN", "text in it", "null in it", "huge", "flat",
-        "text",
+        "no characters", "no end", "negative", "long", "number", "no counts", "odd", "NaN", "text in it",
+        "null in it", "huge", "flat", "text",
     ],
 )  # fmt: skip
 def test_faults_of_a_mask_are_found_on_opening_and_name_the_annotation(write, content, segmentation, message):

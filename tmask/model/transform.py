@@ -44,8 +44,9 @@ class ImageTransform:
         """Images [3, h, w], uint8 or float in 0..1, and torchvision's target dicts, as padded batches.
 
         A target holds ``boxes`` [G, 4] xyxy in pixels, ``labels`` [G], ``masks`` [G, h, w] of 0 and 1, and may hold
-        ``iscrowd`` [G] and ``has_mask`` [G]. Errors: ValueError for wrong types, shapes or counts, boxes that are not
-        finite or have no area, and labels outside 1..num_classes-1 (`num_classes` counts the background).
+        ``iscrowd`` [G] and ``has_mask`` [G]. Errors: ValueError for wrong types, shapes, counts or devices, images or
+        boxes that are not finite, boxes without area (but of crowds), and labels outside 1..num_classes-1
+        (`num_classes` counts the background). On CUDA the values are read once, and not for uint8 images alone.
         """
         _check(images, targets)
         resized = [self._resize(image) for image in images]
@@ -62,7 +63,7 @@ class ImageTransform:
                 for target, image, size in zip(targets, images, sizes, strict=True)
             ]
             packed = _stack(scaled)
-            _check_values(packed, self.num_classes)
+        _check_values(images, packed, self.num_classes)
         return ImageBatch(batch, torch.tensor(sizes, device=batch.device)), packed
 
     def _resize(self, image: Tensor) -> Tensor:
@@ -74,10 +75,12 @@ class ImageTransform:
         scale = min(self.min_size / short, self.max_size / long)
         if scale == 1:
             return image
+        # The short side of a very long image would round to nothing.
         if self.antialias:
             size = [max(1, int(side * scale + 0.5)) for side in image.shape[-2:]]
-            return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
-        return F.interpolate(image[None], scale_factor=scale, mode="bilinear", recompute_scale_factor=True)[0]
+        else:  # as F.interpolate rounds with a scale_factor that it is to recompute
+            size = [max(1, int(side * scale)) for side in image.shape[-2:]]
+        return F.interpolate(image[None], size=size, mode="bilinear", antialias=self.antialias)[0]
 
     def _resize_target(
         self,
@@ -134,36 +137,67 @@ def _check(images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | N
             raise ValueError(f"images[{i}]: expected a tensor [3, h, w], got {got}")
         if image.dtype != torch.uint8 and not image.dtype.is_floating_point:
             raise ValueError(f"images[{i}]: expected uint8 or a float dtype, got {image.dtype}")
+        if image.device != images[0].device:
+            raise ValueError(f"images[{i}]: expected on {images[0].device} like the first, got {image.device}")
     if targets is None:
         return
     if len(targets) != len(images):
         raise ValueError(f"targets: expected {len(images)}, one an image, got {len(targets)}")
     for i, (target, image) in enumerate(zip(targets, images, strict=True)):
-        for name in ("boxes", "labels"):
-            if name not in target:
-                raise ValueError(f"targets[{i}]: expected a key {name!r}, got {sorted(target)}")
-        count = len(target["boxes"])
-        shapes = {"boxes": (count, 4), "labels": (count,), "iscrowd": (count,), "has_mask": (count,)}
-        shapes["masks"] = (count, *image.shape[-2:])
-        for name, shape in shapes.items():
-            if name in target and tuple(target[name].shape) != shape:
-                raise ValueError(f"targets[{i}][{name!r}]: expected shape {shape}, got {tuple(target[name].shape)}")
+        _check_target(f"targets[{i}]", target, image)
 
 
-def _check_values(targets: Targets, num_classes: int) -> None:
-    """Boxes and labels of all images at once; on CUDA the answer is read once, and the culprit only looked for then."""
-    boxes, labels = targets.boxes, targets.labels
-    good = torch.isfinite(boxes).all(-1) & (boxes[..., 2:] > boxes[..., :2]).all(-1)  # [N, G]; false for NaN
-    good &= (labels >= 1) & (labels < num_classes)
-    bad = targets.valid & ~good
-    if not bool(bad.any()):
+def _check_target(name: str, target: Mapping[str, Tensor], image: Tensor) -> None:
+    if not isinstance(target, Mapping):
+        raise ValueError(f"{name}: expected a dict, got {type(target).__name__}")
+    for key in ("boxes", "labels"):
+        if key not in target:
+            raise ValueError(f"{name}: expected a key {key!r}, got {sorted(target)}")
+    count = len(target["boxes"])
+    shapes = {"boxes": (count, 4), "labels": (count,), "iscrowd": (count,), "has_mask": (count,)}
+    shapes["masks"] = (count, *image.shape[-2:])
+    for key, shape in shapes.items():
+        if key not in target:
+            continue
+        value = target[key]
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}[{key!r}]: expected a tensor, got {type(value).__name__}")
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{name}[{key!r}]: expected shape {shape}, got {tuple(value.shape)}")
+        if value.device != image.device:
+            raise ValueError(f"{name}[{key!r}]: expected on the image's device, {image.device}, got {value.device}")
+    if target["labels"].dtype.is_floating_point and count:
+        raise ValueError(f"{name}['labels']: expected an integer dtype, got {target['labels'].dtype}")
+
+
+def _check_values(images: Sequence[Tensor], targets: Targets | None, num_classes: int) -> None:
+    """Values of all images, boxes and labels at once; on CUDA read once, and the culprit is only looked for then."""
+    broken = {i: ~image.isfinite().all() for i, image in enumerate(images) if image.is_floating_point()}
+    faults = list(broken.values())
+    if targets is not None:
+        faults.append(_bad_rows(targets, num_classes).any())
+    if not faults or not bool(torch.stack(faults).any()):
         return
-    image, row = bad.nonzero()[0].tolist()
-    box, label = boxes[image, row], int(labels[image, row])
-    if not 1 <= label < num_classes:
+    for i, flag in broken.items():
+        if flag:
+            count = int((~images[i].isfinite()).sum())
+            raise ValueError(f"images[{i}]: expected finite values, got {count} NaN or infinite of {images[i].numel()}")
+    assert targets is not None
+    image, row = _bad_rows(targets, num_classes).nonzero()[0].tolist()
+    box, label = targets.boxes[image, row], int(targets.labels[image, row])
+    if targets.valid[image, row] and not 1 <= label < num_classes:
         raise ValueError(f"targets[{image}]['labels'][{row}]: expected 1..{num_classes - 1}, got {label}")
     expected = "finite x1 < x2 and y1 < y2"
     raise ValueError(f"targets[{image}]['boxes'][{row}]: expected {expected}, got {box.tolist()} (after the resize)")
+
+
+def _bad_rows(targets: Targets, num_classes: int) -> Tensor:
+    """[N, G] bool: instances whose box or label is impossible, and crowds whose box is not finite."""
+    boxes, labels = targets.boxes, targets.labels
+    finite = torch.isfinite(boxes).all(-1)
+    area = (boxes[..., 2:] > boxes[..., :2]).all(-1)
+    known = (labels >= 1) & (labels < num_classes)
+    return (targets.valid & ~(finite & area & known)) | (targets.crowd & ~finite)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -1,0 +1,122 @@
+"""From images to the padded batch: sizes at the extremes, and values that are refused."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.model.sync import count_blocking
+from tmask.model.transform import ImageTransform
+
+TRANSFORM = ImageTransform(
+    num_classes=3, min_size=64, max_size=96, image_mean=(0.5, 0.5, 0.5), image_std=(0.25, 0.25, 0.25),
+    size_divisible=32, antialias=True, mask_resize="bilinear", keep_crowds=True,
+)  # fmt: skip
+
+
+def target(**changes: Tensor) -> dict[str, Tensor]:
+    """Two instances of an image [3, 20, 30]."""
+    base = {
+        "boxes": torch.tensor([[2.0, 3.0, 12.0, 9.0], [0.0, 0.0, 30.0, 20.0]]),
+        "labels": torch.tensor([1, 2]),
+        "masks": torch.ones(2, 20, 30, dtype=torch.uint8),
+    }
+    return base | changes
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (1, 2), (2, 9000)], ids=str)
+def test_no_image_is_too_small_or_too_long(size: tuple[int, int], antialias: bool) -> None:
+    """The short side of a long image would round to 0."""
+    transform = dataclasses.replace(TRANSFORM, antialias=antialias)
+    boxes = torch.tensor([[0.0, 0.0, size[1], size[0]]])
+    one = {"boxes": boxes, "labels": torch.tensor([1]), "masks": torch.ones(1, *size, dtype=torch.uint8)}
+    images, targets = transform([torch.full((3, *size), 255, dtype=torch.uint8)], [one])
+    height, width = images.sizes[0].tolist()
+    assert 1 <= height <= 96
+    assert 1 <= width <= 96
+    assert max(height, width) in ((64,) if size == (1, 1) else (95, 96))
+    assert targets is not None
+    assert targets.boxes[0, 0].tolist() == pytest.approx([0, 0, width, height])
+    torch.testing.assert_close(images.tensor[0, :, :height, :width], torch.full((3, height, width), 2.0))
+    assert not images.tensor[0, :, height:].any()
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 200), st.integers(0, 100))
+def test_without_antialias_sizes_are_those_of_a_scale_factor(height: int, width: int, low: int, more: int) -> None:
+    """torchvision's way of resizing, but for sides that it rounds to nothing."""
+    transform = dataclasses.replace(TRANSFORM, antialias=False, min_size=low, max_size=low + more)
+    scale = min(low / min(height, width), (low + more) / max(height, width))
+    if int(min(height, width) * scale) < 1:
+        return
+    image = torch.rand(3, height, width)
+    expected = torch.nn.functional.interpolate(
+        (image[None] - 0.5) / 0.25, scale_factor=scale, mode="bilinear", recompute_scale_factor=True
+    )[0]
+    batch, _ = transform([image])
+    assert batch.sizes[0].tolist() == list(expected.shape[1:])
+    assert torch.equal(batch.tensor[0, :, : expected.shape[1], : expected.shape[2]], expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("train", [True, False], ids=["train", "inference"])
+def test_a_value_that_is_not_finite_names_the_image(value: float, train: bool) -> None:
+    images = [torch.rand(3, 20, 30) for _ in range(3)]
+    images[1][2, 4, 5] = value
+    with pytest.raises(ValueError, match=r"images\[1\]: expected finite values, got 1 NaN or infinite of 1800"):
+        TRANSFORM(images, [target()] * 3 if train else None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "train", "reads"),
+    [(torch.uint8, False, 0), (torch.uint8, True, 1), (torch.float32, False, 1), (torch.float32, True, 1)],
+    ids=str,
+)
+def test_values_are_read_once(dtype: torch.dtype, train: bool, reads: int) -> None:
+    """One wait for a GPU in all, and none for bytes."""
+    images = [torch.ones(3, 20, 30, dtype=dtype)] * 2
+    with count_blocking() as found:
+        TRANSFORM(images, [target()] * 2 if train else None)
+    assert found["_local_scalar_dense"] == reads, found
+
+
+CROWD = {"iscrowd": torch.tensor([1, 0])}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (target(labels=torch.tensor([1, 3])), r"targets\[1\]\['labels'\]\[1\]: expected 1..2, got 3"),
+        (target(labels=torch.tensor([1.0, 2.0])), r"targets\[1\]\['labels'\]: expected an integer dtype, got torch"),
+        (target(boxes=torch.tensor([[2.0, 3, 12, 9], [9, 0, 9, 20]])), r"\['boxes'\]\[1\]: expected finite x1 < x2"),
+        (target(boxes=torch.tensor([[2, torch.inf, 12, 9], [0, 0, 9, 9]])), r"\['boxes'\]\[0\]: expected finite"),
+        (target(boxes=torch.full((2, 4), torch.nan), **CROWD), r"\['boxes'\]\[0\]: expected finite"),
+        (target(masks=torch.ones(2, 30, 20)), r"\['masks'\]: expected shape \(2, 20, 30\), got \(2, 30, 20\)"),
+        (target(has_mask=torch.ones(3)), r"\['has_mask'\]: expected shape \(2,\), got \(3,\)"),
+        (target() | {"boxes": [[0, 0, 1, 1]]}, r"targets\[1\]\['boxes'\]: expected a tensor, got list"),
+        ([target()], r"targets\[1\]: expected a dict, got list"),
+        (target(boxes=torch.zeros(2, 4, device="meta")), r"expected on the image's device, cpu, got meta"),
+    ],
+    ids=[
+        "label", "float label", "no area", "infinite box", "NaN crowd", "turned masks", "has_mask", "list", "no dict",
+        "device",
+    ],
+)  # fmt: skip
+def test_bad_targets_are_named(bad: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TRANSFORM([torch.rand(3, 20, 30)] * 2, [target(), bad])
+
+
+def test_a_crowd_without_area_is_no_fault() -> None:
+    boxes = torch.tensor([[2.0, 3.0, 2.0, 3.0], [0.0, 0.0, 30.0, 20.0]])
+    _, targets = TRANSFORM([torch.rand(3, 20, 30)], [target(boxes=boxes, labels=torch.tensor([0, 2]), **CROWD)])
+    assert targets is not None
+    assert targets.valid.tolist() == [[False, True]]
+
+
+def test_images_of_several_devices_are_named() -> None:
+    with pytest.raises(ValueError, match=r"images\[1\]: expected on cpu like the first, got meta"):
+        TRANSFORM([torch.rand(3, 20, 30), torch.rand(3, 20, 30, device="meta")])
