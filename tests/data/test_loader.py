@@ -1,4 +1,7 @@
 import itertools
+import multiprocessing
+import os
+import signal
 
 import pytest
 import torch
@@ -84,6 +87,68 @@ def test_item_seeds_change_with_the_epoch_and_do_not_repeat():
         sampler.set_epoch(epoch)
         seeds |= {seed for _, seed in flat(sampler)}
     assert len(seeds) == 200
+
+
+@pytest.mark.parametrize("start", [0, 1, 4, 5])
+def test_an_epoch_can_begin_anywhere(start):
+    sampler = EpochBatchSampler(19, batch_size=4, shuffle=True)
+    sampler.set_epoch(3)
+    whole = list(sampler)
+    sampler.set_epoch(3, start=start)
+    assert list(sampler) == whole[start:]
+    assert len(sampler) == 5
+    sampler.set_epoch(3)
+    assert list(sampler) == whole
+
+
+def test_a_start_beyond_the_epoch_is_refused():
+    sampler = EpochBatchSampler(19, batch_size=4, shuffle=True)
+    for start in (-1, 6):
+        with pytest.raises(ValueError, match=rf"start: expected in 0\.\.5, the batches of an epoch, got {start}"):
+            sampler.set_epoch(0, start=start)
+
+
+class Counted:
+    """A data set that knows what was read of it."""
+
+    def __init__(self, dataset):
+        self.dataset, self.read = dataset, []
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        self.read.append(i)
+        return self.dataset[i]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_was_used_is_not_read_again(shapes, num_workers):
+    dataset = Counted(CocoDataset(*shapes, transforms=train_transforms(0.5, 0.5)))
+    loader = make_loader(dataset, TRANSFORM, batch_size=2, shuffle=True, num_workers=num_workers)
+    loader.batch_sampler.set_epoch(2)
+    whole = list(loader)
+    dataset.read.clear()
+    loader.batch_sampler.set_epoch(2, start=3)
+    rest = list(loader)
+    assert [batch.image_ids for batch in rest] == [batch.image_ids for batch in whole[3:]]
+    for ours, theirs in zip(rest, whole[3:], strict=True):
+        assert torch.equal(ours.images.tensor, theirs.images.tensor)
+    if num_workers == 0:  # workers read in processes of their own
+        assert dataset.read == flat(loader.batch_sampler.batches(2)[3:])
+
+
+def test_workers_leave_stop_signals_to_the_trainer(shapes):
+    loader = make_loader(CocoDataset(*shapes), TRANSFORM, batch_size=2, shuffle=False, num_workers=2)
+    batches = iter(loader)
+    next(batches)
+    for process in multiprocessing.active_children():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(process.pid, number)
+    assert len(multiprocessing.active_children()) == 2
+    assert len(list(batches)) == 4
+    del batches, loader  # and they end with the loader
+    assert multiprocessing.active_children() == []
 
 
 def test_without_shuffle_images_come_in_order():

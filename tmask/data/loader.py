@@ -5,6 +5,7 @@ Not on the number of workers, nor on what ran before: a resumed run sees the bat
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -75,21 +76,27 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
             raise ValueError(f"aspect_ratios: expected {length} values, got {len(aspect_ratios)}")
         self.length, self.batch_size, self.shuffle, self.seed = length, batch_size, shuffle, seed
         self.drop_last = drop_last
-        self.epoch = 0
+        self.epoch = self.start = 0
         self.groups = [0] * length if aspect_ratios is None else [int(ratio >= 1) for ratio in aspect_ratios]
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order that the next iteration gives."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, *, start: int = 0) -> None:
+        """Choose the order that the next iteration gives, and how many of its batches are left out as already used.
+
+        Errors: ValueError for a `start` beyond the end of the epoch.
+        """
+        if not 0 <= start <= len(self):
+            raise ValueError(f"start: expected in 0..{len(self)}, the batches of an epoch, got {start}")
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
+        """Batches of a whole epoch."""
         if self.drop_last:
             return self.length // self.batch_size
         return sum(-(-self.groups.count(group) // self.batch_size) for group in set(self.groups))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
-        for batch in self.batches(epoch):
+        for batch in self.batches(epoch)[self.start :]:
             yield [(i, _mix(self.seed, epoch, i)) for i in batch]
 
     def batches(self, epoch: int) -> list[list[int]]:
@@ -141,6 +148,7 @@ def make_loader(
         collate_fn=_Collate(transform),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
+        worker_init_fn=_ignore_stop_signals,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),  # else each epoch draws from the caller's random state
     )
@@ -158,8 +166,14 @@ class _SeededDataset(Dataset[Item]):
     def __getitem__(self, key: tuple[int, int]) -> Item:
         index, seed = key
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach into a GPU's random state too
             return self.dataset[index]
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """A terminal's Ctrl-C reaches the workers too, and a scheduler's SIGTERM; the trainer decides when they end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
