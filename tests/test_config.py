@@ -21,9 +21,9 @@ from tmask.config import (
 FIELDS = {
     DataConfig: """train_images train_annotations val_images val_annotations hflip vflip num_workers
         aspect_grouping""",
-    TrainConfig: """steps batch_size optimizer lr momentum weight_decay decay_norm_and_bias schedule milestones lr_floor
-        warmup_steps warmup_start clip_norm precision channels_last seed log_every checkpoint_every eval_every
-        eval_max_detections""",
+    TrainConfig: """steps batch_size optimizer accumulate lr momentum weight_decay decay_norm_and_bias schedule
+        milestones lr_floor warmup_steps warmup_start clip_norm ema_decay precision channels_last seed log_every
+        checkpoint_every eval_every eval_max_detections tensorboard""",
     ModelConfig: """num_classes convention min_size max_size image_mean image_std size_divisible backbone
         backbone_weights norm trainable_layers fpn_channels anchor_sizes anchor_aspect_ratios rpn_fg_iou rpn_bg_iou
         rpn_batch_size rpn_positive_fraction rpn_pre_nms_top_n_train rpn_pre_nms_top_n_test rpn_post_nms_top_n_train
@@ -61,6 +61,8 @@ def test_the_two_conventions_differ_and_are_named() -> None:
     [
         (TrainConfig, {"stepz": 3}, "unknown TrainConfig setting 'stepz': expected 'steps'?"),
         (TrainConfig, {"steps": 0}, "steps: expected at least 1, got 0"),
+        (TrainConfig, {"accumulate": 0}, "accumulate: expected at least 1, got 0"),
+        (TrainConfig, {"ema_decay": 1.0}, "ema_decay: expected in [0, 1), got 1.0"),
         (TrainConfig, {"lr": -1.0}, "lr: expected at least 0, got -1.0"),
         (
             Convention,

@@ -2,8 +2,8 @@
 
 Each command has its own parser, built when it is called. `train` builds its parser twice over: what ``--preset`` and
 ``--config`` say is looked up first, because it decides the defaults that the parser shows and the user overrides.
-Exit codes: 0 done; 1 the run failed; 2 the command line or a config file is wrong. Either error is one line on stderr;
-``TMASK_DEBUG=1`` shows the traceback.
+Exit codes: 0 done; 1 the run failed; 2 the command line or a config file is wrong; 130 interrupted (143 by SIGTERM).
+An error is one line on stderr; ``TMASK_DEBUG=1`` shows the traceback.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -58,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[name](args[1:])
     except SystemExit as stop:  # --help and --print_config end this way
         return stop.code if isinstance(stop.code, int) else 0
-    except KeyboardInterrupt:
-        return _fail(f"tmask {name}: interrupted", 130)
+    except KeyboardInterrupt as stop:
+        return _fail(f"tmask {name}: {str(stop) or 'interrupted'}", getattr(stop, "exit_code", 130))
     except (UsageError, argparse.ArgumentError) as error:
         if _debug():
             raise
@@ -103,9 +104,12 @@ def train_command(argv: list[str]) -> int:
         training = from_dict(TrainConfig, args.train.as_dict())
         device = _device(args.device)
         _check_precision(device, training.precision)
+        from tmask.engine.interrupt import Interrupted
+        from tmask.engine.report import check_tensorboard
         from tmask.engine.run import CONFIG_NAME, open_dataset, run_training, write_config
         from tmask.engine.train import CHECKPOINT_NAME
 
+        check_tensorboard(training)
         for name in ("train_images", "train_annotations"):
             if getattr(data, name) is None:
                 raise UsageError(f"--data.{name} is required")
@@ -127,17 +131,25 @@ def train_command(argv: list[str]) -> int:
         config = from_dict(ModelConfig, settings)
     except ValueError as error:
         raise UsageError(f"model.{error}") from error
-    result = run_training(
-        config,
-        training,
-        data,
-        train_set,
-        val_set,
-        out_dir=out,
-        device=device,
-        resume=args.resume,
-        on_start=lambda: write_config(out / CONFIG_NAME, args.preset, config, training, data),
-    )
+    try:
+        result = run_training(
+            config,
+            training,
+            data,
+            train_set,
+            val_set,
+            out_dir=out,
+            device=device,
+            resume=args.resume,
+            on_start=lambda: write_config(out / CONFIG_NAME, args.preset, config, training, data),
+        )
+    except Interrupted as stop:
+        if stop.checkpoint_step is None:
+            return _fail(f"tmask train: {stop} before the first checkpoint", stop.exit_code)
+        again = ["--config", out / CONFIG_NAME, "--out", out, "--resume", out / CHECKPOINT_NAME]
+        again += [] if args.device == "auto" else ["--device", args.device]
+        command = shlex.join(["tmask", "train", *map(str, again)])
+        return _fail(f"tmask train: {stop}; to go on from step {stop.checkpoint_step}: {command}", stop.exit_code)
     _print_run(out, result, has_val=val_set is not None)
     return 0
 

@@ -217,7 +217,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run. A step is one optimiser update of one batch.
+    """One training run. A step is one optimiser update, of ``accumulate`` batches.
 
     The rate at step s (from 0) is ``lr * min(1, w + (1 - w) * s / warmup_steps) * schedule(s)`` with
     w = ``warmup_start``. So ``warmup_steps=49, warmup_start=1/50`` is the common ``min(1, (s + 1) / 50)``.
@@ -226,7 +226,8 @@ class TrainConfig:
     steps: int = 90_000
     batch_size: int = 16
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.02  # for this batch_size; scale linearly with it
+    accumulate: int = 1  # batches an update; the gradient is their mean
+    lr: float = 0.02  # for this batch_size; scale linearly with it (times accumulate)
     momentum: float = 0.9  # SGD only
     weight_decay: float = 1e-4
     decay_norm_and_bias: bool = True  # False: no weight decay on biases and norm layers
@@ -236,6 +237,7 @@ class TrainConfig:
     warmup_steps: int = 1000
     warmup_start: float = 0.001  # factor of the first step
     clip_norm: float | None = None
+    ema_decay: float = 0.0  # of the average of weights that is evaluated and predicts, e.g. 0.999; 0: none
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     channels_last: bool = True
     seed: int = 0
@@ -243,14 +245,16 @@ class TrainConfig:
     checkpoint_every: int = 1000
     eval_every: int = 0  # steps; 0 = only at the end
     eval_max_detections: int = 100  # of COCO's evaluation, an image
+    tensorboard: bool = False  # also write the log as TensorBoard's events
 
     def __post_init__(self) -> None:
         _check_names(self)
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "eval_max_detections"):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "eval_max_detections"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("lr", "momentum", "weight_decay", "warmup_steps", "eval_every", "lr_floor"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         _require(0 <= self.warmup_start <= 1, "warmup_start", "in 0..1", self.warmup_start)
+        _require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
         _require(all(0 < m <= 1 for m in self.milestones), "milestones", "fractions of steps", self.milestones)
         _require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "above 0, or none", self.clip_norm)
 

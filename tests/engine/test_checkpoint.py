@@ -1,6 +1,10 @@
 """Checkpoints: whole or not at all, readable without running code, clear about what is wrong."""
 
 import dataclasses
+import errno
+import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,7 @@ import torch
 
 import tmask
 from tmask.config import TrainConfig
-from tmask.engine import checkpoint
+from tmask.engine import checkpoint, files
 from tmask.engine.checkpoint import KEYS, CheckpointError, load_checkpoint, load_model, save_checkpoint
 
 SMALL = {"min_size": 64, "max_size": 96, "fpn_channels": 16, "box_head_dim": 16, "mask_head_channels": 16}
@@ -21,6 +25,7 @@ def content(**changes: Any) -> dict[str, Any]:
         "format": checkpoint.FORMAT,
         "version": checkpoint.VERSION,
         "model": {"weight": torch.arange(3.0)},
+        "ema": None,
         "model_config": None,
         "categories": [{"id": 7, "name": "disc"}],
         "train_config": dataclasses.asdict(TrainConfig()),
@@ -29,7 +34,7 @@ def content(**changes: Any) -> dict[str, Any]:
         "step": 12,
         "epoch": 1,
         "position": 2,
-        "rng": {"now": {"torch": torch.get_rng_state(), "cuda": None}, "epoch": None},
+        "rng": {"torch": torch.get_rng_state(), "cuda": None},
     }
     return base | changes
 
@@ -39,6 +44,7 @@ def test_keys_are_a_contract() -> None:
         "format",
         "version",
         "model",
+        "ema",
         "model_config",
         "categories",
         "train_config",
@@ -49,7 +55,7 @@ def test_keys_are_a_contract() -> None:
         "position",
         "rng",
     )
-    assert checkpoint.VERSION == 1
+    assert checkpoint.VERSION == 2
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -58,7 +64,7 @@ def test_round_trip(tmp_path: Path) -> None:
     save_checkpoint(path, saved)
     loaded = load_checkpoint(path)
     assert torch.equal(loaded.pop("model")["weight"], torch.arange(3.0))
-    assert torch.equal(loaded.pop("rng")["now"]["torch"], saved["rng"]["now"]["torch"])
+    assert torch.equal(loaded.pop("rng")["torch"], saved["rng"]["torch"])
     assert loaded == {key: value for key, value in saved.items() if key not in ("model", "rng")}
     assert [item.name for item in path.parent.iterdir()] == ["a.pt"]
 
@@ -70,27 +76,65 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path, stage: str, monkeyp
 
     def half_written(value: Any, file: Any) -> None:
         file.write(b"half")
-        raise OSError("disk full")
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed") from None
 
     def no_rename(*_: Any) -> None:
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     if stage == "write":
         monkeypatch.setattr(checkpoint.torch, "save", half_written)
     else:
-        monkeypatch.setattr(checkpoint.os, "replace", no_rename)
-    with pytest.raises(OSError, match="disk full"):
+        monkeypatch.setattr(files.os, "replace", no_rename)
+    message = f"checkpoint {path}: cannot be written: No space left on device"
+    with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
         save_checkpoint(path, content(step=2))
     monkeypatch.undo()
     assert load_checkpoint(path)["step"] == 1
     assert [item.name for item in tmp_path.iterdir()] == ["a.pt"]
 
 
+def test_what_a_killed_process_leaves_goes_with_the_next(tmp_path: Path) -> None:
+    (tmp_path / ".a.pt.part").write_bytes(b"half")
+    save_checkpoint(tmp_path / "a.pt", content(step=3))
+    assert load_checkpoint(tmp_path / "a.pt")["step"] == 3
+    assert [item.name for item in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_full_disk_is_told_by_name_and_reason(tmp_path: Path) -> None:
+    """A real limit on the size of files, in a process of its own: no test double says what torch.save does then."""
+    code = """
+import resource, sys
+from pathlib import Path
+import torch
+from tests.engine.test_checkpoint import content
+from tmask.engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+
+path = Path(sys.argv[1])
+save_checkpoint(path, content(step=1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+for weights in ({"a": torch.zeros(200_000)}, {str(i): torch.zeros(1000) for i in range(200)}):
+    try:
+        save_checkpoint(path, content(model=weights))
+    except CheckpointError as error:
+        print(error)
+print(load_checkpoint(path)["step"], [item.name for item in path.parent.iterdir()])
+"""
+    path = tmp_path / "a.pt"
+    root = Path(__file__).parents[2]
+    argv = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=root)
+    assert done.stdout.splitlines() == [*[f"checkpoint {path}: cannot be written: File too large"] * 2, "1 ['a.pt']"]
+    assert done.stderr == ""
+
+
 def test_bytes_reach_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    real_sync, real_replace = checkpoint.os.fsync, checkpoint.os.replace
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda handle: (calls.append("fsync"), real_sync(handle))[1])
-    monkeypatch.setattr(checkpoint.os, "replace", lambda a, b: (calls.append("replace"), real_replace(a, b))[1])
+    real_sync, real_replace = files.os.fsync, files.os.replace
+    monkeypatch.setattr(files.os, "fsync", lambda handle: (calls.append("fsync"), real_sync(handle))[1])
+    monkeypatch.setattr(files.os, "replace", lambda a, b: (calls.append("replace"), real_replace(a, b))[1])
     save_checkpoint(tmp_path / "a.pt", content())
     assert calls[:2] == ["fsync", "replace"]
 
@@ -116,9 +160,11 @@ def test_missing_truncated_and_foreign_files_are_told_apart(tmp_path: Path) -> N
     torch.save({"model": {}}, path)
     with pytest.raises(CheckpointError, match="expected a file written by tmask"):
         load_checkpoint(path)
-    torch.save(content(version=99), path)
-    with pytest.raises(CheckpointError, match="expected version 1, got 99"):
-        load_checkpoint(path)
+    old = {key: value for key, value in content(version=1).items() if key != "ema"}
+    for other, message in ((old, "version 1, from an older tmask"), (content(version=99), "99, from a newer tmask")):
+        torch.save(other, path)
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(path)
 
 
 class Evil:
@@ -146,6 +192,16 @@ def test_load_model_rebuilds_the_model(tmp_path: Path) -> None:
     assert saved["categories"] == [{"id": 7, "name": "disc"}]
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_load_model_takes_the_averaged_weights(tmp_path: Path) -> None:
+    model = tmask.build_model("tiny", 3, **SMALL)
+    average = {name: value + 1 if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    save_checkpoint(tmp_path / "a.pt", model_content(model, ema=average))
+    loaded, saved = load_model(tmp_path / "a.pt")
+    for name, value in average.items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert "ema" not in saved
 
 
 def test_load_model_of_frozen_layers_gives_no_warning(tmp_path: Path) -> None:

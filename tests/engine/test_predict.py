@@ -38,7 +38,7 @@ def seen(out: Path) -> list[tuple[int, str]]:
 def test_unreadable_images_are_named_when_the_others_are_done(
     model: Any, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    content = dict.fromkeys(("optimizer", "scaler", "step", "epoch", "position", "rng", "train_config"))
+    content = dict.fromkeys(("ema", "optimizer", "scaler", "step", "epoch", "position", "rng", "train_config"))
     content |= {"format": FORMAT, "version": VERSION, "model": model.state_dict(), "categories": CATEGORIES}
     content |= {"model_config": dataclasses.asdict(model.config)}
     save_checkpoint(tmp_path / "a.pt", content)

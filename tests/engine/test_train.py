@@ -2,83 +2,19 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tmask.config import TrainConfig
-from tmask.engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from tests.engine.toy import CONFIG, Model, run
+from tmask.engine.checkpoint import CheckpointError, load_checkpoint
 from tmask.engine.device import autocast, pick_device
 from tmask.engine.log import JsonLines, LossBuffer, read_log
-from tmask.engine.train import NonFiniteLossError, train
-from tmask.structures import ImageBatch, Targets
-
-CONFIG = TrainConfig(
-    steps=12,
-    batch_size=2,
-    optimizer="adamw",
-    lr=0.05,
-    schedule="constant",
-    warmup_steps=0,
-    precision="fp32",
-    log_every=4,
-    checkpoint_every=5,
-)
-
-
-class Model(nn.Module):
-    """Learns the mean of its images, with noise from the random state; `poison_at` breaks one loss at that step."""
-
-    def __init__(self, poison_at: int | None = None) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 1, 1)
-        self.poison_at, self.calls = poison_at, 0
-        self.seen: list[float] = []
-        self.formats: list[bool] = []
-        self.dtypes: list[torch.dtype] = []
-
-    def forward_padded(self, images: ImageBatch, targets: Targets, *, compact: bool) -> dict[str, Tensor]:
-        self.seen.append(float(images.tensor[0, 0, 0, 0]))
-        self.formats.append(images.tensor.is_contiguous(memory_format=torch.channels_last))
-        out = self.conv(images.tensor)
-        self.dtypes.append(out.dtype)
-        noise = 0.01 * torch.rand(())
-        loss = (out.float().mean() - 1 + noise) ** 2
-        extra = self.conv.bias.sum() ** 2
-        if self.calls == self.poison_at:
-            extra = extra * float("nan")
-        self.calls += 1
-        return {"loss_a": loss, "loss_b": extra}
-
-
-class Loader:
-    """Five batches an epoch in an order of (epoch); each batch also draws from the random state, as a flip would."""
-
-    def __init__(self) -> None:
-        self.batch_sampler = self
-        self.epoch = -1
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[Any]:
-        torch.randint(0, 100, ())  # a DataLoader draws its base seed here
-        for index in torch.randperm(5, generator=torch.Generator().manual_seed(self.epoch)).tolist():
-            value = index + torch.rand(())
-            yield SimpleNamespace(
-                images=ImageBatch(value.expand(2, 3, 4, 6).contiguous(), torch.tensor([[4, 6], [4, 6]])),
-                targets=Targets(*[torch.zeros(2, 1)] * 4, None, torch.zeros(2, 1)),
-            )
-
-
-def run(out: Path, model: Model, config: TrainConfig = CONFIG, **kwargs: Any) -> Any:
-    torch.manual_seed(0)
-    return train(model, Loader(), config, out_dir=out, device="cpu", **kwargs)
+from tmask.engine.report import NonFiniteLossError
+from tmask.engine.train import train
 
 
 def test_loss_falls_and_the_log_tells(tmp_path: Path) -> None:
@@ -117,48 +53,6 @@ def test_epochs_reshuffle_through_set_epoch(tmp_path: Path) -> None:
     assert orders == [torch.randperm(5, generator=torch.Generator().manual_seed(e)).tolist() for e in (0, 1)]
     saved = load_checkpoint(tmp_path / "checkpoint.pt")
     assert (saved["step"], saved["epoch"], saved["position"]) == (12, 2, 2)
-
-
-@pytest.mark.parametrize("stop", [5, 7], ids=["epoch-end", "mid-epoch"])
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, stop: int) -> None:
-    config = dataclasses.replace(CONFIG, checkpoint_every=stop)
-    whole, first, second = Model(), Model(), Model()
-    start = {name: value.clone() for name, value in whole.state_dict().items()}
-    first.load_state_dict(start)
-    run(tmp_path / "whole", whole, config)
-    run(tmp_path / "parts", first, dataclasses.replace(config, steps=stop))
-    torch.manual_seed(99)
-    train(
-        second, Loader(), config, out_dir=tmp_path / "parts", device="cpu", resume=tmp_path / "parts" / "checkpoint.pt"
-    )
-    assert first.seen + second.seen == whole.seen
-    for name, value in whole.state_dict().items():
-        assert torch.equal(second.state_dict()[name], value), name
-    steps = [row["step"] for row in read_log(tmp_path / "parts" / "log.jsonl")]
-    assert steps == [row["step"] for row in read_log(tmp_path / "whole" / "log.jsonl")]
-
-
-def test_resume_refuses_other_settings(tmp_path: Path) -> None:
-    run(tmp_path, Model())
-    path = tmp_path / "checkpoint.pt"
-    with pytest.raises(CheckpointError, match="the run differs: batch_size: 2 -> 4"):
-        run(tmp_path, Model(), dataclasses.replace(CONFIG, batch_size=4), resume=path)
-    for categories in ([{"id": 1, "name": "disc"}], [{"id": 2, "name": "star"}, {"id": 1, "name": "disc"}]):
-        own = tmp_path / str(len(categories))
-        run(own, Model(), categories=categories)
-        model = Model()
-        before = model.state_dict()["conv.weight"].clone()
-        label = len(categories)
-        with pytest.raises(CheckpointError, match=rf"the category of label {label}: .*'disc'.* -> .*'ring'"):
-            run(own, model, resume=own / "checkpoint.pt", categories=[*categories[:-1], {"id": 1, "name": "ring"}])
-        with pytest.raises(CheckpointError, match=rf"the category of label {label}: .*'disc'.* -> None"):
-            run(own, model, resume=own / "checkpoint.pt", categories=categories[:-1])
-        assert torch.equal(model.state_dict()["conv.weight"], before)
-        run(own, Model(), resume=own / "checkpoint.pt", categories=categories)
-    saved = load_checkpoint(path)
-    save_checkpoint(path, saved | {"model_config": {"min_size": 800}})
-    with pytest.raises(CheckpointError, match="the model differs: min_size: 800 -> None"):
-        run(tmp_path, Model(), resume=path)
 
 
 @pytest.mark.parametrize("step", [0, 5, 11])

@@ -5,11 +5,8 @@ The file is written whole or not at all, and is read with ``weights_only=True``:
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 import pickle
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +14,17 @@ import torch
 from torch import nn
 
 from tmask.config import ModelConfig, from_dict
+from tmask.engine.files import replacing
 
 FORMAT = "tmask checkpoint"
-VERSION = 1
+VERSION = 2
 
 # A contract: tests freeze this list. Change VERSION when it changes.
 KEYS = (
     "format",
     "version",
     "model",  # state dict
+    "ema",  # state dict of the averaged weights, of the same names; None without (or before the first update)
     "model_config",  # ModelConfig as a dict; None for a model not made by build_model
     "categories",  # [{"id", "name"}], label i is categories[i - 1]
     "train_config",  # TrainConfig as a dict
@@ -34,38 +33,26 @@ KEYS = (
     "step",  # optimiser updates done; the learning rate is a function of it
     "epoch",
     "position",  # batches of this epoch already used
-    "rng",  # torch and cuda states now, and as they were when the epoch began
+    "rng",  # torch and cuda states
 )
 
 
 class CheckpointError(ValueError):
-    """A file that is no usable checkpoint; the message says which and why."""
+    """A file that is no usable checkpoint, or could not be written; the message says which and why."""
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     """Write `content` (exactly the entries of ``KEYS``) so that `path` holds the old file or the new, never a part.
 
-    The bytes go to a temporary file in the same folder and reach the disk before it takes the name. On an error the
-    temporary file is removed and the old one stays.
+    Errors: CheckpointError if it cannot be written (a full disk); the old file is then as it was.
     """
     if set(content) != set(KEYS):
         raise ValueError(f"content: expected the keys {sorted(KEYS)}, got {sorted(content)}")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with replacing(path) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes the file private; give it the mode that a plain open() would.
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"checkpoint {path}: cannot be written: {_reason(error)}") from error
 
 
 def load_checkpoint(path: str | Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -83,8 +70,12 @@ def load_checkpoint(path: str | Path, *, device: torch.device | str = "cpu") -> 
         raise CheckpointError(f"checkpoint {path}: truncated, damaged or no checkpoint") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint {path}: expected a file written by tmask, got something else")
-    if content["version"] != VERSION:
-        raise CheckpointError(f"checkpoint {path}: expected version {VERSION}, got {content['version']}")
+    version = content.get("version")
+    if version != VERSION:
+        age = "a newer" if isinstance(version, int) and version > VERSION else "an older"
+        raise CheckpointError(
+            f"checkpoint {path}: of format version {version}, from {age} tmask; this one reads version {VERSION} only"
+        )
     missing = [key for key in KEYS if key not in content]
     if missing:
         raise CheckpointError(f"checkpoint {path}: entries are missing: {', '.join(missing)}")
@@ -94,13 +85,14 @@ def load_checkpoint(path: str | Path, *, device: torch.device | str = "cpu") -> 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Any, dict[str, Any]]:
     """Build the model of a checkpoint, load its weights and put it in eval mode on `device`.
 
-    The second value holds the other entries: ``categories``, ``model_config``, ``step``, ... Errors: CheckpointError
-    for an unusable file, an unknown config or weights that do not fit it.
+    The weights are the averaged ones where the run kept an average (``train.ema_decay``). The second value holds the
+    other entries: ``categories``, ``model_config``, ``step``, ... Errors: CheckpointError for an unusable file, an
+    unknown config or weights that do not fit it.
     """
     from tmask.build import build_model
 
     content = load_checkpoint(path)
-    weights = content.pop("model")
+    weights, average = content.pop("model"), content.pop("ema")
     if content["model_config"] is None:
         raise CheckpointError(f"checkpoint {path}: the model was not made by build_model; load its weights by hand")
     try:
@@ -109,7 +101,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[An
         raise CheckpointError(f"checkpoint {path}: model config: {error}") from error
     # The weights are all in the checkpoint: the ImageNet file the run began with may be gone.
     model = build_model(dataclasses.replace(config, backbone_weights=None), warn_if_untrained=False)
-    load_weights(model, weights, path)
+    load_weights(model, weights if average is None else average, path)
     return model.to(device).eval(), content
 
 
@@ -143,17 +135,11 @@ def differences(saved: dict[str, Any] | None, current: dict[str, Any] | None) ->
     return [f"{n}: {saved.get(n)} -> {current.get(n)}" for n in names if saved.get(n) != current.get(n)]
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name last: fsync of the folder, which only POSIX systems have."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _reason(error: BaseException) -> str:
+    """Why a write failed, in one line. torch.save hides the system's reason behind an error of its own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error).splitlines()[0]

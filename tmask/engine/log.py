@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tmask.engine.files import replace_text
+
 
 class JsonLines:
     """Appends one JSON object a line to `path`; each line is flushed, so a killed run keeps its log.
@@ -22,16 +24,18 @@ class JsonLines:
 
     def __init__(self, path: str | Path, *, resume_step: int | None = None) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if resume_step is not None and self.path.is_file():
             kept = [row for row in read_log(self.path) if row.get("step", 0) <= resume_step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        replace_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one line."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """Append one line. Errors: OSError that names the file."""
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:  # a full disk's own message names no file
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """A whole training run on a COCO data set: model, loaders, training, evaluation, pictures. `tmask train` and the demo.
 
 Everything a run leaves stands in one folder: ``config.yaml``, ``checkpoint.pt``, ``log.jsonl``, ``metrics.json``,
-``results.json`` (COCO results of the validation images) and ``pictures/``.
+``results.json`` (COCO results of the validation images), ``pictures/`` and, if asked for, ``tensorboard/``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from tmask.build import build_model
 from tmask.config import DataConfig, ModelConfig, TrainConfig
 from tmask.engine.evaluate import evaluate
+from tmask.engine.files import replace_text
 from tmask.engine.train import TrainResult, train
 
 CONFIG_NAME = "config.yaml"
@@ -116,8 +117,8 @@ def run_training(
         on_start=on_start,
     )
     if val_set is not None:
-        (out_dir / METRICS_NAME).write_text(json.dumps(result.metrics, indent=1), encoding="utf-8")
-        draw_pictures(model, val_set, out_dir / PICTURES_NAME, device=device, precision=train_config.precision)
+        replace_text(out_dir / METRICS_NAME, json.dumps(result.metrics, indent=1))
+        draw_pictures(result.model, val_set, out_dir / PICTURES_NAME, device=device, precision=train_config.precision)
     return result
 
 
@@ -179,6 +180,5 @@ def write_config(path: Path, preset: str, model: ModelConfig, training: TrainCon
 
     groups: dict[str, Any] = {"model": model, "train": training, "data": data}
     values = {"preset": preset} | {name: dataclasses.asdict(config) for name, config in groups.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
     # By way of JSON: YAML's safe writer has no tuples.
-    path.write_text(yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False), encoding="utf-8")
+    replace_text(path, yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False))

@@ -1,0 +1,136 @@
+"""Ctrl-C and SIGTERM: the first ends the update and saves, the second stops at once."""
+
+import dataclasses
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from tests.engine.toy import CONFIG, Model, run
+from tmask.engine.checkpoint import load_checkpoint
+from tmask.engine.interrupt import Interrupted, StopSignals
+from tmask.engine.log import read_log
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+
+
+@pytest.fixture(autouse=True)
+def _handled() -> Any:
+    """The usual handlers, also where the tests run with Ctrl-C ignored; every test must leave them as they are."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
+    yield
+    assert [signal.getsignal(number) for number in SIGNALS] == [signal.default_int_handler] * 2
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def signalled_at(call: int, *numbers: int) -> Model:
+    """A model that sends `numbers` to its process in the forward pass number `call` (from 0)."""
+    model = Model()
+    real = model.forward_padded
+
+    def forward(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        if model.calls == call:
+            for number in numbers:
+                signal.raise_signal(number)
+        return real(*args, **kwargs)
+
+    model.forward_padded = forward  # type: ignore[method-assign]
+    return model
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_update_ends_and_is_saved(tmp_path: Path, number: int, code: int, capfd: Any) -> None:
+    model = signalled_at(5, number)  # in the first of two batches of the third update
+    config = dataclasses.replace(CONFIG, accumulate=2)
+    with pytest.raises(Interrupted) as stop:
+        run(tmp_path, model, config)
+    assert (stop.value.exit_code, stop.value.checkpoint_step) == (code, 3)
+    assert str(stop.value) == f"interrupted by {signal.Signals(number).name}"
+    assert "stopping after this step" in capfd.readouterr().err
+    assert model.calls == 6
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
+    assert [row["step"] for row in read_log(tmp_path / "log.jsonl")] == [3]
+
+
+def test_a_stopped_run_goes_on_as_the_uninterrupted_one(tmp_path: Path) -> None:
+    whole, first, second = Model(), signalled_at(6, signal.SIGINT), Model()
+    first.load_state_dict(whole.state_dict())
+    run(tmp_path / "whole", whole)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", first)
+    run(tmp_path / "parts", second, resume=tmp_path / "parts" / "checkpoint.pt")
+    assert first.seen + second.seen == whole.seen
+    assert second.conv.bias.item() == whole.conv.bias.item()
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+    model = signalled_at(7, signal.SIGINT, signal.SIGINT)
+    with pytest.raises(Interrupted) as stop:
+        run(tmp_path, model)
+    assert stop.value.checkpoint_step == load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 5
+    assert model.calls == 7
+    assert [item.name for item in tmp_path.iterdir() if "part" in item.name] == []
+
+
+def test_before_the_first_checkpoint_there_is_none(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted) as stop:
+        run(tmp_path, signalled_at(0, signal.SIGINT, signal.SIGTERM))
+    assert (stop.value.checkpoint_step, stop.value.exit_code) == (None, 143)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_an_evaluation_is_broken_off_with_a_checkpoint_on_disk(tmp_path: Path) -> None:
+    def evaluate(model: Model) -> dict[str, float]:
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the evaluation went on")
+
+    config = dataclasses.replace(CONFIG, eval_every=3, checkpoint_every=100)
+    with pytest.raises(Interrupted) as stop:
+        run(tmp_path, Model(), config, evaluate_fn=evaluate)
+    assert stop.value.checkpoint_step == load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
+
+
+def test_a_signal_in_the_last_update_leaves_the_evaluation_to_the_resumed_run(tmp_path: Path) -> None:
+    def evaluate(model: Model) -> dict[str, float]:
+        return {"segm/AP": 0.5}
+
+    with pytest.raises(Interrupted):
+        run(tmp_path, signalled_at(11, signal.SIGINT), evaluate_fn=evaluate)
+    rows = read_log(tmp_path / "log.jsonl")
+    assert rows[-1]["step"] == 12
+    assert "segm/AP" not in rows[-1]
+    result = run(tmp_path, Model(), resume=tmp_path / "checkpoint.pt", evaluate_fn=evaluate)
+    assert result.metrics == {"segm/AP": 0.5}
+
+
+def test_outside_the_main_thread_there_are_no_handlers(tmp_path: Path) -> None:
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(run(tmp_path, Model())))
+    thread.start()
+    thread.join()
+    assert [result.step for result in results] == [12]
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        run(tmp_path, signalled_at(3, signal.SIGINT, signal.SIGINT))
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 12
+
+
+def test_a_forked_process_takes_no_note() -> None:
+    with StopSignals() as stop:
+        child = os.fork()
+        if child == 0:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            os._exit(0 if stop.number is None else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -1,0 +1,166 @@
+"""What users rely on, shown on whole runs of `tmask train` in processes of their own: a run can be repeated bit for
+bit, and no way of ending it, a kill and a full disk among them, costs more than the steps since the last checkpoint."""
+
+import os
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.test_resume import assert_same
+from tmask.data.shapes import write_shapes
+from tmask.engine.checkpoint import load_checkpoint
+from tmask.engine.log import read_log
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+STEPS = 30
+# 18 images: nine batches an epoch, so that updates of two batches stand across the borders of epochs.
+OPTIONS = [
+    *("--preset=tiny", "--model.min_size=64", "--model.max_size=64", "--model.fpn_channels=16", "--data.vflip=0.5"),
+    *("--model.box_head_dim=16", "--model.mask_head_channels=16", "--model.box_batch_size=16"),
+    *(f"--train.steps={STEPS}", "--train.batch_size=2", "--train.accumulate=2", "--train.ema_decay=0.9"),
+    *("--train.optimizer=adamw", "--train.schedule=cosine", "--train.warmup_steps=5", "--train.precision=fp32"),
+    *("--train.log_every=1", "--train.checkpoint_every=7"),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    images, annotations = write_shapes(tmp_path_factory.mktemp("data"), num_images=18, seed=1, size=64)
+    return [f"--data.train_images={images}", f"--data.train_annotations={annotations}"]
+
+
+def start(argv: list[str]) -> subprocess.Popen[str]:
+    """`tmask train` in a process group of its own, with the usual handling of Ctrl-C."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tmask", *argv],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+    )
+
+
+def train_options(data: list[str], out: Path, num_workers: int) -> list[str]:
+    return ["train", *data, *OPTIONS, f"--data.num_workers={num_workers}", "--out", str(out)]
+
+
+def finish(argv: list[str]) -> None:
+    process = start(argv)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def steps_logged(out: Path) -> int:
+    log = out / "log.jsonl"
+    return max((row["step"] for row in read_log(log)), default=0) if log.is_file() else 0
+
+
+def losses(out: Path) -> list[tuple[Any, ...]]:
+    """All that a log says of each step but for times and memory."""
+    changing = ("seconds_per_step", "images_per_second", "peak_memory_gib")
+    return [tuple((k, v) for k, v in row.items() if k not in changing) for row in read_log(out / "log.jsonl")]
+
+
+def assert_same_run(out: Path, whole: Path) -> None:
+    assert losses(out) == losses(whole)
+    ours, theirs = (load_checkpoint(folder / "checkpoint.pt") for folder in (out, whole))
+    assert ours["step"] == STEPS
+    assert_same(ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def whole(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted run."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    finish(train_options(data, out, num_workers=0))
+    return out
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_two_runs_are_the_same_bit_for_bit(data: list[str], whole: Path, tmp_path: Path, num_workers: int) -> None:
+    finish(train_options(data, tmp_path / "again", num_workers))
+    assert len(losses(whole)) == STEPS
+    assert len(set(losses(whole))) == STEPS
+    assert_same_run(tmp_path / "again", whole)
+    average = load_checkpoint(whole / "checkpoint.pt")
+    assert not torch.equal(average["ema"]["fpn.lateral.0.weight"], average["model"]["fpn.lateral.0.weight"])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_killed_run_goes_on_as_the_uninterrupted_one(
+    data: list[str], whole: Path, tmp_path: Path, num_workers: int
+) -> None:
+    out = tmp_path / "killed"
+    process = start(train_options(data, out, num_workers))
+    wait_for(lambda: steps_logged(out) >= 17, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    saved = load_checkpoint(out / "checkpoint.pt")
+    assert saved["step"] == 14, "too slow to kill: the next checkpoint was already written"
+    assert (saved["epoch"], saved["position"]) == (3, 1)  # in mid-epoch
+    assert steps_logged(out) > 14
+    finish(["train", "--config", str(out / "config.yaml"), "--out", str(out), "--resume", str(out / "checkpoint.pt")])
+    assert losses(out)[14:24] == losses(whole)[14:24]  # the next ten
+    assert_same_run(out, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_stopped_run_says_how_to_go_on(data: list[str], whole: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """The signal reaches the data workers too, as a terminal's Ctrl-C does."""
+    out = tmp_path / "my run"
+    process = start(train_options(data, out, num_workers=2))
+    wait_for(lambda: steps_logged(out) >= 9, process)
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    step = load_checkpoint(out / "checkpoint.pt")["step"]
+    assert step == steps_logged(out) >= 9
+    assert "Traceback" not in err
+    last = err.splitlines()[-1]
+    start_of_line, command = last.split(": tmask ", maxsplit=1)
+    assert start_of_line == f"tmask train: interrupted by {number.name}; to go on from step {step}"
+    words = shlex.split(command)
+    assert words == ["train", "--config", f"{out}/config.yaml", "--out", str(out), "--resume", f"{out}/checkpoint.pt"]
+    finish(words)
+    assert_same_run(out, whole)
+
+
+def test_a_full_disk_ends_the_run_and_not_the_checkpoint(data: list[str], whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "full"
+    process = start(train_options(data, out, num_workers=0))
+    wait_for(lambda: steps_logged(out) >= 8, process)  # the checkpoint of step 7 is there
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    path = out / "checkpoint.pt"
+    reason = f"checkpoint {path}: cannot be written: File too large"
+    lines = err.splitlines()
+    assert lines[-1] == f"tmask train: error: step 14: {reason}; the last good one is of step 7"
+    assert "Traceback" not in err
+    assert load_checkpoint(path)["step"] == 7
+    assert sorted(item.name for item in out.iterdir()) == ["checkpoint.pt", "config.yaml", "log.jsonl"]
+    assert read_log(out / "log.jsonl")[-1] == {"step": 14, "error": reason, "checkpoint_step": 7}
+    finish(["train", "--config", str(out / "config.yaml"), "--out", str(out), "--resume", str(path)])
+    assert_same_run(out, whole)

@@ -1,0 +1,69 @@
+"""Ctrl-C and SIGTERM during training: the first asks for a stop where all is whole, the second stops at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was stopped by a signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
+        self.exit_code = 128 + number  # 130 for SIGINT, 143 for SIGTERM, as shells have it
+        self.checkpoint_step: int | None = None  # of this run's checkpoint on disk; None before the first
+
+
+class StopSignals:
+    """Within ``with``: the first SIGINT or SIGTERM is noted in ``.number``, the second raises Interrupted.
+
+    Inside `at_once` the first one raises too. Handlers are put back at the end. Outside the main thread, where Python
+    allows no handlers, nothing is ever noted. A signal that the process ignores stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._at_once = False
+        self._pid = os.getpid()
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                # None: a handler that Python did not install and could not put back.
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A block that a signal breaks off; one noted before breaks it off at the start."""
+        self._at_once = True
+        try:
+            if self.number is not None:
+                raise Interrupted(self.number)
+            yield
+        finally:
+            self._at_once = False
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a data worker just forked: the trainer decides
+        if self.number is not None or self._at_once:
+            raise Interrupted(number)
+        self.number = number
+        # Not by print: the handler may run in the middle of another write to the same stream.
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping after this step; once more stops at once\n")

@@ -1,0 +1,105 @@
+"""All that training changes: what a checkpoint holds, and what a resumed run begins with."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.amp.grad_scaler import GradScaler
+
+from tmask.config import TrainConfig
+from tmask.engine.checkpoint import (
+    FORMAT,
+    VERSION,
+    CheckpointError,
+    config_dict,
+    differences,
+    load_checkpoint,
+    load_weights,
+)
+from tmask.engine.ema import WeightAverage
+from tmask.engine.optimizer import build_optimizer
+from tmask.engine.stream import rng_state
+
+# A resumed run must agree in these: the first two decide the order of the data, the others the optimiser's state.
+_FIXED_ON_RESUME = ("batch_size", "seed", "optimizer", "decay_norm_and_bias")
+
+
+class TrainState:
+    """Model (already on `device`), optimiser, gradient scaler, averaged weights, and how far the run is.
+
+    `step` counts updates; `epoch` and `position` are those of the data after the last whole update.
+    """
+
+    def __init__(
+        self, model: Any, config: TrainConfig, device: torch.device, categories: Sequence[dict[str, Any]]
+    ) -> None:
+        self.model, self.config, self.device = model, config, device
+        self.categories = [{"id": int(c["id"]), "name": str(c["name"])} for c in categories]
+        self.optimizer = build_optimizer(model, config)
+        self.scaler = GradScaler(device.type) if config.precision == "fp16" else None
+        self.average = WeightAverage(model, config.ema_decay) if config.ema_decay > 0 else None
+        self.step = self.epoch = self.position = 0
+        self.rng: dict[str, Any] | None = None  # of the checkpoint; None in a fresh run
+
+    def best_model(self) -> Any:
+        """The model to evaluate: with the averaged weights if there are any."""
+        return self.average.model if self.average else self.model
+
+    def content(self) -> dict[str, Any]:
+        """What `save_checkpoint` takes."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": self.model.state_dict(),
+            "ema": self.average.model.state_dict() if self.average and not self.average.empty else None,
+            "model_config": config_dict(getattr(self.model, "config", None)),
+            "categories": self.categories,
+            "train_config": config_dict(self.config),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "step": self.step,
+            "epoch": self.epoch,
+            "position": self.position,
+            "rng": rng_state(self.device),
+        }
+
+    def restore(self, path: str | Path) -> None:
+        """Take over the checkpoint `path`; nothing is taken if it does not belong to the same run.
+
+        Settings that may change (rates, weight decay, steps) are those of the present config. An average that the
+        checkpoint lacks begins at its weights. Errors: CheckpointError.
+        """
+        saved = load_checkpoint(path)
+        self._check(saved, path)
+        load_weights(self.model, saved["model"], path)
+        if self.average is not None:
+            load_weights(self.average.model, saved["ema"] or saved["model"], path)
+            self.average.empty = saved["ema"] is None
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for group, values in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(values)  # load_state_dict put the old ones there
+        if self.scaler is not None and saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+        self.step, self.epoch, self.position = saved["step"], saved["epoch"], saved["position"]
+        self.rng = saved["rng"]
+
+    def _check(self, saved: dict[str, Any], path: str | Path) -> None:
+        changed = differences(saved["model_config"], config_dict(getattr(self.model, "config", None)))
+        changed = [line for line in changed if line.split(":")[0] != "backbone_weights"]  # read only to begin with
+        if changed:
+            raise CheckpointError(f"checkpoint {path}: cannot resume, the model differs: {'; '.join(changed)}")
+        changed = differences(saved["train_config"], config_dict(self.config))
+        changed = [line for line in changed if line.split(":")[0] in _FIXED_ON_RESUME]
+        if changed:
+            raise CheckpointError(f"checkpoint {path}: cannot resume, the run differs: {'; '.join(changed)}")
+        pairs = itertools.zip_longest(saved["categories"], self.categories)
+        for label, (old, new) in enumerate(pairs, start=1):
+            if old != new:
+                raise CheckpointError(
+                    f"checkpoint {path}: cannot resume, the category of label {label}: {old} -> {new}"
+                )
