@@ -11,6 +11,8 @@ import pytest
 from torch import Tensor
 
 from tests.engine.toy import CONFIG, Model, run
+from tmask import cli
+from tmask.data.shapes import write_shapes
 from tmask.engine.checkpoint import load_checkpoint
 from tmask.engine.interrupt import Interrupted, StopSignals
 from tmask.engine.log import read_log
@@ -134,3 +136,26 @@ def test_a_forked_process_takes_no_note() -> None:
             signal.raise_signal(signal.SIGINT)
             os._exit(0 if stop.number is None else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+GO_ON = "; to go on from step 3: tmask train --config 'a run/config.yaml' --out 'a run' --resume 'a run/checkpoint.pt'"
+
+
+@pytest.mark.parametrize("step", [3, None], ids=["saved", "not-saved"])
+def test_the_command_says_how_to_go_on(
+    tmp_path: Path, step: int | None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        stop = Interrupted(signal.SIGTERM)
+        stop.checkpoint_step = step
+        raise stop
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tmask.engine.run.run_training", stopped)
+    images, annotations = write_shapes("data", num_images=1, seed=1, size=64)
+    argv = [f"--data.train_images={images}", f"--data.train_annotations={annotations}", "--train.precision=fp32"]
+    for device in ([], ["--device", "cpu"]):
+        assert cli.main(["train", "--preset=tiny", *argv, "--out", "a run", *device]) == 143
+        (line,) = capsys.readouterr().err.splitlines()
+        said = " before the first checkpoint" if step is None else GO_ON + (" --device cpu" if device else "")
+        assert line == f"tmask train: interrupted by SIGTERM{said}"

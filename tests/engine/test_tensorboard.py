@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.engine.toy import CONFIG, Model, run
+from tmask import cli
 from tmask.engine.log import read_log
 
 LOGGED = dataclasses.replace(CONFIG, tensorboard=True, log_every=1)
@@ -65,4 +66,14 @@ def test_without_the_package_nothing_starts(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'tmask\[tensorboard\]'"):
         run(tmp_path / "out", Model(), LOGGED)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_says_so_before_it_reads_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["train", "--out", str(tmp_path / "out"), "--train.tensorboard=true"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "train.tensorboard: tensorboard is not installed; pip install 'tmask[tensorboard]'" in line
     assert not (tmp_path / "out").exists()
