@@ -1,6 +1,7 @@
 """Where the tests run: Triton kernels on a GPU if there is one, else through Triton's interpreter on the CPU."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -33,3 +34,12 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with nuclei/ and coco-mini/ that TMASK_DATA names."""
+    folder = os.environ.get("TMASK_DATA")
+    if not folder:
+        pytest.skip("TMASK_DATA is not set")
+    return Path(folder)

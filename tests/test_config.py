@@ -25,7 +25,7 @@ FIELDS = {
         milestones lr_floor warmup_steps warmup_start clip_norm ema_decay precision channels_last seed log_every
         checkpoint_every eval_every eval_max_detections tensorboard""",
     ModelConfig: """num_classes convention min_size max_size image_mean image_std size_divisible backbone
-        backbone_weights norm trainable_layers fpn_channels anchor_sizes anchor_aspect_ratios rpn_fg_iou rpn_bg_iou
+        backbone_weights norm norm_eps trainable_layers fpn_channels anchor_sizes anchor_aspect_ratios rpn_fg_iou rpn_bg_iou
         rpn_batch_size rpn_positive_fraction rpn_pre_nms_top_n_train rpn_pre_nms_top_n_test rpn_post_nms_top_n_train
         rpn_post_nms_top_n_test rpn_nms_threshold rpn_min_size rpn_score_threshold box_pool_size box_head_dim box_fg_iou
         box_bg_iou box_batch_size box_positive_fraction box_score_threshold box_nms_threshold max_detections

@@ -3,5 +3,6 @@
 from tmask.build import build_model
 from tmask.config import CONVENTIONS, PRESETS, Convention, ModelConfig
 from tmask.model.detector import MaskRCNN
+from tmask.weights import load_torchvision
 
-__all__ = ["CONVENTIONS", "PRESETS", "Convention", "MaskRCNN", "ModelConfig", "build_model"]
+__all__ = ["CONVENTIONS", "PRESETS", "Convention", "MaskRCNN", "ModelConfig", "build_model", "load_torchvision"]

@@ -42,7 +42,9 @@ def build_model(
         overrides["backbone"], backbone = backbone, None
     config = model_config(preset, **overrides)
     if backbone is None:
-        backbone = ResNet(config.backbone, norm=config.norm, trainable_layers=config.trainable_layers)
+        backbone = ResNet(
+            config.backbone, norm=config.norm, norm_eps=config.norm_eps, trainable_layers=config.trainable_layers
+        )
         if config.backbone_weights is not None:
             load_backbone(backbone, config.backbone_weights)
         elif warn_if_untrained:

@@ -106,6 +106,7 @@ class ModelConfig:
     backbone: BackboneName = "resnet50"
     backbone_weights: str | None = None  # path of a torchvision ImageNet state dict (.pth or .safetensors)
     norm: NormName = "frozen_bn"
+    norm_eps: float = 1e-5  # torchvision's published COCO_V1 weights were made with 0
     trainable_layers: int = 3  # of 5, counted from the top; 3 freezes the stem and the first stage
     fpn_channels: int = 256
 

@@ -1,22 +1,12 @@
-"""Tiny COCO files made on the spot, and the real data where TMASK_DATA names it."""
+"""Tiny COCO files made on the spot."""
 
 import copy
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-
-
-@pytest.fixture(scope="session")
-def real_data() -> Path:
-    """The folder with nuclei/ and coco-mini/."""
-    folder = os.environ.get("TMASK_DATA")
-    if not folder:
-        pytest.skip("TMASK_DATA is not set")
-    return Path(folder)
 
 
 def polygon(x: float, y: float, width: float, height: float) -> list[list[float]]:

@@ -6,29 +6,39 @@ Any module serves instead that maps [N, 3, H, W] to an ordered dict {name: [N, C
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
-_DEPTHS: dict[str, tuple[type[resnet.BasicBlock | resnet.Bottleneck], list[int]]] = {
-    "resnet10": (resnet.BasicBlock, [1, 1, 1, 1]),
-    "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
-    "resnet34": (resnet.BasicBlock, [3, 4, 6, 3]),
-    "resnet50": (resnet.Bottleneck, [3, 4, 6, 3]),
-    "resnet101": (resnet.Bottleneck, [3, 4, 23, 3]),
+
+class Depth(NamedTuple):
+    """A member of the ResNet family."""
+
+    bottleneck: bool  # blocks of three convolutions, else of two
+    blocks: tuple[int, int, int, int]  # in each stage
+
+
+RESNETS: dict[str, Depth] = {
+    "resnet10": Depth(False, (1, 1, 1, 1)),
+    "resnet18": Depth(False, (2, 2, 2, 2)),
+    "resnet34": Depth(False, (3, 4, 6, 3)),
+    "resnet50": Depth(True, (3, 4, 6, 3)),
+    "resnet101": Depth(True, (3, 4, 23, 3)),
 }
 
 
-def _group_norm(channels: int) -> nn.Module:
-    return nn.GroupNorm(32, channels)  # 32 groups: Wu & He, "Group Normalization", 2018
+def _group_norm(channels: int, eps: float) -> nn.Module:
+    return nn.GroupNorm(32, channels, eps=eps)  # 32 groups: Wu & He, "Group Normalization", 2018
 
 
-_NORMS: dict[str, Callable[[int], nn.Module]] = {
+_NORMS: dict[str, Callable[..., nn.Module]] = {
     "bn": nn.BatchNorm2d,
     "frozen_bn": FrozenBatchNorm2d,
     "gn": _group_norm,
@@ -39,13 +49,15 @@ class ResNet(nn.Module):
     """ResNet stages 2-5 (He et al. 2015) as {"c2", "c3", "c4", "c5"} of strides 4, 8, 16, 32; any H and W.
 
     `name` is a key of torchvision's family (``resnet10`` has one block a stage); `norm` one of ``bn``, ``frozen_bn``,
-    ``gn``; `trainable_layers` of the five (stem and four stages) learn, counted from the top.
+    ``gn``; `norm_eps` is added to its variance; `trainable_layers` of the five (stem and four stages) learn, counted
+    from the top.
     """
 
-    def __init__(self, name: str, *, norm: str = "bn", trainable_layers: int = 5) -> None:
+    def __init__(self, name: str, *, norm: str = "bn", norm_eps: float = 1e-5, trainable_layers: int = 5) -> None:
         super().__init__()
-        block, depths = _DEPTHS[name]
-        body = resnet.ResNet(block, depths, norm_layer=_NORMS[norm])
+        bottleneck, blocks = RESNETS[name]
+        block = resnet.Bottleneck if bottleneck else resnet.BasicBlock
+        body = resnet.ResNet(block, list(blocks), norm_layer=functools.partial(_NORMS[norm], eps=norm_eps))
         # Without the classifier's fc and avgpool; torchvision's names stay, so its state dicts load as they are.
         for stage in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
             self.add_module(stage, getattr(body, stage))
@@ -70,21 +82,34 @@ def load_backbone(backbone: nn.Module, path: str) -> None:
 
     Errors: ValueError if the file does not exist or does not fit.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"backbone_weights: expected a state-dict file, got {path!r}, which does not exist")
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(file)
-    else:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+    state = read_state_dict(path, "backbone_weights")
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     result = backbone.load_state_dict(state, strict=False)
     # A frozen batch norm has no batch counter; the published files do.
     unexpected = [key for key in result.unexpected_keys if not key.endswith("num_batches_tracked")]
     if result.missing_keys or unexpected:
         raise ValueError(f"backbone_weights: {path} does not fit: missing {result.missing_keys}, unknown {unexpected}")
+
+
+def read_state_dict(path: str | Path, argument: str) -> Mapping[str, Any]:
+    """The mapping in a .pth or .safetensors file; nothing in the file can run code.
+
+    Errors: ValueError, naming `argument` and the file, if there is none or it cannot be read.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"{argument}: expected a state-dict file, got {str(path)!r}, which does not exist")
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle, safetensors and the system each have errors of their own
+        raise ValueError(f"{argument}: {path} is truncated, damaged or no state dict") from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{argument}: expected a state dict in {path}, got {type(state).__name__}")
+    return state
 
 
 def warn_if_random_and_frozen(backbone: nn.Module) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tmask.model.losses import box_losses
-from tmask.model.sampling import sample, take_rows
+from tmask.model.sampling import Sampler, sample, take_rows
 from tmask.structures import Detections, ImageBatch, Proposals, SampledRois, Targets
 from tmask_kernels import (
     decode_boxes,
@@ -56,7 +56,7 @@ class RoIHeads(nn.Module):
 
     `fg_iou`, `bg_iou`: a RoI is positive at or above the first, negative below the second. `batch_size` RoIs an image
     enter the losses, at most `positive_fraction` of them positive. `mask_targets` names the convention of the
-    28 x 28 targets.
+    28 x 28 targets. `sampler` draws the RoIs.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class RoIHeads(nn.Module):
         nms_threshold: float,
         max_detections: int,
         mask_targets: str,
+        sampler: Sampler = sample,
     ) -> None:
         super().__init__()
         self.extractor = extractor
@@ -85,6 +86,7 @@ class RoIHeads(nn.Module):
         self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
         self.max_detections = max_detections
         self.mask_targets = mask_targets
+        self.sampler = sampler
 
     def losses(
         self, features: Sequence[Tensor], proposals: Proposals, images: ImageBatch, targets: Targets, *, compact: bool
@@ -142,7 +144,7 @@ class RoIHeads(nn.Module):
             low=self.bg_iou,
             allow_low_quality=False,
         )  # [N, P + G]
-        chosen = sample(
+        chosen = self.sampler(
             usable & (matches >= 0),
             usable & (matches == -1),
             size=self.batch_size,

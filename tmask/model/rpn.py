@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tmask.model.losses import rpn_losses
-from tmask.model.sampling import sample, take_rows
+from tmask.model.sampling import Sampler, sample, take_rows
 from tmask.structures import ImageBatch, Proposals, Targets
 from tmask_kernels import AnchorSpec, encode_boxes, make_anchors, match_anchors, rpn_proposals
 
@@ -50,7 +50,7 @@ class RPN(nn.Module):
 
     `fg_iou`, `bg_iou`: an anchor is positive at or above the first, negative below the second. `batch_size` anchors
     an image enter the loss, at most `positive_fraction` of them positive. `pre_nms_top_n` is a level's limit,
-    `post_nms_top_n` an image's. `min_size` in pixels.
+    `post_nms_top_n` an image's. `min_size` in pixels. `sampler` draws the anchors of the losses.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class RPN(nn.Module):
         nms_threshold: float,
         min_size: float,
         score_threshold: float,
+        sampler: Sampler = sample,
     ) -> None:
         super().__init__()
         self.head = RPNHead(channels, len(anchors.sizes[0]) * len(anchors.aspect_ratios))
@@ -75,6 +76,7 @@ class RPN(nn.Module):
         self.batch_size, self.positive_fraction = batch_size, positive_fraction
         self.pre_nms_top_n, self.post_nms_top_n = pre_nms_top_n, post_nms_top_n
         self.nms_threshold, self.min_size, self.score_threshold = nms_threshold, min_size, score_threshold
+        self.sampler = sampler
 
     def forward(
         self, features: Sequence[Tensor], images: ImageBatch, targets: Targets | None
@@ -111,7 +113,7 @@ class RPN(nn.Module):
             low=self.bg_iou,
             allow_low_quality=True,
         )  # [N, T]
-        chosen = sample(
+        chosen = self.sampler(
             matches >= 0, matches == -1, size=self.batch_size, positive_fraction=self.positive_fraction
         )  # [N, S]
 

@@ -5,7 +5,7 @@ Letters: N images, M candidates, S sampled slots.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,14 @@ class Sample(NamedTuple):
     rows: Tensor  # [N, S] int64 into the M candidates; 0 in an empty slot
     positive: Tensor  # [N, S] bool
     valid: Tensor  # [N, S] bool: not empty
+
+
+class Sampler(Protocol):
+    """What draws the candidates: `sample`, or a stand-in that makes the same choice as another library's."""
+
+    def __call__(self, positive: Tensor, negative: Tensor, *, size: int, positive_fraction: float) -> Sample:
+        """See `sample`."""
+        ...
 
 
 def sample(positive: Tensor, negative: Tensor, *, size: int, positive_fraction: float) -> Sample:

@@ -1,0 +1,146 @@
+"""Weights of other libraries' detectors in ours: torchvision's Mask R-CNN with a ResNet-FPN backbone.
+
+The names of the parameters differ, the tensors do not: nothing is transposed or reordered.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from tmask.build import build_model
+from tmask.model.backbone import RESNETS, read_state_dict
+from tmask.model.detector import MaskRCNN
+
+# torchvision's name -> ours. The optional parts are its two generations of names: published files hold the older one.
+_TORCHVISION_NAMES = [
+    (r"backbone\.body\.(.+)", r"backbone.\1"),
+    (r"backbone\.fpn\.inner_blocks\.(\d)(?:\.0)?\.(weight|bias)", r"fpn.lateral.\1.\2"),
+    (r"backbone\.fpn\.layer_blocks\.(\d)(?:\.0)?\.(weight|bias)", r"fpn.output.\1.\2"),
+    (r"rpn\.head\.conv(?:\.0\.0)?\.(weight|bias)", r"rpn.head.conv.\1"),
+    (r"rpn\.head\.cls_logits\.(weight|bias)", r"rpn.head.objectness.\1"),
+    (r"rpn\.head\.bbox_pred\.(weight|bias)", r"rpn.head.deltas.\1"),
+    (r"roi_heads\.box_head\.(fc[67])\.(weight|bias)", r"roi_heads.box_head.\1.\2"),
+    (r"roi_heads\.box_predictor\.cls_score\.(weight|bias)", r"roi_heads.box_head.classifier.\1"),
+    (r"roi_heads\.box_predictor\.bbox_pred\.(weight|bias)", r"roi_heads.box_head.regressor.\1"),
+    (r"roi_heads\.mask_head\.(\d)\.0\.(weight|bias)", r"roi_heads.mask_head.convs.\1.\2"),
+    (r"roi_heads\.mask_predictor\.conv5_mask\.(weight|bias)", r"roi_heads.mask_head.deconv.\1"),
+    (r"roi_heads\.mask_predictor\.mask_fcn_logits\.(weight|bias)", r"roi_heads.mask_head.predictor.\1"),
+]
+_CLASS_LAYERS = ("roi_heads.box_head.classifier.", "roi_heads.box_head.regressor.", "roi_heads.mask_head.predictor.")
+_OLD_MASK_CONV = re.compile(r"roi_heads\.mask_head\.mask_fcn(\d)\.(weight|bias)")  # counted from 1
+
+
+def load_torchvision(state_dict: Mapping[str, Any] | str | Path, **overrides: Any) -> MaskRCNN:
+    """Our model with the weights of torchvision's ``maskrcnn_resnet50_fpn``, giving its results.
+
+    `state_dict` is that model's ``state_dict()`` or a file of one (.pth or .safetensors), of either generation of
+    names; a training checkpoint that holds it under ``"model"`` and a ``module.`` prefix are unwrapped. The ResNet
+    (18 to 101, batch norm or frozen), the widths and the number of classes are read from it; every other setting is
+    torchvision's default and can be replaced by `overrides`, fields of `tmask.ModelConfig`: ``min_size``,
+    ``box_score_threshold``, ``anchor_sizes``... The convention is ``"torchvision"`` unless overridden.
+
+    With another ``num_classes`` the three layers that depend on it start anew, for fine-tuning on other classes.
+
+    The published COCO_V1 weights were trained with ``norm_eps=0.0``: give that for exactly their results, as
+    torchvision does when it downloads them. The model is in training mode, as torchvision's is when built.
+    Errors: ValueError for a file that cannot be read, names that are not this architecture's, and shapes that do not
+    fit it.
+    """
+    if isinstance(state_dict, str | Path):
+        state_dict = read_state_dict(state_dict, "state_dict")
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"state_dict: expected names and tensors or a file of them, got {type(state_dict).__name__}")
+    state_dict = state_dict["model"] if isinstance(state_dict.get("model"), Mapping) else state_dict
+    weights = _renamed(state_dict)
+    settings = {"convention": "torchvision", **_architecture(weights), **overrides}
+    model = build_model("r50_fpn", warn_if_untrained=False, **settings)
+    if settings["norm"] == "frozen_bn":  # it has no batch counter
+        weights = {name: tensor for name, tensor in weights.items() if not name.endswith("num_batches_tracked")}
+    if settings["num_classes"] != len(weights["roi_heads.box_head.classifier.bias"]):
+        weights |= {name: value for name, value in model.state_dict().items() if name.startswith(_CLASS_LAYERS)}
+    problems = misfits(model, weights)
+    if problems:
+        raise ValueError(f"state_dict: does not fit the model: {problems}")
+    model.load_state_dict(weights)
+    return model
+
+
+def misfits(model: nn.Module, weights: Mapping[str, Any]) -> str:
+    """The first names and shapes in which a state dict differs from the model's own; empty if it fits exactly."""
+    own = model.state_dict()
+    problems = [f"missing {name}" for name in own if name not in weights]
+    problems += [f"unknown {name}" for name in weights if name not in own]
+    for name in (name for name in own if name in weights):
+        shape, expected = getattr(weights[name], "shape", type(weights[name]).__name__), own[name].shape
+        if shape != expected:
+            problems.append(f"{name}: expected {_text(expected)}, got {_text(shape)}")
+    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return "; ".join(problems[:3]) + more
+
+
+def _text(shape: Any) -> str:
+    return str(list(shape)) if isinstance(shape, tuple) else str(shape)
+
+
+def _renamed(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    weights, unknown = {}, []
+    for key, tensor in state_dict.items():
+        name = _our_name(key.removeprefix("module."))
+        if name is None:
+            unknown.append(key)
+        else:
+            weights[name] = tensor
+    if unknown or not weights:
+        got = f"{len(unknown)} other names, first {unknown[0]!r}" if unknown else "nothing"
+        raise ValueError(f"state_dict: expected the names of torchvision's maskrcnn_resnet50_fpn (not _v2), got {got}")
+    return weights
+
+
+def _our_name(name: str) -> str | None:
+    old = _OLD_MASK_CONV.fullmatch(name)
+    if old:
+        return f"roi_heads.mask_head.convs.{int(old[1]) - 1}.{old[2]}"
+    for pattern, ours in _TORCHVISION_NAMES:
+        match = re.fullmatch(pattern, name)
+        if match:
+            return match.expand(ours)
+    return None
+
+
+def _architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of `ModelConfig` that a state dict (with our names) decides."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in weights:
+            raise ValueError(f"state_dict: expected the weights of a Mask R-CNN, got none for {name}")
+        return tuple(weights[name].shape)
+
+    blocks = tuple(len(_numbers(weights, rf"backbone\.layer{stage}\.(\d+)\.conv1\.weight")) for stage in range(1, 5))
+    bottleneck = "backbone.layer1.0.conv3.weight" in weights
+    names = [name for name, resnet in RESNETS.items() if (resnet.bottleneck, resnet.blocks) == (bottleneck, blocks)]
+    if not names:
+        kind = "bottleneck" if bottleneck else "basic"
+        raise ValueError(f"state_dict: expected one of {', '.join(RESNETS)}, got a ResNet of {blocks} {kind} blocks")
+    channels = shape("fpn.output.0.weight")[0]
+    hidden, pooled = shape("roi_heads.box_head.fc6.weight")
+    trained_norm = "backbone.bn1.num_batches_tracked" in weights
+    return {
+        "backbone": names[0],
+        "norm": "bn" if trained_norm else "frozen_bn",
+        "trainable_layers": 5 if trained_norm else 3,  # as torchvision builds them
+        "fpn_channels": channels,
+        "num_classes": shape("roi_heads.box_head.classifier.weight")[0],
+        "box_pool_size": round((pooled / channels) ** 0.5),
+        "box_head_dim": hidden,
+        "mask_head_channels": shape("roi_heads.mask_head.deconv.weight")[1],
+        "mask_head_layers": len(_numbers(weights, r"roi_heads\.mask_head\.convs\.(\d+)\.weight")),
+    }
+
+
+def _numbers(weights: Mapping[str, Tensor], pattern: str) -> set[str]:
+    return {match[1] for match in (re.fullmatch(pattern, name) for name in weights) if match}
