@@ -1,7 +1,11 @@
+import dataclasses
 import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -230,3 +234,70 @@ def test_a_crowd_and_an_empty_image_share_a_batch(write, content):
     assert batch.targets.crowd.tolist() == [[False, True, False], [False] * 3]
     assert batch.targets.valid.tolist() == [[True, False, True], [False] * 3]
     assert batch.original_sizes == [(10, 20), (12, 8)]
+
+
+class Faulty:
+    """A data set whose third item is an error."""
+
+    def __init__(self, data, error):
+        self.data, self.error = data, error
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        if i == 2:
+            raise self.error
+        return self.data[i]
+
+    def aspect_ratio(self, i):
+        return 1.0
+
+
+class OddError(Exception):
+    """Cannot be unpickled: its arguments are not those of __init__."""
+
+    def __init__(self, path, reason):
+        super().__init__(f"{path}: {reason}")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_error_is_the_same_from_a_worker(shapes, num_workers):
+    for error, kind, message in (
+        (ValueError("a.png: broken"), ValueError, "a.png: broken"),
+        (KeyError("boxes"), KeyError, "'boxes'"),
+        (OddError("a.png", "odd"), RuntimeError if num_workers else OddError, "a.png: odd"),
+    ):
+        data = Faulty(CocoDataset(*shapes), error)
+        loader = make_loader(data, TRANSFORM, batch_size=1, shuffle=False, num_workers=num_workers)
+        shown = []
+        with pytest.raises(kind) as caught:
+            shown += [batch.image_ids for batch in loader]
+        assert str(caught.value).endswith(message)
+        assert "\n" not in str(caught.value)
+        assert num_workers == 0 or kind is RuntimeError or "in __getitem__" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_batch_that_cannot_be_made_names_its_images(shapes, num_workers):
+    transform = dataclasses.replace(TRANSFORM, num_classes=2)
+    loader = make_loader(CocoDataset(*shapes), transform, batch_size=2, shuffle=False, num_workers=num_workers)
+    expected = r"^a batch of the images with the ids \[1, 2\]: targets\[0\]\['labels'\]\[\d\]: expected 1..1, got \d"
+    with pytest.raises(ValueError, match=expected):
+        list(loader)
+
+
+def test_a_process_with_an_unfinished_loader_ends(shapes):
+    """Workers ignore SIGTERM, by which multiprocessing would end them."""
+    code = f"""
+        from tests.data.test_loader import CocoDataset, TRANSFORM, make_loader
+        data = CocoDataset(*{list(map(str, shapes))})
+        loader = make_loader(data, TRANSFORM, batch_size=1, shuffle=False, num_workers=2)
+        kept = [iter(loader), loader]
+        kept.append(kept)
+        print(next(kept[0]).image_ids)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[1]\n", "")

@@ -5,7 +5,12 @@ Not on the number of workers, nor on what ran before: a resumed run sees the bat
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import pickle
 import signal
+import traceback
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from tmask.structures import ImageBatch, Targets
 
@@ -136,13 +141,14 @@ def make_loader(
 
     Call ``loader.batch_sampler.set_epoch(n)`` before each epoch. Without `shuffle` images come in order (leave
     `aspect_grouping` off then, or they do not). Batches are pinned where there is a GPU.
+    An error of the data set or the transform is raised as it is, also out of a worker (whose traceback is its note).
     Errors: ValueError for a batch_size below 1 or a negative seed.
     """
     ratios = [dataset.aspect_ratio(i) for i in range(len(dataset))] if aspect_grouping else None
     sampler = EpochBatchSampler(
         len(dataset), batch_size=batch_size, shuffle=shuffle, seed=seed, aspect_ratios=ratios, drop_last=drop_last
     )
-    return DataLoader(
+    return _Loader(
         _SeededDataset(dataset),  # type: ignore[arg-type]
         batch_sampler=sampler,
         collate_fn=_Collate(transform),
@@ -154,6 +160,53 @@ def make_loader(
     )
 
 
+class _Loader(DataLoader[Batch]):
+    """Raises the errors of its workers here as they were there; torch would give their tracebacks for a message."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        before = set(multiprocessing.active_children())
+        batches = super().__iter__()
+        _workers.update(set(multiprocessing.active_children()) - before)
+        for batch in batches:
+            if isinstance(batch, _Failure):
+                try:
+                    raise batch.error
+                finally:
+                    # Else error, traceback and this frame hold one another and the workers, and when the garbage
+                    # collector takes them all at once, it has closed the queues by which they are told to end.
+                    del batch, batches
+            yield batch
+
+
+_workers: weakref.WeakSet[Any] = weakref.WeakSet()  # processes
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """Those left at the end, after an error: multiprocessing would ask them by SIGTERM, which they ignore, and wait."""
+    left = [worker for worker in _workers if worker.is_alive()]
+    if left and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an error for each
+    for worker in left:
+        worker.kill()
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What a worker gives in place of a batch."""
+
+    error: Exception
+
+    @classmethod
+    def of(cls, error: Exception) -> _Failure:
+        error.add_note(f"In a worker of the loader:\n{traceback.format_exc()}")
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # then its text must do
+            error = RuntimeError(f"{type(error).__name__}: {error}")
+        return cls(error)
+
+
 class _SeededDataset(Dataset[Item]):
     """Items by (index, seed): random transforms of an item depend on the seed and on nothing else."""
 
@@ -162,6 +215,14 @@ class _SeededDataset(Dataset[Item]):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Item] | _Failure:
+        try:
+            return [self[key] for key in keys]
+        except Exception as error:
+            if get_worker_info() is None:
+                raise
+            return _Failure.of(error)
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
         index, seed = key
@@ -180,11 +241,25 @@ def _ignore_stop_signals(worker: int) -> None:
 class _Collate:
     transform: BatchTransform
 
-    def __call__(self, items: Sequence[Item]) -> Batch:
+    def __call__(self, items: Sequence[Item] | _Failure) -> Batch | _Failure:
+        if isinstance(items, _Failure):
+            return items
+        try:
+            return self._batch(items)
+        except Exception as error:
+            if get_worker_info() is None:
+                raise
+            return _Failure.of(error)
+
+    def _batch(self, items: Sequence[Item]) -> Batch:
         sizes = [(image.shape[-2], image.shape[-1]) for image, _ in items]
-        images, targets = self.transform([image for image, _ in items], [target for _, target in items])
+        ids = [int(target["image_id"]) for _, target in items]
+        try:
+            images, targets = self.transform([image for image, _ in items], [target for _, target in items])
+        except ValueError as error:
+            raise ValueError(f"a batch of the images with the ids {ids}: {error}") from error
         assert targets is not None
-        return Batch(images, targets, [int(target["image_id"]) for _, target in items], sizes)
+        return Batch(images, targets, ids, sizes)
 
 
 def _mix(*numbers: int) -> int:
