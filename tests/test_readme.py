@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import tmask
 from tmask import cli
 
 ROOT = Path(__file__).parents[1]
@@ -32,10 +33,12 @@ def test_commands_parse(line: str, capsys: pytest.CaptureFixture[str], tmp_path:
 
 @pytest.mark.filterwarnings("ignore")
 def test_python_runs() -> None:
-    model_code, ops_code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    model_code, torchvision_code, ops_code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict[str, object] = {}
     exec(model_code.replace('"r50_fpn"', '"tiny"'), names)
     assert names["result"]["masks"].shape[1:] == (1, 480, 640)  # type: ignore[index]
+    exec(torchvision_code.replace('weights="COCO_V1"', "weights=None, weights_backbone=None"), names)
+    assert isinstance(names["model"], tmask.MaskRCNN)
     boxes = torch.tensor([[[0.0, 0, 30, 30], [5, 5, 50, 50]]])
     pyramid = [torch.rand(1, 8, 64 // k, 64 // k) for k in (1, 2, 4, 8)]
     names = {"boxes": boxes[0], "scores": torch.rand(2), "pyramid": pyramid}
@@ -46,7 +49,7 @@ def test_python_runs() -> None:
     assert names["pooled"].shape == (2, 8, 7, 7)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/torchvision.md"])
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
         assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
