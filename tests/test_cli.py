@@ -145,7 +145,7 @@ def test_predict_takes_a_file_a_folder_or_a_glob(run: Path, data: Data, tmp_path
     }[form]
     code = call("predict", checkpoint=run / "checkpoint.pt", images=images, out=tmp_path, score_threshold=0)
     assert code == 0
-    assert len(list(tmp_path.glob("*.png"))) == count
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == count
     results = json.loads((tmp_path / "predictions.json").read_text())
     # The same detections as the evaluation's, whose ids are those of the file.
     expected = json.loads((run / "results.json").read_text())
@@ -379,6 +379,17 @@ def test_help_and_version(capsys: Any) -> None:
     out = capsys.readouterr().out
     for name in cli.COMMANDS:
         assert f"  {name}" in out
+
+
+def test_help_of_a_setting_is_the_comment_behind_its_field(capsys: Any) -> None:
+    assert cli.main(["train", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, words in (
+        ("train.accumulate ACCUMULATE", "batches an update; the gradient is their mean (type: int, default: 1)"),
+        ("model.min_size MIN_SIZE", "short side after the resize (type: int, default: 800)"),
+        ("data.hflip HFLIP", "probability of a left-right flip in training (type: float, default: 0.5)"),
+    ):
+        assert f"--{name} {words}" in text
 
 
 def test_options_are_a_contract() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import inspect
 import json
 import os
 import re
@@ -169,12 +170,24 @@ def train_parser(preset: str) -> ArgumentParser:
         "--model.num_classes", type=int | None, default=None, help="with background; null: from the training data"
     )
     parser.add_class_arguments(TrainConfig, "train")
+    _add_help(parser, {"data": DataConfig, "model": ModelConfig, "train": TrainConfig})
     settings = dataclasses.asdict(PRESETS[preset])
     del settings["num_classes"]
     parser.set_defaults({f"model.{name}": value for name, value in settings.items()})
     training = dataclasses.asdict(TRAIN_PRESETS[preset])
     parser.set_defaults({f"train.{name}": value for name, value in training.items()})
     return parser
+
+
+def _add_help(parser: ArgumentParser, configs: dict[str, type]) -> None:
+    """The comment behind a field of a config is the help of its option."""
+    texts = {
+        f"{group}.{name}": text.replace("%", "%%")
+        for group, config in configs.items()
+        for name, text in re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(config), re.MULTILINE)
+    }
+    for action in parser._actions:
+        action.help = action.help or texts.get(action.dest)
 
 
 def _expand(argv: list[str]) -> tuple[str, list[str]]:

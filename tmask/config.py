@@ -224,26 +224,26 @@ class TrainConfig:
     w = ``warmup_start``. So ``warmup_steps=49, warmup_start=1/50`` is the common ``min(1, (s + 1) / 50)``.
     """
 
-    steps: int = 90_000
-    batch_size: int = 16
+    steps: int = 90_000  # optimiser updates
+    batch_size: int = 16  # images a batch
     optimizer: Literal["sgd", "adamw"] = "sgd"
     accumulate: int = 1  # batches an update; the gradient is their mean
     lr: float = 0.02  # for this batch_size; scale linearly with it (times accumulate)
     momentum: float = 0.9  # SGD only
-    weight_decay: float = 1e-4
+    weight_decay: float = 1e-4  # factor of the weights in SGD's gradient; AdamW's is decoupled
     decay_norm_and_bias: bool = True  # False: no weight decay on biases and norm layers
-    schedule: Literal["steps", "cosine", "constant"] = "steps"
+    schedule: Literal["steps", "cosine", "constant"] = "steps"  # of the rate after warm-up
     milestones: tuple[float, ...] = (2 / 3, 8 / 9)  # fractions of `steps` at which the rate falls tenfold
     lr_floor: float = 0.0  # added to the cosine factor 0.5 * (1 + cos(pi * s / steps))
-    warmup_steps: int = 1000
+    warmup_steps: int = 1000  # in which the rate rises linearly
     warmup_start: float = 0.001  # factor of the first step
-    clip_norm: float | None = None
+    clip_norm: float | None = None  # largest norm of the gradient; null: no limit
     ema_decay: float = 0.0  # of the average of weights that is evaluated and predicts, e.g. 0.999; 0: none
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    channels_last: bool = True
-    seed: int = 0
-    log_every: int = 20
-    checkpoint_every: int = 1000
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"  # of the features; boxes are always fp32
+    channels_last: bool = True  # memory layout of images and convolutions
+    seed: int = 0  # of weights, data order and flips
+    log_every: int = 20  # steps
+    checkpoint_every: int = 1000  # steps
     eval_every: int = 0  # steps; 0 = only at the end
     eval_max_detections: int = 100  # of COCO's evaluation, an image
     tensorboard: bool = False  # also write the log as TensorBoard's events

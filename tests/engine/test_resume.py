@@ -113,6 +113,18 @@ def test_a_loader_that_cannot_begin_inside_an_epoch_is_refused() -> None:
     assert next(iter(BatchStream(plain, torch.device("cpu"), epoch=1))) is plain[0]
 
 
+def test_data_too_short_for_the_position_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    run(tmp_path, Model())
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, load_checkpoint(path) | {"position": 6, "step": 3})
+    log = (tmp_path / "log.jsonl").read_bytes()
+    with pytest.raises(
+        ValueError, match="expected the data of the run, 6 batches an epoch or more, got 5"
+    ):
+        run(tmp_path, Model(), resume=path)
+    assert (tmp_path / "log.jsonl").read_bytes() == log
+
+
 def test_an_average_turned_on_later_begins_at_the_weights(tmp_path: Path) -> None:
     run(tmp_path, Model())
     evaluated = []

@@ -66,6 +66,9 @@ class Loader:
     def set_epoch(self, epoch: int, *, start: int = 0) -> None:
         self.epoch, self.start = epoch, start
 
+    def __len__(self) -> int:
+        return 5
+
     def __iter__(self) -> Iterator[Any]:
         torch.randint(0, 100, ())  # a plain DataLoader draws its base seed here
         return self._batches()

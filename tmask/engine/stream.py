@@ -15,8 +15,8 @@ class BatchStream:
     ``set_epoch(epoch, start=position)``, so that nothing already used is read again. `rng` is put back once the
     iterator of the loader is made, which may draw from the random state.
 
-    Errors: ValueError to begin inside an epoch of a loader without ``set_epoch``; and, when it is gone through, for an
-    empty loader.
+    Errors: ValueError to begin inside an epoch of a loader without ``set_epoch`` or of fewer batches; and, when it is
+    gone through, for an empty loader.
     """
 
     def __init__(
@@ -35,6 +35,9 @@ class BatchStream:
         self._sampler: Any = getattr(loader, "batch_sampler", None)
         if position and not hasattr(self._sampler, "set_epoch"):
             raise ValueError("train_loader: expected a batch sampler with set_epoch, to resume inside an epoch")
+        if position and position > len(self._sampler):
+            expected = f"expected the data of the run, {position} batches an epoch or more, got {len(self._sampler)}"
+            raise ValueError(f"train_loader: cannot resume: {expected}")
 
     def __iter__(self) -> Iterator[Any]:
         while True:
