@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+from pathlib import Path
 
 import pytest
 import yaml
@@ -25,12 +27,12 @@ FIELDS = {
         milestones lr_floor warmup_steps warmup_start clip_norm ema_decay precision channels_last seed log_every
         checkpoint_every eval_every eval_max_detections tensorboard""",
     ModelConfig: """num_classes convention min_size max_size image_mean image_std size_divisible backbone
-        backbone_weights norm norm_eps trainable_layers fpn_channels anchor_sizes anchor_aspect_ratios rpn_fg_iou rpn_bg_iou
-        rpn_batch_size rpn_positive_fraction rpn_pre_nms_top_n_train rpn_pre_nms_top_n_test rpn_post_nms_top_n_train
-        rpn_post_nms_top_n_test rpn_nms_threshold rpn_min_size rpn_score_threshold box_pool_size box_head_dim box_fg_iou
-        box_bg_iou box_batch_size box_positive_fraction box_score_threshold box_nms_threshold max_detections
-        mask_pool_size mask_head_channels mask_head_layers loss_rpn_objectness loss_rpn_box loss_classifier loss_box
-        loss_mask""",
+        backbone_weights norm norm_eps trainable_layers fpn_channels anchor_sizes anchor_aspect_ratios rpn_fg_iou
+        rpn_bg_iou rpn_batch_size rpn_positive_fraction rpn_pre_nms_top_n_train rpn_pre_nms_top_n_test
+        rpn_post_nms_top_n_train rpn_post_nms_top_n_test rpn_nms_threshold rpn_min_size rpn_score_threshold
+        box_pool_size box_head_dim box_fg_iou box_bg_iou box_batch_size box_positive_fraction box_score_threshold
+        box_nms_threshold max_detections mask_pool_size mask_head_channels mask_head_layers loss_rpn_objectness
+        loss_rpn_box loss_classifier loss_box loss_mask""",
 }
 
 
@@ -78,9 +80,70 @@ def test_the_two_conventions_differ_and_are_named() -> None:
         (DataConfig, {"num_workers": -1}, "num_workers: expected at least 0, got -1"),
         (ModelConfig, {"min_size": 2000}, "min_size: expected in 1..max_size, got 2000"),
         (ModelConfig, {"convention": {"paste_": 1}}, "unknown Convention setting 'paste_': expected 'paste'?"),
+        (
+            ModelConfig,
+            {"convention": {"paste": "torchvision"}},
+            "convention: Convention: expected a setting 'roi_align",
+        ),
+        (ModelConfig, {"convention": "torchvision"}, "convention: expected a Convention, got 'torchvision'"),
+        (ModelConfig, {"num_classes": 1}, "num_classes: expected at least 2 (background and one class), got 1"),
+        (ModelConfig, {"num_classes": 3.0}, "num_classes: expected a whole number, got 3.0"),
+        (ModelConfig, {"num_classes": True}, "num_classes: expected a whole number, got True"),
+        (ModelConfig, {"backbone": "resnet51"}, "backbone: expected 'resnet50'?, got 'resnet51'"),
+        (ModelConfig, {"backbone_weights": 3}, "backbone_weights: expected a text or none, got 3"),
+        (ModelConfig, {"image_std": [0.2, 0, 0.2]}, "image_std: expected numbers above 0, got (0.2, 0, 0.2)"),
+        (
+            ModelConfig,
+            {"image_mean": [0.2, 0.2]},
+            "image_mean: expected a tuple (3 of: a finite number), got (0.2, 0.2)",
+        ),
+        (ModelConfig, {"image_mean": "grey"}, "image_mean: expected a tuple (3 of: a finite number), got 'grey'"),
+        (ModelConfig, {"max_size": -1}, "min_size: expected in 1..max_size, got 800"),
+        (ModelConfig, {"trainable_layers": 6}, "trainable_layers: expected in 0..5, got 6"),
+        (ModelConfig, {"anchor_sizes": []}, "anchor_sizes: expected 5 tuples, one a level P2-P6, got ()"),
+        (ModelConfig, {"anchor_sizes": [[]] * 5}, "anchor_sizes: expected numbers above 0, at least one a level"),
+        (ModelConfig, {"anchor_sizes": [[8], [8], [8], [8], [0]]}, "anchor_sizes: expected numbers above 0"),
+        (
+            ModelConfig,
+            {"anchor_sizes": [[8], [8], [8], [8], [8, 9]]},
+            "anchor_sizes: expected as many sizes in each lev",
+        ),
+        (
+            ModelConfig,
+            {"anchor_aspect_ratios": []},
+            "anchor_aspect_ratios: expected numbers above 0, at least one, got",
+        ),
+        (ModelConfig, {"anchor_aspect_ratios": [1, -1]}, "anchor_aspect_ratios: expected numbers above 0"),
+        (ModelConfig, {"box_score_threshold": 1.5}, "box_score_threshold: expected in 0..1, got 1.5"),
+        (ModelConfig, {"rpn_bg_iou": 0.8}, "rpn_bg_iou: expected at most rpn_fg_iou (0.7), got 0.8"),
+        (ModelConfig, {"box_positive_fraction": 0}, "box_positive_fraction: expected in (0, 1], got 0"),
+        (ModelConfig, {"rpn_min_size": -1.0}, "rpn_min_size: expected at least 0, got -1.0"),
+        (ModelConfig, {"loss_mask": math.nan}, "loss_mask: expected a finite number, got nan"),
+        (ModelConfig, {"mask_head_layers": 0}, "mask_head_layers: expected at least 1, got 0"),
+        (TrainConfig, {"lr": math.nan}, "lr: expected a finite number, got nan"),
+        (TrainConfig, {"lr": "fast"}, "lr: expected a finite number, got 'fast'"),
+        (TrainConfig, {"milestones": [0.5, "x"]}, "milestones: expected a tuple (any number of: a finite number), got"),
+        (TrainConfig, {"channels_last": 1}, "channels_last: expected true or false, got 1"),
+        (DataConfig, {"train_images": Path("x")}, "train_images: expected a text or none, got"),
+        (DataConfig, ["hflip"], "DataConfig: expected settings by name, got ['hflip']"),
     ],
 )
 def test_wrong_values_name_field_expected_and_got(cls: type, values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is compared whole
         from_dict(cls, values)
     assert message in str(error.value)
+
+
+def test_overrides_take_lists_and_name_what_is_wrong() -> None:
+    assert model_config("tiny", image_mean=[0.1, 0.2, 0.3]).image_mean == (0.1, 0.2, 0.3)
+    assert model_config("tiny", anchor_sizes=[[8], [16], [32], [64], [128]]).anchor_sizes[4] == (128,)
+    for wrong, message in (
+        ({"min_sise": 3}, "unknown model setting 'min_sise': expected 'min_size'?"),
+        ({"preset": "tinny"}, "preset: expected 'tiny'?, got 'tinny'"),
+        ({"preset": 50}, "preset: expected a name or a ModelConfig, got 50"),
+        ({"convention": "torch"}, "convention: expected 'torchvision'?, got 'torch'"),
+        ({"convention": {"paste": "torchvision"}}, "convention: expected a Convention, got {"),
+    ):
+        with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is compared whole
+            model_config(**{"preset": "tiny", **wrong})
+        assert message in str(error.value)

@@ -17,7 +17,8 @@ LAZY = {"pycocotools", "jsonargparse", "tqdm", "matplotlib", "PIL", "safetensors
 LOW = {"structures"}
 ALLOWED = {
     "structures": set(),
-    "config": set(),
+    "checks": set(),
+    "config": {"checks"},
     "model": LOW | {"model"},
     "build": LOW | {"model", "config"},
     "data": LOW | {"model", "config", "data"},

@@ -7,35 +7,15 @@ turns a `ModelConfig` into modules; the modules take explicit arguments and neve
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tmask.checks import check_fields, nearest, require
+
 BackboneName = Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101"]
 NormName = Literal["bn", "frozen_bn", "gn"]
 ConventionName = Literal["detectron2", "torchvision"]
-
-
-def _require(condition: bool, name: str, expected: str, got: Any) -> None:
-    if not condition:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
-
-
-def _expected(name: str, known: typing.Iterable[str]) -> str:
-    names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"{near[0]!r}?" if near else f"one of {', '.join(names)}"
-
-
-def _check_names(config: Any) -> None:
-    """A field of a Literal type holds one of its names."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        known = typing.get_args(hint)
-        if typing.get_origin(hint) is Literal and getattr(config, name) not in known:
-            raise ValueError(
-                f"{name}: expected {_expected(str(getattr(config, name)), known)}, got {getattr(config, name)!r}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +35,8 @@ class Convention:
     ignore_crowds: bool  # anchors and RoIs inside a crowd are no negatives; torchvision drops crowds before the model
 
     def __post_init__(self) -> None:
-        _check_names(self)
+        check_fields(self)
+        require(self.roi_sampling_ratio >= 0, "roi_sampling_ratio", "at least 0", self.roi_sampling_ratio)
 
 
 CONVENTIONS: dict[str, Convention] = {
@@ -149,22 +130,32 @@ class ModelConfig:
     loss_mask: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_names(self)
-        _require(self.num_classes >= 2, "num_classes", "at least 2 (background and one class)", self.num_classes)
-        _require(0 < self.min_size <= self.max_size, "min_size", "in 1..max_size", self.min_size)
-        _require(0 <= self.trainable_layers <= 5, "trainable_layers", "in 0..5", self.trainable_layers)
-        _require(len(self.anchor_sizes) == 5, "anchor_sizes", "5 tuples, one a level P2-P6", self.anchor_sizes)
-        for name in ("rpn_bg_iou", "rpn_fg_iou", "box_bg_iou", "box_fg_iou", "rpn_nms_threshold", "box_nms_threshold"):
-            _require(0 <= getattr(self, name) <= 1, name, "in 0..1", getattr(self, name))
+        check_fields(self)
+        require(self.num_classes >= 2, "num_classes", "at least 2 (background and one class)", self.num_classes)
+        require(0 < self.min_size <= self.max_size, "min_size", "in 1..max_size", self.min_size)
+        require(min(self.image_std) > 0, "image_std", "numbers above 0", self.image_std)
+        require(0 <= self.trainable_layers <= 5, "trainable_layers", "in 0..5", self.trainable_layers)
+        require(len(self.anchor_sizes) == 5, "anchor_sizes", "5 tuples, one a level P2-P6", self.anchor_sizes)
+        # One RPN head serves all levels, so each has as many anchors a cell.
+        counts = {len(level) for level in self.anchor_sizes}
+        require(len(counts) == 1, "anchor_sizes", "as many sizes in each level", self.anchor_sizes)
+        positive = min(counts) > 0 and all(size > 0 for level in self.anchor_sizes for size in level)
+        require(positive, "anchor_sizes", "numbers above 0, at least one a level", self.anchor_sizes)
+        ratios = self.anchor_aspect_ratios
+        require(min(ratios, default=0) > 0, "anchor_aspect_ratios", "numbers above 0, at least one", ratios)
+        for item in dataclasses.fields(self):
+            name, value = item.name, getattr(self, item.name)
+            if item.type == "int" and name != "trainable_layers":
+                require(value >= 1, name, "at least 1", value)
+            elif name.endswith(("_iou", "_threshold")):
+                require(0 <= value <= 1, name, "in 0..1", value)
+            elif name.endswith("_positive_fraction"):
+                require(0 < value <= 1, name, "in (0, 1]", value)
+            elif item.type == "float":
+                require(value >= 0, name, "at least 0", value)
         for part in ("rpn", "box"):
             low, high = getattr(self, f"{part}_bg_iou"), getattr(self, f"{part}_fg_iou")
-            _require(low <= high, f"{part}_bg_iou", f"at most {part}_fg_iou ({high})", low)
-        for name in ("rpn_positive_fraction", "box_positive_fraction"):
-            _require(0 < getattr(self, name) <= 1, name, "in (0, 1]", getattr(self, name))
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            if item.type == "int" and item.name != "trainable_layers":
-                _require(value >= 1, item.name, "at least 1", value)
+            require(low <= high, f"{part}_bg_iou", f"at most {part}_fg_iou ({high})", low)
 
 
 _R50 = ModelConfig()
@@ -211,9 +202,10 @@ class DataConfig:
     aspect_grouping: bool = True  # batch portrait with portrait, landscape with landscape
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("hflip", "vflip"):
-            _require(0 <= getattr(self, name) <= 1, name, "in 0..1", getattr(self, name))
-        _require(self.num_workers >= 0, "num_workers", "at least 0", self.num_workers)
+            require(0 <= getattr(self, name) <= 1, name, "in 0..1", getattr(self, name))
+        require(self.num_workers >= 0, "num_workers", "at least 0", self.num_workers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,15 +241,15 @@ class TrainConfig:
     tensorboard: bool = False  # also write the log as TensorBoard's events
 
     def __post_init__(self) -> None:
-        _check_names(self)
+        check_fields(self)
         for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "eval_max_detections"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("lr", "momentum", "weight_decay", "warmup_steps", "eval_every", "lr_floor"):
-            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        _require(0 <= self.warmup_start <= 1, "warmup_start", "in 0..1", self.warmup_start)
-        _require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
-        _require(all(0 < m <= 1 for m in self.milestones), "milestones", "fractions of steps", self.milestones)
-        _require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "above 0, or none", self.clip_norm)
+            require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        require(0 <= self.warmup_start <= 1, "warmup_start", "in 0..1", self.warmup_start)
+        require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
+        require(all(0 < m <= 1 for m in self.milestones), "milestones", "fractions of steps", self.milestones)
+        require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "above 0, or none", self.clip_norm)
 
 
 _SMALL_DATA = TrainConfig(
@@ -290,33 +282,44 @@ def model_config(preset: str | ModelConfig, **overrides: Any) -> ModelConfig:
     """
     if isinstance(preset, str):
         if preset not in PRESETS:
-            raise ValueError(f"preset: expected {_expected(preset, PRESETS)}, got {preset!r}")
+            raise ValueError(f"preset: expected {nearest(preset, PRESETS)}, got {preset!r}")
         preset = PRESETS[preset]
+    if not isinstance(preset, ModelConfig):
+        raise ValueError(f"preset: expected a name or a ModelConfig, got {preset!r}")
     known = {item.name for item in dataclasses.fields(ModelConfig)}
     for name in overrides:
         if name not in known:
-            raise ValueError(f"unknown model setting {name!r}: expected {_expected(name, known)}")
+            raise ValueError(f"unknown model setting {name!r}: expected {nearest(name, known)}")
     convention = overrides.get("convention")
     if isinstance(convention, str):
         if convention not in CONVENTIONS:
-            raise ValueError(f"convention: expected {_expected(convention, CONVENTIONS)}, got {convention!r}")
+            raise ValueError(f"convention: expected {nearest(convention, CONVENTIONS)}, got {convention!r}")
         overrides["convention"] = CONVENTIONS[convention]
-    return dataclasses.replace(preset, **overrides)
+    return dataclasses.replace(preset, **{name: _tuples(value) for name, value in overrides.items()})
 
 
 def from_dict(cls: type[Any], values: dict[str, Any]) -> Any:
     """Build a config dataclass from the plain dict that `dataclasses.asdict` gives (lists become tuples again).
 
-    Errors: ValueError for an unknown key (with the nearest name) and impossible values.
+    Errors: ValueError for an unknown key (with the nearest name), a missing one, and impossible values.
     """
+    if not isinstance(values, dict):
+        raise ValueError(f"{cls.__name__}: expected settings by name, got {values!r}")
     hints = typing.get_type_hints(cls)
     out = {}
     for name, value in values.items():
         if name not in hints:
-            raise ValueError(f"unknown {cls.__name__} setting {name!r}: expected {_expected(name, hints)}")
+            raise ValueError(f"unknown {cls.__name__} setting {name!r}: expected {nearest(str(name), hints)}")
         if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
-            value = from_dict(typing.cast(type[Any], hints[name]), value)
+            try:
+                value = from_dict(typing.cast(type[Any], hints[name]), value)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
         out[name] = _tuples(value)
+    for item in dataclasses.fields(cls):
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and item.name not in out:
+            raise ValueError(f"{cls.__name__}: expected a setting {item.name!r}, got none")
     return cls(**out)
 
 

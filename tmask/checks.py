@@ -1,0 +1,62 @@
+"""Checks of what users give, shared by the configs and the command line; every message is "name: expected, got"."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import typing
+from typing import Any, Literal
+
+
+def require(condition: bool, name: str, expected: str, got: Any) -> None:
+    """Raise ValueError "name: expected ..., got ..." unless `condition`."""
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """What to expect in place of `name`: the known name most like it, or all of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"{near[0]!r}?" if near else f"one of {', '.join(names)}"
+
+
+def check_fields(config: Any) -> None:
+    """Each field of a dataclass holds a value of its type: a name of its Literal, finite numbers, as many as its tuple
+    has. Errors: ValueError."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        require(_fits(value, hint), name, describe(hint, value), value)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the type `hint`; of a float, also finite."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if parts[-1] is Ellipsis:
+            return all(_fits(item, parts[0]) for item in value)
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    if typing.get_origin(hint) is Literal:
+        return value in parts
+    if parts:  # X | None
+        return any(_fits(value, part) for part in parts)
+    if hint in (int, float):
+        kinds = int if hint is int else (int, float)
+        return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, hint)
+
+
+def describe(hint: Any, got: Any) -> str:
+    """What to expect of the type `hint` in place of `got`, in words."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return nearest(str(got), parts)
+    if typing.get_origin(hint) is tuple:
+        number = "any number" if parts[-1] is Ellipsis else len(parts)
+        return f"a tuple ({number} of: {describe(parts[0], got)})"
+    if parts:
+        return " or ".join(describe(part, got) for part in parts)
+    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", type(None): "none"}
+    return words.get(hint, f"a {getattr(hint, '__name__', hint)}")
