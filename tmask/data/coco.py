@@ -180,3 +180,14 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             decoded = np.ascontiguousarray(coco_mask.decode(runs).transpose(2, 0, 1))  # [rows, H, W]
             masks[rows] = torch.from_numpy(decoded)
         return masks
+
+
+def check_instances(dataset: CocoDataset, *, train: bool) -> None:
+    """Raise ValueError if there is no instance to train on; warn if there is none to evaluate with."""
+    if dataset.num_instances:
+        return
+    total = len(dataset.coco.anns)
+    got = f"none that counts of {total} (crowds, boxes without area inside the image)" if total else "none"
+    if train:
+        raise ValueError(f"{dataset.annotation_file}: annotations: expected at least one to train on, got {got}")
+    warnings.warn(f"{dataset.annotation_file}: no annotation to evaluate with: no average precision", stacklevel=2)

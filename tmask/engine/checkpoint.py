@@ -68,6 +68,9 @@ def load_checkpoint(path: str | Path, *, device: torch.device | str = "cpu") -> 
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
         # torch's own message advises to load without weights_only, which would let the file run code.
         raise CheckpointError(f"checkpoint {path}: truncated, damaged or no checkpoint") from error
+    if isinstance(content, dict) and any("backbone.body." in str(key) for key in content):
+        hint = "it is a torchvision state dict, use tmask.load_torchvision"
+        raise CheckpointError(f"checkpoint {path}: expected a file written by tmask: {hint}")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint {path}: expected a file written by tmask, got something else")
     version = content.get("version")

@@ -32,9 +32,10 @@ OVERVIEW_NAME, OVERVIEW_PICTURES = "overview.png", 4
 def open_dataset(data: DataConfig, split: str) -> Any:
     """The CocoDataset of split ``"train"`` (with its random flips) or ``"val"``; None if `data` names none.
 
-    Errors: ValueError if only one of the two paths is given or a path does not exist.
+    Errors: ValueError if only one of the two paths is given or a path does not exist, those of CocoDataset, and if
+    there is nothing to train on.
     """
-    from tmask.data.coco import CocoDataset
+    from tmask.data.coco import CocoDataset, check_instances
     from tmask.data.transforms import train_transforms
 
     images, annotations = getattr(data, f"{split}_images"), getattr(data, f"{split}_annotations")
@@ -46,7 +47,9 @@ def open_dataset(data: DataConfig, split: str) -> Any:
         if not Path(path).exists():
             raise ValueError(f"data.{name}: no such file or folder: {path}")
     flips = train_transforms(hflip=data.hflip, vflip=data.vflip) if split == "train" else None
-    return CocoDataset(images, annotations, transforms=flips)
+    dataset = CocoDataset(images, annotations, transforms=flips)
+    check_instances(dataset, train=split == "train")
+    return dataset
 
 
 def run_training(
