@@ -6,9 +6,10 @@ Letters: K instances, H W image size, h w size of a picture. A picture is uint8 
 from __future__ import annotations
 
 import colorsys
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +25,14 @@ Colour = tuple[int, int, int]
 Box = tuple[float, float, float, float]
 
 PICTURE_SIDE = 512  # small images are enlarged to about this short side, so that labels can be read
+_MAX_ASPECT = 4  # but their long side to no more than this many times as much
 MASK_ALPHA = 0.45  # weight of an instance's colour over the image
 GAP = 8  # pixels between and around the pictures of a grid
 _GOLDEN = 0.618034  # steps of this much around the colour circle never come back near an earlier one soon
 _MAX_HIDDEN = 0.1  # part of a label's plate that may lie on other labels
+_MAX_COVERED = 0.2  # part of a picture that labels may hide; the surest instances come first
+_MAX_NAME = 60  # characters of a class name; longer ones are cut, and shorter ones where the picture ends
+_PAD = 3  # pixels between a label's text and the edge of its plate
 _GROUND: Colour = (255, 255, 255)
 _INK: Colour = (20, 20, 20)
 
@@ -44,9 +49,11 @@ def draw_instances(
 
     image: uint8 [3, H, W] RGB. result: ``boxes`` [K, 4] xyxy in pixels of the image and ``labels`` [K]; may hold
     ``scores`` [K] and ``masks``: COCO run lengths (K dicts), [K, H, W] bool or uint8, or probabilities, [K, 1, H, W]
-    too, as torchvision gives them. Label i is named ``class_names[i - 1]``; a single class is not named. Instances
-    below `min_score` are left out, and labels that would hide another one in a crowded picture.
-    The picture is the image enlarged by the whole factor that brings its short side nearest to `side`, at least 1.
+    too, as torchvision gives them. Label i is named ``class_names[i - 1]``; a single class is not named, and one that
+    the font cannot write by its number, ``class i``. Instances below `min_score` are left out, and in a crowded picture
+    labels that would hide another one or too much of the picture.
+    The picture is the image enlarged by the whole factor that brings its short side nearest to `side`, at least 1, and
+    fewer times if it is long and thin. Run lengths are decoded one at a time.
 
     Tensors may be on any device. Errors: ValueError for an image of another dtype or shape, masks of another size, and
     a label without a name.
@@ -56,10 +63,12 @@ def draw_instances(
     if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3:
         raise ValueError(f"image: expected uint8 [3, H, W], got {image.dtype} {tuple(image.shape)}")
     size = (int(image.shape[1]), int(image.shape[2]))
-    factor = max(1, round(side / max(1, min(size))))
+    factor = max(1, min(round(side / max(1, min(size))), _MAX_ASPECT * side // max(1, *size)))
     boxes, labels, scores = _to_numpy(result["boxes"]), _to_numpy(result["labels"]), result.get("scores")
     scores = None if scores is None else _to_numpy(scores)
-    masks = _masks(result.get("masks"), len(boxes), size)
+    masks = result.get("masks")
+    if masks is not None:
+        _check_masks(masks, len(boxes), size)
     wrong = [int(label) for label in labels if not 1 <= label <= len(class_names)]
     if wrong:
         raise ValueError(f"labels: expected 1..{len(class_names)}, one a class name, got {wrong[0]}")
@@ -71,20 +80,26 @@ def draw_instances(
     pixels = np.array(picture.resize((size[1] * factor, size[0] * factor), Image.Resampling.BICUBIC))
     if masks is not None:
         for k in shown:
-            _tint(pixels, _enlarge(masks[k], factor), _colour(k), line=max(1, round(min(pixels.shape[:2]) / 300)))
+            mask, top, left = _crop(masks[k])
+            mask = mask.repeat(factor, axis=0).repeat(factor, axis=1)  # the outline stays the mask's, not a smooth one
+            window = pixels[top * factor :, left * factor :][: mask.shape[0], : mask.shape[1]]
+            _tint(window, mask, _colour(k), line=max(1, round(min(pixels.shape[:2]) / 300)))
     canvas = Image.fromarray(pixels)
     draw = ImageDraw.Draw(canvas)
     for k in shown:
-        draw.rectangle(_inside(boxes[k] * factor, canvas.size), outline=_colour(k))
+        line = max(1, round(min(canvas.size) / 600))
+        draw.rectangle(_inside(boxes[k] * factor, canvas.size), outline=_colour(k), width=line)
     font = _font(max(11, round(min(canvas.size) / 34)))
     taken: list[Box] = []
-    for k in reversed(shown):
-        parts = [str(class_names[int(labels[k]) - 1])] if len(class_names) > 1 else []
-        parts += [] if scores is None else [f"{scores[k]:.2f}"]
-        if not parts:
-            continue
-        text = " ".join(parts)
-        _write_label(draw, text, _inside(boxes[k] * factor, canvas.size), _colour(k), font, canvas.size, taken)
+    first = shown[::-1] if scores is None else sorted(shown, key=lambda k: -float(scores[k]))
+    for k in first:
+        if sum(_overlap(plate, plate) for plate in taken) > _MAX_COVERED * canvas.size[0] * canvas.size[1]:
+            break
+        name = str(class_names[int(labels[k]) - 1]) if len(class_names) > 1 else ""
+        score = "" if scores is None else f"{scores[k]:.2f}"
+        text = _label(name, f"class {int(labels[k])}", score, font, canvas.size[0])
+        if text:
+            _write_label(draw, text, _inside(boxes[k] * factor, canvas.size), _colour(k), font, canvas.size, taken)
     return _from_numpy(np.array(canvas))
 
 
@@ -137,31 +152,41 @@ def grid(pictures: Sequence[Tensor], *, columns: int, captions: Sequence[str] | 
     return _from_numpy(np.array(canvas))
 
 
-def save_png(path: str | Path, picture: Tensor) -> None:
-    """Write a picture uint8 [3, h, w] as a PNG file; its folder is made if need be."""
+def save_png(target: str | Path | BinaryIO, picture: Tensor) -> None:
+    """Write a picture uint8 [3, h, w] as PNG to a path, whose folder is made if need be, or to an open file."""
     from PIL import Image
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(_to_numpy(picture.permute(1, 2, 0))).save(path, format="PNG")
+    if isinstance(target, str | Path):
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(_to_numpy(picture.permute(1, 2, 0))).save(target, format="PNG")
 
 
-def _masks(masks: Any, count: int, size: tuple[int, int]) -> npt.NDArray[np.bool_] | None:
-    """Masks of any form as bool [K, H, W]; None if there are none."""
+def _check_masks(masks: Any, count: int, size: tuple[int, int]) -> None:
+    """Raise ValueError unless there are `count` masks of `size` (H, W)."""
+    if isinstance(masks, Tensor):
+        shapes = {tuple(masks.shape[-2:])}
+    else:
+        shapes = {tuple(int(side) for side in run["size"]) for run in masks}
+    if len(masks) != count or shapes - {size}:
+        got = f"{len(masks)} of {', '.join(f'{h}x{w}' for h, w in sorted(shapes)) or 'no size'}"
+        raise ValueError(f"masks: expected {count} of {size[0]}x{size[1]} pixels, got {got}")
+
+
+def _crop(mask: Any) -> tuple[npt.NDArray[np.bool_], int, int]:
+    """A mask of any form, cut to its pixels: bool [h, w], and row and column of its corner. It may be empty."""
     from pycocotools import mask as coco_mask
 
-    if masks is None:
-        return None
-    if isinstance(masks, Tensor):
-        masks = masks[:, 0] if masks.dim() == 4 else masks
-        out = _to_numpy(masks >= 0.5 if masks.is_floating_point() else masks != 0)
+    if isinstance(mask, Tensor):
+        mask = mask[0] if mask.dim() == 3 else mask
+        dense = _to_numpy(mask >= 0.5 if mask.is_floating_point() else mask != 0)
+        rows, columns = (np.flatnonzero(dense.any(axis)) for axis in (1, 0))
+        if not len(rows):
+            return dense[:0, :0], 0, 0
+        x, y, w, h = columns[0], rows[0], columns[-1] + 1 - columns[0], rows[-1] + 1 - rows[0]
     else:
-        out = np.zeros((count, *size), dtype=bool)
-        if len(masks):
-            out = coco_mask.decode(list(masks)).transpose(2, 0, 1).astype(bool)
-    if out.shape != (count, *size):
-        raise ValueError(f"masks: expected {count} of {size[0]}x{size[1]} pixels, got {tuple(out.shape)}")
-    return out
+        x, y, w, h = (int(value) for value in coco_mask.toBbox(mask))
+        dense = coco_mask.decode(mask)
+    return dense[y : y + h, x : x + w].astype(bool), int(y), int(x)
 
 
 def _colour(k: int) -> Colour:
@@ -170,26 +195,30 @@ def _colour(k: int) -> Colour:
     return int(red * 255), int(green * 255), int(blue * 255)
 
 
-def _enlarge(mask: npt.NDArray[np.bool_], factor: int) -> npt.NDArray[np.bool_]:
-    """Repeat every pixel `factor` times both ways: the outline stays the mask's own, not a smoothed one."""
-    return mask.repeat(factor, axis=0).repeat(factor, axis=1)
-
-
 def _tint(pixels: Pixels, mask: npt.NDArray[np.bool_], colour: Colour, *, line: int) -> None:
     """Colour the pixels of `mask`, and fully those within `line` pixels of its outline, in place."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return
-    window = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
-    inside, target = mask[window], pixels[window]
-    core = np.pad(inside, line)
+    core = _erode(mask, line)
+    outline = mask & ~core
+    values = np.arange(256)
+    for channel, tone in enumerate(colour):
+        tinted = (values * (1 - MASK_ALPHA) + tone * MASK_ALPHA).astype(np.uint8)
+        plane = pixels[..., channel]
+        plane[core] = tinted[plane[core]]
+        plane[outline] = tone
+
+
+def _erode(mask: npt.NDArray[np.bool_], steps: int) -> npt.NDArray[np.bool_]:
+    """The pixels of `mask` whose neighbours up to `steps` away, diagonals too, all are in it; none is beyond it."""
+    core = np.pad(mask, steps)
     for axis in (0, 1):
-        shifted = [np.roll(core, step, axis) for step in range(-line, line + 1)]
-        core = np.logical_and.reduce(shifted)
-    core = core[line:-line, line:-line]
-    tone = np.array(colour)
-    target[core] = (target[core] * (1 - MASK_ALPHA) + tone * MASK_ALPHA).astype(np.uint8)
-    target[inside & ~core] = colour
+        core = core.swapaxes(0, axis)
+        width = 1  # pixel i stands for i .. i + width - 1
+        while width < 2 * steps + 1:
+            shift = min(width, 2 * steps + 1 - width)
+            core = core[:-shift] & core[shift:]
+            width += shift
+        core = core.swapaxes(0, axis)
+    return core
 
 
 def _inside(box: Any, size: tuple[int, int]) -> Box:
@@ -213,8 +242,7 @@ def _write_label(
     Nothing is written if that still is more than `_MAX_HIDDEN` of the plate.
     """
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
-    pad = 3
-    w, h = right - left + 2 * pad, bottom - top + 2 * pad
+    w, h = right - left + 2 * _PAD, bottom - top + 2 * _PAD
     x1, y1, x2, y2 = box
     places = [(x1, y1 - h), (x2 - w, y1 - h), (x1, y2), (x2 - w, y2), (x1, y1), (x1, y2 - h), (x2, y1), (x1 - w, y1)]
     plates = []
@@ -229,18 +257,34 @@ def _write_label(
     taken.append(plate)
     draw.rectangle(plate, fill=colour)
     dark = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140  # perceived lightness, Rec. 601
-    draw.text((plate[0] + pad - left, plate[1] + pad - top), text, fill=_INK if dark else _GROUND, font=font)
+    draw.text((plate[0] + _PAD - left, plate[1] + _PAD - top), text, fill=_INK if dark else _GROUND, font=font)
 
 
 def _overlap(a: Box, b: Box) -> float:
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
+def _label(name: str, number: str, score: str, font: FreeTypeFont | ImageFont, width: int) -> str:
+    """Name and score, the name cut to what fits into `width` pixels, or `number` if the font lacks its characters."""
+    name = " ".join(name.split())
+    unknown = bytes(font.getmask("\uffff"))  # what the font draws for a character it lacks
+    if any(bytes(font.getmask(character)) == unknown for character in set(name) - {" "}):
+        name = number
+    whole = name
+    for length in range(min(len(whole), _MAX_NAME), 0, -1):
+        name = whole if length == len(whole) else whole[:length].rstrip() + "\u2026"
+        if font.getlength(f"{name} {score}".strip()) <= width - 2 * _PAD:
+            break
+    return f"{name} {score}".strip()
+
+
+@functools.cache
 def _font(size: int) -> FreeTypeFont | ImageFont:
-    """Pillow's own font, so that pictures look the same everywhere."""
+    """The font that comes with matplotlib, so that pictures look the same everywhere: Latin, Greek, Cyrillic, ..."""
+    import matplotlib
     from PIL import ImageFont
 
-    return ImageFont.load_default(size)
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 def _to_numpy(tensor: Tensor) -> Any:
