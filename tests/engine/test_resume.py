@@ -118,9 +118,7 @@ def test_data_too_short_for_the_position_is_refused_before_anything_changes(tmp_
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, load_checkpoint(path) | {"position": 6, "step": 3})
     log = (tmp_path / "log.jsonl").read_bytes()
-    with pytest.raises(
-        ValueError, match="expected the data of the run, 6 batches an epoch or more, got 5"
-    ):
+    with pytest.raises(ValueError, match="expected the data of the run, 6 batches an epoch or more, got 5"):
         run(tmp_path, Model(), resume=path)
     assert (tmp_path / "log.jsonl").read_bytes() == log
 

@@ -33,11 +33,13 @@ class BatchStream:
         self.position = position  # batches of this epoch given out
         self._rng = rng
         self._sampler: Any = getattr(loader, "batch_sampler", None)
-        if position and not hasattr(self._sampler, "set_epoch"):
-            raise ValueError("train_loader: expected a batch sampler with set_epoch, to resume inside an epoch")
-        if position and position > len(self._sampler):
-            expected = f"expected the data of the run, {position} batches an epoch or more, got {len(self._sampler)}"
-            raise ValueError(f"train_loader: cannot resume: {expected}")
+        if position:
+            sampler: Any = self._sampler
+            if not hasattr(sampler, "set_epoch"):
+                raise ValueError("train_loader: expected a batch sampler with set_epoch, to resume inside an epoch")
+            if position > len(sampler):
+                expected = f"expected the data of the run, {position} batches an epoch or more, got {len(sampler)}"
+                raise ValueError(f"train_loader: cannot resume: {expected}")
 
     def __iter__(self) -> Iterator[Any]:
         while True:
