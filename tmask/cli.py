@@ -18,12 +18,14 @@ import re
 import shlex
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
+from tmask.checks import describe, nearest
 from tmask.config import (
     CONVENTIONS,
     PRESETS,
@@ -54,9 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tmask {version('tmask')}")
         return 0
     name = args[0]
+    python_format = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"tmask {name}: warning: {_one_line(str(message))}\n"
     try:
         if name not in COMMANDS:
-            raise UsageError(f"unknown command {name!r}: expected {_nearest(name, COMMANDS)}")
+            raise UsageError(f"unknown command {name!r}: expected {nearest(name, COMMANDS)}")
         return COMMANDS[name](args[1:])
     except SystemExit as stop:  # --help and --print_config end this way
         return stop.code if isinstance(stop.code, int) else 0
@@ -70,13 +74,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # a user's terminal is no place for a traceback
         if _debug():
             raise
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        return _fail(f"tmask {name}: error: {kind}{error}", 1)
+        return _fail(f"tmask {name}: error: {_describe(error)}", 1)
+    finally:
+        warnings.formatwarning = python_format
+
+
+def _describe(error: Exception) -> str:
+    """An error in one line: what the system says with the file it says it of, any other with its kind."""
+    if isinstance(error, ValueError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return f"{type(error).__name__}: {error}"
 
 
 def _fail(message: str, code: int) -> int:
-    print(" ".join(message.split()), file=sys.stderr)
+    print(_one_line(message), file=sys.stderr)
     return code
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _debug() -> bool:
@@ -101,8 +119,8 @@ def train_command(argv: list[str]) -> int:
         raise UsageError("--out is required: the folder of the run")
     # Everything that can be wrong with the settings and paths is found before the first step.
     try:
-        data = from_dict(DataConfig, args.data.as_dict())
-        training = from_dict(TrainConfig, args.train.as_dict())
+        data = _settings(DataConfig, "data", args)
+        training = _settings(TrainConfig, "train", args)
         device = _device(args.device)
         _check_precision(device, training.precision)
         from tmask.engine.interrupt import Interrupted
@@ -122,6 +140,7 @@ def train_command(argv: list[str]) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from error
     out = Path(args.out)
+    _check_out(out)
     if args.resume is None and not args.overwrite and (out / CHECKPOINT_NAME).exists():
         raise UsageError(f"--out {out} holds a checkpoint; go on with --resume {out / CHECKPOINT_NAME} or --overwrite")
     train_set, val_set = open_dataset(data, "train"), open_dataset(data, "val")
@@ -131,7 +150,7 @@ def train_command(argv: list[str]) -> int:
     try:
         config = from_dict(ModelConfig, settings)
     except ValueError as error:
-        raise UsageError(f"model.{error}") from error
+        raise UsageError(f"--model.{error}") from error
     try:
         result = run_training(
             config,
@@ -202,7 +221,7 @@ def _expand(argv: list[str]) -> tuple[str, list[str]]:
         config = _read_config(known.config)
     preset = known.preset or config.get("preset") or DEFAULT_PRESET
     if preset not in PRESETS:
-        raise UsageError(f"--preset: expected {_nearest(str(preset), PRESETS)}, got {preset!r}")
+        raise UsageError(f"--preset: expected {nearest(str(preset), PRESETS)}, got {preset!r}")
     head = []
     if config:
         model = config.get("model")
@@ -227,12 +246,15 @@ def _read_config(path: str) -> dict[str, Any]:
         raise UsageError(f"--config {path}: not YAML: {error}") from error
     if config is not None and not isinstance(config, dict):
         raise UsageError(f"--config {path}: expected settings, got {type(config).__name__}")
+    for group in ("model", "train", "data"):
+        if config and not isinstance(config.get(group, {}), dict):
+            raise UsageError(f"--config {path}: {group}: expected settings by name, got {config[group]!r}")
     return config or {}
 
 
 def _convention(name: str) -> dict[str, Any]:
     if name not in CONVENTIONS:
-        raise UsageError(f"--model.convention: expected {_nearest(name, CONVENTIONS)}, got {name!r}")
+        raise UsageError(f"--model.convention: expected {nearest(name, CONVENTIONS)}, got {name!r}")
     return dataclasses.asdict(CONVENTIONS[name])
 
 
@@ -266,12 +288,15 @@ def eval_command(argv: list[str]) -> int:
     device = _usage(lambda: _device(args.device))
     _usage(lambda: _check_precision(device, args.precision))
     _usage(lambda: _paths_exist(checkpoint=args.checkpoint, images=args.images, annotations=args.annotations))
-    for name in ("max_detections", "batch_size"):
+    for name, least in (("max_detections", 1), ("batch_size", 1), ("num_workers", 0)):
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name}: expected at least 1, got {value}")
+        if value is not None and value < least:
+            raise UsageError(f"--{name}: expected at least {least}, got {value}")
+    out = Path(args.out) if args.out is not None else None
+    if out:
+        _check_out(out)
 
-    from tmask.data.coco import CocoDataset
+    from tmask.data.coco import CocoDataset, check_instances
     from tmask.data.loader import make_loader
     from tmask.engine.checkpoint import load_model
     from tmask.engine.evaluate import evaluate, results_table
@@ -279,6 +304,7 @@ def eval_command(argv: list[str]) -> int:
 
     model, saved = load_model(args.checkpoint, device)
     dataset = CocoDataset(args.images, args.annotations)
+    check_instances(dataset, train=False)
     check_categories(model.config.num_classes, saved["categories"], dataset.categories)
     loader = make_loader(
         dataset, model.transform, batch_size=args.batch_size, shuffle=False, num_workers=args.num_workers
@@ -288,7 +314,6 @@ def eval_command(argv: list[str]) -> int:
         max_detections = saved["train_config"]["eval_max_detections"]
     else:
         model.roi_heads.max_detections = max_detections
-    out = Path(args.out) if args.out is not None else None
     metrics = evaluate(
         model,
         loader,
@@ -306,33 +331,60 @@ def eval_command(argv: list[str]) -> int:
 
 def predict_command(argv: list[str]) -> int:
     """Detect in an image, a folder or a glob; writes COCO results and pictures to --out."""
+    from jsonargparse import ActionYesNo
+
     parser = _parser("predict", predict_command)
     parser.add_argument("--checkpoint", type=str, required=True, help="checkpoint.pt of a run")
     parser.add_argument("--images", type=str, required=True, help="image, folder or quoted glob")
     parser.add_argument("--out", type=str, required=True, help="folder for predictions.json and the pictures")
+    parser.add_argument(
+        "--annotations", type=str | None, default=None, help="COCO file whose image ids the results shall have"
+    )
+    parser.add_argument("--pictures", action=ActionYesNo, default=True, help="draw the detections")
     parser.add_argument("--score_threshold", type=float, default=0.5, help="least score that is drawn")
+    parser.add_argument("--max_detections", type=int | None, default=None, help="an image; null: as in training")
+    parser.add_argument("--overwrite", action="store_true", help="forget what an earlier run left in --out")
     _add_device(parser)
     args = _parse(parser, argv)
     device = _usage(lambda: _device(args.device))
     _usage(lambda: _check_precision(device, args.precision))
-    _usage(lambda: _paths_exist(checkpoint=args.checkpoint))
+    _usage(lambda: _paths_exist(checkpoint=args.checkpoint, annotations=args.annotations))
+    out = Path(args.out)
+    _check_out(out)
+    if not 0 <= args.score_threshold <= 1:
+        raise UsageError(f"--score_threshold: expected in 0..1, got {args.score_threshold}")
+    if args.max_detections is not None and args.max_detections < 1:
+        raise UsageError(f"--max_detections: expected at least 1, got {args.max_detections}")
 
     from tmask.engine.checkpoint import load_model
-    from tmask.engine.predict import RESULTS_NAME as PREDICTIONS_NAME
-    from tmask.engine.predict import find_images, predict
+    from tmask.engine.predict import find_images, image_records, predict
+    from tmask.engine.record import PICTURES_NAME, OtherSettingsError
+    from tmask.engine.record import RESULTS_NAME as PREDICTIONS_NAME
 
     files = _usage(lambda: find_images(args.images))
+    known = _usage(lambda: image_records(args.annotations, list(files))) if args.annotations else None
     model, saved = load_model(args.checkpoint, device)
-    results = predict(
-        model,
-        files,
-        saved["categories"],
-        out_dir=args.out,
-        device=device,
-        precision=args.precision,
-        score_threshold=args.score_threshold,
-    )
-    print(f"{len(results)} detections in {len(files)} images: {Path(args.out) / PREDICTIONS_NAME}, pictures beside it")
+    if args.max_detections is not None:
+        model.roi_heads.max_detections = args.max_detections
+    try:
+        done = predict(
+            model,
+            files,
+            saved["categories"],
+            out_dir=out,
+            device=device,
+            precision=args.precision,
+            score_threshold=args.score_threshold,
+            pictures=args.pictures,
+            coco_images=known,
+            overwrite=args.overwrite,
+        )
+    except OtherSettingsError as error:
+        raise UsageError(str(error)) from error
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"interrupted; what is done is in {out}, and the same command goes on there") from stop
+    drawn = f", pictures in {out / PICTURES_NAME}" if args.pictures else ""
+    print(f"{done.detections} detections in {done.images} images: {out / PREDICTIONS_NAME}{drawn}")
     return 0
 
 
@@ -391,7 +443,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def _parser(name: str, command: Callable[..., int]) -> ArgumentParser:
-    return ArgumentParser(prog=f"tmask {name}", description=command.__doc__, exit_on_error=False)
+    return ArgumentParser(prog=f"tmask {name}", description=command.__doc__, exit_on_error=False, allow_abbrev=False)
 
 
 def _add_device(parser: ArgumentParser) -> None:
@@ -400,20 +452,26 @@ def _add_device(parser: ArgumentParser) -> None:
 
 
 def _parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
-    """Parse; an unknown option is answered with the nearest known one."""
+    """Parse; an unknown option is answered with the nearest known one, a wrong value with what is expected."""
     try:
         return parser.parse_args(argv)
     except argparse.ArgumentError as error:
-        message = str(error)
-        hint = ""
-        group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-        unknown = re.search(r"unrecognized arguments: --([\w.]+)", message) or re.search(r"[Kk]ey '([\w.]+)'", message)
-        wanted = f"{group[1]}.{group[2]}" if group else unknown[1] if unknown else None
-        known = [action.dest for action in parser._actions]
-        near = difflib.get_close_matches(wanted, known, n=1) if wanted and wanted not in known else []
-        if near:
-            hint = f"; did you mean --{near[0]}?"
-        raise UsageError(message + hint) from error
+        raise UsageError(_explain(parser, str(error))) from error
+
+
+def _explain(parser: ArgumentParser, message: str) -> str:
+    """jsonargparse's message in the words of ours."""
+    known = {action.dest: action for action in parser._actions}
+    value = re.search(r'^Parser key "([\w.]+)":\s.* value: (.*)', message, re.DOTALL)
+    if value and getattr(known.get(value[1]), "_typehint", None) is not None:
+        return f"--{value[1]}: expected {describe(known[value[1]]._typehint, value[2])}, got {value[2]}"
+    group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    unknown = re.search(r"(?:unrecognized arguments: --|[Kk]ey '|Option ')([\w.]+)", message)
+    wanted = f"{group[1]}.{group[2]}" if group else unknown[1] if unknown else None
+    if wanted is None or wanted in known:
+        return message
+    near = difflib.get_close_matches(wanted, known, n=1)
+    return f"unknown option --{wanted}" + (f"; did you mean --{near[0]}?" if near else "")
 
 
 def _usage(function: Callable[[], Any]) -> Any:
@@ -439,12 +497,30 @@ def _check_precision(device: Any, precision: str) -> None:
     autocast(device, precision)
 
 
+def _settings(cls: type[Any], group: str, args: Namespace) -> Any:
+    """The config of a group of options; its errors name the option."""
+    try:
+        return from_dict(cls, args[group].as_dict())
+    except ValueError as error:
+        raise UsageError(f"--{group}.{error}") from error
+
+
 def _paths_exist(**paths: str | None) -> None:
+    """Options that name what must be there: a folder of images, or a file."""
     for name, path in paths.items():
-        if path is not None and not Path(path).exists():
+        if path is None:
+            continue
+        if not Path(path).exists():
             raise UsageError(f"--{name}: no such file or folder: {path}")
+        if name.endswith("images") != Path(path).is_dir():
+            kinds = ("folder", "file") if name.endswith("images") else ("file", "folder")
+            raise UsageError(f"--{name}: expected a {kinds[0]}, got a {kinds[1]}: {path}")
 
 
-def _nearest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"{near[0]!r}?" if near else f"one of {', '.join(known)}"
+def _check_out(out: Path) -> None:
+    """Find before any work that nothing could be written there."""
+    there = next(path for path in (out, *out.parents) if path.exists())
+    if not there.is_dir():
+        raise UsageError(f"--out {out}: expected a folder, but {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"--out {out}: the folder {there} is not writable")

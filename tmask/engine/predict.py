@@ -1,98 +1,248 @@
-"""Prediction on image files: COCO results and pictures with the instances drawn in."""
+"""Prediction on image files: COCO results and pictures with the instances drawn in; a run may stop and go on."""
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+import hashlib
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from tmask.engine.checkpoint import config_dict
 from tmask.engine.device import autocast
-from tmask.engine.evaluate import coco_results, write_results
+from tmask.engine.evaluate import coco_results
+from tmask.engine.files import replacing
+from tmask.engine.record import Record, file_state
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-RESULTS_NAME = "predictions.json"
+_NAMED_ERRORS = 5  # files that an error names; of the others it gives the number
+_LINE_SECONDS = 30.0  # between lines of progress, where there is no terminal for a bar
 
 
-def find_images(pattern: str | Path) -> list[Path]:
-    """The image files of a file name, a folder (not its subfolders) or a glob, sorted.
+class Summary(NamedTuple):
+    """What a run of `predict` left: images done, those among them that an earlier run had done, and detections."""
 
-    Errors: ValueError if there are none.
+    images: int
+    reused: int
+    detections: int
+
+
+def find_images(pattern: str | Path) -> dict[str, Path]:
+    """The image files of a file name, a folder (not its subfolders) or a glob, by name, sorted.
+
+    A name is the path from the folder on, or from the part of the glob without wildcards: ``sub/a.png`` for
+    ``data/**/*.png``. A folder gives the files with an image's suffix that are not hidden; so does a glob, unless it
+    ends in a suffix itself. Errors: ValueError if there are none.
     """
     path = Path(pattern)
     if path.is_dir():
-        found = [item for item in path.iterdir() if item.suffix.lower() in IMAGE_SUFFIXES]
+        root, found = path, [item for item in path.iterdir() if not item.name.startswith(".") and _has_suffix(item)]
     elif path.is_file():
-        found = [path]
+        root, found = path.parent, [path]
     else:
-        found = [Path(item) for item in glob.glob(str(pattern), recursive=True) if Path(item).is_file()]
+        root, found = _fixed_part(path), [Path(item) for item in glob.glob(str(pattern), recursive=True)]
+        if path.suffix in ("", ".*"):
+            found = [item for item in found if _has_suffix(item)]
+    # A link that leads nowhere stays: prediction will name it.
+    found = sorted(item for item in found if not item.is_dir())
     if not found:
         raise ValueError(f"images: expected an image, a folder of images or a glob, found no image at {str(pattern)!r}")
-    return sorted(found)
+    return {item.relative_to(root).as_posix(): item for item in found}
+
+
+def _has_suffix(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _fixed_part(pattern: Path) -> Path:
+    parts = pattern.parts
+    fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+    return Path(*parts[:fixed])
+
+
+def image_records(annotation_file: str | Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The records (``id``, ``width``, ``height``, ...) that a COCO file holds of the images of these names.
+
+    Errors: ValueError for a broken file, an image that is not in it or that it lists twice.
+    """
+    from tmask.data.annotations import read_json
+
+    path = Path(annotation_file)
+    content = read_json(path)
+    records: dict[str, dict[str, Any]] = {}
+    wanted = set(names)
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+        raise ValueError(f"{path}: expected a COCO file, an object with a list 'images'")
+    for i, record in enumerate(content["images"]):
+        for key in ("id", "file_name", "width", "height"):
+            if not isinstance(record, dict) or key not in record:
+                raise ValueError(f"{path}: images[{i}]: expected a field {key!r}, got none")
+        if record["file_name"] in records:
+            raise ValueError(f"{path}: images[{i}]: file_name {record['file_name']!r} occurs twice")
+        if record["file_name"] in wanted:
+            records[record["file_name"]] = record
+    missing = [name for name in names if name not in records]
+    if missing:
+        raise ValueError(f"{path}: {len(missing)} of {len(names)} images are not in it: {_listed(missing, ', ')}")
+    return records
 
 
 def predict(
     model: Any,
-    images: Sequence[Path],
+    images: Mapping[str, Path],
     categories: Sequence[dict[str, Any]],
     *,
     out_dir: str | Path,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
     score_threshold: float = 0.5,
-) -> list[dict[str, Any]]:
-    """Detect in each file of `images`; write ``predictions.json`` and a PNG an image to `out_dir`.
+    pictures: bool = True,
+    coco_images: Mapping[str, dict[str, Any]] | None = None,
+    overwrite: bool = False,
+) -> Summary:
+    """Detect in each file of `images`, by name as `find_images` gives them, and leave in `out_dir`
 
-    The JSON array holds COCO results of every detection; ``image_id`` counts the images from 1 and ``file_name`` is
-    added. `categories` are the checkpoint's: label i is ``categories[i - 1]``. `score_threshold` limits only what is
-    drawn. The JSON is written however this ends, with all images done by then.
-    Errors: ValueError, when all others are done, that names the files that are no images.
+    ``predictions.json``, the COCO results of every detection, with ``file_name`` added; ``images.json``, a COCO file of
+    the images and `categories`; with `pictures` a folder ``pictures`` of PNGs like the images' names; and
+    ``predictions.jsonl``, by which a later call goes on: images that are done and have not changed are not computed
+    again. The two JSON files are written however this ends, with the images done by then.
+
+    ``image_id`` counts the images from 1, and images are turned upright by their EXIF orientation. With `coco_images`
+    (see `image_records`) ids are theirs and the pixels stay as stored, as annotations and `evaluate` have them.
+    `categories` are the checkpoint's: label i is ``categories[i - 1]``. `score_threshold` limits what is drawn.
+    Errors: ValueError if `out_dir` has results of other settings or weights, unless `overwrite`; and, when all others
+    are done, one that names the files that are no images.
     """
-    from tqdm import tqdm
-
     from tmask.data.images import read_image
-    from tmask.visualize import draw_instances, save_png
 
-    device, out_dir = torch.device(device), Path(out_dir)
-    ids = [int(category["id"]) for category in categories]
-    names = [str(category["name"]) for category in categories]
-    pictures = _picture_names(images)
+    device = torch.device(device)
     model.to(device).eval()
-    out_dir.mkdir(parents=True, exist_ok=True)
-    results: list[dict[str, Any]] = []
+    record = Record(
+        out_dir,
+        {
+            "checkpoint": _digest(model),
+            "model": config_dict(getattr(model, "config", None)),
+            "categories": [[category["id"], category["name"]] for category in categories],
+            "max_detections": model.roi_heads.max_detections,
+            "precision": precision,
+            "score_threshold": score_threshold,
+            "exif": coco_images is None,
+        },
+        overwrite=overwrite,
+    )
+    # A glob may find the pictures of an earlier run.
+    files = {name: path for name, path in images.items() if not record.is_own_picture(path)}
+    numbers = {name: coco_images[name]["id"] if coco_images else i for i, name in enumerate(files, start=1)}
+    entries = {name: record.find(name, path) for name, path in files.items()}
+    todo = [
+        name
+        for name, entry in entries.items()
+        if entry is None or (pictures and not record.picture_path(entry.picture).is_file())
+    ]
+    reused = sum(entry is not None for entry in entries.values())
+    if reused:
+        print(f"{reused} of {len(files)} images were done before", file=sys.stderr)
     unreadable: list[str] = []
     try:
-        for number, path in enumerate(tqdm(images, unit="image", disable=None), start=1):
+        for name in _progress(todo):
+            path, entry = files[name], entries[name]
             try:
-                image = read_image(path)  # [3, H, W] uint8
+                state = file_state(path)
+                image = read_image(path, apply_exif=coco_images is None)  # [3, H, W] uint8
+                if coco_images:
+                    _check_size(path, image, coco_images[name])
             except ValueError as error:
                 unreadable.append(str(error))
                 continue
-            with torch.inference_mode(), autocast(device, precision):
-                result = model([image.to(device)], masks="rle")[0]
-            result = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in result.items()}
-            results += [{**row, "file_name": path.name} for row in coco_results(number, result, ids)]
-            picture = draw_instances(image, result, names, min_score=score_threshold)
-            save_png(out_dir / pictures[number - 1], picture)
+            if entry is None:
+                rows = _detect(model, image, path, categories, device, precision)
+                entry = record.add(name, state, (image.shape[1], image.shape[2]), rows)
+            if pictures:
+                _draw(record.picture_path(entry.picture), image, record.detections(entry), categories, score_threshold)
     finally:
-        write_results(out_dir / RESULTS_NAME, results)
+        kept = [{"id": int(category["id"]), "name": str(category["name"])} for category in categories]
+        counts = record.write_results({name: (numbers[name], path) for name, path in files.items()}, kept)
     if unreadable:
-        done = f"the {len(images) - len(unreadable)} others are done, {out_dir / RESULTS_NAME}"
-        raise ValueError(f"{len(unreadable)} of {len(images)} images left out ({done}): {'; '.join(unreadable)}")
-    return results
+        done = f"the {len(files) - len(unreadable)} others are done"
+        raise ValueError(f"{len(unreadable)} of {len(files)} images left out ({done}): {_listed(unreadable, '; ')}")
+    return Summary(counts[0], reused, counts[1])
 
 
-def _picture_names(images: Sequence[Path]) -> list[str]:
-    """One PNG name an image; images of the same stem are told apart by a number."""
-    names: list[str] = []
-    taken: set[str] = set()
-    for path in images:
-        name, number = f"{path.stem}.png", 1
-        while name in taken:
-            number += 1
-            name = f"{path.stem}-{number}.png"
-        taken.add(name)
-        names.append(name)
-    return names
+def _detect(
+    model: Any,
+    image: Tensor,
+    path: Path,
+    categories: Sequence[dict[str, Any]],
+    device: torch.device,
+    precision: str,
+) -> list[dict[str, Any]]:
+    """COCO results of an image, but for its id."""
+    try:
+        with torch.inference_mode(), autocast(device, precision):
+            result = model([image.to(device)], masks="rle")[0]
+    except (RuntimeError, ValueError) as error:
+        raise RuntimeError(f"{path}: {error}") from error
+    rows = coco_results(0, result, [int(category["id"]) for category in categories])
+    return [{key: value for key, value in row.items() if key != "image_id"} for row in rows]
+
+
+def _draw(
+    path: Path,
+    image: Tensor,
+    rows: Sequence[dict[str, Any]],
+    categories: Sequence[dict[str, Any]],
+    score_threshold: float,
+) -> None:
+    from tmask.visualize import draw_instances, save_png
+
+    labels = {int(category["id"]): label for label, category in enumerate(categories, start=1)}
+    xywh = torch.tensor([row["bbox"] for row in rows]).reshape(-1, 4)
+    result = {
+        "boxes": torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1),
+        "labels": torch.tensor([labels[row["category_id"]] for row in rows], dtype=torch.int64),
+        "scores": torch.tensor([row["score"] for row in rows]),
+        "masks": [row["segmentation"] for row in rows],
+    }
+    names = [str(category["name"]) for category in categories]
+    with replacing(path) as file:
+        save_png(file, draw_instances(image, result, names, min_score=score_threshold))
+
+
+def _progress(names: Sequence[str]) -> Iterator[str]:
+    """The names one after another, with a bar on a terminal and a line now and then elsewhere, on stderr."""
+    from tqdm import tqdm
+
+    if not names:
+        return
+    start = last = time.monotonic()
+    for count, name in enumerate(tqdm(names, unit="image", disable=None, file=sys.stderr), start=1):
+        yield name
+        now = time.monotonic()
+        if now - last >= _LINE_SECONDS and not sys.stderr.isatty():
+            last = now
+            print(f"image {count}/{len(names)}  {count / (now - start):.2f} images/s", file=sys.stderr, flush=True)
+
+
+def _check_size(path: Path, image: Tensor, record: dict[str, Any]) -> None:
+    expected, got = f"{record['width']}x{record['height']}", f"{image.shape[2]}x{image.shape[1]}"
+    if expected != got:
+        raise ValueError(f"{path}: expected {expected} pixels by the annotations, got {got}")
+
+
+def _digest(model: Any) -> str:
+    """A fingerprint of the weights."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _listed(items: Sequence[str], separator: str) -> str:
+    more = len(items) - _NAMED_ERRORS
+    return separator.join(items[:_NAMED_ERRORS]) + (f"{separator}and {more} more" if more > 0 else "")
