@@ -392,17 +392,6 @@ def test_help_of_a_setting_is_the_comment_behind_its_field(capsys: Any) -> None:
         assert f"--{name} {words}" in text
 
 
-def test_help_of_a_setting_is_the_comment_behind_its_field(capsys: Any) -> None:
-    assert cli.main(["train", "--help"]) == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for name, words in (
-        ("train.accumulate ACCUMULATE", "batches an update; the gradient is their mean (type: int, default: 1)"),
-        ("model.min_size MIN_SIZE", "short side after the resize (type: int, default: 800)"),
-        ("data.hflip HFLIP", "probability of a left-right flip in training (type: float, default: 0.5)"),
-    ):
-        assert f"--{name} {words}" in text
-
-
 def test_options_are_a_contract() -> None:
     assert sorted(cli.COMMANDS) == ["demo", "eval", "info", "predict", "train", "validate"]
     options = {
