@@ -187,7 +187,7 @@ def check_instances(dataset: CocoDataset, *, train: bool) -> None:
     if dataset.num_instances:
         return
     total = len(dataset.coco.anns)
-    got = f"none that counts of {total} (crowds, boxes without area inside the image)" if total else "none"
+    got = f"{total}, all crowds or without area inside their image" if total else "none"
     if train:
         raise ValueError(f"{dataset.annotation_file}: annotations: expected at least one to train on, got {got}")
     warnings.warn(f"{dataset.annotation_file}: no annotation to evaluate with: no average precision", stacklevel=2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -132,12 +133,12 @@ def check_categories(
     if num_classes != len(train) + 1:
         need = f"{len(train) + 1} (the {len(train)} categories and background)"
         raise ValueError(f"num_classes: expected {need}, got {num_classes}")
-    if val is not None and _ids_and_names(train) != _ids_and_names(val):
-        raise ValueError(f"categories: expected those of training, {_ids_and_names(train)}, got {_ids_and_names(val)}")
-
-
-def _ids_and_names(categories: Sequence[dict[str, Any]]) -> list[tuple[int, str]]:
-    return [(int(category["id"]), str(category["name"])) for category in categories]
+    if val is None:
+        return
+    both = itertools.zip_longest(*([(int(item["id"]), str(item["name"])) for item in part] for part in (train, val)))
+    for label, (old, new) in enumerate(both, start=1):
+        if old != new:
+            raise ValueError(f"categories: expected those of training, where label {label} is {old}, got {new}")
 
 
 def draw_pictures(

@@ -184,11 +184,12 @@ def _check_values(images: Sequence[Tensor], targets: Targets | None, num_classes
             raise ValueError(f"images[{i}]: expected finite values, got {count} NaN or infinite of {images[i].numel()}")
     assert targets is not None
     image, row = _bad_rows(targets, num_classes).nonzero()[0].tolist()
-    box, label = targets.boxes[image, row], int(targets.labels[image, row])
+    box = [round(value, 2) for value in targets.boxes[image, row].tolist()]
+    label = int(targets.labels[image, row])
     if targets.valid[image, row] and not 1 <= label < num_classes:
         raise ValueError(f"targets[{image}]['labels'][{row}]: expected 1..{num_classes - 1}, got {label}")
     expected = "finite x1 < x2 and y1 < y2"
-    raise ValueError(f"targets[{image}]['boxes'][{row}]: expected {expected}, got {box.tolist()} (after the resize)")
+    raise ValueError(f"targets[{image}]['boxes'][{row}]: expected {expected}, got {box} (after the resize)")
 
 
 def _bad_rows(targets: Targets, num_classes: int) -> Tensor:

@@ -1,0 +1,816 @@
+"""Bad inputs, each with the message that tells of it. test_bad_input.py runs them; docs/bad-input.md shows them.
+
+A case runs in a folder of its own: a sound data set of three images in ``data`` (``images`` and ``annotations.json``),
+a checkpoint trained on it, ``run/checkpoint.pt``, and whatever its `spoil` does there.
+"""
+
+# ruff: noqa: E501 - messages are compared whole
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+Spoil = Callable[[], object]
+
+FILE, IMAGES, FIRST = Path("data/annotations.json"), Path("data/images"), Path("data/images/000000.png")
+CHECKPOINT = Path("run/checkpoint.pt")
+
+# `train` stands for these and what a case adds; `eval` and `predict` likewise.
+SMALL = """--model.min_size 32 --model.max_size 64 --model.fpn_channels 8 --model.box_head_dim 8
+    --model.mask_head_channels 8 --model.mask_head_layers 1 --model.box_batch_size 8 --train.precision fp32
+    --train.steps 1 --train.batch_size 2 --data.num_workers 0 --device cpu"""
+COMMANDS = {
+    "train": f"--preset tiny --data.train_images {IMAGES} --data.train_annotations {FILE} {SMALL} --out out",
+    "eval": f"--checkpoint {CHECKPOINT} --images {IMAGES} --annotations {FILE} --device cpu",
+    "predict": f"--checkpoint {CHECKPOINT} --images {IMAGES} --out out --device cpu",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """`words`: a command and what it adds to ``COMMANDS``. `message`: what follows "tmask COMMAND: error: "."""
+
+    what: str
+    words: str
+    message: str
+    spoil: Spoil | None = None
+    code: int = 1
+
+
+def content(change: Callable[[dict[str, Any]], Any]) -> Spoil:
+    """Change the annotation file in place."""
+
+    def spoil() -> None:
+        parsed = json.loads(FILE.read_text())
+        change(parsed)
+        FILE.write_text(json.dumps(parsed))
+
+    return spoil
+
+
+def annotation(**fields: Any) -> Spoil:
+    """Give the first annotation other fields."""
+    return content(lambda c: c["annotations"][0].update(fields))
+
+
+def each(**fields: Any) -> Spoil:
+    """Give every annotation other fields."""
+    return content(lambda c: [item.update(fields) for item in c["annotations"]])
+
+
+def first_image(pixels: Any, mode: str | None = None) -> Spoil:
+    """Put another picture in place of the first, and its size into the file."""
+
+    def spoil() -> None:
+        image = Image.fromarray(np.asarray(pixels))
+        (image.convert(mode) if mode else image).save(FIRST)
+        content(lambda c: c["images"][0].update(width=image.width, height=image.height))()
+
+    return spoil
+
+
+def file(path: Path | str, data: bytes | str) -> Spoil:
+    """Write a file."""
+    return lambda: Path(path).write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def config(text: str) -> Spoil:
+    return file("c.yaml", text)
+
+
+def truncate(path: Path) -> Spoil:
+    return lambda: file(path, path.read_bytes()[: path.stat().st_size // 2])()
+
+
+def truncated_jpeg() -> None:
+    jpeg = FIRST.with_suffix(".jpg")
+    Image.open(FIRST).save(jpeg)
+    truncate(jpeg)()
+    content(lambda c: c["images"][0].update(file_name=jpeg.name))()
+
+
+def tiny_image(width: int, height: int) -> Spoil:
+    """The first image and its first annotation are all of `width` x `height` pixels."""
+
+    def spoil() -> None:
+        first_image(np.full((height, width, 3), 200, np.uint8))()
+        content(lambda c: c.update(annotations=[item for item in c["annotations"] if item["image_id"] != 1]))()
+        box: dict[str, Any] = {"id": 99, "image_id": 1, "category_id": 1, "bbox": [0, 0, width, height]}
+        polygon = [[0, 0, width, 0, width, height, 0, height]]
+        content(lambda c: c["annotations"].append({**box, "segmentation": polygon}))()
+
+    return spoil
+
+
+def size_mismatch() -> None:
+    each(segmentation=None)()
+    content(lambda c: c["images"][0].update(width=33))()
+
+
+def truncated_checkpoint() -> None:
+    whole = CHECKPOINT.read_bytes()
+    CHECKPOINT.unlink()  # a link to the one that all cases share
+    CHECKPOINT.write_bytes(whole[: len(whole) // 2])
+
+
+class Evil:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("code-ran"),)
+
+
+def evil_checkpoint() -> None:
+    CHECKPOINT.unlink()
+    CHECKPOINT.write_bytes(pickle.dumps(Evil()))
+
+
+def torchvision_weights() -> None:
+    torch.save({"backbone.body.conv1.weight": torch.zeros(1), "rpn.head.conv.0.0.bias": torch.zeros(1)}, "tv.pth")
+
+
+def other_categories() -> None:
+    shutil.copy(FILE, "val.json")
+    parsed = json.loads(FILE.read_text())
+    parsed["categories"][0]["name"] = "plate"
+    Path("val.json").write_text(json.dumps(parsed))
+
+
+FILES = [
+    Case(
+        "missing image file",
+        "train",
+        "data/annotations.json: 1 of 3 images do not exist, first data/images/000000.png (image id 1)",
+        FIRST.unlink,
+    ),
+    Case(
+        "wrong images folder: all images missing",
+        "train --data.train_images empty",
+        "images_folder: none of the 3 images of data/annotations.json is in empty, first 000000.png (image id 1)",
+        lambda: Path("empty").mkdir(),
+    ),
+    Case(
+        "images folder does not exist",
+        "train --data.train_images nowhere",
+        "--data.train_images: no such file or folder: nowhere",
+        code=2,
+    ),
+    Case(
+        "images folder is a file",
+        f"eval --images {FILE}",
+        "--images: expected a folder, got a file: data/annotations.json",
+        code=2,
+    ),
+    Case(
+        "annotation file is a folder",
+        "train --data.train_annotations data",
+        "--data.train_annotations: expected a file, got a folder: data",
+        code=2,
+    ),
+    Case(
+        "truncated JPEG",
+        "train",
+        "data/images/000000.jpg: cannot be read as an image: Truncated File Read",
+        truncated_jpeg,
+    ),
+    Case(
+        "truncated PNG, read by a worker",
+        "train --data.num_workers 2",
+        "data/images/000000.png: cannot be read as an image: image file is truncated",
+        truncate(FIRST),
+    ),
+    Case(
+        "image file of zero bytes",
+        "eval",
+        "data/images/000000.png: cannot be read as an image: cannot identify image file 'data/images/000000.png'",
+        file(FIRST, b""),
+    ),
+    Case(
+        "image file of zero bytes, read by a worker",
+        "eval --num_workers 2",
+        "data/images/000000.png: cannot be read as an image: cannot identify image file 'data/images/000000.png'",
+        file(FIRST, b""),
+    ),
+    Case(
+        "image file of zero bytes",
+        "predict",
+        "1 of 3 images left out (the 2 others are done): data/images/000000.png: cannot be read as an image: cannot identify image file 'data/images/000000.png'",
+        file(FIRST, b""),
+    ),
+    Case(
+        "16-bit image",
+        "train",
+        "data/images/000000.png: expected an image of 8 bits a channel, got mode 'I;16B'; convert it (magick IN -auto-level -depth 8 OUT.png stretches the darkest value to 0 and the brightest to 255)",
+        first_image(np.zeros((32, 32), np.uint16)),
+    ),
+    Case(
+        "image of another size than the file says",
+        "train",
+        "data/images/000000.png: expected 33x32 pixels by data/annotations.json, got 32x32",
+        size_mismatch,
+    ),
+    Case(
+        "no image to predict on",
+        "predict --images data",
+        "images: expected an image, a folder of images or a glob, found no image at 'data'",
+        code=2,
+    ),
+    Case(
+        "broken JSON",
+        "train",
+        "data/annotations.json: broken JSON at line 2, column 3: Expecting value",
+        file(FILE, '{"images": [\n1,, 2]}'),
+    ),
+    Case(
+        "empty annotation file",
+        "train",
+        "data/annotations.json: broken JSON at line 1, column 1: Expecting value",
+        file(FILE, b""),
+    ),
+    Case(
+        "no COCO file",
+        "eval",
+        "data/annotations.json: expected a COCO file, an object with a list 'images'",
+        file(FILE, "[]"),
+    ),
+    Case(
+        "no images in the file",
+        "train",
+        "data/annotations.json: images: expected at least one, got none",
+        content(lambda c: (c["images"].clear(), c["annotations"].clear())),
+    ),
+    Case(
+        "no categories",
+        "train",
+        "data/annotations.json: categories: expected at least one, got none",
+        content(lambda c: c["categories"].clear()),
+    ),
+    Case(
+        "no annotations to train on",
+        "train",
+        "data/annotations.json: annotations: expected at least one to train on, got none",
+        content(lambda c: c["annotations"].clear()),
+    ),
+    Case(
+        "nothing but crowds to train on",
+        "train",
+        "data/annotations.json: annotations: expected at least one to train on, got 7, all crowds or without area inside their image",
+        each(iscrowd=1),
+    ),
+    Case(
+        "nothing but boxes outside their image to train on",
+        "train",
+        "data/annotations.json: annotations: expected at least one to train on, got 7, all crowds or without area inside their image",
+        each(bbox=[40, 40, 9, 9]),
+    ),
+    Case(
+        "annotation of an unknown image",
+        "train",
+        "data/annotations.json: annotation id 1: image_id 99 is not in the file",
+        annotation(image_id=99),
+    ),
+    Case(
+        "annotation of an unknown category",
+        "train",
+        "data/annotations.json: annotation id 1: category_id 99 is not in the file",
+        annotation(category_id=99),
+    ),
+    Case(
+        "the same id twice",
+        "train",
+        "data/annotations.json: images[1]: id 1 occurs twice",
+        content(lambda c: c["images"][1].update(id=1)),
+    ),
+    Case(
+        "id that is a text",
+        "train",
+        "data/annotations.json: images[0]: id: expected a whole number, got 'one'",
+        content(lambda c: c["images"][0].update(id="one")),
+    ),
+    Case(
+        "image without a size",
+        "train",
+        "data/annotations.json: images[0]: expected a field 'width', got none",
+        content(lambda c: c["images"][0].pop("width")),
+    ),
+    Case(
+        "size that is no number",
+        "train",
+        "data/annotations.json: images[0]: expected a size in whole pixels, got 32 x '32'",
+        content(lambda c: c["images"][0].update(height="32")),
+    ),
+    Case(
+        "box of three numbers",
+        "train",
+        "data/annotations.json: annotation id 1: bbox: expected four numbers [x, y, width, height], got [1, 2, 3]",
+        annotation(bbox=[1, 2, 3]),
+    ),
+    Case(
+        "NaN in a box",
+        "train",
+        "data/annotations.json: annotation id 1: bbox: expected finite numbers, got nan",
+        annotation(bbox=[1, 2, 3, float("nan")]),
+    ),
+    Case(
+        "infinite box",
+        "train",
+        "data/annotations.json: annotation id 1: bbox: expected finite numbers, got inf",
+        annotation(bbox=[1, 2, float("inf"), 3]),
+    ),
+    Case(
+        "text in a box",
+        "train",
+        "data/annotations.json: annotation id 1: bbox: expected finite numbers, got '4'",
+        annotation(bbox=[1, 2, 3, "4"]),
+    ),
+    Case(
+        "polygon with an odd number of values",
+        "train",
+        "data/annotations.json: annotation id 1: segmentation: expected polygons of x, y pairs, got an odd number of values, 7",
+        annotation(segmentation=[[1, 2, 9, 2, 9, 8, 1]]),
+    ),
+    Case(
+        "NaN in a polygon",
+        "train",
+        "data/annotations.json: annotation id 1: segmentation: expected finite numbers, got nan",
+        annotation(segmentation=[[1, 2, 9, 2, 9, float("nan")]]),
+    ),
+    Case(
+        "text in a polygon",
+        "train",
+        "data/annotations.json: annotation id 1: segmentation: expected finite numbers, got '8'",
+        annotation(segmentation=[[1, 2, 9, 2, 9, "8"]]),
+    ),
+    Case(
+        "polygon that is no list of lists",
+        "train",
+        "data/annotations.json: annotation id 1: segmentation: expected polygons [[x, y, ...], ...], got a list of 1",
+        annotation(segmentation=[1, 2, 9, 2, 9, 8]),
+    ),
+    Case(
+        "run lengths of another size",
+        "train",
+        "data/annotations.json: annotation id 1: segmentation: expected run lengths of size (32, 32), got (9, 9)",
+        annotation(segmentation={"size": [9, 9], "counts": [81]}),
+    ),
+    Case(
+        "run lengths that end early",
+        "train",
+        "data/annotations.json: annotation id 1: segmentation: expected runs of 1024 pixels in all, got 7",
+        annotation(segmentation={"size": [32, 32], "counts": "0123"}),
+    ),
+    Case(
+        "run lengths that are no text",
+        "train",
+        "data/annotations.json: annotation id 1: segmentation: expected runs of 1024 pixels in all, got damaged ones",
+        annotation(segmentation={"size": [32, 32], "counts": "\u00e9"}),
+    ),
+    Case(
+        "crowd flag that is no number",
+        "train",
+        "data/annotations.json: annotation id 1: iscrowd: expected 0 or 1, got 'no'",
+        annotation(iscrowd="no"),
+    ),
+    Case(
+        "validation set of other categories",
+        f"train --data.val_images {IMAGES} --data.val_annotations val.json",
+        "categories: expected those of training, where label 1 is (1, 'disc'), got (1, 'plate')",
+        other_categories,
+    ),
+]
+
+SETTINGS = [
+    Case(
+        "unknown key on the command line",
+        "train --model.min_sise 3",
+        "unknown option --model.min_sise; did you mean --model.min_size?",
+        code=2,
+    ),
+    Case(
+        "unknown key, by an abbreviation",
+        "train --model.convention.past torchvision",
+        "unknown option --model.convention.past; did you mean --model.convention.paste?",
+        code=2,
+    ),
+    Case(
+        "unknown key in the config file",
+        "train --config c.yaml",
+        "unknown option --model.min_sise; did you mean --model.min_size?",
+        config("model: {min_sise: 3}"),
+        code=2,
+    ),
+    Case(
+        "unknown group in the config file",
+        "train --config c.yaml",
+        "unknown option --modle.min_size; did you mean --model.min_size?",
+        config("modle: {min_size: 3}"),
+        code=2,
+    ),
+    Case(
+        "group that holds no settings",
+        "train --config c.yaml",
+        "--config c.yaml: train: expected settings by name, got 3",
+        config("train: 3"),
+        code=2,
+    ),
+    Case(
+        "config file that is no YAML",
+        "train --config c.yaml",
+        "--config c.yaml: not YAML: while parsing a flow node expected the node content, but found '<stream end>' in \"<unicode string>\", line 1, column 9: model: [ ^",
+        config("model: ["),
+        code=2,
+    ),
+    Case(
+        "config file that does not exist",
+        "train --config nowhere.yaml",
+        "--config nowhere.yaml: No such file or directory",
+        code=2,
+    ),
+    Case("unknown preset", "train --preset tinny", "--preset: expected 'tiny'?, got 'tinny'", code=2),
+    Case(
+        "unknown convention",
+        "train --model.convention torch",
+        "--model.convention: expected 'torchvision'?, got 'torch'",
+        code=2,
+    ),
+    Case(
+        "wrong field of a convention",
+        "train --model.convention.paste torch",
+        "--model.convention.paste: expected 'torchvision'?, got torch",
+        code=2,
+    ),
+    Case(
+        "impossible field of a convention",
+        "train --model.convention.roi_sampling_ratio -1",
+        "--model.convention: roi_sampling_ratio: expected at least 0, got -1",
+        code=2,
+    ),
+    Case("wrong type", "train --train.steps many", "--train.steps: expected a whole number, got many", code=2),
+    Case(
+        "wrong type in the config file",
+        "train --config c.yaml",
+        "--train.momentum: expected a finite number, got fast",
+        config("train: {momentum: fast}"),
+        code=2,
+    ),
+    Case(
+        "NaN as the learning rate",
+        "train --config c.yaml",
+        "--train.lr: expected a finite number, got NaN",
+        config("train: {lr: .nan}"),
+        code=2,
+    ),
+    Case("negative learning rate", "train --train.lr -1", "--train.lr: expected at least 0, got -1.0", code=2),
+    Case("batch of no images", "train --train.batch_size 0", "--train.batch_size: expected at least 1, got 0", code=2),
+    Case("negative size", "train --model.min_size -3", "--model.min_size: expected in 1..max_size, got -3", code=2),
+    Case(
+        "shorter long side than short side",
+        "train --model.min_size 800",
+        "--model.min_size: expected in 1..max_size, got 800",
+        code=2,
+    ),
+    Case(
+        "standard deviation of 0",
+        "train --model.image_std [0,1,1]",
+        "--model.image_std: expected numbers above 0, got (0.0, 1.0, 1.0)",
+        code=2,
+    ),
+    Case(
+        "no anchor sizes",
+        "train --model.anchor_sizes []",
+        "--model.anchor_sizes: expected 5 tuples, one a level P2-P6, got ()",
+        code=2,
+    ),
+    Case(
+        "levels without anchor sizes",
+        "train --model.anchor_sizes [[],[],[],[],[]]",
+        "--model.anchor_sizes: expected numbers above 0, at least one a level, got ((), (), (), (), ())",
+        code=2,
+    ),
+    Case(
+        "levels of different numbers of anchors",
+        "train --model.anchor_sizes [[8],[8],[8],[8],[8,9]]",
+        "--model.anchor_sizes: expected as many sizes in each level, got ((8.0,), (8.0,), (8.0,), (8.0,), (8.0, 9.0))",
+        code=2,
+    ),
+    Case(
+        "background alone",
+        "train --model.num_classes 1",
+        "--model.num_classes: expected at least 2 (background and one class), got 1",
+        code=2,
+    ),
+    Case(
+        "more classes than the data has",
+        "train --model.num_classes 9",
+        "num_classes: expected 6 (the 5 categories and background), got 9",
+    ),
+    Case(
+        "threshold above 1",
+        "train --model.box_nms_threshold 1.5",
+        "--model.box_nms_threshold: expected in 0..1, got 1.5",
+        code=2,
+    ),
+    Case(
+        "thresholds the wrong way round",
+        "train --model.rpn_bg_iou 0.9",
+        "--model.rpn_bg_iou: expected at most rpn_fg_iou (0.7), got 0.9",
+        code=2,
+    ),
+    Case(
+        "backbone weights that do not exist",
+        "train --model.backbone_weights nowhere.pth",
+        "backbone_weights: expected a state-dict file, got 'nowhere.pth', which does not exist",
+    ),
+    Case(
+        "backbone weights that are no weights",
+        f"train --model.backbone_weights {FILE}",
+        "backbone_weights: data/annotations.json is truncated, damaged or no state dict",
+    ),
+    Case(
+        "device that does not exist",
+        "train --device gpu",
+        "device: expected auto, cpu, cuda or cuda:N, got 'gpu'",
+        code=2,
+    ),
+    Case(
+        "device this machine does not have",
+        "eval --device cuda:77",
+        "device: expected one of this machine's, got 'cuda:77' (0 GPUs)",
+        code=2,
+    ),
+    Case(
+        "--out is a file",
+        f"train --out {FILE}",
+        "--out data/annotations.json: expected a folder, but data/annotations.json is a file",
+        code=2,
+    ),
+    Case(
+        "--out is a file",
+        f"eval --out {FILE}",
+        "--out data/annotations.json: expected a folder, but data/annotations.json is a file",
+        code=2,
+    ),
+    Case(
+        "--out inside a file",
+        f"train --out {FILE}/out",
+        "--out data/annotations.json/out: expected a folder, but data/annotations.json is a file",
+        code=2,
+    ),
+    Case("negative number of workers", "eval --num_workers -1", "--num_workers: expected at least 0, got -1", code=2),
+]
+
+CHECKPOINTS = [
+    Case(
+        "checkpoint that does not exist",
+        "eval --checkpoint nowhere.pt",
+        "--checkpoint: no such file or folder: nowhere.pt",
+        code=2,
+    ),
+    Case(
+        "checkpoint that is a folder",
+        "predict --checkpoint run",
+        "--checkpoint: expected a file, got a folder: run",
+        code=2,
+    ),
+    Case(
+        "truncated checkpoint",
+        "eval",
+        "checkpoint run/checkpoint.pt: truncated, damaged or no checkpoint",
+        truncated_checkpoint,
+    ),
+    Case(
+        "foreign file",
+        f"predict --checkpoint {FILE}",
+        "checkpoint data/annotations.json: truncated, damaged or no checkpoint",
+    ),
+    Case(
+        "pickle with code in it: does not run",
+        "eval",
+        "checkpoint run/checkpoint.pt: truncated, damaged or no checkpoint",
+        evil_checkpoint,
+    ),
+    Case(
+        "torchvision's weights",
+        "eval --checkpoint tv.pth",
+        "checkpoint tv.pth: expected a file written by tmask: it is a torchvision state dict, use tmask.load_torchvision",
+        torchvision_weights,
+    ),
+    Case(
+        "checkpoint of another config",
+        f"train --resume {CHECKPOINT} --model.fpn_channels 16",
+        "checkpoint run/checkpoint.pt: cannot resume, the model differs: fpn_channels: 8 -> 16",
+    ),
+    Case(
+        "checkpoint of another batch size",
+        f"train --resume {CHECKPOINT} --train.batch_size 1",
+        "checkpoint run/checkpoint.pt: cannot resume, the run differs: batch_size: 2 -> 1",
+    ),
+    Case(
+        "checkpoint of other categories",
+        "eval --annotations val.json",
+        "categories: expected those of training, where label 1 is (1, 'disc'), got (1, 'plate')",
+        other_categories,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """`words` succeed; `warning` is the one that is given, None for none."""
+
+    what: str
+    words: str
+    done: str
+    spoil: Spoil | None = None
+    warning: str | None = None
+
+
+SKIPPED = "is left out"
+ACCEPTED = [
+    Accepted(
+        "box with x2 <= x1",
+        "train",
+        SKIPPED,
+        annotation(bbox=[9, 9, -4, 5]),
+        "data/annotations.json: left out 1 of 7 annotations, whose box has no area inside the image; first annotation id 1",
+    ),
+    Accepted(
+        "box wholly outside its image",
+        "train",
+        SKIPPED,
+        annotation(bbox=[50, 9, 4, 5]),
+        "data/annotations.json: left out 1 of 7 annotations, whose box has no area inside the image; first annotation id 1",
+    ),
+    Accepted(
+        "empty polygon",
+        "train",
+        "the mask is left out, the box counts",
+        annotation(segmentation=[[]]),
+        "data/annotations.json: the mask of 1 of 7 annotations is empty and left out, their boxes count; first annotation id 1",
+    ),
+    Accepted(
+        "polygon of two points",
+        "train",
+        "the mask is left out, the box counts",
+        annotation(segmentation=[[1, 2, 9, 8]]),
+        "data/annotations.json: the mask of 1 of 7 annotations is empty and left out, their boxes count; first annotation id 1",
+    ),
+    Accepted(
+        "no annotations to evaluate with",
+        "eval --out out",
+        "the table shows no figures, the results are written",
+        content(lambda c: c["annotations"].clear()),
+        "data/annotations.json: no annotation to evaluate with: no average precision",
+    ),
+    Accepted("annotation without a mask", "train", "the box counts", annotation(segmentation=None)),
+    Accepted("crowd among the annotations", "train", "nothing inside it counts as background", annotation(iscrowd=1)),
+    Accepted(
+        "category ids with holes",
+        "train",
+        "labels are counted through",
+        content(
+            lambda c: (
+                c["categories"][4].update(id=900),
+                [item.update(category_id=900) for item in c["annotations"] if item["category_id"] == 5],
+            )
+        ),
+    ),
+    Accepted(
+        "image without annotations",
+        "train",
+        "all of it is background",
+        content(lambda c: c.update(annotations=c["annotations"][:2])),
+    ),
+    Accepted("batch larger than the data set", "train --train.batch_size 8", "every batch holds all images"),
+    Accepted("image of 4 channels", "train", "alpha is dropped", first_image(np.zeros((32, 32, 4), np.uint8))),
+    Accepted(
+        "image with a palette", "train", "its colours are looked up", first_image(np.zeros((32, 32, 3), np.uint8), "P")
+    ),
+    Accepted("image of one channel", "eval", "grey is repeated", first_image(np.zeros((32, 32), np.uint8))),
+    Accepted("1 x 1 image", "train --train.batch_size 3", "is enlarged like any other", tiny_image(1, 1)),
+    Accepted("1 x 1 image", "eval", "is enlarged like any other", tiny_image(1, 1)),
+    Accepted("1 x 1 image", "predict", "is enlarged like any other", tiny_image(1, 1)),
+    Accepted(
+        "image of 1 x 700 pixels", "train --train.batch_size 3", "keeps one row after the resize", tiny_image(700, 1)
+    ),
+    Accepted(
+        "image of 1 x 700 pixels",
+        "train --train.batch_size 3 --model.convention torchvision",
+        "keeps one row after the resize",
+        tiny_image(700, 1),
+    ),
+    Accepted("image of 1 x 700 pixels", "eval", "keeps one row after the resize", tiny_image(700, 1)),
+    Accepted("image of 1 x 700 pixels", "predict", "keeps one row after the resize", tiny_image(700, 1)),
+    Accepted(
+        "byte-order mark before the JSON",
+        "train",
+        "is read over",
+        lambda: FILE.write_text(FILE.read_text(), encoding="utf-8-sig"),
+    ),
+]
+
+# Tested where the code is.
+ELSEWHERE = {
+    "full disk while saving a checkpoint": "tests/engine/test_processes.py::test_a_full_disk_ends_the_run_and_not_the_checkpoint",
+    "loss that is NaN or infinite": "tests/engine/test_train.py::test_a_loss_that_is_not_finite_names_step_and_term",
+    "every form of damage to a mask": "tests/data/test_coco.py::"
+    "test_faults_of_a_mask_are_found_on_opening_and_name_the_annotation",
+    "every field of a config": "tests/test_config.py::test_wrong_values_name_field_expected_and_got",
+    "any error in a loader's worker": "tests/data/test_loader.py::test_an_error_is_the_same_from_a_worker",
+    "targets and images of the model": "tests/model/test_transform.py::test_bad_targets_are_named",
+}
+
+GROUPS = {"Data": FILES, "Settings": SETTINGS, "Checkpoints": CHECKPOINTS}
+
+
+@dataclass(frozen=True)
+class PythonCase:
+    """`code` is evaluated with `tmask`, `torch`, a `model` of 3 classes, an `image` [3, 40, 50] and its `target`."""
+
+    what: str
+    code: str
+    message: str
+
+
+PYTHON = [
+    PythonCase(
+        "unknown setting",
+        'tmask.build_model("tiny", min_sise=3)',
+        "unknown model setting 'min_sise': expected 'min_size'?",
+    ),
+    PythonCase(
+        "impossible setting",
+        'tmask.build_model("tiny", rpn_nms_threshold=float("nan"))',
+        "rpn_nms_threshold: expected a finite number, got nan",
+    ),
+    PythonCase("unknown preset", 'tmask.build_model("r50")', "preset: expected 'r50_fpn'?, got 'r50'"),
+    PythonCase("no image", "model([])", "images: expected at least one image, got an empty list"),
+    PythonCase(
+        "NaN in an image",
+        "model.eval()([image, image * float('nan')])",
+        "images[1]: expected finite values, got 6000 NaN or infinite of 6000",
+    ),
+    PythonCase(
+        "NaN in an image, in training",
+        "model([image * float('nan')], [target])",
+        "images[0]: expected finite values, got 6000 NaN or infinite of 6000",
+    ),
+    PythonCase(
+        "wrong channel count", "model.eval()([image[:1]])", "images[0]: expected a tensor [3, h, w], got (1, 40, 50)"
+    ),
+    PythonCase(
+        "integers that are no bytes",
+        "model.eval()([image.long()])",
+        "images[0]: expected uint8 or a float dtype, got torch.int64",
+    ),
+    PythonCase(
+        "x2 <= x1",
+        'model([image], [target | {"boxes": torch.tensor([[9.0, 2, 9, 8]])}])',
+        "targets[0]['boxes'][0]: expected finite x1 < x2 and y1 < y2, got [7.2, 1.6, 7.2, 6.4] (after the resize)",
+    ),
+    PythonCase(
+        "NaN in a box",
+        'model([image], [target | {"boxes": torch.full((1, 4), float("nan"))}])',
+        "targets[0]['boxes'][0]: expected finite x1 < x2 and y1 < y2, got [nan, nan, nan, nan] (after the resize)",
+    ),
+    PythonCase(
+        "mask of another size",
+        'model([image], [target | {"masks": torch.ones(1, 50, 40)}])',
+        "targets[0]['masks']: expected shape (1, 40, 50), got (1, 50, 40)",
+    ),
+    PythonCase(
+        "label out of range",
+        'model([image], [target | {"labels": torch.tensor([3])}])',
+        "targets[0]['labels'][0]: expected 1..2, got 3",
+    ),
+    PythonCase(
+        "label of a float type",
+        'model([image], [target | {"labels": torch.tensor([1.0])}])',
+        "targets[0]['labels']: expected an integer dtype, got torch.float32",
+    ),
+    PythonCase(
+        "no labels",
+        'model([image], [{"boxes": torch.zeros(0, 4)}])',
+        "targets[0]: expected a key 'labels', got ['boxes']",
+    ),
+    PythonCase(
+        "fewer targets than images", "model([image, image], [target])", "targets: expected 2, one an image, got 1"
+    ),
+    PythonCase("training without targets", "model([image])", "targets: expected Targets in training mode, got None"),
+    PythonCase(
+        "missing image file",
+        'CocoDataset("data/images", "data/annotations.json")[0]',
+        "data/annotations.json: 1 of 3 images do not exist, first data/images/000000.png (image id 1)",
+    ),
+    PythonCase("checkpoint that does not exist", 'load_model("nowhere.pt")', "checkpoint nowhere.pt: no such file"),
+]
