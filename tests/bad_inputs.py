@@ -561,6 +561,12 @@ SETTINGS = [
         code=2,
     ),
     Case(
+        "--out is a file",
+        f"predict --out {FILE}",
+        "--out data/annotations.json: expected a folder, but data/annotations.json is a file",
+        code=2,
+    ),
+    Case(
         "--out inside a file",
         f"train --out {FILE}/out",
         "--out data/annotations.json/out: expected a folder, but data/annotations.json is a file",
@@ -587,6 +593,11 @@ CHECKPOINTS = [
         "eval",
         "checkpoint run/checkpoint.pt: truncated, damaged or no checkpoint",
         truncated_checkpoint,
+    ),
+    Case(
+        "foreign file to go on from",
+        f"train --resume {FILE}",
+        "checkpoint data/annotations.json: truncated, damaged or no checkpoint",
     ),
     Case(
         "foreign file",

@@ -300,12 +300,13 @@ def eval_command(argv: list[str]) -> int:
     from tmask.data.loader import make_loader
     from tmask.engine.checkpoint import load_model
     from tmask.engine.evaluate import evaluate, results_table
+    from tmask.engine.files import replace_text
     from tmask.engine.run import METRICS_NAME, RESULTS_NAME, check_categories
 
     model, saved = load_model(args.checkpoint, device)
     dataset = CocoDataset(args.images, args.annotations)
-    check_instances(dataset, train=False)
     check_categories(model.config.num_classes, saved["categories"], dataset.categories)
+    check_instances(dataset, train=False)
     loader = make_loader(
         dataset, model.transform, batch_size=args.batch_size, shuffle=False, num_workers=args.num_workers
     )
@@ -324,7 +325,7 @@ def eval_command(argv: list[str]) -> int:
         results_file=out / RESULTS_NAME if out else None,
     )
     if out:
-        (out / METRICS_NAME).write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+        replace_text(out / METRICS_NAME, json.dumps(metrics, indent=1))
     print(results_table(metrics))
     return 0
 
@@ -399,6 +400,7 @@ def demo_command(argv: list[str]) -> int:
     args = _parse(parser, argv)
     config = _usage(lambda: from_dict(DemoConfig, args.as_dict()))
     _usage(lambda: _check_precision(_device(config.device), config.precision))
+    _check_out(Path(config.out))
     run_demo(config, device=_device(config.device))
     return 0
 

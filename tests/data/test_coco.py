@@ -146,6 +146,7 @@ def annotation(**fields):
     ("change", "message"),
     [
         (broken(lambda c: '{"images": [\n1,, 2]}'), r"file.json: broken JSON at line 2, column 3"),
+        (broken(lambda c: "[" * 100_000), r"file.json: cannot be read: maximum recursion depth"),
         (broken(lambda c: "[]"), r"file.json: expected a COCO file, .* list 'images'"),
         (broken(lambda c: c.pop("categories") and c), r"file.json: expected .* list 'categories'"),
         (broken(lambda c: c["categories"].clear()), r"file.json: categories: expected at least one, got none"),
@@ -174,9 +175,9 @@ def annotation(**fields):
         ),
     ],
     ids=[
-        "broken JSON", "no object", "no categories", "empty categories", "no images", "no width", "same id", "text id",
-        "no height", "text width", "no name", "no box", "short box", "NaN box", "infinite box", "text box", "huge box",
-        "text crowd", "NaN area", "unknown image", "text image", "unknown category", "list category", "missing image",
+        "broken JSON", "deep JSON", "no object", "no categories", "empty categories", "no images", "no width",
+        "same id", "text id", "no height", "text width", "no name", "no box", "short box", "NaN box", "infinite box", "text box",
+        "huge box", "text crowd", "NaN area", "unknown image", "text image", "unknown category", "list category", "missing image",
     ],
 )  # fmt: skip
 def test_faults_of_the_file_are_found_on_opening(write, content, change, message):

@@ -145,8 +145,8 @@ def test_written_files_hold_the_images_and_masks(tmp_path):
     ("call", "message"),
     [
         (lambda folder: write_shapes(folder, num_images=0, seed=1), "num_images: expected at least 1, got 0"),
-        (lambda folder: draw_image(-1, 0), "expected seed >= 0"),
-        (lambda folder: draw_image(0, 0, 16), "size >= 32, got 0, 0, 16"),
+        (lambda folder: draw_image(-1, 0), "seed: expected at least 0, got -1"),
+        (lambda folder: draw_image(0, 0, 16), "size: expected at least 32, got 16"),
     ],
     ids=["num_images", "seed", "size"],
 )

@@ -57,7 +57,7 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"annotation_file: no such file: {path}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
 
 

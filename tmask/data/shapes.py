@@ -68,8 +68,9 @@ def draw_image(seed: int, index: int, size: int = 128) -> ShapesImage:
 
     Errors: ValueError for a negative seed or index, or a size below 32.
     """
-    if seed < 0 or index < 0 or size < 32:
-        raise ValueError(f"expected seed >= 0, index >= 0, size >= 32, got {seed}, {index}, {size}")
+    for name, value, least in (("seed", seed, 0), ("index", index, 0), ("size", size, 32)):
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
     rng = np.random.default_rng((seed, index))
     shapes, owner = _place(rng, size)
     canvas, ground_colour = _ground(rng, size)

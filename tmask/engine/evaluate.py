@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tmask.data.annotations import run_length
 from tmask.engine.device import autocast, to_device
+from tmask.engine.files import replace_text
 
 KINDS = ("bbox", "segm")
 
@@ -96,9 +97,7 @@ def coco_results(image_id: int, result: dict[str, Any], category_ids: Sequence[i
 
 def write_results(path: str | Path, results: list[dict[str, Any]]) -> None:
     """Write COCO results as one JSON array, folders included."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results), encoding="utf-8")
+    replace_text(path, json.dumps(results))
 
 
 def coco_metrics(
