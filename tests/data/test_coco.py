@@ -176,8 +176,9 @@ def annotation(**fields):
     ],
     ids=[
         "broken JSON", "deep JSON", "no object", "no categories", "empty categories", "no images", "no width",
-        "same id", "text id", "no height", "text width", "no name", "no box", "short box", "NaN box", "infinite box", "text box",
-        "huge box", "text crowd", "NaN area", "unknown image", "text image", "unknown category", "list category", "missing image",
+        "same id", "text id", "no height", "text width", "no name", "no box", "short box", "NaN box", "infinite box",
+        "text box", "huge box", "text crowd", "NaN area", "unknown image", "text image", "unknown category",
+        "list category", "missing image",
     ],
 )  # fmt: skip
 def test_faults_of_the_file_are_found_on_opening(write, content, change, message):
