@@ -183,8 +183,8 @@ def _run_cocoeval(truth: Any, results: Any, kind: str, max_detections: int) -> A
     from pycocotools.cocoeval import COCOeval
 
     evaluation = COCOeval(truth, results, kind)
-    # `accumulate` reads these in rising order; the last one is what AP is computed with.
-    evaluation.params.maxDets = sorted({min(1, max_detections), min(10, max_detections), max_detections})
+    # One limit: `accumulate` would repeat its work for each, and the figures are of the largest alone.
+    evaluation.params.maxDets = [max_detections]
     evaluation.evaluate()
     evaluation.accumulate()
     return evaluation
