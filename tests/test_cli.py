@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from tmask import cli
+from tmask.cli.train import train_parser
 from tmask.config import CONVENTIONS, PRESETS, TRAIN_PRESETS, TrainConfig
 from tmask.data.shapes import CLASSES, write_shapes
 from tmask.engine import evaluate
@@ -396,7 +397,7 @@ def test_options_are_a_contract() -> None:
     assert sorted(cli.COMMANDS) == ["demo", "eval", "info", "predict", "train", "validate"]
     options = {
         option
-        for action in cli.train_parser("tiny")._actions
+        for action in train_parser("tiny")._actions
         for option in action.option_strings
         if not option.startswith(("--model.", "--data.", "--train."))
     }

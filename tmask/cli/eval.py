@@ -1,0 +1,77 @@
+"""``tmask eval``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tmask.cli.common import (
+    UsageError,
+    add_device,
+    check_out,
+    check_precision,
+    device_of,
+    make_parser,
+    parse,
+    paths_exist,
+    usage,
+)
+
+
+def eval_command(argv: list[str]) -> int:
+    """Evaluate a checkpoint on a COCO data set: a table of average precision."""
+    parser = make_parser("eval", eval_command)
+    parser.add_argument("--checkpoint", type=str, required=True, help="checkpoint.pt of a run")
+    parser.add_argument("--images", type=str, required=True, help="folder of the images")
+    parser.add_argument("--annotations", type=str, required=True, help="COCO annotation file")
+    parser.add_argument("--out", type=str | None, default=None, help="folder for metrics.json and results.json")
+    parser.add_argument(
+        "--max_detections", type=int | None, default=None, help="an image, made and counted; null: as in training"
+    )
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--num_workers", type=int, default=0)
+    add_device(parser)
+    args = parse(parser, argv)
+    device = usage(lambda: device_of(args.device))
+    usage(lambda: check_precision(device, args.precision))
+    usage(lambda: paths_exist(checkpoint=args.checkpoint, images=args.images, annotations=args.annotations))
+    for name, least in (("max_detections", 1), ("batch_size", 1), ("num_workers", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UsageError(f"--{name}: expected at least {least}, got {value}")
+    out = Path(args.out) if args.out is not None else None
+    if out:
+        check_out(out)
+
+    from tmask.data.coco import CocoDataset, check_instances
+    from tmask.data.loader import make_loader
+    from tmask.engine.checkpoint import load_model
+    from tmask.engine.evaluate import evaluate, results_table
+    from tmask.engine.files import replace_text
+    from tmask.engine.run import METRICS_NAME, RESULTS_NAME, check_categories
+
+    model, saved = load_model(args.checkpoint, device)
+    dataset = CocoDataset(args.images, args.annotations)
+    check_categories(model.config.num_classes, saved["categories"], dataset.categories)
+    check_instances(dataset, train=False)
+    loader = make_loader(
+        dataset, model.transform, batch_size=args.batch_size, shuffle=False, num_workers=args.num_workers
+    )
+    max_detections = args.max_detections
+    if max_detections is None:
+        max_detections = saved["train_config"]["eval_max_detections"]
+    else:
+        model.roi_heads.max_detections = max_detections
+    metrics = evaluate(
+        model,
+        loader,
+        dataset,
+        max_detections=max_detections,
+        device=device,
+        precision=args.precision,
+        results_file=out / RESULTS_NAME if out else None,
+    )
+    if out:
+        replace_text(out / METRICS_NAME, json.dumps(metrics, indent=1))
+    print(results_table(metrics))
+    return 0

@@ -1,0 +1,191 @@
+"""``tmask train``. Its parser is built twice over: what ``--preset`` and ``--config`` say is looked up first.
+
+It decides the defaults that the parser shows and the user overrides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from tmask.checks import nearest
+from tmask.cli.common import (
+    UsageError,
+    check_out,
+    check_precision,
+    device_of,
+    fail,
+    make_parser,
+    parse,
+    paths_exist,
+    settings_of,
+)
+from tmask.config import CONVENTIONS, PRESETS, TRAIN_PRESETS, DataConfig, ModelConfig, TrainConfig, from_dict
+
+DEFAULT_PRESET = "r50_fpn"
+
+
+def train_command(argv: list[str]) -> int:
+    """Train on a COCO data set; writes checkpoint, log, results and pictures to --out."""
+    preset, argv = _expand(argv)
+    parser = train_parser(preset)
+    args = parse(parser, argv)
+    if args.out is None:
+        raise UsageError("--out is required: the folder of the run")
+    # Everything that can be wrong with the settings and paths is found before the first step.
+    try:
+        data = settings_of(DataConfig, "data", args)
+        training = settings_of(TrainConfig, "train", args)
+        device = device_of(args.device)
+        check_precision(device, training.precision)
+        from tmask.engine.interrupt import Interrupted
+        from tmask.engine.report import check_tensorboard
+        from tmask.engine.run import CONFIG_NAME, open_dataset, run_training, write_config
+        from tmask.engine.train import CHECKPOINT_NAME
+
+        check_tensorboard(training)
+        for name in ("train_images", "train_annotations"):
+            if getattr(data, name) is None:
+                raise UsageError(f"--data.{name} is required")
+        paths_exist(
+            **{f"data.{n}": getattr(data, n) for n in ("train_images", "train_annotations")},
+            **{f"data.{n}": getattr(data, n) for n in ("val_images", "val_annotations")},
+            resume=args.resume,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    out = Path(args.out)
+    check_out(out)
+    if args.resume is None and not args.overwrite and (out / CHECKPOINT_NAME).exists():
+        raise UsageError(f"--out {out} holds a checkpoint; go on with --resume {out / CHECKPOINT_NAME} or --overwrite")
+    train_set, val_set = open_dataset(data, "train"), open_dataset(data, "val")
+    settings = args.model.as_dict()
+    if settings["num_classes"] is None:
+        settings["num_classes"] = train_set.num_classes
+    try:
+        config = from_dict(ModelConfig, settings)
+    except ValueError as error:
+        raise UsageError(f"--model.{error}") from error
+    try:
+        result = run_training(
+            config,
+            training,
+            data,
+            train_set,
+            val_set,
+            out_dir=out,
+            device=device,
+            resume=args.resume,
+            on_start=lambda: write_config(out / CONFIG_NAME, args.preset, config, training, data),
+        )
+    except Interrupted as stop:
+        if stop.checkpoint_step is None:
+            return fail(f"tmask train: {stop} before the first checkpoint", stop.exit_code)
+        again = ["--config", out / CONFIG_NAME, "--out", out, "--resume", out / CHECKPOINT_NAME]
+        again += [] if args.device == "auto" else ["--device", args.device]
+        command = shlex.join(["tmask", "train", *map(str, again)])
+        return fail(f"tmask train: {stop}; to go on from step {stop.checkpoint_step}: {command}", stop.exit_code)
+    _print_run(out, result, has_val=val_set is not None)
+    return 0
+
+
+def train_parser(preset: str) -> ArgumentParser:
+    """The parser of ``tmask train`` with the defaults of a preset."""
+    parser = make_parser("train", train_command)
+    parser.add_argument("--config", action="config", help="YAML file with any of these settings")
+    parser.add_argument("--preset", default=preset, help=f"defaults to start from: {', '.join(PRESETS)}")
+    parser.add_argument("--out", type=str | None, default=None, help="folder of the run")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--resume", type=str | None, default=None, help="checkpoint to go on from")
+    parser.add_argument("--overwrite", action="store_true", help="train anew into a folder that holds a run")
+    parser.add_class_arguments(DataConfig, "data")
+    parser.add_class_arguments(ModelConfig, "model", skip={"num_classes"})
+    parser.add_argument(
+        "--model.num_classes", type=int | None, default=None, help="with background; null: from the training data"
+    )
+    parser.add_class_arguments(TrainConfig, "train")
+    _add_help(parser, {"data": DataConfig, "model": ModelConfig, "train": TrainConfig})
+    settings = dataclasses.asdict(PRESETS[preset])
+    del settings["num_classes"]
+    parser.set_defaults({f"model.{name}": value for name, value in settings.items()})
+    training = dataclasses.asdict(TRAIN_PRESETS[preset])
+    parser.set_defaults({f"train.{name}": value for name, value in training.items()})
+    return parser
+
+
+def _add_help(parser: ArgumentParser, configs: dict[str, type]) -> None:
+    """The comment behind a field of a config is the help of its option."""
+    texts = {
+        f"{group}.{name}": text.replace("%", "%%")
+        for group, config in configs.items()
+        for name, text in re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(config), re.MULTILINE)
+    }
+    for action in parser._actions:
+        action.help = action.help or texts.get(action.dest)
+
+
+def _expand(argv: list[str]) -> tuple[str, list[str]]:
+    """The preset, and `argv` with named conventions spelled out and the config file first (arguments override it)."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    peek.add_argument("--config")
+    peek.add_argument("--preset")
+    peek.add_argument("--model.convention", dest="convention")
+    known, rest = peek.parse_known_args(argv)
+    config: dict[str, Any] = {}
+    if known.config is not None:
+        config = _read_config(known.config)
+    preset = known.preset or config.get("preset") or DEFAULT_PRESET
+    if preset not in PRESETS:
+        raise UsageError(f"--preset: expected {nearest(str(preset), PRESETS)}, got {preset!r}")
+    head = []
+    if config:
+        model = config.get("model")
+        if isinstance(model, dict) and isinstance(model.get("convention"), str):
+            model["convention"] = _convention(model["convention"])
+        head += ["--config", json.dumps(config)]
+    head += ["--preset", str(preset)]
+    if known.convention is not None:
+        named = not known.convention.lstrip().startswith("{")
+        head += ["--model.convention", json.dumps(_convention(known.convention)) if named else known.convention]
+    return str(preset), head + rest
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: not YAML: {error}") from error
+    if config is not None and not isinstance(config, dict):
+        raise UsageError(f"--config {path}: expected settings, got {type(config).__name__}")
+    for group in ("model", "train", "data"):
+        if config and not isinstance(config.get(group, {}), dict):
+            raise UsageError(f"--config {path}: {group}: expected settings by name, got {config[group]!r}")
+    return config or {}
+
+
+def _convention(name: str) -> dict[str, Any]:
+    if name not in CONVENTIONS:
+        raise UsageError(f"--model.convention: expected {nearest(name, CONVENTIONS)}, got {name!r}")
+    return dataclasses.asdict(CONVENTIONS[name])
+
+
+def _print_run(out: Path, result: Any, *, has_val: bool) -> None:
+    from tmask.engine.evaluate import results_table
+    from tmask.engine.run import PICTURES_NAME
+
+    if has_val:
+        print(results_table(result.metrics))
+        print(f"pictures: {out / PICTURES_NAME}")
+    print(f"checkpoint: {result.checkpoint} ({result.step} steps, {result.seconds:.0f} s of training)")
