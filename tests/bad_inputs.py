@@ -192,19 +192,19 @@ FILES = [
     Case(
         "image file of zero bytes",
         "eval",
-        "data/images/000000.png: cannot be read as an image: cannot identify image file 'data/images/000000.png'",
+        "data/images/000000.png: cannot be read as an image: empty, or of no known format",
         file(FIRST, b""),
     ),
     Case(
         "image file of zero bytes, read by a worker",
         "eval --num_workers 2",
-        "data/images/000000.png: cannot be read as an image: cannot identify image file 'data/images/000000.png'",
+        "data/images/000000.png: cannot be read as an image: empty, or of no known format",
         file(FIRST, b""),
     ),
     Case(
         "image file of zero bytes",
         "predict",
-        "1 of 3 images left out (the 2 others are done): data/images/000000.png: cannot be read as an image: cannot identify image file 'data/images/000000.png'",
+        "1 of 3 images left out (the 2 others are done): data/images/000000.png: cannot be read as an image: empty, or of no known format",
         file(FIRST, b""),
     ),
     Case(

@@ -147,6 +147,7 @@ def annotation(**fields):
     [
         (broken(lambda c: '{"images": [\n1,, 2]}'), r"file.json: broken JSON at line 2, column 3"),
         (broken(lambda c: "[" * 100_000), r"file.json: cannot be read: maximum recursion depth"),
+        (broken(lambda c: "9" * 5000), r"file.json: cannot be read: Exceeds the limit"),
         (broken(lambda c: "[]"), r"file.json: expected a COCO file, .* list 'images'"),
         (broken(lambda c: c.pop("categories") and c), r"file.json: expected .* list 'categories'"),
         (broken(lambda c: c["categories"].clear()), r"file.json: categories: expected at least one, got none"),
@@ -163,6 +164,7 @@ def annotation(**fields):
         (annotation(bbox=[1, math.inf, -math.inf, 4]), r"annotation id 11: bbox: expected finite numbers, got inf"),
         (annotation(bbox=[1, "2", 3, 4]), r"annotation id 11: bbox: expected finite numbers, got '2'"),
         (annotation(bbox=[1, 2, 3, 1e30]), r"annotation id 11: bbox: expected pixels within 1e\+06, got 1e\+30"),
+        (annotation(bbox=[1, 2, 3, 10**400]), r"annotation id 11: bbox: expected finite numbers, got 1000"),
         (annotation(iscrowd="0"), r"annotation id 11: iscrowd: expected 0 or 1, got '0'"),
         (annotation(area=math.nan), r"annotation id 11: area: expected finite numbers, got nan"),
         (annotation(image_id=99), r"file.json: annotation id 11: image_id 99 is not in the file"),
@@ -175,9 +177,9 @@ def annotation(**fields):
         ),
     ],
     ids=[
-        "broken JSON", "deep JSON", "no object", "no categories", "empty categories", "no images", "no width",
+        "broken JSON", "deep JSON", "long number", "no object", "no categories", "empty categories", "no images", "no width",
         "same id", "text id", "no height", "text width", "no name", "no box", "short box", "NaN box", "infinite box",
-        "text box", "huge box", "text crowd", "NaN area", "unknown image", "text image", "unknown category",
+        "text box", "huge box", "endless box", "text crowd", "NaN area", "unknown image", "text image", "unknown category",
         "list category", "missing image",
     ],
 )  # fmt: skip
@@ -262,6 +264,18 @@ def test_missing_folder_and_file_are_named(write, content, tmp_path):
         CocoDataset(file, file)
     with pytest.raises(ValueError, match=r"annotation_file: expected a file, got a folder: .*images"):
         CocoDataset(images, images)
+
+
+def test_what_the_system_says_names_the_file_once(write, content, monkeypatch):
+    images, file = write(content)
+
+    def denied(path, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(file), "read_text", denied)
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is compared whole
+        CocoDataset(images, file)
+    assert str(error.value) == f"{file}: cannot be read: Permission denied"
 
 
 def test_a_wrong_images_folder_is_one_short_message(write, content, tmp_path):

@@ -145,9 +145,14 @@ def test_damaged_files_are_named(tmp_path, suffix):
     assert read_image(path).shape == (3, 40, 40)
     for content in (b"", b"no image", whole[:20], whole[: len(whole) // 2]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="^" + re.escape(f"{path}: cannot be read as an image: ")):
+        with pytest.raises(ValueError, match="^" + re.escape(f"{path}: cannot be read as an image: ")) as error:
             read_image(path)
+        assert str(error.value).count(path.name) == 1
     path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match=re.escape(f"{path}: cannot be read as an image: Is a directory") + "$"):
+        read_image(path)
+    path.rmdir()
     with pytest.raises(ValueError, match="no such file"):
         read_image(path)
 

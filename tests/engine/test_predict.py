@@ -288,8 +288,10 @@ def test_annotations_give_ids_and_stored_pixels(
         ([], "expected a COCO file"),
         ({"images": [{"id": 1, "width": 1, "height": 1}]}, r"images\[0\]: expected a field 'file_name'"),
         ({"images": [{"id": i, "file_name": "a", "width": 1, "height": 1} for i in (1, 2)]}, "'a' occurs twice"),
+        ({"images": [{"id": 1, "file_name": n, "width": 1, "height": 1} for n in "ab"]}, r"\[1\]: id 1 occurs twice"),
+        ({"images": [{"id": 1, "file_name": ["a"], "width": 1, "height": 1}]}, r"\[0\]: file_name: expected a text"),
     ],
-    ids=["no object", "no name", "twice"],
+    ids=["no object", "no name", "twice", "one id", "list"],
 )
 def test_broken_annotations_are_named(tmp_path: Path, content: Any, message: str) -> None:
     (tmp_path / "a.json").write_text(json.dumps(content))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,12 @@ _FIELDS = {
 
 def read_coco(path: Path) -> dict[str, Any]:
     """The content of a COCO instance file. Errors: ValueError that names the file and the first entry that is wrong."""
-    content = read_json(path)
-    ids = {name: _check_list(path, content, name, fields) for name, fields in _FIELDS.items()}
+    content = _read_json(path)
+    ids = {name: _check_list(path, content, name) for name in _FIELDS}
     for name in ("images", "categories"):
         if not content[name]:
             raise ValueError(f"{path}: {name}: expected at least one, got none")
-    for i, item in enumerate(content["images"]):
-        width, height = item["width"], item["height"]
-        if not (_is_int(width) and _is_int(height) and width > 0 and height > 0):
-            raise ValueError(f"{path}: images[{i}]: expected a size in whole pixels, got {width!r} x {height!r}")
-        if not isinstance(item["file_name"], str):
-            raise ValueError(f"{path}: images[{i}]: file_name: expected a text, got {item['file_name']!r}")
+    _check_images(path, content["images"])
     sizes = {item["id"]: (item["height"], item["width"]) for item in content["images"]}
     for item in content["annotations"]:
         with naming(path, item):
@@ -47,7 +43,15 @@ def read_coco(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def read_json(path: Path) -> Any:
+def read_images(path: Path) -> list[dict[str, Any]]:
+    """The images alone of a COCO file, which may hold nothing else. Errors: as of `read_coco`."""
+    content = _read_json(path)
+    _check_list(path, content, "images")
+    _check_images(path, content["images"])
+    return list(content["images"])
+
+
+def _read_json(path: Path) -> Any:
     """Parse a JSON file. Errors: ValueError that names the file, and line and column of a syntax error."""
     if path.is_dir():
         raise ValueError(f"annotation_file: expected a file, got a folder: {path}")
@@ -57,8 +61,8 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"annotation_file: no such file: {path}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a number of thousands of digits
+        raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def fill_annotations(content: dict[str, Any]) -> None:
@@ -162,13 +166,13 @@ def _pixels(counts: bytes) -> int | None:
     return int(runs.sum()) if runs.min() >= 0 else None
 
 
-def _check_list(path: Path, content: Any, name: str, fields: Sequence[str]) -> set[int]:
-    """The ids of a list of the file, whose items have the `fields`."""
+def _check_list(path: Path, content: Any, name: str) -> set[int]:
+    """The ids of a list of the file, whose items have the fields they need."""
     if not isinstance(content, dict) or not isinstance(content.get(name), list):
         raise ValueError(f"{path}: expected a COCO file, an object with a list {name!r}")
     ids: set[int] = set()
     for i, item in enumerate(content[name]):
-        for key in fields:
+        for key in _FIELDS[name]:
             if not isinstance(item, dict) or key not in item:
                 raise ValueError(f"{path}: {name}[{i}]: expected a field {key!r}, got none")
         if not _is_int(item["id"]):
@@ -177,6 +181,15 @@ def _check_list(path: Path, content: Any, name: str, fields: Sequence[str]) -> s
             raise ValueError(f"{path}: {name}[{i}]: id {item['id']} occurs twice")
         ids.add(item["id"])
     return ids
+
+
+def _check_images(path: Path, images: Sequence[dict[str, Any]]) -> None:
+    for i, item in enumerate(images):
+        width, height = item["width"], item["height"]
+        if not (_is_int(width) and _is_int(height) and width > 0 and height > 0):
+            raise ValueError(f"{path}: images[{i}]: expected a size in whole pixels, got {width!r} x {height!r}")
+        if not isinstance(item["file_name"], str):
+            raise ValueError(f"{path}: images[{i}]: file_name: expected a text, got {item['file_name']!r}")
 
 
 def _check_annotation(item: dict[str, Any], size: tuple[int, int]) -> None:
@@ -196,10 +209,11 @@ def _check_numbers(name: str, values: Sequence[Any], *, limit: float = MAX_COORD
     try:  # sum, min and max run at C's speed: COCO has forty million coordinates
         if not values or (math.isfinite(sum(values)) and -limit <= min(values) and max(values) <= limit):
             return
-    except TypeError:
+    except (TypeError, OverflowError):
         pass
     for value in values:
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        # Whole numbers that no float holds count as infinite; the comparison also refuses NaN.
+        if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
             raise ValueError(f"{name}: expected finite numbers, got {value!r}")
         if abs(value) > limit:
             raise ValueError(f"{name}: expected pixels within {limit:g}, got {value!r}")

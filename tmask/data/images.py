@@ -23,7 +23,7 @@ def read_image(path: str | Path, *, apply_exif: bool = False) -> Tensor:
     Errors: ValueError, naming the file, if it cannot be read, has more than 8 bits a channel, or holds several images
     (an animation, pages).
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
@@ -40,8 +40,11 @@ def read_image(path: str | Path, *, apply_exif: bool = False) -> Tensor:
         raise ValueError(f"{path}: no such file") from error
     except _UnsuitableError as error:
         raise ValueError(f"{path}: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: cannot be read as an image: empty, or of no known format") from error
     except Exception as error:  # decoders raise whatever they please on a damaged file
-        raise ValueError(f"{path}: cannot be read as an image: {error}") from error
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ValueError(f"{path}: cannot be read as an image: {reason}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 

@@ -70,18 +70,12 @@ def image_records(annotation_file: str | Path, names: Sequence[str]) -> dict[str
 
     Errors: ValueError for a broken file, an image that is not in it or that it lists twice.
     """
-    from tmask.data.annotations import read_json
+    from tmask.data.annotations import read_images
 
     path = Path(annotation_file)
-    content = read_json(path)
     records: dict[str, dict[str, Any]] = {}
     wanted = set(names)
-    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        raise ValueError(f"{path}: expected a COCO file, an object with a list 'images'")
-    for i, record in enumerate(content["images"]):
-        for key in ("id", "file_name", "width", "height"):
-            if not isinstance(record, dict) or key not in record:
-                raise ValueError(f"{path}: images[{i}]: expected a field {key!r}, got none")
+    for i, record in enumerate(read_images(path)):
         if record["file_name"] in records:
             raise ValueError(f"{path}: images[{i}]: file_name {record['file_name']!r} occurs twice")
         if record["file_name"] in wanted:
