@@ -177,10 +177,10 @@ def annotation(**fields):
         ),
     ],
     ids=[
-        "broken JSON", "deep JSON", "long number", "no object", "no categories", "empty categories", "no images", "no width",
-        "same id", "text id", "no height", "text width", "no name", "no box", "short box", "NaN box", "infinite box",
-        "text box", "huge box", "endless box", "text crowd", "NaN area", "unknown image", "text image", "unknown category",
-        "list category", "missing image",
+        "broken JSON", "deep JSON", "long number", "no object", "no categories", "empty categories", "no images",
+        "no width", "same id", "text id", "no height", "text width", "no name", "no box", "short box", "NaN box",
+        "infinite box", "text box", "huge box", "endless box", "text crowd", "NaN area", "unknown image", "text image",
+        "unknown category", "list category", "missing image",
     ],
 )  # fmt: skip
 def test_faults_of_the_file_are_found_on_opening(write, content, change, message):

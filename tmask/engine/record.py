@@ -7,6 +7,7 @@ image it was at. ``predictions.json`` and ``images.json``, which others read, ar
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from tmask.engine.files import replacing
 FORMAT, VERSION = "tmask predictions", 1
 RECORD_NAME, RESULTS_NAME, IMAGES_NAME = "predictions.jsonl", "predictions.json", "images.json"
 PICTURES_NAME = "pictures"
+_WAY_OUT = "--overwrite begins anew, another --out keeps it"
 
 
 class OtherSettingsError(ValueError):
@@ -38,7 +40,8 @@ class Record:
     """The images that are done in `out_dir`, by their file name.
 
     `settings` are values for JSON that decide about the results. Errors: OtherSettingsError if the record in
-    `out_dir` was made with others, or is none; not with `overwrite`, which forgets it and removes its pictures.
+    `out_dir` was made with others, or is none, or if results stand there without a record; not with `overwrite`, which
+    forgets the record and removes its pictures.
     """
 
     def __init__(self, out_dir: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
@@ -50,12 +53,22 @@ class Record:
         header = {"format": FORMAT, "version": VERSION, "settings": json.loads(json.dumps(settings))}
         if self.path.exists():
             self._open(header, overwrite=overwrite)
+        elif not overwrite:
+            self._check_free()
         if not self.path.exists() or overwrite:
             for picture in self._pictures:
                 self.picture_path(picture).unlink(missing_ok=True)
             self._entries, self._pictures, self._replaced = {}, set(), self._pictures
-            with replacing(self.path) as file:
+            with naming(self.path), replacing(self.path) as file:
                 file.write(_line(header))
+
+    def _check_free(self) -> None:
+        """Without a record, files of the results' names are someone else's."""
+        for name in (RESULTS_NAME, IMAGES_NAME):
+            if (self.out_dir / name).exists():
+                raise OtherSettingsError(
+                    f"{self.out_dir / name}: stands there without the record of a run, {RECORD_NAME}; {_WAY_OUT}"
+                )
 
     def _open(self, header: dict[str, Any], *, overwrite: bool) -> None:
         """Read the file, and cut off what is no whole line."""
@@ -77,17 +90,16 @@ class Record:
                 file.truncate(end)
 
     def _check(self, found: dict[str, Any], header: dict[str, Any]) -> None:
-        way_out = "--overwrite begins anew, another --out keeps it"
         if (found.get("format"), found.get("version")) != (FORMAT, VERSION):
             raise OtherSettingsError(
-                f"{self.path}: expected the record of an earlier run, got something else; {way_out}"
+                f"{self.path}: expected the record of an earlier run, got something else; {_WAY_OUT}"
             )
         old, new = found["settings"], header["settings"]
         names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
         if names:
             short = {name: f": {old[name]} -> {new[name]}" for name in names if _is_short(old, new, name)}
             listed = ", ".join(name + short.get(name, "") for name in names)
-            raise OtherSettingsError(f"{self.path}: made with other settings ({listed}); {way_out}")
+            raise OtherSettingsError(f"{self.path}: made with other settings ({listed}); {_WAY_OUT}")
 
     def _remember(self, row: dict[str, Any], offset: int) -> None:
         state = (row["bytes"], row["mtime_ns"])
@@ -100,7 +112,7 @@ class Record:
 
     def is_own_picture(self, path: Path) -> bool:
         """Whether the record, or one that it replaced, lists `path` among its pictures."""
-        folder, path = self.picture_path("").absolute(), path.absolute()
+        folder, path = self.picture_path("").resolve(), path.resolve()
         if not path.is_relative_to(folder):
             return False
         name = path.relative_to(folder).as_posix()
@@ -123,7 +135,7 @@ class Record:
             self.picture_path(before.picture).unlink(missing_ok=True)
         row = {"file_name": file_name, "bytes": state[0], "mtime_ns": state[1], "height": size[0], "width": size[1]}
         row |= {"picture": before.picture if before else self._free_name(file_name), "detections": detections}
-        with self.path.open("ab") as file:
+        with naming(self.path), self.path.open("ab") as file:
             offset = file.tell()
             file.write(_line(row))
             file.flush()
@@ -160,12 +172,14 @@ class Record:
             if entry is not None
         ]
         count = 0
-        with replacing(self.out_dir / RESULTS_NAME) as file:
+        path = self.out_dir / RESULTS_NAME
+        with naming(path), replacing(path) as file:
             for row in self._rows(done):
                 file.write((b",\n" if count else b"[") + json.dumps(row).encode())
                 count += 1
             file.write(b"]\n" if count else b"[]\n")
-        with replacing(self.out_dir / IMAGES_NAME) as file:
+        path = self.out_dir / IMAGES_NAME
+        with naming(path), replacing(path) as file:
             file.write(_line({"images": listed, "categories": categories, "annotations": []}))
         return len(listed), count
 
@@ -174,6 +188,17 @@ class Record:
             if entry is not None:
                 for detection in self.detections(entry):
                     yield {"image_id": number, **detection, "file_name": name}
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What the system cannot do in here concerns `path`: of a full disk it does not say so itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror is None:  # not the system's
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _line(row: dict[str, Any]) -> bytes:
