@@ -15,6 +15,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from tmask.engine import progress
 from tmask.engine.evaluate import coco_metrics, coco_results, detect, evaluate, results_table
 from tmask.structures import Detections, ImageBatch
 
@@ -103,6 +104,15 @@ def test_figures_equal_pycocotools(kind: str, capsys: pytest.CaptureFixture[str]
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-12)
     own = [metrics[f"{kind}/AP/{name}"] for name in ("disc", "bar")]
     assert metrics[f"{kind}/AP"] == pytest.approx(np.mean(own))
+
+
+def test_classes_of_one_name_are_told_apart() -> None:
+    truth, results = fixture()
+    expected = coco_metrics(truth, results)
+    metrics = coco_metrics({**truth, "categories": [{"id": 3, "name": "a"}, {"id": 8, "name": "a"}]}, results)
+    for name, other in (("a (3)", "disc"), ("a (8)", "bar")):
+        assert metrics[f"segm/AP/{name}"] == expected[f"segm/AP/{other}"]
+    assert "segm/AP/a" not in metrics
 
 
 def as_results(truth: dict[str, Any]) -> list[dict[str, Any]]:
@@ -219,7 +229,10 @@ class Oracle(torch.nn.Module):
         return Detections(boxes, scores, labels, torch.ones(n, dtype=torch.int64), torch.ones(n, 2, 28, 28))
 
 
-def test_evaluate_maps_back_to_original_pixels_and_writes_results(tmp_path: Path) -> None:
+def test_evaluate_maps_back_to_original_pixels_and_writes_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_LINE_SECONDS", 0.0)
     box = [10.0, 20.0, 40.0, 60.0]
     mask = rectangle(*box)
     mask[20, 10] = True
@@ -241,6 +254,7 @@ def test_evaluate_maps_back_to_original_pixels_and_writes_results(tmp_path: Path
     assert metrics["bbox/AP"] == metrics["segm/AP"] == metrics["segm/AP/bar"] == 1.0
     assert metrics["segm/AP/disc"] == -1.0
     assert model.training
+    assert capsys.readouterr().err.startswith("evaluation: batch 1/1  ")
     written = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(r["image_id"], r["category_id"], r["bbox"]) for r in written] == [(1, 8, box), (2, 8, box)]
     assert coco_metrics(truth, written) == metrics

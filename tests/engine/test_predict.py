@@ -1,6 +1,7 @@
 """Prediction on files: what is found, what is written, and how a run that was stopped goes on."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ import tmask
 from tmask import cli
 from tmask.data.shapes import CLASSES, write_shapes
 from tmask.engine import predict as module
+from tmask.engine import progress
 from tmask.engine.checkpoint import FORMAT, KEYS, VERSION, save_checkpoint
 from tmask.engine.predict import Summary, find_images, image_records, predict
 from tmask.engine.record import OtherSettingsError, Record
@@ -144,10 +146,15 @@ def test_no_images_are_an_error(tmp_path: Path, pattern: str) -> None:
 # ---- what is written
 
 
-def test_results_are_coco_and_pictures_stand_beside_them(model: Any, images: list[Path], tmp_path: Path) -> None:
+def test_results_are_coco_and_pictures_stand_beside_them(
+    model: Any, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     out = tmp_path / "out"
+    monkeypatch.setattr(progress, "_LINE_SECONDS", 0.0)
     done = predict(model, by_name(images), CATEGORIES, out_dir=out)
     assert done == Summary(images=4, reused=0, detections=len(rows(out)))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("  ")[0] for line in lines] == [f"prediction: image {count}/4" for count in range(1, 5)]
     assert seen(out) == [(i, path.name) for i, path in enumerate(images, start=1)]
     assert pictures(out) == [path.name for path in images]
     coco = COCO(out / "images.json")
@@ -467,7 +474,8 @@ def test_own_pictures_are_not_taken_for_images(
 ) -> None:
     argv = ["predict", "--checkpoint", str(checkpoint), "--images", f"{images[0].parent}/**/*.png"]
     argv += ["--out", str(images[0].parent / "out")]
-    for more in ([], [], ["--overwrite"]):
+    around = f"{images[0].parent}/../images"  # the same folder by another path
+    for more in ([], [], [f"--images={around}/**/*.png"], ["--overwrite"]):
         assert cli.main([*argv, *more]) == 0
         assert " detections in 4 images" in capsys.readouterr().out
         assert pictures(images[0].parent / "out") == [path.name for path in images]
@@ -518,6 +526,42 @@ def test_a_foreign_file_is_left_alone(model: Any, images: list[Path], tmp_path: 
     assert predict(model, by_name(images), CATEGORIES, out_dir=tmp_path, overwrite=True).images == 4
 
 
+@pytest.mark.parametrize("name", ["predictions.json", "images.json"])
+def test_files_of_someone_else_are_not_replaced(
+    checkpoint: Path, images: list[Path], tmp_path: Path, capsys: Any, name: str
+) -> None:
+    """Above all a COCO file ``images.json`` of the user's own."""
+    out = tmp_path / "out"
+    touch(out, name)
+    argv = ["predict", "--checkpoint", str(checkpoint), "--images", str(images[0]), "--out", str(out)]
+    assert cli.main(argv) == 2
+    assert f"{out / name}: stands there without the record of a run, predictions.jsonl; --o" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == [name]
+    assert (out / name).read_text() == ""
+    assert cli.main([*argv, "--overwrite"]) == 0
+    assert (out / name).read_text() != ""
+
+
+def test_errors_of_the_system_name_the_file_that_was_to_be_written(
+    checkpoint: Path, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    argv = ["predict", "--checkpoint", str(checkpoint), "--images", str(images[0]), "--out", str(out)]
+    assert cli.main(argv) == 0
+    (out / "predictions.json").unlink()
+    (out / "predictions.json").mkdir()
+    assert cli.main(argv) == 1
+    assert capsys.readouterr().err.endswith(f"tmask predict: error: {out / 'predictions.json'}: Is a directory\n")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (out / "predictions.json").rmdir()
+    monkeypatch.setattr(os, "fsync", full)
+    assert cli.main([*argv, "--overwrite"]) == 1
+    assert capsys.readouterr().err == f"tmask predict: error: {out / 'predictions.jsonl'}: No space left on device\n"
+
+
 def test_a_record_keeps_no_detections_in_memory(tmp_path: Path) -> None:
     record = Record(tmp_path, {})
     detections = [
@@ -527,28 +571,3 @@ def test_a_record_keeps_no_detections_in_memory(tmp_path: Path) -> None:
     for i in (2, 0, 1):
         assert record.detections(entries[i]) == detections * (i + 1)
     assert "0000" not in repr(vars(record))
-
-
-# ---- progress
-
-
-def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(
-    model: Any, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    predict(model, by_name(images), CATEGORIES, out_dir=tmp_path / "a")
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(module, "_LINE_SECONDS", 0.0)
-    predict(model, by_name(images), CATEGORIES, out_dir=tmp_path / "b")
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split()[:2] for line in lines] == [["image", f"{i}/4"] for i in range(1, 5)]
-
-
-def test_progress_is_a_bar_on_a_terminal(
-    model: Any, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    monkeypatch.setattr(module, "_LINE_SECONDS", 0.0)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    predict(model, by_name(images), CATEGORIES, out_dir=tmp_path)
-    err = capsys.readouterr().err
-    assert "| 4/4 [" in err
-    assert "image 4/4" not in err

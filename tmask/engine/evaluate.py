@@ -16,6 +16,7 @@ from torch import Tensor
 from tmask.data.annotations import run_length
 from tmask.engine.device import autocast, to_device
 from tmask.engine.files import replace_text
+from tmask.engine.progress import progress
 
 KINDS = ("bbox", "segm")
 
@@ -66,7 +67,7 @@ def detect(
     results = []
     try:
         with torch.inference_mode():
-            for batch in loader:
+            for batch in progress(loader, "evaluation", "batch"):
                 images = to_device(batch.images, device, channels_last=True)
                 with autocast(device, precision):
                     detections = model.forward_padded(images, compact=device.type == "cpu")
@@ -111,8 +112,9 @@ def coco_metrics(
 
     For each kind: ``bbox/AP``, ``AP50``, ``AP75``, ``AP_small``, ``AP_medium``, ``AP_large``, ``AR`` and
     ``AP/<class name>``, in 0..1, with up to `max_detections` detections an image; -1 where there is no ground truth.
-    No results give 0. Annotations without ``area`` or ``iscrowd`` get them. In ``segm`` a ground truth without a mask
-    neither helps nor harms; if there is none with a mask, ``segm`` is left out.
+    Classes of the same name are told apart by their category id, ``name (id)``. No results give 0. Annotations without
+    ``area`` or ``iscrowd`` get them. In ``segm`` a ground truth without a mask neither helps nor harms; if there is
+    none with a mask, ``segm`` is left out.
     """
     metrics: dict[str, float] = {}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints at every step
@@ -205,9 +207,10 @@ def _summarize(evaluation: Any, kind: str) -> dict[str, float]:
         f"{kind}/AP_large": _mean(precision[:, :, :, 3]),
         f"{kind}/AR": _mean(recall[:, :, 0]),
     }
-    for index, category_id in enumerate(evaluation.params.catIds):
-        name = evaluation.cocoGt.cats[category_id]["name"]
-        metrics[f"{kind}/AP/{name}"] = _mean(precision[:, :, index, 0])
+    names = [str(evaluation.cocoGt.cats[category_id]["name"]) for category_id in evaluation.params.catIds]
+    for index, (name, category_id) in enumerate(zip(names, evaluation.params.catIds, strict=True)):
+        key = name if names.count(name) == 1 else f"{name} ({category_id})"
+        metrics[f"{kind}/AP/{key}"] = _mean(precision[:, :, index, 0])
     return metrics
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +16,11 @@ from tmask.engine.checkpoint import config_dict
 from tmask.engine.device import autocast
 from tmask.engine.evaluate import coco_results
 from tmask.engine.files import replacing
-from tmask.engine.record import Record, file_state
+from tmask.engine.progress import progress
+from tmask.engine.record import Record, file_state, naming
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _NAMED_ERRORS = 5  # files that an error names; of the others it gives the number
-_LINE_SECONDS = 30.0  # between lines of progress, where there is no terminal for a bar
 
 
 class Summary(NamedTuple):
@@ -109,8 +108,8 @@ def predict(
     ``image_id`` counts the images from 1, and images are turned upright by their EXIF orientation. With `coco_images`
     (see `image_records`) ids are theirs and the pixels stay as stored, as annotations and `evaluate` have them.
     `categories` are the checkpoint's: label i is ``categories[i - 1]``. `score_threshold` limits what is drawn.
-    Errors: ValueError if `out_dir` has results of other settings or weights, unless `overwrite`; and, when all others
-    are done, one that names the files that are no images.
+    Errors: ValueError if `out_dir` has results of other settings or weights, or without a record, unless `overwrite`;
+    and, when all others are done, one that names the files that are no images.
     """
     from tmask.data.images import read_image
 
@@ -143,7 +142,7 @@ def predict(
         print(f"{reused} of {len(files)} images were done before", file=sys.stderr)
     unreadable: list[str] = []
     try:
-        for name in _progress(todo):
+        for name in progress(todo, "prediction", "image"):
             path, entry = files[name], entries[name]
             try:
                 state = file_state(path)
@@ -203,23 +202,8 @@ def _draw(
         "masks": [row["segmentation"] for row in rows],
     }
     names = [str(category["name"]) for category in categories]
-    with replacing(path) as file:
+    with naming(path), replacing(path) as file:
         save_png(file, draw_instances(image, result, names, min_score=score_threshold))
-
-
-def _progress(names: Sequence[str]) -> Iterator[str]:
-    """The names one after another, with a bar on a terminal and a line now and then elsewhere, on stderr."""
-    from tqdm import tqdm
-
-    if not names:
-        return
-    start = last = time.monotonic()
-    for count, name in enumerate(tqdm(names, unit="image", disable=None, file=sys.stderr), start=1):
-        yield name
-        now = time.monotonic()
-        if now - last >= _LINE_SECONDS and not sys.stderr.isatty():
-            last = now
-            print(f"image {count}/{len(names)}  {count / (now - start):.2f} images/s", file=sys.stderr, flush=True)
 
 
 def _check_size(path: Path, image: Tensor, record: dict[str, Any]) -> None:
