@@ -1,8 +1,8 @@
+import contextlib
 import dataclasses
+import gc
 import itertools
 import multiprocessing
-import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -146,13 +146,42 @@ def test_workers_leave_stop_signals_to_the_trainer(shapes):
     loader = make_loader(CocoDataset(*shapes), TRANSFORM, batch_size=2, shuffle=False, num_workers=2)
     batches = iter(loader)
     next(batches)
-    for process in multiprocessing.active_children():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            os.kill(process.pid, number)
-    assert len(multiprocessing.active_children()) == 2
+    workers = [str(process.pid) for process in multiprocessing.active_children()]
+    for number in ("-INT", "-TERM"):
+        subprocess.run(["kill", number, *workers], check=True)  # another process, as a terminal or a scheduler is
     assert len(list(batches)) == 4
+    assert len(multiprocessing.active_children()) == len(workers) == 2
     del batches, loader  # and they end with the loader
     assert multiprocessing.active_children() == []
+
+
+def test_workers_end_when_their_process_says_so(shapes):
+    """As multiprocessing does at the end of a process whose loader is still there."""
+    loader = make_loader(CocoDataset(*shapes), TRANSFORM, batch_size=2, shuffle=False, num_workers=1)
+    batches = iter(loader)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    worker.join(timeout=30)
+    assert worker.exitcode == 0
+
+
+def test_workers_end_after_an_error(shapes):
+    """At once, not when the garbage collector finds error, traceback and frames in a circle."""
+
+    def use_up():
+        data = Faulty(CocoDataset(*shapes), ValueError("a.png: broken"))
+        batches = iter(make_loader(data, TRANSFORM, batch_size=1, shuffle=False, num_workers=1))
+        for _ in batches:
+            assert len(multiprocessing.active_children()) == 1
+
+    gc.disable()
+    try:
+        with contextlib.suppress(ValueError):
+            use_up()
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
 
 
 def test_without_shuffle_images_come_in_order():
@@ -288,7 +317,6 @@ def test_a_batch_that_cannot_be_made_names_its_images(shapes, num_workers):
 
 
 def test_a_process_with_an_unfinished_loader_ends(shapes):
-    """Workers ignore SIGTERM, by which multiprocessing would end them."""
     code = f"""
         from tests.data.test_loader import CocoDataset, TRANSFORM, make_loader
         data = CocoDataset(*{list(map(str, shapes))})

@@ -5,12 +5,12 @@ Not on the number of workers, nor on what ran before: a resumed run sees the bat
 
 from __future__ import annotations
 
-import atexit
 import multiprocessing
+import os
 import pickle
 import signal
+import threading
 import traceback
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -149,46 +149,59 @@ def make_loader(
         len(dataset), batch_size=batch_size, shuffle=shuffle, seed=seed, aspect_ratios=ratios, drop_last=drop_last
     )
     return _Loader(
-        _SeededDataset(dataset),  # type: ignore[arg-type]
+        _BatchMaker(dataset, transform),
         batch_sampler=sampler,
-        collate_fn=_Collate(transform),
+        collate_fn=_as_it_is,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        worker_init_fn=_ignore_stop_signals,
+        worker_init_fn=_leave_stop_signals_to_the_trainer,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),  # else each epoch draws from the caller's random state
     )
+
+
+class _BatchMaker(Dataset[Batch]):
+    """Batches by the (index, seed) of their items: random transforms of an item depend on its seed alone."""
+
+    def __init__(self, dataset: DetectionData, transform: BatchTransform) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch | _Failure:
+        try:
+            return self._batch([self._item(*key) for key in keys])
+        except Exception as error:
+            if get_worker_info() is None:
+                raise
+            return _Failure.of(error)
+
+    def _item(self, index: int, seed: int) -> Item:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach into a GPU's random state too
+            return self.dataset[index]
+
+    def _batch(self, items: Sequence[Item]) -> Batch:
+        sizes = [(image.shape[-2], image.shape[-1]) for image, _ in items]
+        ids = [int(target["image_id"]) for _, target in items]
+        try:
+            images, targets = self.transform([image for image, _ in items], [target for _, target in items])
+        except ValueError as error:
+            raise ValueError(f"a batch of the images with the ids {ids}: {error}") from error
+        assert targets is not None
+        return Batch(images, targets, ids, sizes)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class _Loader(DataLoader[Batch]):
     """Raises the errors of its workers here as they were there; torch would give their tracebacks for a message."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        before = set(multiprocessing.active_children())
-        batches = super().__iter__()
-        _workers.update(set(multiprocessing.active_children()) - before)
-        for batch in batches:
-            if isinstance(batch, _Failure):
-                try:
-                    raise batch.error
-                finally:
-                    # Else error, traceback and this frame hold one another and the workers, and when the garbage
-                    # collector takes them all at once, it has closed the queues by which they are told to end.
-                    del batch, batches
-            yield batch
-
-
-_workers: weakref.WeakSet[Any] = weakref.WeakSet()  # processes
-
-
-@atexit.register
-def _kill_workers() -> None:
-    """Those left at the end, after an error: multiprocessing would ask them by SIGTERM, which they ignore, and wait."""
-    left = [worker for worker in _workers if worker.is_alive()]
-    if left and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an error for each
-    for worker in left:
-        worker.kill()
+        return map(_batch_or_error, super().__iter__())
 
 
 @dataclass(frozen=True)
@@ -207,59 +220,29 @@ class _Failure:
         return cls(error)
 
 
-class _SeededDataset(Dataset[Item]):
-    """Items by (index, seed): random transforms of an item depend on the seed and on nothing else."""
-
-    def __init__(self, dataset: DetectionData) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Item] | _Failure:
-        try:
-            return [self[key] for key in keys]
-        except Exception as error:
-            if get_worker_info() is None:
-                raise
-            return _Failure.of(error)
-
-    def __getitem__(self, key: tuple[int, int]) -> Item:
-        index, seed = key
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach into a GPU's random state too
-            return self.dataset[index]
+def _batch_or_error(made: Batch | _Failure) -> Batch:
+    if not isinstance(made, _Failure):
+        return made
+    try:
+        raise made.error
+    finally:
+        del made  # else error, traceback and frames hold one another, and the workers with them
 
 
-def _ignore_stop_signals(worker: int) -> None:
-    """A terminal's Ctrl-C reaches the workers too, and a scheduler's SIGTERM; the trainer decides when they end."""
+def _leave_stop_signals_to_the_trainer(worker: int) -> None:
+    """A terminal's Ctrl-C reaches the workers too, and a scheduler's SIGTERM: only their parent's SIGTERM ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
 
-@dataclass(frozen=True)
-class _Collate:
-    transform: BatchTransform
-
-    def __call__(self, items: Sequence[Item] | _Failure) -> Batch | _Failure:
-        if isinstance(items, _Failure):
-            return items
-        try:
-            return self._batch(items)
-        except Exception as error:
-            if get_worker_info() is None:
-                raise
-            return _Failure.of(error)
-
-    def _batch(self, items: Sequence[Item]) -> Batch:
-        sizes = [(image.shape[-2], image.shape[-1]) for image, _ in items]
-        ids = [int(target["image_id"]) for _, target in items]
-        try:
-            images, targets = self.transform([image for image, _ in items], [target for _, target in items])
-        except ValueError as error:
-            raise ValueError(f"a batch of the images with the ids {ids}: {error}") from error
-        assert targets is not None
-        return Batch(images, targets, ids, sizes)
+def _end_with_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+        pass
+    os._exit(0)
 
 
 def _mix(*numbers: int) -> int:
