@@ -21,8 +21,9 @@ ALLOWED = {
     "config": {"checks"},
     "model": LOW | {"model"},
     "build": LOW | {"model", "config"},
+    "weights": {"model", "build"},
     "data": LOW | {"model", "config", "data"},
-    "engine": LOW | {"model", "config", "build", "data", "visualize", "engine"},
+    "engine": LOW | {"model", "config", "build", "weights", "data", "visualize", "engine"},
     "visualize": LOW | {"model", "data"},
 }
 
@@ -104,6 +105,7 @@ def test_imports_follow_the_rules(path: Path) -> None:
         ("tmask/model/rpn.py", "import tqdm", "on import"),
         ("tmask/model/rpn.py", "from tmask_kernels.ops.nms.op import nms", "public names only"),
         ("tmask/data/coco.py", "from tmask.engine import train", "stands below"),
+        ("tmask/weights.py", "from tmask.engine import checkpoint", "stands below"),
         ("tmask/engine/train.py", "import bench.cases", "neither tests nor bench"),
     ],
 )

@@ -218,7 +218,9 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     model = tmask.build_model("tiny", 3, **SMALL)
     config = dataclasses.asdict(dataclasses.replace(model.config, fpn_channels=24))
     save_checkpoint(tmp_path / "a.pt", model_content(model) | {"model_config": config})
-    with pytest.raises(CheckpointError, match=r"weights do not fit the model: .* for .* and \d+ more"):
+    with pytest.raises(
+        CheckpointError, match=r"weights do not fit the model: .*: expected \[24.*\], got \[16.* and \d+ more"
+    ):
         load_model(tmp_path / "a.pt")
     config = dataclasses.asdict(model.config) | {"fpn_chanels": 3}
     save_checkpoint(tmp_path / "a.pt", model_content(model) | {"model_config": config})

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from tmask.build import build_model
 from tmask.config import ModelConfig, from_dict
 from tmask.engine.files import replacing
+from tmask.weights import misfits
 
 FORMAT = "tmask checkpoint"
 VERSION = 2
@@ -92,8 +94,6 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[An
     other entries: ``categories``, ``model_config``, ``step``, ... Errors: CheckpointError for an unusable file, an
     unknown config or weights that do not fit it.
     """
-    from tmask.build import build_model
-
     content = load_checkpoint(path)
     weights, average = content.pop("model"), content.pop("ema")
     if content["model_config"] is None:
@@ -110,17 +110,9 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[An
 
 def load_weights(model: nn.Module, weights: dict[str, Any], path: str | Path) -> None:
     """Load a state dict that must fit exactly. Errors: CheckpointError that names the first keys that do not."""
-    own = model.state_dict()
-    problems = [f"missing {name}" for name in own if name not in weights]
-    problems += [f"unknown {name}" for name in weights if name not in own]
-    problems += [
-        f"{name} {tuple(weights[name].shape)} for {tuple(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
+    problems = misfits(model, weights)
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(f"checkpoint {path}: weights do not fit the model: {'; '.join(problems[:3])}{more}")
+        raise CheckpointError(f"checkpoint {path}: weights do not fit the model: {problems}")
     model.load_state_dict(weights)
 
 
