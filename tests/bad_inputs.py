@@ -172,6 +172,12 @@ FILES = [
         code=2,
     ),
     Case(
+        "images without annotations",
+        f"train --data.val_images {IMAGES}",
+        "--data.val_annotations: expected a path, as val_images has one, got None",
+        code=2,
+    ),
+    Case(
         "annotation file is a folder",
         "train --data.train_annotations data",
         "--data.train_annotations: expected a file, got a folder: data",
@@ -436,6 +442,13 @@ SETTINGS = [
         "--config nowhere.yaml: No such file or directory",
         code=2,
     ),
+    Case(
+        "key of the config file that is no text",
+        "train --config c.yaml",
+        "unknown option --2020-01-01",
+        config("2020-01-01: 3"),
+        code=2,
+    ),
     Case("unknown preset", "train --preset tinny", "--preset: expected 'tiny'?, got 'tinny'", code=2),
     Case(
         "unknown convention",
@@ -468,6 +481,20 @@ SETTINGS = [
         "train --config c.yaml",
         "--train.lr: expected a finite number, got NaN",
         config("train: {lr: .nan}"),
+        code=2,
+    ),
+    Case(
+        "date as the learning rate",
+        "train --config c.yaml",
+        "--train.lr: expected a finite number, got 2020-01-01",
+        config("train: {lr: 2020-01-01}"),
+        code=2,
+    ),
+    Case(
+        "flag that is neither true nor false",
+        "train --config c.yaml",
+        "--overwrite: expected true or false, got 'nope'",
+        config("overwrite: nope"),
         code=2,
     ),
     Case("negative learning rate", "train --train.lr -1", "--train.lr: expected at least 0, got -1.0", code=2),

@@ -191,10 +191,10 @@ def test_no_file_can_run_code() -> None:
 HEAD = """\
 # Bad input
 
-Each of these gives one line on stderr, `tmask COMMAND: error: ` and the message below, and exit code 1, or 2 if the
-command line or a config file is wrong (then ` (see tmask COMMAND --help)` follows). No file that was there changes.
-`TMASK_DEBUG=1` shows the traceback. In Python the message of wrong data, settings or weights comes as a `ValueError`
-or its subclass `CheckpointError`.
+Each of these gives one error on stderr, in one line, `tmask COMMAND: error: ` and the message below, and exit code 1,
+or 2 if the command line or a config file is wrong (then ` (see tmask COMMAND --help)` follows). Lines of
+`tmask COMMAND: warning: ` may stand before it. No file that was there changes. `TMASK_DEBUG=1` shows the traceback.
+In Python the message of wrong data, settings or weights comes as a `ValueError` or its subclass `CheckpointError`.
 
 Every row is a case of [tests/bad_inputs.py](../tests/bad_inputs.py), which `tests/test_bad_input.py` runs under the
 name of its first two columns. This page is made of them by `python -m tests.test_bad_input --write`.

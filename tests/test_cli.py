@@ -1,5 +1,6 @@
 """The command line from end to end on a few small pictures, and each way of using it wrongly."""
 
+import inspect
 import json
 import shutil
 import warnings
@@ -288,6 +289,7 @@ USAGE_ERRORS = {
     "fp16 on a CPU": ("train DATA --out OUT --device cpu --train.precision fp16", "fp16 needs a CUDA device"),
     "eval without a checkpoint": ("eval --images x --annotations y", "checkpoint"),
     "eval of a missing checkpoint": ("eval --checkpoint none --images . --annotations .", "no such file"),
+    "an op and no list": ("validate --ops nms", "--ops: expected a list (any number of: a text) or none, got nms"),
     "unknown op": ('validate --ops ["nmz"]', "ops: expected some of"),
     "demo of no step": ("demo --steps 0", "steps: expected at least 1, got 0"),
 }
@@ -314,6 +316,7 @@ def test_unknown_keys_of_a_config_file_are_named(tmp_path: Path, capsys: Any) ->
     for text, expected in (
         ("model: {min_sise: 3}", "did you mean --model.min_size?"),
         ("- 1", "expected settings, got list"),
+        ("preset: [tiny]", "--preset: expected 'tiny'?, got ['tiny']"),
         ("model: [", "not YAML"),
     ):
         (tmp_path / "c.yaml").write_text(text)
@@ -391,6 +394,16 @@ def test_help_of_a_setting_is_the_comment_behind_its_field(capsys: Any) -> None:
         ("data.hflip HFLIP", "probability of a left-right flip in training (type: float, default: 0.5)"),
     ):
         assert f"--{name} {words}" in text
+
+
+def test_options_stay_where_the_source_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = [action.option_strings for action in train_parser("tiny")._actions]
+
+    def missing(_: object) -> str:
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr(inspect, "getsource", missing)
+    assert [action.option_strings for action in train_parser("tiny")._actions] == options
 
 
 def test_options_are_a_contract() -> None:

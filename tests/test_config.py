@@ -125,6 +125,8 @@ def test_the_two_conventions_differ_and_are_named() -> None:
         (TrainConfig, {"milestones": [0.5, "x"]}, "milestones: expected a tuple (any number of: a finite number), got"),
         (TrainConfig, {"channels_last": 1}, "channels_last: expected true or false, got 1"),
         (DataConfig, {"train_images": Path("x")}, "train_images: expected a text or none, got"),
+        (DataConfig, {"val_images": "x"}, "val_annotations: expected a path, as val_images has one, got None"),
+        (DataConfig, {"train_annotations": "x"}, "train_images: expected a path, as train_annotations has one"),
         (DataConfig, ["hflip"], "DataConfig: expected settings by name, got ['hflip']"),
     ],
 )

@@ -27,8 +27,7 @@ def test_commands_parse(line: str, capsys: pytest.CaptureFixture[str], tmp_path:
     arguments = [word.replace("data/", f"{tmp_path}/") for word in shlex.split(line)[1:]]
     assert cli.main(arguments) == 2
     message = capsys.readouterr().err
-    assert "unrecognized" not in message
-    assert re.search(r"no such file|does not exist", message), message
+    assert "no such file" in message
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -49,7 +48,10 @@ def test_python_runs() -> None:
     assert names["pooled"].shape == (2, 8, 7, 7)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/torchvision.md"])
+PAGES = [path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]]
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
         assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"

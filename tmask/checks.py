@@ -53,9 +53,9 @@ def describe(hint: Any, got: Any) -> str:
     parts = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
         return nearest(str(got), parts)
-    if typing.get_origin(hint) is tuple:
-        number = "any number" if parts[-1] is Ellipsis else len(parts)
-        return f"a tuple ({number} of: {describe(parts[0], got)})"
+    if typing.get_origin(hint) in (tuple, list):
+        number = len(parts) if typing.get_origin(hint) is tuple and parts[-1] is not Ellipsis else "any number"
+        return f"a {typing.get_origin(hint).__name__} ({number} of: {describe(parts[0], got)})"
     if parts:
         return " or ".join(describe(part, got) for part in parts)
     words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", type(None): "none"}

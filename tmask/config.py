@@ -206,6 +206,11 @@ class DataConfig:
         for name in ("hflip", "vflip"):
             require(0 <= getattr(self, name) <= 1, name, "in 0..1", getattr(self, name))
         require(self.num_workers >= 0, "num_workers", "at least 0", self.num_workers)
+        for split in ("train", "val"):
+            pair = (f"{split}_images", f"{split}_annotations")
+            for name, other in (pair, pair[::-1]):
+                given = getattr(self, name) is not None or getattr(self, other) is None
+                require(given, name, f"a path, as {other} has one", None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,27 +45,39 @@ def add_device(parser: ArgumentParser) -> None:
     parser.add_argument("--precision", type=Precision, default="fp32", help="of the features; boxes are always fp32")
 
 
-def parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
-    """Parse; an unknown option is answered with the nearest known one, a wrong value with what is expected."""
+def parse(parser: ArgumentParser, argv: list[str], file: Mapping[str, Any] | None = None) -> Namespace:
+    """Parse; `file` holds the settings of the config file that `argv` names.
+
+    An unknown option is answered with the nearest known one, a wrong value with what is expected.
+    """
+    words = [word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")]
+    known = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
+    for name in [*words, *_leaves(file or {})]:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UsageError(f"unknown option --{name}" + (f"; did you mean --{near[0]}?" if near else ""))
     try:
         return parser.parse_args(argv)
     except argparse.ArgumentError as error:
         raise UsageError(_explain(parser, str(error))) from error
 
 
+def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted names of the values in nested settings."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
 def _explain(parser: ArgumentParser, message: str) -> str:
-    """jsonargparse's message in the words of ours."""
-    known = {action.dest: action for action in parser._actions}
-    value = re.search(r'^Parser key "([\w.]+)":\s.* value: (.*)', message, re.DOTALL)
-    if value and getattr(known.get(value[1]), "_typehint", None) is not None:
-        return f"--{value[1]}: expected {describe(known[value[1]]._typehint, value[2])}, got {value[2]}"
-    group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-    unknown = re.search(r"(?:unrecognized arguments: --|[Kk]ey '|Option ')([\w.]+)", message)
-    wanted = f"{group[1]}.{group[2]}" if group else unknown[1] if unknown else None
-    if wanted is None or wanted in known:
+    """jsonargparse's message of a value of the wrong type, in the words of ours; any other as it is."""
+    wrong = re.search(r'^Parser key "([\w.]+)":\s.* value: (.*)', message, re.DOTALL)
+    hints = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
+    if wrong is None or hints.get(wrong[1]) is None:
         return message
-    near = difflib.get_close_matches(wanted, known, n=1)
-    return f"unknown option --{wanted}" + (f"; did you mean --{near[0]}?" if near else "")
+    return f"--{wrong[1]}: expected {describe(hints[wrong[1]], wrong[2])}, got {wrong[2]}"
 
 
 def usage(function: Callable[[], Any]) -> Any:

@@ -1,7 +1,4 @@
-"""``tmask train``. Its parser is built twice over: what ``--preset`` and ``--config`` say is looked up first.
-
-It decides the defaults that the parser shows and the user overrides.
-"""
+"""``tmask train``. The preset decides the defaults of the options, so it is looked up before their parser is made."""
 
 from __future__ import annotations
 
@@ -35,11 +32,12 @@ DEFAULT_PRESET = "r50_fpn"
 
 def train_command(argv: list[str]) -> int:
     """Train on a COCO data set; writes checkpoint, log, results and pictures to --out."""
-    preset, argv = _expand(argv)
-    parser = train_parser(preset)
-    args = parse(parser, argv)
+    preset, argv, file = _expand(argv)
+    args = parse(train_parser(preset), argv, file)
     if args.out is None:
         raise UsageError("--out is required: the folder of the run")
+    if not isinstance(args.overwrite, bool):  # from a config file, which jsonargparse does not check for a flag
+        raise UsageError(f"--overwrite: expected true or false, got {args.overwrite!r}")
     # Everything that can be wrong with the settings and paths is found before the first step.
     try:
         data = settings_of(DataConfig, "data", args)
@@ -55,11 +53,8 @@ def train_command(argv: list[str]) -> int:
         for name in ("train_images", "train_annotations"):
             if getattr(data, name) is None:
                 raise UsageError(f"--data.{name} is required")
-        paths_exist(
-            **{f"data.{n}": getattr(data, n) for n in ("train_images", "train_annotations")},
-            **{f"data.{n}": getattr(data, n) for n in ("val_images", "val_annotations")},
-            resume=args.resume,
-        )
+        names = ("train_images", "train_annotations", "val_images", "val_annotations")
+        paths_exist(**{f"data.{name}": getattr(data, name) for name in names}, resume=args.resume)
     except ValueError as error:
         raise UsageError(str(error)) from error
     out = Path(args.out)
@@ -123,17 +118,22 @@ def train_parser(preset: str) -> ArgumentParser:
 
 def _add_help(parser: ArgumentParser, configs: dict[str, type]) -> None:
     """The comment behind a field of a config is the help of its option."""
+    try:
+        sources = {group: inspect.getsource(config) for group, config in configs.items()}
+    except OSError:  # installed without its source: the options go without help
+        return
     texts = {
         f"{group}.{name}": text.replace("%", "%%")
-        for group, config in configs.items()
-        for name, text in re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(config), re.MULTILINE)
+        for group, source in sources.items()
+        for name, text in re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE)
     }
     for action in parser._actions:
         action.help = action.help or texts.get(action.dest)
 
 
-def _expand(argv: list[str]) -> tuple[str, list[str]]:
-    """The preset, and `argv` with named conventions spelled out and the config file first (arguments override it)."""
+def _expand(argv: list[str]) -> tuple[str, list[str], dict[str, Any]]:
+    """The preset; `argv` with named conventions spelled out and the config file first, since arguments override it; and
+    the settings of that file."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     peek.add_argument("--config")
     peek.add_argument("--preset")
@@ -143,19 +143,19 @@ def _expand(argv: list[str]) -> tuple[str, list[str]]:
     if known.config is not None:
         config = _read_config(known.config)
     preset = known.preset or config.get("preset") or DEFAULT_PRESET
-    if preset not in PRESETS:
+    if str(preset) not in PRESETS:
         raise UsageError(f"--preset: expected {nearest(str(preset), PRESETS)}, got {preset!r}")
     head = []
     if config:
         model = config.get("model")
         if isinstance(model, dict) and isinstance(model.get("convention"), str):
             model["convention"] = _convention(model["convention"])
-        head += ["--config", json.dumps(config)]
+        head += ["--config", json.dumps(config, default=str, skipkeys=True)]  # YAML also has dates, and any keys
     head += ["--preset", str(preset)]
     if known.convention is not None:
         named = not known.convention.lstrip().startswith("{")
         head += ["--model.convention", json.dumps(_convention(known.convention)) if named else known.convention]
-    return str(preset), head + rest
+    return str(preset), head + rest, config
 
 
 def _read_config(path: str) -> dict[str, Any]:

@@ -33,20 +33,14 @@ OVERVIEW_NAME, OVERVIEW_PICTURES = "overview.png", 4
 def open_dataset(data: DataConfig, split: str) -> Any:
     """The CocoDataset of split ``"train"`` (with its random flips) or ``"val"``; None if `data` names none.
 
-    Errors: ValueError if only one of the two paths is given or a path does not exist, those of CocoDataset, and if
-    there is nothing to train on.
+    Errors: those of CocoDataset, and ValueError if there is nothing to train on.
     """
     from tmask.data.coco import CocoDataset, check_instances
     from tmask.data.transforms import train_transforms
 
     images, annotations = getattr(data, f"{split}_images"), getattr(data, f"{split}_annotations")
-    if images is None and annotations is None:
+    if images is None:
         return None
-    for name, path in ((f"{split}_images", images), (f"{split}_annotations", annotations)):
-        if path is None:
-            raise ValueError(f"data.{name}: expected a path, got none")
-        if not Path(path).exists():
-            raise ValueError(f"data.{name}: no such file or folder: {path}")
     flips = train_transforms(hflip=data.hflip, vflip=data.vflip) if split == "train" else None
     dataset = CocoDataset(images, annotations, transforms=flips)
     check_instances(dataset, train=split == "train")
