@@ -16,6 +16,7 @@ from tmask.data.shapes import write_shapes
 from tmask.engine.checkpoint import load_checkpoint
 from tmask.engine.interrupt import Interrupted, StopSignals
 from tmask.engine.log import read_log
+from tmask.engine.report import NonFiniteLossError
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
@@ -84,6 +85,34 @@ def test_before_the_first_checkpoint_there_is_none(tmp_path: Path) -> None:
         run(tmp_path, signalled_at(0, signal.SIGINT, signal.SIGTERM))
     assert (stop.value.checkpoint_step, stop.value.exit_code) == (None, 143)
     assert not (tmp_path / "checkpoint.pt").exists()
+
+
+class LateSignal(StopSignals):
+    """SIGINT just after the first update has found that nothing is due."""
+
+    reads = 0
+
+    @property
+    def number(self) -> int | None:  # type: ignore[override]
+        self.reads += 1
+        return signal.SIGINT if self.reads > 2 else None
+
+    @number.setter
+    def number(self, value: int | None) -> None:
+        pass
+
+
+@pytest.mark.parametrize("poison_at", [None, 0], ids=["good", "poisoned"])
+def test_a_signal_between_two_updates_loses_no_loss(
+    tmp_path: Path, poison_at: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tmask.engine.train.StopSignals", LateSignal)
+    model = Model(poison_at=poison_at)
+    with pytest.raises(Interrupted if poison_at is None else NonFiniteLossError):
+        run(tmp_path, model)
+    assert model.calls == 1
+    assert [row["step"] for row in read_log(tmp_path / "log.jsonl")] == ([1] if poison_at is None else [])
+    assert (tmp_path / "checkpoint.pt").exists() == (poison_at is None)
 
 
 def test_an_evaluation_is_broken_off_with_a_checkpoint_on_disk(tmp_path: Path) -> None:

@@ -140,6 +140,12 @@ def test_an_average_turned_on_later_begins_at_the_weights(tmp_path: Path) -> Non
     assert torch.equal(result.model.conv.weight, saved["model"]["conv.weight"])
 
 
+def test_a_finished_run_is_saved_elsewhere_as_it_is(tmp_path: Path) -> None:
+    run(tmp_path / "a", Model())
+    run(tmp_path / "b", Model(), resume=tmp_path / "a" / "checkpoint.pt")
+    assert_same(*[load_checkpoint(tmp_path / name / "checkpoint.pt") for name in "ab"])
+
+
 def test_settings_of_the_optimizer_are_those_of_the_present_run(tmp_path: Path) -> None:
     run(tmp_path, Model())
     config = dataclasses.replace(CONFIG, steps=13, weight_decay=0.25)

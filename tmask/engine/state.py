@@ -22,7 +22,7 @@ from tmask.engine.checkpoint import (
 )
 from tmask.engine.ema import WeightAverage
 from tmask.engine.optimizer import build_optimizer
-from tmask.engine.stream import rng_state
+from tmask.engine.stream import rng_state, set_rng_state
 
 # A resumed run must agree in these: the first two decide the order of the data, the others the optimiser's state.
 _FIXED_ON_RESUME = ("batch_size", "seed", "optimizer", "decay_norm_and_bias")
@@ -87,6 +87,7 @@ class TrainState:
             self.scaler.load_state_dict(saved["scaler"])
         self.step, self.epoch, self.position = saved["step"], saved["epoch"], saved["position"]
         self.rng = saved["rng"]
+        set_rng_state(self.rng, self.device)  # what `content` gives if no step is left
 
     def _check(self, saved: dict[str, Any], path: str | Path) -> None:
         changed = differences(saved["model_config"], config_dict(getattr(self.model, "config", None)))

@@ -127,7 +127,8 @@ def _loop(
             report.write_metrics(step, metrics)
         if save:
             report.timer.restart()
-    if saver.step != state.step:
+    if saver.step != state.step:  # a signal came too late for the last update, or a resumed run has no step left
+        report.write_losses(state.step, state.epoch, state.optimizer.param_groups[0]["lr"])
         saver.save()
     if stop.number is not None:
         raise Interrupted(stop.number)
