@@ -784,7 +784,7 @@ PYTHON = [
     PythonCase(
         "unknown setting",
         'tmask.build_model("tiny", min_sise=3)',
-        "unknown model setting 'min_sise': expected 'min_size'?",
+        "unknown ModelConfig setting 'min_sise': expected 'min_size'?",
     ),
     PythonCase(
         "impossible setting",

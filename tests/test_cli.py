@@ -13,11 +13,12 @@ import yaml
 
 from tmask import cli
 from tmask.cli.train import train_parser
-from tmask.config import CONVENTIONS, PRESETS, TRAIN_PRESETS, TrainConfig
+from tmask.config import CONVENTIONS, TrainConfig
 from tmask.data.shapes import CLASSES, write_shapes
 from tmask.engine import evaluate
 from tmask.engine.log import read_log
 from tmask.model.backbone import ResNet
+from tmask.presets import PRESETS, TRAIN_PRESETS
 
 SMALL = [
     *("--model.min_size", "64", "--model.max_size", "64", "--model.fpn_channels", "16"),

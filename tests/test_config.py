@@ -10,15 +10,13 @@ import yaml
 
 from tmask.config import (
     CONVENTIONS,
-    PRESETS,
-    TRAIN_PRESETS,
     Convention,
     DataConfig,
     ModelConfig,
     TrainConfig,
     from_dict,
-    model_config,
 )
+from tmask.presets import PRESETS, TRAIN_PRESETS, model_config
 
 FIELDS = {
     DataConfig: """train_images train_annotations val_images val_annotations hflip vflip num_workers
@@ -140,11 +138,14 @@ def test_overrides_take_lists_and_name_what_is_wrong() -> None:
     assert model_config("tiny", image_mean=[0.1, 0.2, 0.3]).image_mean == (0.1, 0.2, 0.3)
     assert model_config("tiny", anchor_sizes=[[8], [16], [32], [64], [128]]).anchor_sizes[4] == (128,)
     for wrong, message in (
-        ({"min_sise": 3}, "unknown model setting 'min_sise': expected 'min_size'?"),
+        ({"min_sise": 3}, "unknown ModelConfig setting 'min_sise': expected 'min_size'?"),
         ({"preset": "tinny"}, "preset: expected 'tiny'?, got 'tinny'"),
         ({"preset": 50}, "preset: expected a name or a ModelConfig, got 50"),
         ({"convention": "torch"}, "convention: expected 'torchvision'?, got 'torch'"),
-        ({"convention": {"paste": "torchvision"}}, "convention: expected a Convention, got {"),
+        (
+            {"convention": {"paste": "torchvision"}},
+            "convention: Convention: expected a setting 'roi_aligned', got none",
+        ),
     ):
         with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is compared whole
             model_config(**{"preset": "tiny", **wrong})

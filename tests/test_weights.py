@@ -123,7 +123,7 @@ BAD = {
     "type": "expected names and tensors or a file of them, got int",
     "file": "expected a state-dict file, got 'nowhere.pth', which does not exist",
     "damaged": "damaged.pth is truncated, damaged or no state dict",
-    "setting": "unknown model setting 'min_sise': expected 'min_size'",
+    "setting": "unknown ModelConfig setting 'min_sise': expected 'min_size'",
 }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from tmask.config import ModelConfig, model_config
+from tmask.config import ModelConfig
 from tmask.model.backbone import ResNet, load_backbone, warn_if_random_and_frozen
 from tmask.model.box_head import BoxHead
 from tmask.model.detector import MaskRCNN
@@ -15,6 +15,7 @@ from tmask.model.mask_head import MaskHead
 from tmask.model.roi_heads import RoIExtractor, RoIHeads
 from tmask.model.rpn import RPN, TopN
 from tmask.model.transform import ImageTransform
+from tmask.presets import model_config
 from tmask_kernels import AnchorSpec
 
 STRIDES = (4, 8, 16, 32, 64)  # P2-P6

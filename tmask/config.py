@@ -1,4 +1,4 @@
-"""Every setting of the project, as frozen dataclasses, and the named presets.
+"""Every setting of the project, as frozen dataclasses. Named presets of them stand in `tmask.presets`.
 
 A config is plain data: it round-trips through `dataclasses.asdict`, YAML and checkpoints. Only `tmask.build_model`
 turns a `ModelConfig` into modules; the modules take explicit arguments and never see it.
@@ -158,36 +158,6 @@ class ModelConfig:
             require(low <= high, f"{part}_bg_iou", f"at most {part}_fg_iou ({high})", low)
 
 
-_R50 = ModelConfig()
-
-PRESETS: dict[str, ModelConfig] = {
-    # Small enough to learn from scratch on two CPU cores in minutes; images of about 128 px.
-    "tiny": ModelConfig(
-        min_size=128,
-        max_size=192,
-        image_mean=(0.5, 0.5, 0.5),
-        image_std=(0.25, 0.25, 0.25),
-        backbone="resnet10",
-        norm="bn",
-        trainable_layers=5,
-        fpn_channels=64,
-        anchor_sizes=((12.0,), (20.0,), (32.0,), (48.0,), (72.0,)),
-        rpn_batch_size=128,
-        rpn_pre_nms_top_n_train=256,
-        rpn_pre_nms_top_n_test=256,
-        rpn_post_nms_top_n_train=128,
-        rpn_post_nms_top_n_test=128,
-        box_head_dim=256,
-        box_batch_size=64,
-        max_detections=50,
-        mask_head_channels=64,
-    ),
-    "r18_fpn": dataclasses.replace(_R50, backbone="resnet18", norm="bn", trainable_layers=5),
-    "r50_fpn": _R50,
-    "r101_fpn": dataclasses.replace(_R50, backbone="resnet101"),
-}
-
-
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the images and COCO-format annotations are. Paths; None where a command does not need one."""
@@ -255,52 +225,6 @@ class TrainConfig:
         require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
         require(all(0 < m <= 1 for m in self.milestones), "milestones", "fractions of steps", self.milestones)
         require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "above 0, or none", self.clip_norm)
-
-
-_SMALL_DATA = TrainConfig(
-    steps=1000,
-    batch_size=4,
-    optimizer="adamw",
-    lr=4e-4,
-    weight_decay=0.01,
-    schedule="cosine",
-    lr_floor=0.01,
-    warmup_steps=49,
-    warmup_start=1 / 50,
-    clip_norm=5.0,
-)
-
-# The training defaults that go with each preset of the model: the small ones learn small data from scratch, the
-# others follow the published schedule of fine-tuning from ImageNet weights.
-TRAIN_PRESETS: dict[str, TrainConfig] = {
-    "tiny": _SMALL_DATA,
-    "r18_fpn": _SMALL_DATA,
-    "r50_fpn": TrainConfig(),
-    "r101_fpn": TrainConfig(),
-}
-
-
-def model_config(preset: str | ModelConfig, **overrides: Any) -> ModelConfig:
-    """A preset (or a config) with some fields replaced; ``convention`` also takes a name of ``CONVENTIONS``.
-
-    Errors: ValueError for an unknown preset, field or convention (with the nearest name) and impossible values.
-    """
-    if isinstance(preset, str):
-        if preset not in PRESETS:
-            raise ValueError(f"preset: expected {nearest(preset, PRESETS)}, got {preset!r}")
-        preset = PRESETS[preset]
-    if not isinstance(preset, ModelConfig):
-        raise ValueError(f"preset: expected a name or a ModelConfig, got {preset!r}")
-    known = {item.name for item in dataclasses.fields(ModelConfig)}
-    for name in overrides:
-        if name not in known:
-            raise ValueError(f"unknown model setting {name!r}: expected {nearest(name, known)}")
-    convention = overrides.get("convention")
-    if isinstance(convention, str):
-        if convention not in CONVENTIONS:
-            raise ValueError(f"convention: expected {nearest(convention, CONVENTIONS)}, got {convention!r}")
-        overrides["convention"] = CONVENTIONS[convention]
-    return dataclasses.replace(preset, **{name: _tuples(value) for name, value in overrides.items()})
 
 
 def from_dict(cls: type[Any], values: dict[str, Any]) -> Any:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from tmask.config import PRESETS, TRAIN_PRESETS, DataConfig
+from tmask.config import DataConfig
+from tmask.presets import PRESETS, TRAIN_PRESETS
 
 PRESET = "tiny"
 TRAIN_SEED, VAL_SEED = 1, 2  # of the pictures: disjoint sets

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tmask.config import PRESETS
 from tmask.op_checks import OP_CHECKS, Inputs, OpCheck
+from tmask.presets import PRESETS
 from tmask_kernels.backend import BACKENDS, interpreter_enabled
 from tmask_kernels.testing import TOLERANCES
 

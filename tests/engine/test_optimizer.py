@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from tmask.config import TRAIN_PRESETS, TrainConfig
+from tmask.config import TrainConfig
 from tmask.engine.optimizer import build_optimizer, lr_factor, parameter_groups, set_lr
+from tmask.presets import TRAIN_PRESETS
 
 
 @pytest.mark.parametrize("steps", [120, 540])
@@ -67,6 +68,20 @@ def test_optimizer_kind_and_rate(name: str, kind: type) -> None:
     assert type(optimizer) is kind
     set_lr(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_is_that_of_the_textbook(momentum: float) -> None:
+    model = Small()
+    config = TrainConfig(optimizer="sgd", lr=0.5, momentum=momentum, weight_decay=0.1)
+    optimizer = build_optimizer(model, config)
+    weight, velocity = model.conv.weight.detach().clone(), torch.zeros_like(model.conv.weight)
+    for step in range(3):
+        model.conv.weight.grad = torch.full_like(weight, step + 1.0)
+        velocity = momentum * velocity + model.conv.weight.grad + 0.1 * weight
+        weight = weight - 0.5 * velocity
+        optimizer.step()
+        torch.testing.assert_close(model.conv.weight.detach(), weight)
 
 
 def test_a_frozen_model_is_an_error() -> None:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 
-from tmask.config import PRESETS, TRAIN_PRESETS, DataConfig
+from tmask.config import DataConfig
 from tmask.data.coco import CocoDataset
 from tmask.data.shapes import write_shapes
 from tmask.engine.log import read_log
 from tmask.engine.run import run_training
+from tmask.presets import PRESETS, TRAIN_PRESETS
 
 
 def test_four_pictures_are_learnt_by_heart(tmp_path: Path) -> None:

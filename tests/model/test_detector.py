@@ -215,7 +215,7 @@ def test_masks_are_resized_as_the_convention_says(convention: str) -> None:
     ("overrides", "message"),
     [
         ({"preset": "r50"}, "preset: expected 'r50_fpn'"),
-        ({"min_sice": 3}, "unknown model setting 'min_sice': expected 'min_size'"),
+        ({"min_sice": 3}, "unknown ModelConfig setting 'min_sice': expected 'min_size'"),
         ({"convention": "torchvison"}, "convention: expected 'torchvision'"),
         ({"num_classes": 1}, "num_classes: expected at least 2"),
         ({"rpn_nms_threshold": 1.5}, "rpn_nms_threshold: expected in 0..1, got 1.5"),

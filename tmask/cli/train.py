@@ -25,7 +25,8 @@ from tmask.cli.common import (
     paths_exist,
     settings_of,
 )
-from tmask.config import CONVENTIONS, PRESETS, TRAIN_PRESETS, DataConfig, ModelConfig, TrainConfig, from_dict
+from tmask.config import CONVENTIONS, DataConfig, ModelConfig, TrainConfig, from_dict
+from tmask.presets import PRESETS, TRAIN_PRESETS
 
 DEFAULT_PRESET = "r50_fpn"
 

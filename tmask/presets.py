@@ -1,0 +1,81 @@
+"""Named settings: of the model, and of the training that goes with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from tmask.checks import nearest
+from tmask.config import CONVENTIONS, ModelConfig, TrainConfig, from_dict
+
+_R50 = ModelConfig()
+
+PRESETS: dict[str, ModelConfig] = {
+    # Small enough to learn from scratch on two CPU cores in minutes; images of about 128 px.
+    "tiny": ModelConfig(
+        min_size=128,
+        max_size=192,
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.25, 0.25, 0.25),
+        backbone="resnet10",
+        norm="bn",
+        trainable_layers=5,
+        fpn_channels=64,
+        anchor_sizes=((12.0,), (20.0,), (32.0,), (48.0,), (72.0,)),
+        rpn_batch_size=128,
+        rpn_pre_nms_top_n_train=256,
+        rpn_pre_nms_top_n_test=256,
+        rpn_post_nms_top_n_train=128,
+        rpn_post_nms_top_n_test=128,
+        box_head_dim=256,
+        box_batch_size=64,
+        max_detections=50,
+        mask_head_channels=64,
+    ),
+    "r18_fpn": dataclasses.replace(_R50, backbone="resnet18", norm="bn", trainable_layers=5),
+    "r50_fpn": _R50,
+    "r101_fpn": dataclasses.replace(_R50, backbone="resnet101"),
+}
+
+
+_SMALL_DATA = TrainConfig(
+    steps=1000,
+    batch_size=4,
+    optimizer="adamw",
+    lr=4e-4,
+    weight_decay=0.01,
+    schedule="cosine",
+    lr_floor=0.01,
+    warmup_steps=49,
+    warmup_start=1 / 50,
+    clip_norm=5.0,
+)
+
+# The training defaults that go with each preset of the model: the small ones learn small data from scratch, the
+# others follow the published schedule of fine-tuning from ImageNet weights.
+TRAIN_PRESETS: dict[str, TrainConfig] = {
+    "tiny": _SMALL_DATA,
+    "r18_fpn": _SMALL_DATA,
+    "r50_fpn": TrainConfig(),
+    "r101_fpn": TrainConfig(),
+}
+
+
+def model_config(preset: str | ModelConfig, **overrides: Any) -> ModelConfig:
+    """A preset (or a config) with some fields replaced; ``convention`` also takes a name of ``CONVENTIONS``.
+
+    Errors: ValueError for an unknown preset, field or convention (with the nearest name) and impossible values.
+    """
+    if isinstance(preset, str):
+        if preset not in PRESETS:
+            raise ValueError(f"preset: expected {nearest(preset, PRESETS)}, got {preset!r}")
+        preset = PRESETS[preset]
+    if not isinstance(preset, ModelConfig):
+        raise ValueError(f"preset: expected a name or a ModelConfig, got {preset!r}")
+    convention = overrides.get("convention")
+    if isinstance(convention, str):
+        if convention not in CONVENTIONS:
+            raise ValueError(f"convention: expected {nearest(convention, CONVENTIONS)}, got {convention!r}")
+        overrides["convention"] = CONVENTIONS[convention]
+    config: ModelConfig = from_dict(ModelConfig, vars(preset) | overrides)
+    return config
