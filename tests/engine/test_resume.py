@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.engine.toy import CONFIG, Loader, Model, batch, run
 from tmask.config import TrainConfig
@@ -144,6 +144,19 @@ def test_a_finished_run_is_saved_elsewhere_as_it_is(tmp_path: Path) -> None:
     run(tmp_path / "a", Model())
     run(tmp_path / "b", Model(), resume=tmp_path / "a" / "checkpoint.pt")
     assert_same(*[load_checkpoint(tmp_path / name / "checkpoint.pt") for name in "ab"])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_memory_format_may_change(tmp_path: Path, optimizer: Any) -> None:
+    config = dataclasses.replace(CONFIG, optimizer=optimizer, lr=0.01)
+    models = [Model() for _ in range(3)]
+    for model in models:
+        model.conv = nn.Conv2d(3, 1, 3, padding=1)
+        model.load_state_dict(models[0].state_dict())
+    run(tmp_path / "whole", models[0], config)
+    run(tmp_path, models[1], dataclasses.replace(config, steps=5, channels_last=False))
+    run(tmp_path, models[2], config, resume=tmp_path / "checkpoint.pt")
+    torch.testing.assert_close(models[2].conv.weight, models[0].conv.weight, rtol=1e-4, atol=1e-5)
 
 
 def test_settings_of_the_optimizer_are_those_of_the_present_run(tmp_path: Path) -> None:

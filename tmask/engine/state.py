@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from tmask.config import TrainConfig
@@ -81,6 +82,11 @@ class TrainState:
             self.average.empty = saved["ema"] is None
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
+        for parameter, values in self.optimizer.state.items():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    # Fused optimisers go by the parameter's order in memory; the saved run may have had the other one.
+                    values[name] = torch.empty_like(parameter).copy_(value)
         for group, values in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(values)  # load_state_dict put the old ones there
         if self.scaler is not None and saved["scaler"]:
