@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from tests.engine.toy import CONFIG, Loader, Model, batch, run
+from tests.model.sync import count_blocking
 from tmask.config import TrainConfig
 from tmask.engine.checkpoint import load_checkpoint
 from tmask.engine.ema import WeightAverage
-from tmask.engine.log import read_log
+from tmask.engine.log import LossBuffer, read_log
 from tmask.engine.state import TrainState
 from tmask.engine.train import _update
+from tmask.structures import ImageBatch, Targets
 
 SGD = dataclasses.replace(
     CONFIG, steps=1, optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=0.5, log_every=1, channels_last=False
@@ -75,6 +78,46 @@ def test_a_gradient_scaler_changes_nothing_and_skips_what_overflows(clip: float 
     _update(states[1], iter([batch(torch.tensor(2.0)), batch(torch.tensor(1e30))]))  # its square is infinite
     assert torch.equal(flat(scaled), before)
     assert states[1].scaler.get_scale() == 512.0
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_skipped_first_update_leaves_no_trace(optimizer: Any) -> None:
+    config = dataclasses.replace(SGD, optimizer=optimizer, momentum=0.9)
+    plain, skipping = Model(), Model()
+    skipping.load_state_dict(plain.state_dict())
+    states = [TrainState(model, config, torch.device("cpu"), ()) for model in (plain, skipping)]
+    states[1].scaler = GradScaler("cpu", init_scale=1024.0)
+    junk = [torch.full((1000,), torch.nan) for _ in range(100)]  # what new buffers would find in memory
+    del junk
+    _update(states[1], iter([batch(torch.tensor(1e30))]))
+    for state in states:
+        torch.manual_seed(0)
+        for value in (2.0, 3.0, 4.0):
+            _update(state, iter([batch(torch.tensor(value))]))
+    torch.testing.assert_close(flat(skipping), flat(plain), rtol=1e-5, atol=1e-6)
+
+
+class Silent(Model):
+    """The same loss, without what the other tests read of it on the host."""
+
+    def forward_padded(self, images: ImageBatch, targets: Targets, *, compact: bool) -> dict[str, Tensor]:
+        out = self.norm(self.conv(images.tensor))
+        return {"loss_a": (out.float().mean() - 1) ** 2, "loss_b": self.conv.bias.sum() ** 2}
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_an_update_never_waits_for_the_device(optimizer: Any, scaled: bool) -> None:
+    config = dataclasses.replace(SGD, optimizer=optimizer, momentum=0.9, accumulate=2, clip_norm=0.1, ema_decay=0.5)
+    state = TrainState(Silent(), config, torch.device("cpu"), ())
+    state.scaler = GradScaler("cpu") if scaled else None
+    buffer = LossBuffer(3)
+    for _ in range(3):
+        with count_blocking() as found:
+            losses, _ = _update(state, iter([batch(torch.tensor(2.0)), batch(torch.tensor(3.0))]))
+            buffer.add(losses)
+        assert not found
+    assert len(buffer.read()) == 3
 
 
 def test_the_average_is_that_of_a_hand() -> None:

@@ -36,9 +36,14 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     groups = parameter_groups(model, config)
     if not groups:
         raise ValueError("model: expected parameters that take gradients, got none (is everything frozen?)")
+    # Fused: an update that fp16 skips is then skipped on the device; the others ask the host whether to.
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
+    if config.momentum:  # fused SGD leaves a new buffer as it finds it in memory if the first update is skipped
+        for parameter in (parameter for group in sgd.param_groups for parameter in group["params"]):
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
