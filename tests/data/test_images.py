@@ -136,6 +136,15 @@ def test_exif_orientation_of_a_jpeg(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # PIL's, of broken tags
+@pytest.mark.parametrize("exif", [b"garbage", b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x04\0\0\0abc\0\0\0\0\0"])
+def test_damaged_exif_data_does_not_spoil_the_pixels(tmp_path, exif):
+    """No header, and a text as orientation."""
+    Image.fromarray(COLOURS).save(tmp_path / "a.png", exif=b"Exif\0\0" + exif)
+    for apply_exif in (False, True):
+        assert torch.equal(read_image(tmp_path / "a.png", apply_exif=apply_exif), as_tensor(COLOURS))
+
+
+@pytest.mark.filterwarnings("ignore")  # PIL's, of broken tags
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp", "bmp"])
 def test_damaged_files_are_named(tmp_path, suffix):
     path = tmp_path / f"a b[ü].{suffix}"

@@ -28,11 +28,11 @@ def read_image(path: str | Path, *, apply_exif: bool = False) -> Tensor:
     try:
         with Image.open(path) as image:
             _check(image)
-            if not apply_exif:
-                # PIL turns a TIFF while it reads the pixels, unless the tag is gone.
-                image.getexif().pop(_ORIENTATION, None)
-            elif image.getexif().get(_ORIENTATION, 1) != 1:
+            if apply_exif and _orientation(image) != 1:
                 image = ImageOps.exif_transpose(image)
+            elif not apply_exif and image.format == "TIFF":
+                # PIL turns it while it reads the pixels, unless the tag is gone.
+                image.getexif().pop(_ORIENTATION, None)
             if "transparency" in image.info:  # PIL asks for this way with a warning
                 image = image.convert("RGBA")
             pixels = np.array(image.convert("RGB"))  # [H, W, 3]
@@ -46,6 +46,14 @@ def read_image(path: str | Path, *, apply_exif: bool = False) -> Tensor:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ValueError(f"{path}: cannot be read as an image: {reason}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _orientation(image: Any) -> int:
+    """How the image is to be turned, 1 for not at all; damaged EXIF data does not spoil the pixels."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # PIL raises whatever comes up
+        return 1
 
 
 class _UnsuitableError(Exception):
