@@ -54,6 +54,8 @@ def test_the_two_conventions_differ_and_are_named() -> None:
     assert sorted(CONVENTIONS) == ["detectron2", "torchvision"]
     assert model_config("tiny", convention="torchvision").convention == CONVENTIONS["torchvision"]
     assert model_config("tiny").convention == CONVENTIONS["detectron2"]
+    whole = dataclasses.asdict(CONVENTIONS["torchvision"])
+    assert model_config("tiny", convention=whole).convention == CONVENTIONS["torchvision"]
 
 
 @pytest.mark.parametrize(
