@@ -97,12 +97,14 @@ CROWD = {"iscrowd": torch.tensor([1, 0])}
         (target(masks=torch.ones(2, 30, 20)), r"\['masks'\]: expected shape \(2, 20, 30\), got \(2, 30, 20\)"),
         (target(has_mask=torch.ones(3)), r"\['has_mask'\]: expected shape \(2,\), got \(3,\)"),
         (target() | {"boxes": [[0, 0, 1, 1]]}, r"targets\[1\]\['boxes'\]: expected a tensor, got list"),
+        (target() | {"boxes": None}, r"targets\[1\]\['boxes'\]: expected a tensor, got NoneType"),
+        (target(boxes=torch.tensor(3.0)), r"targets\[1\]\['boxes'\]: expected shape \(0, 4\), got \(\)"),
         ([target()], r"targets\[1\]: expected a dict, got list"),
         (target(boxes=torch.zeros(2, 4, device="meta")), r"expected on the image's device, cpu, got meta"),
     ],
     ids=[
-        "label", "float label", "no area", "infinite box", "NaN crowd", "turned masks", "has_mask", "list", "no dict",
-        "device",
+        "label", "float label", "no area", "infinite box", "NaN crowd", "turned masks", "has_mask", "list", "none",
+        "number", "no dict", "device",
     ],
 )  # fmt: skip
 def test_bad_targets_are_named(bad: dict[str, Tensor], message: str) -> None:

@@ -153,7 +153,8 @@ def _check_target(name: str, target: Mapping[str, Tensor], image: Tensor) -> Non
     for key in ("boxes", "labels"):
         if key not in target:
             raise ValueError(f"{name}: expected a key {key!r}, got {sorted(target)}")
-    count = len(target["boxes"])
+    boxes = target["boxes"]
+    count = len(boxes) if isinstance(boxes, Tensor) and boxes.ndim else 0
     shapes = {"boxes": (count, 4), "labels": (count,), "iscrowd": (count,), "has_mask": (count,)}
     shapes["masks"] = (count, *image.shape[-2:])
     for key, shape in shapes.items():
