@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from tests.engine.toy import CONFIG, Model, run
 from tmask.engine.checkpoint import CheckpointError, load_checkpoint
 from tmask.engine.device import autocast, pick_device
-from tmask.engine.log import JsonLines, LossBuffer, read_log
+from tmask.engine.log import JsonLines, LossBuffer, StepTimer, read_log
 from tmask.engine.report import NonFiniteLossError
 from tmask.engine.train import train
 
@@ -172,3 +173,13 @@ def test_loss_buffer_gives_each_step_once() -> None:
     assert buffer.read() == [{"a": 1.0, "b": -1.0}, {"a": 2.0, "b": -2.0}]
     buffer.add({"a": torch.tensor(5.0), "b": torch.tensor(6.0)})
     assert buffer.read() == [{"a": 5.0, "b": 6.0}]
+
+
+def test_the_timer_marks_the_work_of_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the current one, which stands idle."""
+    marked = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: device)
+    event = SimpleNamespace(record=marked.append)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **kwargs: event)
+    StepTimer(torch.device("cuda:1")).mark()
+    assert marked == [torch.device("cuda:1")]

@@ -81,14 +81,14 @@ class StepTimer:
     """Seconds between successive `mark` calls: by CUDA events on a GPU (no wait), else by the clock."""
 
     def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
+        self.device, self.cuda = device, device.type == "cuda"
         self.marks: list[Any] = []
 
     def mark(self) -> None:
         """A step begins or ends here."""
         if self.cuda:
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self.device))  # by default that of the current device
             self.marks.append(event)
         else:
             self.marks.append(time.perf_counter())
