@@ -159,6 +159,25 @@ def test_the_memory_format_may_change(tmp_path: Path, optimizer: Any) -> None:
     torch.testing.assert_close(models[2].conv.weight, models[0].conv.weight, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_gpu_goes_on_where_it_was(tmp_path: Path, optimizer: Any, precision: Any) -> None:
+    config = dataclasses.replace(EVERYTHING, optimizer=optimizer, precision=precision, lr=0.01, schedule="constant")
+    whole, parts = Model(), [Model(), Model()]
+    for model in parts:
+        model.load_state_dict(whole.state_dict())
+    run(tmp_path / "whole", whole, config, device="cuda")
+    run(tmp_path, parts[0], dataclasses.replace(config, steps=7), device="cuda")
+    result = run(tmp_path, parts[1], config, device="cuda", resume=tmp_path / "checkpoint.pt")
+    assert parts[0].seen + parts[1].seen == whole.seen
+    ends = [load_checkpoint(folder / "checkpoint.pt") for folder in (tmp_path / "whole", tmp_path)]
+    assert_same(*[{name: end[name] for name in ("epoch", "position", "rng", "scaler")} for end in ends])
+    assert {tensor.device.type for tensor in result.model.state_dict().values()} == {"cuda"}
+    for kind in ("model", "ema"):  # the convolution's gradient may sum in another order
+        torch.testing.assert_close(ends[0][kind], ends[1][kind], rtol=1e-3, atol=1e-4)
+
+
 def test_settings_of_the_optimizer_are_those_of_the_present_run(tmp_path: Path) -> None:
     run(tmp_path, Model())
     config = dataclasses.replace(CONFIG, steps=13, weight_decay=0.25)

@@ -46,7 +46,7 @@ class Model(nn.Module):
         out = self.conv(images.tensor)
         self.norm(out.detach())
         self.dtypes.append(out.dtype)
-        noise = 0.01 * torch.rand(())
+        noise = 0.01 * torch.rand((), device=out.device)
         loss = (out.float().mean() - 1 + noise) ** 2
         extra = self.conv.bias.sum() ** 2
         if self.calls == self.poison_at:
@@ -91,4 +91,5 @@ def batch(value: Tensor) -> Any:
 
 def run(out: Path, model: Model, config: TrainConfig = CONFIG, **kwargs: Any) -> Any:
     torch.manual_seed(0)
-    return train(model, kwargs.pop("loader", None) or Loader(), config, out_dir=out, device="cpu", **kwargs)
+    loader = kwargs.pop("loader", None) or Loader()
+    return train(model, loader, config, out_dir=out, **{"device": "cpu", **kwargs})
