@@ -282,6 +282,11 @@ def test_annotations_give_ids_and_stored_pixels(
     assert cli.main([*argv, "--out", str(tmp_path / "second")]) == 1
     assert f"{images[1]}: expected 65x64 pixels by the annotations, got 64x64" in capsys.readouterr().err
     assert len(seen(tmp_path / "second")) == 4
+    # So it is if the image was done by another file.
+    assert cli.main([*argv, "--out", str(out)]) == 1
+    assert f"{images[1]}: expected 65x64 pixels by the annotations, got 64x64" in capsys.readouterr().err
+    assert (70 - 1, names[1]) not in seen(out)
+    assert len(seen(out)) == 4
     # An image that is not in the file is one of the command.
     file.write_text(json.dumps({"images": listed[2:]}))
     assert cli.main([*argv, "--out", str(tmp_path / "third")]) == 2
@@ -381,6 +386,9 @@ def test_a_run_that_was_interrupted_goes_on(
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"tmask predict: interrupted; what is done is in {out}, and the same command goes on there"
     )
+    assert seen(out) == [(1, images[0].name), (2, images[1].name)]
+    assert cli.main([*argv, str(out), "--overwrite"]) == 130
+    assert capsys.readouterr().err.endswith(" and the same command without --overwrite goes on there\n")
     assert seen(out) == [(1, images[0].name), (2, images[1].name)]
     monkeypatch.setattr(module, "predict", counted)
     assert cli.main([*argv, str(out)]) == 0

@@ -70,7 +70,8 @@ def predict_command(argv: list[str]) -> int:
     except OtherSettingsError as error:
         raise UsageError(str(error)) from error
     except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(f"interrupted; what is done is in {out}, and the same command goes on there") from stop
+        command = "the same command" + (" without --overwrite" if args.overwrite else "")
+        raise KeyboardInterrupt(f"interrupted; what is done is in {out}, and {command} goes on there") from stop
     drawn = f", pictures in {out / PICTURES_NAME}" if args.pictures else ""
     print(f"{done.detections} detections in {done.images} images: {out / PREDICTIONS_NAME}{drawn}")
     return 0

@@ -115,23 +115,15 @@ def predict(
 
     device = torch.device(device)
     model.to(device).eval()
-    record = Record(
-        out_dir,
-        {
-            "checkpoint": _digest(model),
-            "model": config_dict(getattr(model, "config", None)),
-            "categories": [[category["id"], category["name"]] for category in categories],
-            "max_detections": model.roi_heads.max_detections,
-            "precision": precision,
-            "score_threshold": score_threshold,
-            "exif": coco_images is None,
-        },
-        overwrite=overwrite,
-    )
+    settings = {"precision": precision, "score_threshold": score_threshold, "exif": coco_images is None}
+    record = Record(out_dir, _model_settings(model, categories) | settings, overwrite=overwrite)
     # A glob may find the pictures of an earlier run.
     files = {name: path for name, path in images.items() if not record.is_own_picture(path)}
     numbers = {name: coco_images[name]["id"] if coco_images else i for i, name in enumerate(files, start=1)}
     entries = {name: record.find(name, path) for name, path in files.items()}
+    for name, entry in entries.items():
+        if coco_images and entry is not None and not _is_size(entry.width, entry.height, coco_images[name]):
+            entries[name] = None  # other annotations than then: read again, it is named among the errors
     todo = [
         name
         for name, entry in entries.items()
@@ -140,7 +132,7 @@ def predict(
     reused = sum(entry is not None for entry in entries.values())
     if reused:
         print(f"{reused} of {len(files)} images were done before", file=sys.stderr)
-    unreadable: list[str] = []
+    unreadable: dict[str, str] = {}
     try:
         for name in progress(todo, "prediction", "image"):
             path, entry = files[name], entries[name]
@@ -150,7 +142,7 @@ def predict(
                 if coco_images:
                     _check_size(path, image, coco_images[name])
             except ValueError as error:
-                unreadable.append(str(error))
+                unreadable[name] = str(error)
                 continue
             if entry is None:
                 rows = _detect(model, image, path, categories, device, precision)
@@ -159,10 +151,13 @@ def predict(
                 _draw(record.picture_path(entry.picture), image, record.detections(entry), categories, score_threshold)
     finally:
         kept = [{"id": int(category["id"]), "name": str(category["name"])} for category in categories]
-        counts = record.write_results({name: (numbers[name], path) for name, path in files.items()}, kept)
+        taken = {name: (numbers[name], path) for name, path in files.items() if name not in unreadable}
+        counts = record.write_results(taken, kept)
     if unreadable:
         done = f"the {len(files) - len(unreadable)} others are done"
-        raise ValueError(f"{len(unreadable)} of {len(files)} images left out ({done}): {_listed(unreadable, '; ')}")
+        raise ValueError(
+            f"{len(unreadable)} of {len(files)} images left out ({done}): {_listed([*unreadable.values()], '; ')}"
+        )
     return Summary(counts[0], reused, counts[1])
 
 
@@ -207,9 +202,23 @@ def _draw(
 
 
 def _check_size(path: Path, image: Tensor, record: dict[str, Any]) -> None:
-    expected, got = f"{record['width']}x{record['height']}", f"{image.shape[2]}x{image.shape[1]}"
-    if expected != got:
-        raise ValueError(f"{path}: expected {expected} pixels by the annotations, got {got}")
+    height, width = image.shape[1:]
+    if not _is_size(width, height, record):
+        expected = f"{record['width']}x{record['height']}"
+        raise ValueError(f"{path}: expected {expected} pixels by the annotations, got {width}x{height}")
+
+
+def _is_size(width: int, height: int, record: dict[str, Any]) -> bool:
+    return (width, height) == (record["width"], record["height"])
+
+
+def _model_settings(model: Any, categories: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "checkpoint": _digest(model),
+        "model": config_dict(getattr(model, "config", None)),
+        "categories": [[category["id"], category["name"]] for category in categories],
+        "max_detections": model.roi_heads.max_detections,
+    }
 
 
 def _digest(model: Any) -> str:
