@@ -293,6 +293,9 @@ USAGE_ERRORS = {
     "an op and no list": ("validate --ops nms", "--ops: expected a list (any number of: a text) or none, got nms"),
     "unknown op": ('validate --ops ["nmz"]', "ops: expected some of"),
     "demo of no step": ("demo --steps 0", "steps: expected at least 1, got 0"),
+    "demo of tiny pictures": ("demo --image_size 31 --out OUT", "image_size: expected at least 32, got 31"),
+    "demo of a negative rate": ("demo --lr -1 --out OUT", "lr: expected at least 0, got -1.0"),
+    "demo of fewer than no workers": ("demo --num_workers -1 --out OUT", "num_workers: expected at least 0, got -1"),
 }
 
 

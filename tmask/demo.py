@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 import torch
 
+from tmask.checks import check_fields, require
 from tmask.config import DataConfig
+from tmask.data.shapes import MIN_IMAGE_SIZE
 from tmask.presets import PRESETS, TRAIN_PRESETS
 
 PRESET = "tiny"
@@ -41,9 +43,10 @@ class DemoConfig:
     num_workers: int = _option(0, "processes that load the data")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "train_images", "val_images", "image_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_fields(self)
+        counts = dict.fromkeys(("steps", "batch_size", "train_images", "val_images"), 1)
+        for name, least in {**counts, "image_size": MIN_IMAGE_SIZE, "lr": 0, "num_workers": 0}.items():
+            require(getattr(self, name) >= least, name, f"at least {least}", getattr(self, name))
 
 
 def run_demo(config: DemoConfig, *, device: torch.device) -> dict[str, float]:

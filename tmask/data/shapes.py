@@ -28,6 +28,8 @@ CLASSES = ("disc", "square", "triangle", "star", "ring")
 # another version are drawn anew.
 GENERATOR_VERSION = 1
 
+MIN_IMAGE_SIZE = 32  # pixels a side
+
 # At side 128; another side scales them.
 MIN_SIDE, MAX_SIDE = 12.0, 60.0  # longer side of a shape's box, log-uniform, pixels
 MIN_SHAPES, MAX_SHAPES = 2, 6
@@ -66,9 +68,9 @@ class _Shape:
 def draw_image(seed: int, index: int, size: int = 128) -> ShapesImage:
     """Image `index` of the set `seed`, `size` pixels a side. The same arguments give the same bytes.
 
-    Errors: ValueError for a negative seed or index, or a size below 32.
+    Errors: ValueError for a negative seed or index, or a size below MIN_IMAGE_SIZE.
     """
-    for name, value, least in (("seed", seed, 0), ("index", index, 0), ("size", size, 32)):
+    for name, value, least in (("seed", seed, 0), ("index", index, 0), ("size", size, MIN_IMAGE_SIZE)):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
     rng = np.random.default_rng((seed, index))
