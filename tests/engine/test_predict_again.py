@@ -1,0 +1,237 @@
+"""Prediction into a folder that holds a run: it goes on, and nothing is lost."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.predictions import CATEGORIES, by_name, count_calls, make_model, pictures, rows, seen, stop_at, touch
+from tmask import cli
+from tmask.engine import predict as module
+from tmask.engine.predict import find_images, predict
+from tmask.engine.record import OtherSettingsError, Record
+
+
+def test_a_run_that_was_interrupted_goes_on(
+    checkpoint: Path, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    argv = ["predict", "--checkpoint", str(checkpoint), "--images", str(images[0].parent), "--out"]
+    assert cli.main([*argv, str(tmp_path / "whole")]) == 0
+    out = tmp_path / "out"
+    real, reads = module.predict, []
+
+    def interrupted(model: Any, *arguments: Any, **options: Any) -> Any:
+        stop_at(model, 3, KeyboardInterrupt())
+        return real(model, *arguments, **options)
+
+    def counted(model: Any, *arguments: Any, **options: Any) -> Any:
+        calls = count_calls(model)
+        done = real(model, *arguments, **options)
+        reads.append((len(calls), done.reused))
+        return done
+
+    capsys.readouterr()
+    monkeypatch.setattr(module, "predict", interrupted)
+    assert cli.main([*argv, str(out)]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"tmask predict: interrupted; what is done is in {out}, and the same command goes on there"
+    )
+    assert seen(out) == [(1, images[0].name), (2, images[1].name)]
+    assert cli.main([*argv, str(out), "--overwrite"]) == 130
+    assert capsys.readouterr().err.endswith(" and the same command without --overwrite goes on there\n")
+    assert seen(out) == [(1, images[0].name), (2, images[1].name)]
+    monkeypatch.setattr(module, "predict", counted)
+    assert cli.main([*argv, str(out)]) == 0
+    assert cli.main([*argv, str(out)]) == 0
+    assert reads == [(2, 2), (0, 4)]
+    assert "2 of 4 images were done before" in capsys.readouterr().err
+    for name in ("predictions.json", "images.json", *(f"pictures/{path.name}" for path in images)):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on(checkpoint: Path, images: list[Path], tmp_path: Path) -> None:
+    """kill -9 of a real process, when its first images are done."""
+    for i in range(20):
+        (images[0].parent / f"z{i}.png").write_bytes(images[0].read_bytes())
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    argv = ["predict", "--checkpoint", str(checkpoint), "--images", str(images[0].parent), "--device=cpu", "--out"]
+    command = [sys.executable, "-m", "tmask", *argv, str(out)]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (out / "predictions.jsonl").exists() and (out / "predictions.jsonl").read_bytes().count(b"\n") > 2:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = (out / "predictions.jsonl").read_bytes().count(b"\n") - 1
+    assert 2 <= done < 24
+    assert not (out / "predictions.json").exists()
+    assert cli.main([*argv, str(out)]) == 0
+    assert cli.main([*argv, str(whole)]) == 0
+    for a, b in zip(rows(out), rows(whole), strict=True):
+        assert {**a, "bbox": 0, "score": 0, "segmentation": 0} == {**b, "bbox": 0, "score": 0, "segmentation": 0}
+        assert a["bbox"] == pytest.approx(b["bbox"], abs=1e-3)  # another number of threads
+    assert pictures(out) == pictures(whole)
+    assert not list(out.rglob(".*"))
+
+
+@pytest.mark.parametrize("cut", [1, 5, 100, 10**6], ids=str)
+def test_a_half_written_line_is_done_again(model: Any, images: list[Path], tmp_path: Path, cut: int) -> None:
+    out = tmp_path / "out"
+    predict(model, by_name(images), CATEGORIES, out_dir=out)
+    before = (out / "predictions.json").read_bytes()
+    file = out / "predictions.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:-1]) + lines[-1][: max(0, len(lines[-1]) - cut)])
+    (out / "pictures" / images[-1].name).unlink()  # it is drawn when the line is whole
+    assert predict(model, by_name(images), CATEGORIES, out_dir=out).reused == 3
+    assert (out / "predictions.json").read_bytes() == before
+    assert file.read_bytes() == b"".join(lines)
+
+
+def test_bytes_lost_in_the_middle_cost_the_images_from_there_on(model: Any, images: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    predict(model, by_name(images), CATEGORIES, out_dir=out)
+    before = (out / "predictions.json").read_bytes()
+    lines = (out / "predictions.jsonl").read_bytes().splitlines(keepends=True)
+    lines[2] = b"\0" * (len(lines[2]) - 1) + b"\n"  # as a power cut may leave it
+    (out / "predictions.jsonl").write_bytes(b"".join(lines))
+    assert predict(model, by_name(images), CATEGORIES, out_dir=out).reused == 1
+    assert (out / "predictions.json").read_bytes() == before
+
+
+def test_changed_new_and_removed_images(model: Any, images: list[Path], tmp_path: Path) -> None:
+    out, folder = tmp_path / "out", images[0].parent
+    predict(model, find_images(folder), CATEGORIES, out_dir=out, score_threshold=0)
+    old = (out / "pictures" / images[1].name).read_bytes()
+    images[0].unlink()
+    images[1].write_bytes(images[2].read_bytes())
+    (folder / "zz.png").write_bytes(images[3].read_bytes())
+    calls = count_calls(model)
+    done = predict(model, find_images(folder), CATEGORIES, out_dir=out, score_threshold=0)
+    assert (done.images, done.reused, len(calls)) == (4, 2, 2)
+    assert seen(out) == [(1, images[1].name), (2, images[2].name), (3, images[3].name), (4, "zz.png")]
+    scores = {i: [row["score"] for row in rows(out) if row["image_id"] == i] for i in range(1, 5)}
+    assert scores[1] == scores[2]
+    assert scores[3] == scores[4] != scores[1]
+    assert (out / "pictures" / images[1].name).read_bytes() not in (b"", old)
+
+
+def test_a_changed_image_never_keeps_its_old_picture(model: Any, images: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    predict(model, by_name(images), CATEGORIES, out_dir=out)
+    images[1].write_bytes(images[2].read_bytes())
+    predict(model, by_name(images), CATEGORIES, out_dir=out, pictures=False)
+    assert pictures(out) == [path.name for path in images if path != images[1]]
+
+
+def test_own_pictures_are_not_taken_for_images(
+    checkpoint: Path, images: list[Path], tmp_path: Path, capsys: Any
+) -> None:
+    argv = ["predict", "--checkpoint", str(checkpoint), "--images", f"{images[0].parent}/**/*.png"]
+    argv += ["--out", str(images[0].parent / "out")]
+    around = f"{images[0].parent}/../images"  # the same folder by another path
+    for more in ([], [], [f"--images={around}/**/*.png"], ["--overwrite"]):
+        assert cli.main([*argv, *more]) == 0
+        assert " detections in 4 images" in capsys.readouterr().out
+        assert pictures(images[0].parent / "out") == [path.name for path in images]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--score_threshold=0.25"], r"\(score_threshold: 0.5 -> 0.25\)"),
+        (["--precision=bf16", "--max_detections=3"], r"\(max_detections: 5 -> 3, precision: fp32 -> bf16\)"),
+    ],
+    ids=["threshold", "two"],
+)
+def test_other_settings_are_refused_and_nothing_is_lost(
+    checkpoint: Path, images: list[Path], tmp_path: Path, capsys: Any, options: list[str], message: str
+) -> None:
+    out = tmp_path / "out"
+    argv = ["predict", "--checkpoint", str(checkpoint), "--images", str(images[0].parent), "--out", str(out)]
+    assert cli.main(argv) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert cli.main([*argv, *options]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "--overwrite" in err
+    assert message.replace("\\", "") in err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert cli.main([*argv, *options, "--overwrite"]) == 0
+    assert "done before" not in capsys.readouterr().err
+
+
+def test_another_checkpoint_is_refused(model: Any, images: list[Path], tmp_path: Path) -> None:
+    predict(model, by_name(images[:1]), CATEGORIES, out_dir=tmp_path)
+    predict(make_model(), by_name(images[:2]), CATEGORIES, out_dir=tmp_path)  # the same weights
+    with pytest.raises(OtherSettingsError, match=r"made with other settings \(checkpoint\); --overwrite begins anew"):
+        predict(make_model(1), by_name(images), CATEGORIES, out_dir=tmp_path)
+    renamed = [{**CATEGORIES[0], "name": "new"}, *CATEGORIES[1:]]
+    with pytest.raises(OtherSettingsError, match=r"made with other settings \(categories\)"):
+        predict(make_model(), by_name(images), renamed, out_dir=tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "no record", '{"format": "other"}\n', "[]\n"])
+def test_a_foreign_file_is_left_alone(model: Any, images: list[Path], tmp_path: Path, content: str) -> None:
+    (tmp_path / "predictions.jsonl").write_text(content)
+    with pytest.raises(OtherSettingsError, match="expected the record of an earlier run, got something else"):
+        predict(model, by_name(images), CATEGORIES, out_dir=tmp_path)
+    assert (tmp_path / "predictions.jsonl").read_text() == content
+    assert predict(model, by_name(images), CATEGORIES, out_dir=tmp_path, overwrite=True).images == 4
+
+
+@pytest.mark.parametrize("name", ["predictions.json", "images.json"])
+def test_files_of_someone_else_are_not_replaced(
+    checkpoint: Path, images: list[Path], tmp_path: Path, capsys: Any, name: str
+) -> None:
+    """Above all a COCO file ``images.json`` of the user's own."""
+    out = tmp_path / "out"
+    touch(out, name)
+    argv = ["predict", "--checkpoint", str(checkpoint), "--images", str(images[0]), "--out", str(out)]
+    assert cli.main(argv) == 2
+    assert f"{out / name}: stands there without the record of a run, predictions.jsonl; --o" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == [name]
+    assert (out / name).read_text() == ""
+    assert cli.main([*argv, "--overwrite"]) == 0
+    assert (out / name).read_text() != ""
+
+
+def test_errors_of_the_system_name_the_file_that_was_to_be_written(
+    checkpoint: Path, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    argv = ["predict", "--checkpoint", str(checkpoint), "--images", str(images[0]), "--out", str(out)]
+    assert cli.main(argv) == 0
+    (out / "predictions.json").unlink()
+    (out / "predictions.json").mkdir()
+    assert cli.main(argv) == 1
+    assert capsys.readouterr().err.endswith(f"tmask predict: error: {out / 'predictions.json'}: Is a directory\n")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (out / "predictions.json").rmdir()
+    monkeypatch.setattr(os, "fsync", full)
+    assert cli.main([*argv, "--overwrite"]) == 1
+    assert capsys.readouterr().err == f"tmask predict: error: {out / 'predictions.jsonl'}: No space left on device\n"
+
+
+def test_a_record_keeps_no_detections_in_memory(tmp_path: Path) -> None:
+    record = Record(tmp_path, {})
+    detections = [
+        {"category_id": 1, "bbox": [0.0, 0.0, 1.0, 1.0], "score": 0.5, "segmentation": {"counts": "0" * 1000}}
+    ]
+    entries = [record.add(f"{i}.png", (1, 2), (3, 4), detections * (i + 1)) for i in range(3)]
+    for i in (2, 0, 1):
+        assert record.detections(entries[i]) == detections * (i + 1)
+    assert "0000" not in repr(vars(record))
