@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tmask.build import build_model
-from tmask.model.backbone import RESNETS, read_state_dict
+from tmask.model.backbone import RESNETS
 from tmask.model.detector import MaskRCNN
+from tmask.model.state_dict import misfits, read_state_dict
 
 # torchvision's name -> ours. The optional parts are its two generations of names: published files hold the older one.
 _TORCHVISION_NAMES = [
@@ -68,23 +69,6 @@ def load_torchvision(state_dict: Mapping[str, Any] | str | Path, **overrides: An
         raise ValueError(f"state_dict: does not fit the model: {problems}")
     model.load_state_dict(weights)
     return model
-
-
-def misfits(model: nn.Module, weights: Mapping[str, Any]) -> str:
-    """The first names and shapes in which a state dict differs from the model's own; empty if it fits exactly."""
-    own = model.state_dict()
-    problems = [f"missing {name}" for name in own if name not in weights]
-    problems += [f"unknown {name}" for name in weights if name not in own]
-    for name in (name for name in own if name in weights):
-        shape, expected = getattr(weights[name], "shape", type(weights[name]).__name__), own[name].shape
-        if shape != expected:
-            problems.append(f"{name}: expected {_text(expected)}, got {_text(shape)}")
-    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-    return "; ".join(problems[:3]) + more
-
-
-def _text(shape: Any) -> str:
-    return str(list(shape)) if isinstance(shape, tuple) else str(shape)
 
 
 def _renamed(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -48,8 +48,21 @@ def test_wrong_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         load_backbone(ResNet("resnet10"), str(tmp_path / "none.pth"))
     torch.save(resnet.resnet18().state_dict(), tmp_path / "r18.pth")
-    with pytest.raises(ValueError, match=r"r18\.pth does not fit"):
-        load_backbone(ResNet("resnet10"), str(tmp_path / "r18.pth"))
+    for name, message in {
+        "resnet10": r"unknown layer1\.1\.conv1\.weight; .* and \d+ more",
+        "resnet34": r"missing layer1\.2\.conv1\.weight; .* and \d+ more",
+        "resnet50": r"missing layer1\.0\.conv3\.weight; .* and \d+ more",
+    }.items():
+        with pytest.raises(ValueError, match=rf"r18\.pth does not fit: {message}$"):
+            load_backbone(ResNet(name), str(tmp_path / "r18.pth"))
+
+
+def test_files_without_the_counters_of_batch_norms_load(tmp_path: Path) -> None:
+    weights = {k: v for k, v in resnet.resnet18().state_dict().items() if not k.endswith("num_batches_tracked")}
+    torch.save(weights, tmp_path / "old.pth")
+    ours = ResNet("resnet18", norm="bn")
+    load_backbone(ours, str(tmp_path / "old.pth"))
+    assert torch.equal(ours.state_dict()["layer4.1.conv2.weight"], weights["layer4.1.conv2.weight"])
 
 
 @pytest.mark.parametrize("norm", ["bn", "frozen_bn", "gn"])

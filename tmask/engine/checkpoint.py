@@ -16,7 +16,7 @@ from torch import nn
 from tmask.build import build_model
 from tmask.config import ModelConfig, from_dict
 from tmask.engine.files import replacing
-from tmask.weights import misfits
+from tmask.model.state_dict import misfits
 
 FORMAT = "tmask checkpoint"
 VERSION = 2

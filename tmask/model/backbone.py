@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
+
+from tmask.model.state_dict import misfits, read_state_dict
 
 
 class Depth(NamedTuple):
@@ -43,6 +43,7 @@ _NORMS: dict[str, Callable[..., nn.Module]] = {
     "frozen_bn": FrozenBatchNorm2d,
     "gn": _group_norm,
 }
+_COUNTER = "num_batches_tracked"
 
 
 class ResNet(nn.Module):
@@ -82,34 +83,16 @@ def load_backbone(backbone: nn.Module, path: str) -> None:
 
     Errors: ValueError if the file does not exist or does not fit.
     """
-    state = read_state_dict(path, "backbone_weights")
-    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    result = backbone.load_state_dict(state, strict=False)
-    # A frozen batch norm has no batch counter; the published files do.
-    unexpected = [key for key in result.unexpected_keys if not key.endswith("num_batches_tracked")]
-    if result.missing_keys or unexpected:
-        raise ValueError(f"backbone_weights: {path} does not fit: missing {result.missing_keys}, unknown {unexpected}")
-
-
-def read_state_dict(path: str | Path, argument: str) -> Mapping[str, Any]:
-    """The mapping in a .pth or .safetensors file; nothing in the file can run code.
-
-    Errors: ValueError, naming `argument` and the file, if there is none or it cannot be read.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"{argument}: expected a state-dict file, got {str(path)!r}, which does not exist")
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle, safetensors and the system each have errors of their own
-        raise ValueError(f"{argument}: {path} is truncated, damaged or no state dict") from error
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{argument}: expected a state dict in {path}, got {type(state).__name__}")
-    return state
+    own = backbone.state_dict()
+    # A file may lack the counters of the batch norms, as the older ones do, or have them for frozen ones.
+    weights = {name: value for name, value in own.items() if name.endswith(_COUNTER)}
+    for name, value in read_state_dict(path, "backbone_weights").items():
+        if not name.startswith("fc.") and (name in own or not name.endswith(_COUNTER)):
+            weights[name] = value
+    problems = misfits(backbone, weights)
+    if problems:
+        raise ValueError(f"backbone_weights: {path} does not fit: {problems}")
+    backbone.load_state_dict(weights)
 
 
 def warn_if_random_and_frozen(backbone: nn.Module) -> None:
