@@ -31,7 +31,8 @@ test-compile: $(VENV)/.installed
 
 # The tests of kernels and model take their device from a fixture, so here they run compiled.
 test-gpu: $(VENV)/.installed
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/kernels tests/model tests/test_validate.py -m 'not compile_only'
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/kernels tests/model tests/engine/test_resume.py \
+		tests/test_validate.py -m 'not compile_only'
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest bench/ops -o python_files='*.py' --benchmark-only --benchmark-columns=median,iqr,rounds

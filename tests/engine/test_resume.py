@@ -159,6 +159,13 @@ def test_the_memory_format_may_change(tmp_path: Path, optimizer: Any) -> None:
     torch.testing.assert_close(models[2].conv.weight, models[0].conv.weight, rtol=1e-4, atol=1e-5)
 
 
+def test_another_number_of_batches_an_update_goes_on_behind_the_last_one(tmp_path: Path) -> None:
+    run(tmp_path, Model(), dataclasses.replace(CONFIG, steps=3, accumulate=2))
+    loader = Loader()
+    run(tmp_path, Model(), dataclasses.replace(CONFIG, steps=4), loader=loader, resume=tmp_path / "checkpoint.pt")
+    assert loader.read == [(1, 1)]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
