@@ -121,6 +121,7 @@ def test_the_two_conventions_differ_and_are_named() -> None:
         (ModelConfig, {"loss_mask": math.nan}, "loss_mask: expected a finite number, got nan"),
         (ModelConfig, {"mask_head_layers": 0}, "mask_head_layers: expected at least 1, got 0"),
         (TrainConfig, {"lr": math.nan}, "lr: expected a finite number, got nan"),
+        (TrainConfig, {"lr": 10**400}, "lr: expected a finite number, got 1000"),
         (TrainConfig, {"lr": "fast"}, "lr: expected a finite number, got 'fast'"),
         (TrainConfig, {"milestones": [0.5, "x"]}, "milestones: expected a tuple (any number of: a finite number), got"),
         (TrainConfig, {"channels_last": 1}, "channels_last: expected true or false, got 1"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import math
+import sys
 import typing
 from typing import Any, Literal
 
@@ -44,7 +44,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, part) for part in parts)
     if hint in (int, float):
         kinds = int if hint is int else (int, float)
-        return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     return isinstance(value, hint)
 
 
