@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from tmask import cli
+from tmask.cli.common import precision_of
 from tmask.cli.train import train_parser
 from tmask.config import CONVENTIONS, TrainConfig
 from tmask.data.shapes import CLASSES, write_shapes
@@ -62,6 +63,7 @@ def run(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"--model.max_detections={MAX_DETECTIONS}",
         "--train.steps=4",
         "--train.checkpoint_every=2",
+        "--train.precision=bf16",
         preset="tiny",
         out=out,
     )
@@ -109,7 +111,6 @@ def test_eval_repeats_the_figures_of_training(
         images=data.val_images,
         annotations=data.val_annotations,
         out=tmp_path,
-        batch_size=2,
     )
     assert code == 0
     assert "all classes" in capsys.readouterr().out
@@ -408,6 +409,12 @@ def test_options_stay_where_the_source_is_not_there(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(inspect, "getsource", missing)
     assert [action.option_strings for action in train_parser("tiny")._actions] == options
+
+
+def test_precision_is_that_of_training_where_the_device_has_it() -> None:
+    cpu = torch.device("cpu")
+    for given, trained, expected in ((None, "bf16", "bf16"), (None, "fp16", "fp32"), ("fp32", "bf16", "fp32")):
+        assert precision_of(cpu, given, {"train_config": {"precision": trained}}) == expected
 
 
 def test_options_are_a_contract() -> None:

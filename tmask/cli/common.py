@@ -42,7 +42,12 @@ def make_parser(name: str, command: Callable[..., int]) -> ArgumentParser:
 def add_device(parser: ArgumentParser) -> None:
     """The options ``--device`` and ``--precision``."""
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--precision", type=Precision, default="fp32", help="of the features; boxes are always fp32")
+    parser.add_argument(
+        "--precision",
+        type=Precision | None,
+        default=None,
+        help="of the features; boxes are always fp32; null: as in training, or fp32 on a device that lacks it",
+    )
 
 
 def parse(parser: ArgumentParser, argv: list[str], file: Mapping[str, Any] | None = None) -> Namespace:
@@ -98,11 +103,24 @@ def device_of(name: str) -> Any:
     return device
 
 
-def check_precision(device: Any, precision: str) -> None:
+def check_precision(device: Any, precision: str | None) -> None:
     """Errors: ValueError for a precision the device lacks."""
     from tmask.engine.device import autocast
 
-    autocast(device, precision)
+    if precision is not None:
+        autocast(device, precision)
+
+
+def precision_of(device: Any, precision: str | None, saved: dict[str, Any]) -> str:
+    """`precision`, or that of the run which wrote the checkpoint `saved`, or fp32 if the device lacks that one."""
+    if precision is not None:
+        return precision
+    trained: str = saved["train_config"]["precision"]
+    try:
+        check_precision(device, trained)
+    except ValueError:
+        return "fp32"
+    return trained
 
 
 def settings_of(cls: type[Any], group: str, args: Namespace) -> Any:

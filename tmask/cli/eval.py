@@ -14,12 +14,16 @@ from tmask.cli.common import (
     make_parser,
     parse,
     paths_exist,
+    precision_of,
     usage,
 )
 
 
 def eval_command(argv: list[str]) -> int:
-    """Evaluate a checkpoint on a COCO data set: a table of average precision."""
+    """Evaluate a checkpoint on a COCO data set: a table of average precision.
+
+    As in training unless told otherwise, so it gives the figures that the run ended with.
+    """
     parser = make_parser("eval", eval_command)
     parser.add_argument("--checkpoint", type=str, required=True, help="checkpoint.pt of a run")
     parser.add_argument("--images", type=str, required=True, help="folder of the images")
@@ -28,7 +32,8 @@ def eval_command(argv: list[str]) -> int:
     parser.add_argument(
         "--max_detections", type=int | None, default=None, help="an image, made and counted; null: as in training"
     )
-    parser.add_argument("--batch_size", type=int, default=1)
+    # Images of a batch are padded to one size, which reaches into the features at their borders.
+    parser.add_argument("--batch_size", type=int | None, default=None, help="null: as in training")
     parser.add_argument("--num_workers", type=int, default=0)
     add_device(parser)
     args = parse(parser, argv)
@@ -55,7 +60,11 @@ def eval_command(argv: list[str]) -> int:
     check_categories(model.config.num_classes, saved["categories"], dataset.categories)
     check_instances(dataset, train=False)
     loader = make_loader(
-        dataset, model.transform, batch_size=args.batch_size, shuffle=False, num_workers=args.num_workers
+        dataset,
+        model.transform,
+        batch_size=args.batch_size or saved["train_config"]["batch_size"],
+        shuffle=False,
+        num_workers=args.num_workers,
     )
     max_detections = args.max_detections
     if max_detections is None:
@@ -68,7 +77,7 @@ def eval_command(argv: list[str]) -> int:
         dataset,
         max_detections=max_detections,
         device=device,
-        precision=args.precision,
+        precision=precision_of(device, args.precision, saved),
         results_file=out / RESULTS_NAME if out else None,
     )
     if out:

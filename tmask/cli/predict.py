@@ -13,6 +13,7 @@ from tmask.cli.common import (
     make_parser,
     parse,
     paths_exist,
+    precision_of,
     usage,
 )
 
@@ -61,7 +62,7 @@ def predict_command(argv: list[str]) -> int:
             saved["categories"],
             out_dir=out,
             device=device,
-            precision=args.precision,
+            precision=precision_of(device, args.precision, saved),
             score_threshold=args.score_threshold,
             pictures=args.pictures,
             coco_images=known,
