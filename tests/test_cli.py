@@ -411,6 +411,24 @@ def test_options_stay_where_the_source_is_not_there(monkeypatch: pytest.MonkeyPa
     assert [action.option_strings for action in train_parser("tiny")._actions] == options
 
 
+def test_a_run_begins_with_the_weights_of_another(run: Path, data: Data, tmp_path: Path, capsys: Any) -> None:
+    """With a rate of 0 it ends with them too. It resumes without the file that it began with."""
+    first = tmp_path / "first.pt"
+    first.write_bytes((run / "checkpoint.pt").read_bytes())
+    argv = ["train", "--config", str(run / "config.yaml"), "--out", str(tmp_path / "out"), "--train.lr", "0"]
+    assert cli.main([*argv, "--init", str(first), "--train.steps", "1"]) == 0
+    weights = [torch.load(path, weights_only=True)["model"] for path in (first, tmp_path / "out" / "checkpoint.pt")]
+    names = [name for name in weights[0] if "running_" not in name and "num_batches" not in name]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in names)
+    assert torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["step"] == 1
+    first.unlink()
+    again = ["--resume", str(tmp_path / "out" / "checkpoint.pt"), "--train.steps", "2"]
+    assert cli.main([*argv, *again]) == 0
+    capsys.readouterr()
+    assert cli.main([*argv, *again, "--init", str(run / "checkpoint.pt")]) == 2
+    assert "--init begins a run and --resume goes on with one" in capsys.readouterr().err
+
+
 def test_precision_is_that_of_training_where_the_device_has_it() -> None:
     cpu = torch.device("cpu")
     for given, trained, expected in ((None, "bf16", "bf16"), (None, "fp16", "fp32"), ("fp32", "bf16", "fp32")):
@@ -433,6 +451,7 @@ def test_options_are_a_contract() -> None:
         "--preset",
         "--out",
         "--device",
+        "--init",
         "--resume",
         "--overwrite",
         "--model",

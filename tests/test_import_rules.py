@@ -24,7 +24,7 @@ ALLOWED = {
     "build": LOW | {"model", "config", "presets"},
     "weights": {"model", "build"},
     "data": LOW | {"model", "config", "data"},
-    "engine": LOW | {"model", "config", "build", "data", "visualize", "engine"},
+    "engine": LOW | {"model", "config", "build", "weights", "data", "visualize", "engine"},
     "visualize": LOW | {"model", "data"},
 }
 

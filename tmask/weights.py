@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tmask.build import build_model
 from tmask.model.backbone import RESNETS
@@ -32,7 +32,8 @@ _TORCHVISION_NAMES = [
     (r"roi_heads\.mask_predictor\.conv5_mask\.(weight|bias)", r"roi_heads.mask_head.deconv.\1"),
     (r"roi_heads\.mask_predictor\.mask_fcn_logits\.(weight|bias)", r"roi_heads.mask_head.predictor.\1"),
 ]
-_CLASS_LAYERS = ("roi_heads.box_head.classifier.", "roi_heads.box_head.regressor.", "roi_heads.mask_head.predictor.")
+CLASS_LAYERS = ("roi_heads.box_head.classifier.", "roi_heads.box_head.regressor.", "roi_heads.mask_head.predictor.")
+_CLASSES = "roi_heads.box_head.classifier.bias"
 _OLD_MASK_CONV = re.compile(r"roi_heads\.mask_head\.mask_fcn(\d)\.(weight|bias)")  # counted from 1
 
 
@@ -56,14 +57,10 @@ def load_torchvision(state_dict: Mapping[str, Any] | str | Path, **overrides: An
         state_dict = read_state_dict(state_dict, "state_dict")
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"state_dict: expected names and tensors or a file of them, got {type(state_dict).__name__}")
-    state_dict = state_dict["model"] if isinstance(state_dict.get("model"), Mapping) else state_dict
-    weights = _renamed(state_dict)
+    weights = torchvision_weights(state_dict)
     settings = {"convention": "torchvision", **_architecture(weights), **overrides}
     model = build_model("r50_fpn", warn_if_untrained=False, **settings)
-    if settings["norm"] == "frozen_bn":  # it has no batch counter
-        weights = {name: tensor for name, tensor in weights.items() if not name.endswith("num_batches_tracked")}
-    if settings["num_classes"] != len(weights["roi_heads.box_head.classifier.bias"]):
-        weights |= {name: value for name, value in model.state_dict().items() if name.startswith(_CLASS_LAYERS)}
+    weights = adapted(weights, model)
     problems = misfits(model, weights)
     if problems:
         raise ValueError(f"state_dict: does not fit the model: {problems}")
@@ -71,7 +68,22 @@ def load_torchvision(state_dict: Mapping[str, Any] | str | Path, **overrides: An
     return model
 
 
-def _renamed(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+def adapted(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """`weights` (by our names) as `model` can begin with them.
+
+    Batch-norm counters that it has no place for are left out; if they are of another number of classes, it keeps its
+    own layers that depend on that.
+    """
+    own = model.state_dict()
+    out = {name: tensor for name, tensor in weights.items() if name in own or not name.endswith("num_batches_tracked")}
+    if _CLASSES in out and _CLASSES in own and out[_CLASSES].shape != own[_CLASSES].shape:
+        out |= {name: tensor for name, tensor in own.items() if name.startswith(CLASS_LAYERS)}
+    return out
+
+
+def torchvision_weights(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A state dict of torchvision's Mask R-CNN by our names. Errors: ValueError for names of another model."""
+    state_dict = state_dict["model"] if isinstance(state_dict.get("model"), Mapping) else state_dict
     weights, unknown = {}, []
     for key, tensor in state_dict.items():
         name = _our_name(key.removeprefix("module."))

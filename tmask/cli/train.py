@@ -39,6 +39,8 @@ def train_command(argv: list[str]) -> int:
         raise UsageError("--out is required: the folder of the run")
     if not isinstance(args.overwrite, bool):  # from a config file, which jsonargparse does not check for a flag
         raise UsageError(f"--overwrite: expected true or false, got {args.overwrite!r}")
+    if args.init is not None and args.resume is not None:
+        raise UsageError("--init begins a run and --resume goes on with one: give one of them")
     # Everything that can be wrong with the settings and paths is found before the first step.
     try:
         data = settings_of(DataConfig, "data", args)
@@ -55,7 +57,7 @@ def train_command(argv: list[str]) -> int:
             if getattr(data, name) is None:
                 raise UsageError(f"--data.{name} is required")
         names = ("train_images", "train_annotations", "val_images", "val_annotations")
-        paths_exist(**{f"data.{name}": getattr(data, name) for name in names}, resume=args.resume)
+        paths_exist(**{f"data.{name}": getattr(data, name) for name in names}, init=args.init, resume=args.resume)
     except ValueError as error:
         raise UsageError(str(error)) from error
     out = Path(args.out)
@@ -79,6 +81,7 @@ def train_command(argv: list[str]) -> int:
             val_set,
             out_dir=out,
             device=device,
+            init=args.init,
             resume=args.resume,
             on_start=lambda: write_config(out / CONFIG_NAME, args.preset, config, training, data),
         )
@@ -100,6 +103,9 @@ def train_parser(preset: str) -> ArgumentParser:
     parser.add_argument("--preset", default=preset, help=f"defaults to start from: {', '.join(PRESETS)}")
     parser.add_argument("--out", type=str | None, default=None, help="folder of the run")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--init", type=str | None, default=None, help="checkpoint, or torchvision's weights, to begin with"
+    )
     parser.add_argument("--resume", type=str | None, default=None, help="checkpoint to go on from")
     parser.add_argument("--overwrite", action="store_true", help="train anew into a folder that holds a run")
     parser.add_class_arguments(DataConfig, "data")

@@ -16,7 +16,8 @@ from torch import nn
 from tmask.build import build_model
 from tmask.config import ModelConfig, from_dict
 from tmask.engine.files import replacing
-from tmask.model.state_dict import misfits
+from tmask.model.state_dict import misfits, read_state_dict
+from tmask.weights import adapted, torchvision_weights
 
 FORMAT = "tmask checkpoint"
 VERSION = 2
@@ -114,6 +115,24 @@ def load_weights(model: nn.Module, weights: dict[str, Any], path: str | Path) ->
     if problems:
         raise CheckpointError(f"checkpoint {path}: weights do not fit the model: {problems}")
     model.load_state_dict(weights)
+
+
+def load_initial(model: nn.Module, path: str | Path) -> None:
+    """Let `model` begin with the weights in `path`: a checkpoint's, or those of torchvision's Mask R-CNN.
+
+    Of a run that kept an average it is the average. Layers that depend on the number of classes stay as they are if
+    `path` is of another one. Errors: ValueError for a file that is neither or does not fit.
+    """
+    content = read_state_dict(path, "init")
+    if content.get("format") == FORMAT:
+        saved = load_checkpoint(path)
+        weights = saved["model"] if saved["ema"] is None else saved["ema"]
+    else:
+        try:
+            weights = torchvision_weights(content)
+        except ValueError as error:
+            raise ValueError(f"init {path}: no checkpoint, and {error}") from error
+    load_weights(model, adapted(weights, model), path)
 
 
 def config_dict(config: Any) -> dict[str, Any] | None:

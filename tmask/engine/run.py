@@ -18,6 +18,7 @@ import torch
 
 from tmask.build import build_model
 from tmask.config import DataConfig, ModelConfig, TrainConfig
+from tmask.engine.checkpoint import load_initial
 from tmask.engine.evaluate import evaluate
 from tmask.engine.files import replace_text
 from tmask.engine.train import TrainResult, train
@@ -56,11 +57,13 @@ def run_training(
     *,
     out_dir: str | Path,
     device: torch.device,
+    init: str | Path | None = None,
     resume: str | Path | None = None,
     on_start: Callable[[], None] | None = None,
 ) -> TrainResult:
     """Train on `train_set`, evaluate on `val_set` (if given) and leave everything in `out_dir`.
 
+    A fresh run begins with the weights of `init` (`load_initial`) if it is given, `resume` is a run to go on with.
     ``config.yaml`` is the caller's to write, by `on_start`: called before the first step, once all checks are passed.
     Errors: ValueError if the model has not the classes of the data or the two sets name other categories; and those
     of `train`.
@@ -70,11 +73,13 @@ def run_training(
     check_categories(model_config.num_classes, train_set.categories, val_set.categories if val_set else None)
     out_dir = Path(out_dir)
     torch.manual_seed(train_config.seed)
-    if resume is None:
+    if resume is None and init is None:
         model = build_model(model_config)
-    else:  # the checkpoint has all the weights: the ImageNet file the run began with may be gone
+    else:  # all the weights come from elsewhere: the ImageNet file the run began with may be gone
         model = build_model(dataclasses.replace(model_config, backbone_weights=None), warn_if_untrained=False)
         model.config = model_config
+    if init is not None and resume is None:
+        load_initial(model, init)
     loader = make_loader(
         train_set,
         model.transform,

@@ -1,0 +1,96 @@
+"""Weights a run begins with: of a checkpoint or of torchvision, of the same classes or others."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
+
+import tmask
+from tmask.config import TrainConfig
+from tmask.engine.checkpoint import load_initial, save_checkpoint
+from tmask.engine.state import TrainState
+from tmask.weights import CLASS_LAYERS
+
+SMALL: dict[str, Any] = {"fpn_channels": 16, "box_head_dim": 16, "mask_head_channels": 16, "mask_head_layers": 1}
+
+
+def model(seed: int, num_classes: int = 4, **settings: Any) -> tmask.MaskRCNN:
+    torch.manual_seed(seed)
+    return tmask.build_model("tiny", num_classes, **SMALL | settings)
+
+
+def saved(path: Path, *, ema: bool = False) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint and the weights in it that a new run is to begin with."""
+    trained = model(0)
+    state = TrainState(trained, TrainConfig(ema_decay=0.5 if ema else 0.0), torch.device("cpu"), [])
+    if state.average is not None:
+        state.average.update()
+        with torch.no_grad():
+            for parameter in trained.parameters():
+                parameter.add_(1.0)  # the average stays behind
+    save_checkpoint(path, state.content())
+    return path, state.best_model().state_dict()
+
+
+def equal_names(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
+    return {name for name in a if a[name].shape == b[name].shape and torch.equal(a[name], b[name])}
+
+
+@pytest.mark.parametrize("ema", [False, True], ids=["plain", "averaged"])
+def test_a_checkpoint_of_the_same_classes(ema: bool, tmp_path: Path) -> None:
+    path, weights = saved(tmp_path / "a.pt", ema=ema)
+    new = model(1)
+    assert equal_names(weights, new.state_dict()) != weights.keys()
+    load_initial(new, path)
+    assert equal_names(weights, new.state_dict()) == weights.keys()
+
+
+def test_other_classes_keep_their_own_layers(tmp_path: Path) -> None:
+    path, weights = saved(tmp_path / "a.pt")
+    new = model(1, num_classes=7)
+    before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
+    load_initial(new, path)
+    after = new.state_dict()
+    own = {name for name in after if name.startswith(CLASS_LAYERS)}
+    assert len(own) == 6
+    assert equal_names(weights, after) == weights.keys() - own
+    assert own <= equal_names(before, after)
+
+
+@pytest.mark.parametrize("norm", ["frozen_bn", "bn"])
+def test_torchvision(norm: str, tmp_path: Path) -> None:
+    layer = FrozenBatchNorm2d if norm == "frozen_bn" else torch.nn.BatchNorm2d
+    theirs = MaskRCNN(resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=layer), 91)
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    new = tmask.build_model("r18_fpn", 3, norm="frozen_bn", trainable_layers=5)
+    load_initial(new, tmp_path / "theirs.pth")
+    assert torch.equal(new.rpn.head.conv.weight, theirs.rpn.head.conv[0][0].weight)
+    assert torch.equal(new.roi_heads.box_head.fc6.weight, theirs.roi_heads.box_head.fc6.weight)
+    assert new.roi_heads.box_head.classifier.weight.shape == (3, 1024)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"a": torch.zeros(1)}, "init .*a.pt: no checkpoint, and state_dict: expected the names of torchvision's"),
+        ([1], "init: expected a state dict in .*a.pt, got list"),
+        (None, "init: .*a.pt is truncated, damaged or no state dict"),
+    ],
+    ids=["other names", "a list", "damaged"],
+)
+def test_what_is_refused(content: Any, message: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "a.pt")
+    if content is None:
+        (tmp_path / "a.pt").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=message):
+        load_initial(model(0), tmp_path / "a.pt")
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    path, _ = saved(tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a.pt: weights do not fit the model: .*expected \[32, .*got \[16, "):
+        load_initial(model(1, fpn_channels=32), path)
