@@ -649,6 +649,18 @@ CHECKPOINTS = [
         "checkpoint run/checkpoint.pt: cannot resume, the model differs: fpn_channels: 8 -> 16",
     ),
     Case(
+        "file to begin with that holds no weights",
+        f"train --init {FILE}",
+        "init: data/annotations.json is truncated, damaged or no state dict",
+    ),
+    Case(
+        "weights to begin with of another model",
+        f"train --init {CHECKPOINT} --model.fpn_channels 16",
+        "checkpoint run/checkpoint.pt: weights do not fit the model: fpn.lateral.0.weight: expected [16, 64, 1, 1], "
+        "got [8, 64, 1, 1]; fpn.lateral.0.bias: expected [16], got [8]; "
+        "fpn.lateral.1.weight: expected [16, 128, 1, 1], got [8, 128, 1, 1] and 19 more",
+    ),
+    Case(
         "checkpoint of another batch size",
         f"train --resume {CHECKPOINT} --train.batch_size 1",
         "checkpoint run/checkpoint.pt: cannot resume, the run differs: batch_size: 2 -> 1",
