@@ -30,6 +30,16 @@ def test_commands_parse(line: str, capsys: pytest.CaptureFixture[str], tmp_path:
     assert "no such file" in message
 
 
+@pytest.mark.parametrize("recipe", sorted((ROOT / "docs/recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_parse(
+    recipe: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They too fail for want of the data alone."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--config", str(recipe), "--out", str(tmp_path / "out")]) == 2
+    assert "no such file or folder: data/" in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_python_runs() -> None:
     model_code, torchvision_code, ops_code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
