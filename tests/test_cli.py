@@ -411,6 +411,14 @@ def test_options_stay_where_the_source_is_not_there(monkeypatch: pytest.MonkeyPa
     assert [action.option_strings for action in train_parser("tiny")._actions] == options
 
 
+def test_eval_of_a_checkpoint_without_a_run(run: Path, data: Data, tmp_path: Path, capsys: Any) -> None:
+    content = torch.load(run / "checkpoint.pt", weights_only=True)
+    torch.save(content | {"train_config": None}, tmp_path / "a.pt")
+    options = {"checkpoint": tmp_path / "a.pt", "images": data.val_images, "annotations": data.val_annotations}
+    assert call("eval", **options) == 0
+    assert "all classes" in capsys.readouterr().out
+
+
 def test_a_run_begins_with_the_weights_of_another(run: Path, data: Data, tmp_path: Path, capsys: Any) -> None:
     """With a rate of 0 it ends with them too. It resumes without the file that it began with."""
     first = tmp_path / "first.pt"
@@ -433,6 +441,7 @@ def test_precision_is_that_of_training_where_the_device_has_it() -> None:
     cpu = torch.device("cpu")
     for given, trained, expected in ((None, "bf16", "bf16"), (None, "fp16", "fp32"), ("fp32", "bf16", "fp32")):
         assert precision_of(cpu, given, {"train_config": {"precision": trained}}) == expected
+    assert precision_of(cpu, None, {"train_config": None}) == "fp32"
 
 
 def test_options_are_a_contract() -> None:

@@ -115,7 +115,7 @@ def precision_of(device: Any, precision: str | None, saved: dict[str, Any]) -> s
     """`precision`, or that of the run which wrote the checkpoint `saved`, or fp32 if the device lacks that one."""
     if precision is not None:
         return precision
-    trained: str = saved["train_config"]["precision"]
+    trained: str = (saved["train_config"] or {}).get("precision", "fp32")  # None: written by hand
     try:
         check_precision(device, trained)
     except ValueError:

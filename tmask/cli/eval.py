@@ -56,19 +56,20 @@ def eval_command(argv: list[str]) -> int:
     from tmask.engine.run import METRICS_NAME, RESULTS_NAME, check_categories
 
     model, saved = load_model(args.checkpoint, device)
+    training = saved["train_config"] or {}  # None: written by hand
     dataset = CocoDataset(args.images, args.annotations)
     check_categories(model.config.num_classes, saved["categories"], dataset.categories)
     check_instances(dataset, train=False)
     loader = make_loader(
         dataset,
         model.transform,
-        batch_size=args.batch_size or saved["train_config"]["batch_size"],
+        batch_size=args.batch_size or training.get("batch_size", 1),
         shuffle=False,
         num_workers=args.num_workers,
     )
     max_detections = args.max_detections
     if max_detections is None:
-        max_detections = saved["train_config"]["eval_max_detections"]
+        max_detections = training.get("eval_max_detections", 100)
     else:
         model.roi_heads.max_detections = max_detections
     metrics = evaluate(
