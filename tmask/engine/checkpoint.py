@@ -71,6 +71,11 @@ def load_checkpoint(path: str | Path, *, device: torch.device | str = "cpu") -> 
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
         # torch's own message advises to load without weights_only, which would let the file run code.
         raise CheckpointError(f"checkpoint {path}: truncated, damaged or no checkpoint") from error
+    return _checked(content, path)
+
+
+def _checked(content: Any, path: str | Path) -> dict[str, Any]:
+    """The `content` of `path` if it is a whole checkpoint of this version. Errors: CheckpointError."""
     if isinstance(content, dict) and any("backbone.body." in str(key) for key in content):
         hint = "it is a torchvision state dict, use tmask.load_torchvision"
         raise CheckpointError(f"checkpoint {path}: expected a file written by tmask: {hint}")
@@ -125,7 +130,7 @@ def load_initial(model: nn.Module, path: str | Path) -> None:
     """
     content = read_state_dict(path, "init")
     if content.get("format") == FORMAT:
-        saved = load_checkpoint(path)
+        saved = _checked(content, path)
         weights = saved["model"] if saved["ema"] is None else saved["ema"]
     else:
         try:

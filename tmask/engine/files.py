@@ -15,29 +15,38 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
     The bytes go to ``.NAME.part`` in the same folder (made if missing) and reach the disk before it takes the name. On
     an error, a full disk among them, that file is removed and the old one stays; what a killed process leaves of it is
-    overwritten by the next.
+    overwritten by the next. Errors: OSError that names `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
 
 
 def replace_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8, as `replacing` does. Errors: OSError that names `path`."""
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What the system cannot do in here concerns `path`: of a full disk it does not say so itself."""
     try:
-        with replacing(path) as file:
-            file.write(text.encode("utf-8"))
+        yield
     except OSError as error:
+        if error.strerror is None:  # not the system's
+            raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tmask.engine.files import replace_text
+from tmask.engine.files import naming, replace_text
 
 
 class JsonLines:
@@ -31,11 +31,8 @@ class JsonLines:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one line. Errors: OSError that names the file."""
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:  # a full disk's own message names no file
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from tmask.engine.device import autocast
 from tmask.engine.evaluate import coco_results
 from tmask.engine.files import replacing
 from tmask.engine.progress import progress
-from tmask.engine.record import Record, file_state, naming
+from tmask.engine.record import Record, file_state
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _NAMED_ERRORS = 5  # files that an error names; of the others it gives the number
@@ -197,7 +197,7 @@ def _draw(
         "masks": [row["segmentation"] for row in rows],
     }
     names = [str(category["name"]) for category in categories]
-    with naming(path), replacing(path) as file:
+    with replacing(path) as file:
         save_png(file, draw_instances(image, result, names, min_score=score_threshold))
 
 

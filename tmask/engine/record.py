@@ -7,14 +7,13 @@ image it was at. ``predictions.json`` and ``images.json``, which others read, ar
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tmask.engine.files import replacing
+from tmask.engine.files import naming, replacing
 
 FORMAT, VERSION = "tmask predictions", 1
 RECORD_NAME, RESULTS_NAME, IMAGES_NAME = "predictions.jsonl", "predictions.json", "images.json"
@@ -59,7 +58,7 @@ class Record:
             for picture in self._pictures:
                 self.picture_path(picture).unlink(missing_ok=True)
             self._entries, self._pictures, self._replaced = {}, set(), self._pictures
-            with naming(self.path), replacing(self.path) as file:
+            with replacing(self.path) as file:
                 file.write(_line(header))
 
     def _check_free(self) -> None:
@@ -172,14 +171,12 @@ class Record:
             if entry is not None
         ]
         count = 0
-        path = self.out_dir / RESULTS_NAME
-        with naming(path), replacing(path) as file:
+        with replacing(self.out_dir / RESULTS_NAME) as file:
             for row in self._rows(done):
                 file.write((b",\n" if count else b"[") + json.dumps(row).encode())
                 count += 1
             file.write(b"]\n" if count else b"[]\n")
-        path = self.out_dir / IMAGES_NAME
-        with naming(path), replacing(path) as file:
+        with replacing(self.out_dir / IMAGES_NAME) as file:
             file.write(_line({"images": listed, "categories": categories, "annotations": []}))
         return len(listed), count
 
@@ -188,17 +185,6 @@ class Record:
             if entry is not None:
                 for detection in self.detections(entry):
                     yield {"image_id": number, **detection, "file_name": name}
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """What the system cannot do in here concerns `path`: of a full disk it does not say so itself."""
-    try:
-        yield
-    except OSError as error:
-        if error.strerror is None:  # not the system's
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _line(row: dict[str, Any]) -> bytes:
