@@ -74,7 +74,7 @@ def fill_annotations(content: dict[str, Any]) -> None:
     for item in content["annotations"]:
         item.setdefault("iscrowd", 0)
         if "area" not in item:
-            run = run_length(item.get("segmentation"), sizes[item["image_id"]])
+            run = compressed(item.get("segmentation"), sizes[item["image_id"]])
             item["area"] = float(coco_mask.area(run)) if run else float(item["bbox"][2] * item["bbox"][3])
         if item["id"] == 0:
             item["id"] = max(top, 0) + 1
@@ -100,9 +100,14 @@ def run_length(segmentation: Any, size: tuple[int, int]) -> dict[str, Any] | Non
     Forms: polygons (a list of [x, y, x, y, ...]; those of fewer than three points are ignored), or run lengths, as
     numbers or compressed. Errors: ValueError for another form or size, and for damaged run lengths.
     """
+    check_segmentation(segmentation, size)
+    return compressed(segmentation, size)
+
+
+def compressed(segmentation: Any, size: tuple[int, int]) -> dict[str, Any] | None:
+    """`run_length` of what `read_coco` has checked already: training asks for every mask in every epoch."""
     from pycocotools import mask as coco_mask
 
-    check_segmentation(segmentation, size)
     if segmentation is None or outlines_nothing(segmentation):
         return None
     if isinstance(segmentation, list):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tmask.data.annotations import fill_annotations, naming, outlines_nothing, read_coco, run_length
+from tmask.data.annotations import compressed, fill_annotations, naming, outlines_nothing, read_coco
 from tmask.data.images import read_image
 
 Target = dict[str, Any]
@@ -172,7 +172,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         runs, rows = [], []
         for g, item in enumerate(annotations):
             with naming(self.annotation_file, item):
-                run = run_length(item.get("segmentation"), size)
+                run = compressed(item.get("segmentation"), size)
             if run is not None:
                 runs.append(run)
                 rows.append(g)
