@@ -1,39 +1,66 @@
-"""decode_boxes, forward and backward, against its reference and torchvision's BoxCoder."""
+"""decode_boxes, forward and backward, against torchvision's BoxCoder and its own reference."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
+from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 
-from bench.conftest import skip_if_untimeable
+from bench.contest import Call, Contest, gradients
+from bench.machine import device
+from bench.variants import variants
+from bench.work import Work
 from tmask_kernels import decode_boxes
 from tmask_kernels.testing import Tolerance, assert_close, random_boxes
 
 NUM_BOXES = 2 * 4_819  # what the RPN decodes for two 800 x 1344 images: the top 1,000 of each level, 819 on P6
 
 
-def decode(provider: str, deltas: torch.Tensor, anchors: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Decoding by one provider: [K, 4]."""
-    if provider == "torchvision":
-        coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
-        return lambda: coder.decode_single(deltas, anchors)
-    return lambda: decode_boxes(deltas, anchors, backend=provider)
+@variants(
+    cases=["W8-decode"], modes=["forward", "backward"], providers=["triton", "torchvision", "compile", "reference"]
+)
+def test_decode_boxes(case: str, mode: str, dtype: str, layout: str, provider: str, contest: Any) -> None:
+    contest(lambda: decoding(mode))
 
 
-@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
-@pytest.mark.parametrize("provider", ["triton", "torchvision", "reference"])
-def test_decode_boxes(provider: str, mode: str, device: torch.device, benchmark: Any, timed: Any) -> None:
-    skip_if_untimeable(provider, device)
-    benchmark.group = f"decode_boxes {mode}"
-    anchors = random_boxes(NUM_BOXES, height=800, width=1344, min_size=16).to(device)
-    deltas = torch.randn(NUM_BOXES, 4, generator=torch.Generator().manual_seed(0)).mul(0.3).to(device)
-    call = decode(provider, deltas, anchors)
-    assert_close(call(), decode("reference", deltas.double(), anchors)(), tolerance=Tolerance(max=1e-5, rms=1e-6))
-    if mode == "forward":
-        timed(call)
-        return
-    deltas.requires_grad_()
-    upstream = torch.randn(NUM_BOXES, 4, device=device)
-    timed(lambda: torch.autograd.grad(call(), deltas, upstream))
+def decoding(mode: str) -> Contest:
+    backward = mode == "backward"
+
+    def inputs() -> tuple[Tensor, Tensor]:
+        deltas = torch.randn(NUM_BOXES, 4, generator=torch.Generator().manual_seed(0)).mul(0.3).to(device())
+        anchors = random_boxes(NUM_BOXES, height=800, width=1344, min_size=16).to(device())
+        return deltas.requires_grad_(backward), anchors
+
+    def provider(decode: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any], Call]:
+        def call(given: tuple[Tensor, Tensor]) -> Call:
+            if not backward:
+                return lambda: decode(*given)
+            return gradients(decode(*given), given[:1], torch.ones(NUM_BOXES, 4, device=device()))
+
+        return call
+
+    def ours(backend: str) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda deltas, anchors: decode_boxes(deltas, anchors, backend=backend)
+
+    def truth(given: tuple[Tensor, Tensor]) -> Any:
+        return provider(ours("reference"))((given[0].detach().double().requires_grad_(backward), given[1]))()
+
+    def check(got: Any, expected: Any) -> None:
+        for value, true in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, expected)), strict=True):
+            assert_close(value, true, tolerance=Tolerance(max=1e-5, rms=1e-6))
+
+    return Contest(
+        inputs=inputs,
+        providers={
+            "triton": provider(ours("triton")),
+            "torchvision": provider(BoxCoder((1.0, 1.0, 1.0, 1.0)).decode_single),
+            "compile": provider(torch.compile(ours("reference"))),
+            "reference": provider(ours("reference")),
+        },
+        truth=truth,
+        check=check,
+        work=Work(bytes=(3 + backward) * NUM_BOXES * 16, flops=20 * NUM_BOXES),
+    )

@@ -1,0 +1,176 @@
+"""One comparison: the same work by several providers on the same inputs. Right first, then timed, in turn.
+
+A benchmark file builds a `Contest`; `compare` asks each provider for its call, runs it once against the truth, and times
+those that were right. Whatever a provider does, its row says so and the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench import machine
+from bench.rows import Journal, Row, row_of
+from bench.timing import Samples, median, peak_mib, percentile, synchronize, time_in_turn
+from bench.work import Work
+from tmask_kernels.backend import interpreter_enabled
+
+Call = Callable[[], Any]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+# A process whose CUDA context is lost can do nothing more; `bench.run` starts another that goes on behind it.
+CONTEXT_LOST = 70
+
+
+class UnavailableError(Exception):
+    """A provider cannot serve here: its package, its dtype or its device is missing."""
+
+
+class NotBuiltError(Exception):
+    """The project does not have this op, or this kernel of it, yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contest:
+    """What a benchmark file gives.
+
+    `providers` maps a name to a function that takes the inputs and gives the call to time; preparation (a forward pass
+    before a timed backward, a captured graph) belongs into that function. `truth` gives what `check(output, truth)`
+    compares with, once for all providers; `check` raises AssertionError. `work` counts the least bytes and operations.
+    """
+
+    inputs: Callable[[], Any]
+    providers: Mapping[str, Callable[[Any], Call]]
+    truth: Callable[[Any], Any]
+    check: Callable[[Any, Any], None]
+    work: Work
+    size: str = "full"
+
+
+class ContextLostError(Exception):
+    """The CUDA context died; the row that killed it is in the journal."""
+
+
+def compare(contest: Contest, keys: Sequence[str], journal: Journal) -> dict[str, tuple[Row, Samples]]:
+    """Gate and time the providers that `keys` name; a row (and its samples, if timed) for each key.
+
+    Rows that the journal has already are taken from it. Errors: ContextLostError.
+    """
+    found = {key: (journal.rows[key], Samples()) for key in keys if key in journal.rows}
+    keys = [key for key in keys if key not in found]
+    if not keys:
+        return found
+    where = machine.device()
+    calls: dict[str, Call] = {}
+    memory: dict[str, float | None] = {}
+    inputs: Any = None
+    truth: list[Any] = []  # of one element once it is known: a truth may be None
+    for key in keys:
+        journal.write({"begin": key})
+        try:
+            if not truth:
+                inputs = contest.inputs()
+                truth.append(contest.truth(inputs))
+            name = key.rpartition("/")[2]
+            if name not in contest.providers:
+                raise NotBuiltError(f"{name} has no such op")
+            if _interpreted(name) and not interpreter_enabled():
+                raise UnavailableError("Triton needs a GPU or its interpreter (TRITON_INTERPRET=1)")
+            call = contest.providers[name](inputs)
+            out = call()
+            synchronize(where)
+            contest.check(out, truth[0])
+            del out
+            if _interpreted(name):
+                raise _PassedError("right; Triton's interpreter is no timing")
+            memory[key] = peak_mib(call, where)
+            calls[key] = call
+        except Exception as error:  # a provider may fail in any way; the others go on
+            found[key] = (_row_of_error(key, error, contest), Samples())
+            journal.add(found[key][0])
+            _leave_memory()
+            if not _context_lives(where):
+                raise ContextLostError(key) from None
+    for key, times in time_in_turn(calls, where, lambda key: journal.write({"begin": key})).items():
+        if times.error is None:
+            found[key] = (_timed_row(key, times, memory[key], contest), times)
+        else:
+            found[key] = (_row_of_error(key, times.error, contest), times)
+        journal.add(found[key][0])
+    if calls and not _context_lives(where):
+        raise ContextLostError(next(iter(calls)))
+    return found
+
+
+class _PassedError(Exception):
+    """Its result is right, and it has no time here."""
+
+
+def _interpreted(provider: str) -> bool:
+    return provider.startswith("triton") and machine.device().type != "cuda"
+
+
+def _row_of_error(key: str, error: Exception, contest: Contest) -> Row:
+    counted = {"bytes": contest.work.bytes, "flops": contest.work.flops, "size": contest.size}
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, _PassedError):
+        return row_of(key, "passed", str(error), **counted)
+    if isinstance(error, NotBuiltError) or "does not exist for this op" in text:
+        return row_of(key, "not built", str(error), **counted)
+    if isinstance(error, UnavailableError | ImportError) or "cannot serve this call" in text:
+        return row_of(key, "unavailable", str(error), **counted)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return row_of(key, "out of memory", text, **counted)
+    if isinstance(error, AssertionError):
+        return row_of(key, "wrong", str(error), **counted)
+    return row_of(key, "failed", text, **counted)
+
+
+def _timed_row(key: str, times: Samples, memory: float | None, contest: Contest) -> Row:
+    middle = median(times.device)
+    dtype = key.split("/")[3]
+    return row_of(
+        key,
+        "timed",
+        "",
+        median_us=middle * 1e6,
+        p20_us=percentile(times.device, 0.2) * 1e6,
+        p80_us=percentile(times.device, 0.8) * 1e6,
+        wall_us=median(times.wall) * 1e6,
+        rounds=len(times.device),
+        peak_mib=memory,
+        bytes=contest.work.bytes,
+        flops=contest.work.flops,
+        gbps=contest.work.bytes / middle / 1e9,
+        roof_share=machine.roofs().floor_us(contest.work, dtype) / (middle * 1e6),
+        size=contest.size,
+    )
+
+
+def _leave_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        with contextlib.suppress(Exception):  # a lost context raises here too; `_context_lives` says so
+            torch.cuda.empty_cache()
+
+
+def _context_lives(where: torch.device) -> bool:
+    try:
+        synchronize(where)
+        if where.type == "cuda":
+            torch.ones(1, device=where).item()  # a value read back: only then is it sure
+    except Exception:
+        return False
+    return True
+
+
+def gradients(out: Any, leaves: Sequence[torch.Tensor], upstream: torch.Tensor) -> Call:
+    """The backward of `out` alone, ready to be called again and again."""
+    return lambda: torch.autograd.grad(out, leaves, upstream, retain_graph=True)

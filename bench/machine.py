@@ -1,0 +1,117 @@
+"""The machine a benchmark runs on: its device, what it is, and the roofs it reaches, measured on the spot."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from bench.rows import ROOT
+from bench.timing import median, synchronize
+from bench.work import Work
+
+PACKAGES = ("torch", "triton", "torchvision", "numpy", "pycocotools", "detectron2", "mmcv")
+
+
+@functools.cache
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """What the machine reached: bytes read plus written by a large copy, and flops of a large square product."""
+
+    copy_gbps: float
+    matmul_bf16_tflops: float
+    matmul_fp32_tflops: float
+
+    def floor_us(self, work: Work, dtype: str) -> float:
+        """The time no version of this work can beat: bytes over copy or flops over product, the larger."""
+        flops = self.matmul_fp32_tflops if dtype == "fp32" else self.matmul_bf16_tflops
+        return max(work.bytes / (self.copy_gbps * 1e3), work.flops / (flops * 1e6))
+
+
+@functools.cache
+def roofs() -> Roofs:
+    """Measure the roofs, once a process. Random data: zeros can run faster than real data will."""
+    where = device()
+    big = where.type == "cuda"
+    source = torch.randn(2**28 if big else 2**24, device=where)  # 1 GiB on a GPU, 64 MiB on a CPU
+    target = torch.empty_like(source)
+    copy = _seconds(lambda: target.copy_(source))
+    del target
+    side = 8192 if big else 1024
+
+    def product(dtype: torch.dtype) -> float:
+        a = source[: side * side].view(side, side).to(dtype)
+        return 2 * side**3 / _seconds(lambda: a @ a) / 1e12
+
+    return Roofs(2 * source.numel() * 4 / copy / 1e9, product(torch.bfloat16), product(torch.float32))
+
+
+def _seconds(call: Callable[[], Any], rounds: int = 10) -> float:
+    import time
+
+    times = []
+    for _ in range(rounds + 2):
+        synchronize(device())
+        start = time.perf_counter()
+        call()
+        synchronize(device())
+        times.append(time.perf_counter() - start)
+    return median(times[2:])
+
+
+def describe() -> dict[str, Any]:
+    """What a result file says of the machine: kind of GPU or CPU, driver, versions, commit. No names, no paths."""
+    where = device()
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU {platform.machine()}"
+    return {
+        "gpu": name if where.type == "cuda" else None,
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "driver": _driver() if where.type == "cuda" else None,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in PACKAGES},
+        "commit": _git("rev-parse", "HEAD"),
+        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def roofs_json() -> dict[str, float]:
+    return asdict(roofs())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.splitlines()[0].strip() if done.stdout.strip() else None
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of git in the checkout; None where there is no git or no repository."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
