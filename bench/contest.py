@@ -1,7 +1,7 @@
 """One comparison: the same work by several providers on the same inputs. Right first, then timed, in turn.
 
-A benchmark file builds a `Contest`; `compare` asks each provider for its call, runs it once against the truth, and times
-those that were right. Whatever a provider does, its row says so and the others go on.
+A benchmark file builds a `Contest`; `compare` asks each provider for its call, runs it once against the truth, and
+times those that were right. Whatever a provider does, its row says so and the others go on.
 """
 
 from __future__ import annotations

@@ -47,7 +47,6 @@ def roofs() -> Roofs:
     source = torch.randn(2**28 if big else 2**24, device=where)  # 1 GiB on a GPU, 64 MiB on a CPU
     target = torch.empty_like(source)
     copy = _seconds(lambda: target.copy_(source))
-    del target
     side = 8192 if big else 1024
 
     def product(dtype: torch.dtype) -> float:
