@@ -1,90 +1,359 @@
-"""Inputs that look like a detector's, made from a seed. Letters: N images, K boxes of an image, C channels, S segments.
+"""The standard work, W1 to W13, each a named, seeded case. Letters: N images, K boxes of an image, C channels,
+S segments, H W sides in pixels.
 
-RoIs have log-uniform scales, varied aspect and stand in clusters around a few objects, as proposals do: uniform boxes
-would touch far more distinct feature cells, and NMS would remove almost none of them.
+A case says what the work is, makes inputs that look like a detector's, and counts the fewest bytes and the operations
+of the definition; `small` is the same work at a size that a CPU, and Triton's interpreter, does in a moment. RoIs have
+log-uniform scales, varied aspect and stand in clusters around a few objects, as proposals do: uniform boxes would
+touch far more distinct feature cells, and NMS would remove almost none of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-STRIDES = (4, 8, 16, 32)  # P2-P5
+from bench.machine import device
+from bench.work import Work
+from tmask_kernels import AnchorSpec, make_anchors
+from tmask_kernels.ops.nms.reference import box_iou
+from tmask_kernels.ops.roi_align.reference import axis_weights, box_levels
+from tmask_kernels.testing import random_boxes
+
+STRIDES = (4, 8, 16, 32, 64)  # P2 to P6
+ITEM = {"fp32": 4, "bf16": 2, "fp16": 2, "-": 4}  # bytes of an element; "-": the op takes float32 only
+IOU_FLOPS = 13  # two minima, two maxima, two differences, two clamps, three of the union, a division, a comparison
+
+
+class Case(Protocol):
+    """What all cases share."""
+
+    @property
+    def name(self) -> str:
+        """As in the table of workloads."""
+
+    def small(self: Self) -> Self:
+        """The same work at a reduced size."""
+
+
+Self = TypeVar("Self", bound=Case)
+
+
+def sized(case: Self) -> tuple[Self, str]:
+    """The case at the size for this machine, and which that is: "full" on a GPU, "reduced" on a CPU."""
+    return (case, "full") if device().type == "cuda" else (case.small(), "reduced")
+
+
+# ---- RoIAlign: W1 to W4
 
 
 @dataclass(frozen=True, kw_only=True)
-class PyramidCase:
-    """Pooling RoIs from four FPN levels of N images of height x width pixels."""
+class RoICase:
+    """Pooling RoIs from one or several FPN levels of N images of height x width pixels, channels innermost or not."""
 
-    images: int
-    height: int
-    width: int
-    channels: int
+    name: str
+    images: int = 2
+    height: int = 800
+    width: int = 1344
+    strides: tuple[int, ...] = STRIDES[:4]
+    channels: int = 256
     rois: int  # of all images
-    pooled: int
+    pooled: int = 7
+    sampling_ratio: int = 2
+    aligned: bool = False  # torchvision's MultiScaleRoIAlign cannot
+    clustered: bool = True
+    interpolation: str = "bilinear"
+    reduction: str = "mean"
+
+    def small(self) -> RoICase:
+        return replace(self, height=160, width=192, channels=24, rois=16 * self.images)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width of each level in cells."""
+        return [(self.height // s, self.width // s) for s in self.strides]
+
+    @property
+    def scales(self) -> list[float]:
+        return [1 / s for s in self.strides]
+
+    @property
+    def thresholds(self) -> list[float]:
+        """Area in px^2 from which a RoI leaves level i for the next (Lin et al. 2017, equation 1)."""
+        return [(224 * s / 16) ** 2 for s in self.strides[1:]]
+
+    def boxes(self) -> Tensor:
+        """[N, P, 4] float32 xyxy in pixels, on the CPU."""
+        each = self.rois // self.images
+        if self.clustered:
+            return rois(self.images, each, self.height, self.width)
+        size = min(800.0, float(min(self.height, self.width)))
+        flat = random_boxes(self.rois, height=self.height, width=self.width, min_size=16, max_size=size)
+        return flat.view(self.images, each, 4)
+
+    def features(self, dtype: torch.dtype, memory_format: torch.memory_format, where: torch.device) -> list[Tensor]:
+        """Random features [N, C, H / stride, W / stride] of each level."""
+        generator = torch.Generator(where).manual_seed(1)
+        return [
+            torch.randn(self.images, self.channels, h, w, generator=generator, device=where)
+            .to(dtype)
+            .contiguous(memory_format=memory_format)
+            for h, w in self.sizes
+        ]
+
+    def work(self, dtype: str, mode: str) -> Work:
+        """Forward: RoIs, each cell that any sample touches, and the output. Backward: RoIs, the gradient of the output,
+        and every cell's gradient written, since those that no RoI touches are zero.
+
+        Operations: 4 taps of a sample, each a product and a sum; the definition's, not those of a separable form.
+        """
+        samples, cells = _count(self)
+        item = ITEM[dtype]
+        out = self.rois * self.channels * self.pooled**2 * item
+        maps = self.images * sum(h * w for h, w in self.sizes)
+        moved = (cells if mode == "forward" else maps) * self.channels * item
+        return Work(bytes=out + moved + self.rois * 16, flops=8 * samples * self.channels)
+
+
+@functools.cache
+def _count(case: RoICase) -> tuple[int, int]:
+    """Samples of all RoIs, and the distinct cells that they touch."""
+    boxes = case.boxes()
+    levels = box_levels(boxes, case.thresholds)  # [N, P]
+    samples = cells = 0
+    for level, ((height, width), scale) in enumerate(zip(case.sizes, case.scales, strict=True)):
+        for image in range(case.images):
+            corners = boxes[image][levels[image] == level] * scale - (0.5 if case.aligned else 0.0)  # [P', 4]
+            sides = corners[:, 2:] - corners[:, :2]
+            if not case.aligned:
+                sides = sides.clamp(min=1)
+            # A bin mixes the rows of its samples with their columns, so a RoI touches all its rows x all its columns.
+            x = axis_weights(corners[:, 0], sides[:, 0], case.pooled, width, case.sampling_ratio).gt(0).any(1).float()
+            y = axis_weights(corners[:, 1], sides[:, 1], case.pooled, height, case.sampling_ratio).gt(0).any(1).float()
+            cells += int((y.T @ x).gt(0).sum())
+            ratio = float(case.sampling_ratio)
+            grid = torch.full_like(sides, ratio) if ratio > 0 else (sides / case.pooled).ceil()
+            samples += int(grid.prod(1).sum()) * case.pooled**2
+    return samples, cells
+
+
+def rois(
+    num_images: int,
+    per_image: int,
+    height: int,
+    width: int,
+    *,
+    smallest: float = 16,
+    largest: float = 800,
+    objects: tuple[int, int] = (10, 50),
+    seed: int = 0,
+) -> Tensor:
+    """Proposal-like boxes [N, K, 4], xyxy float32 pixels, clustered around 10-50 objects an image.
+
+    `smallest` and `largest` bound the scale sqrt(w h) of the objects; a box has almost the shape of its object.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    boxes = []
+    for _ in range(num_images):
+        count = int(torch.randint(objects[0], objects[1] + 1, (1,), generator=generator))
+        centre = uniform(count, 2) * torch.tensor([width, height])
+        scale = smallest * (max(smallest, min(largest, height, width)) / smallest) ** uniform(count)
+        aspect = 0.3 * 10 ** uniform(count)  # 0.3 to 3
+        side = torch.stack([scale / aspect.sqrt(), scale * aspect.sqrt()], dim=1)
+        owner = torch.randint(count, (per_image,), generator=generator)
+        near_side = side[owner] * torch.exp(torch.randn(per_image, 2, generator=generator) * 0.2)
+        near_centre = centre[owner] + torch.randn(per_image, 2, generator=generator) * 0.15 * side[owner]
+        box = torch.cat([near_centre - near_side / 2, near_centre + near_side / 2], dim=1)
+        boxes.append(box.clamp(min=0).minimum(torch.tensor([width, height] * 2, dtype=torch.float32)))
+    return torch.stack(boxes)
+
+
+# ---- NMS: W5 to W7
+
+
+class Segments(NamedTuple):
+    """Input of `padded_nms`."""
+
+    boxes: Tensor  # [S, K, 4] float32
+    scores: Tensor  # [S, K] float32, no two of a segment equal
+    valid: Tensor  # [S, K] bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class NMSCase:
-    """Segments of equally many boxes."""
+    """NMS of S segments of at most K boxes: RPN levels, classes, or one long list."""
 
-    segments: int
-    boxes: int
+    name: str
+    kind: str  # "levels", "classes" or "list"
+    lengths: tuple[int, ...]  # boxes of each segment; K is the largest
     threshold: float
-    keep: int
+    keep: int  # at most so many of a segment
+    kept: float  # about so large a share of the boxes is kept
+
+    def small(self) -> NMSCase:
+        few = {"levels": 96, "classes": 64, "list": 256}[self.kind]
+        lengths = tuple(min(n, few) - (few // 2 if n < max(self.lengths) else 0) for n in self.lengths)
+        return replace(self, lengths=lengths[-12:], keep=min(self.keep, few))
+
+    @property
+    def boxes(self) -> int:
+        """K, boxes of the longest segment."""
+        return max(self.lengths)
+
+    def inputs(self, where: torch.device) -> Segments:
+        make = {"levels": _level_segments, "classes": _class_segments, "list": _list_segment}[self.kind]
+        return Segments(*(t.to(where) for t in make(self)))
+
+    def work(self) -> Work:
+        """Boxes and scores read, indices and counts written; every kept box is held against every one kept before."""
+        S, kept = len(self.lengths), [n * self.kept for n in self.lengths]
+        moved = sum(self.lengths) * (16 + 4) + S * (min(self.keep, self.boxes) + 1) * 8
+        return Work(bytes=moved, flops=int(sum(n * (n - 1) / 2 for n in kept) * IOU_FLOPS))
 
 
-# Two 800 x 1344 images: the box head's and the mask head's pooling, and the RPN's NMS (five levels of two images).
-W1 = PyramidCase(images=2, height=800, width=1344, channels=256, rois=1024, pooled=7)
-W2 = PyramidCase(images=2, height=800, width=1344, channels=256, rois=256, pooled=14)
-W5 = NMSCase(segments=10, boxes=2000, threshold=0.7, keep=1000)
-
-# The same work at a size that a CPU does in milliseconds.
-SMALL_PYRAMID = PyramidCase(images=2, height=256, width=320, channels=64, rois=128, pooled=7)
-SMALL_NMS = NMSCase(segments=10, boxes=400, threshold=0.7, keep=200)
-
-
-def rois(num_images: int, per_image: int, height: int, width: int, *, seed: int = 0) -> Tensor:
-    """Proposal-like boxes [N, K, 4], xyxy float32 pixels, clustered around 10-50 objects an image."""
+def _scores(*shape: int, seed: int) -> Tensor:
+    """Scores in 0..1 [..., K], most of them low, no two of a row equal."""
     generator = torch.Generator().manual_seed(seed)
-
-    def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        return low + (high - low) * torch.rand(*shape, generator=generator)
-
-    boxes = []
-    for _ in range(num_images):
-        objects = int(torch.randint(10, 51, (1,), generator=generator))
-        centre = uniform(objects, 2) * torch.tensor([width, height])
-        longest = min(800.0, float(max(height, width)))
-        scale = 16 * (longest / 16) ** uniform(objects)
-        aspect = 0.3 * 10 ** uniform(objects)  # 0.3 to 3
-        side = torch.stack([scale / aspect.sqrt(), scale * aspect.sqrt()], dim=1)
-        owner = torch.randint(objects, (per_image,), generator=generator)
-        jitter = torch.randn(per_image, 2, generator=generator) * 0.15
-        near_side = side[owner] * torch.exp(torch.randn(per_image, 2, generator=generator) * 0.2)
-        near_centre = centre[owner] + jitter * side[owner]
-        box = torch.cat([near_centre - near_side / 2, near_centre + near_side / 2], dim=1)
-        boxes.append(box.clamp(min=0).minimum(torch.tensor([width, height, width, height], dtype=torch.float32)))
-    return torch.stack(boxes)
+    rows, K = int(torch.tensor(shape[:-1]).prod()), shape[-1]
+    ranks = torch.stack([torch.randperm(K, generator=generator) for _ in range(rows)]).view(shape)
+    return ((ranks.double() + 0.5) / K).pow(4).float()
 
 
-def pyramid(case: PyramidCase, *, dtype: torch.dtype, channels_last: bool, device: torch.device) -> list[Tensor]:
-    """Random features [N, C, H / stride, W / stride] of P2-P5."""
-    generator = torch.Generator().manual_seed(1)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return [
-        torch.randn(case.images, case.channels, case.height // s, case.width // s, generator=generator)
-        .to(device, dtype)
-        .contiguous(memory_format=layout)
-        for s in STRIDES
+def _level_segments(case: NMSCase) -> tuple[Tensor, Tensor, Tensor]:
+    """Five levels of each image in turn, a level's boxes as large as its anchors."""
+    S, K = len(case.lengths), case.boxes
+    boxes = [
+        rois(1, K, 800, 1344, smallest=8 * STRIDES[s % 5] / 2, largest=8 * STRIDES[s % 5] * 2, seed=2 + s)[0]
+        for s in range(S)
     ]
+    valid = torch.arange(K) < torch.tensor(case.lengths)[:, None]
+    return torch.stack(boxes), _scores(S, K, seed=3), valid
 
 
-def nms_inputs(case: NMSCase, *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Clustered boxes [S, K, 4] and distinct scores [S, K]."""
-    boxes = rois(case.segments, case.boxes, 800, 1344, seed=2)
-    generator = torch.Generator().manual_seed(3)
-    scores = torch.stack([torch.randperm(case.boxes, generator=generator) for _ in range(case.segments)])
-    return boxes.to(device), scores.float().div(case.boxes).to(device)
+def _class_segments(case: NMSCase) -> tuple[Tensor, Tensor, Tensor]:
+    """The same RoIs in every class, moved a little; a RoI scores over 0.05 in few classes, a background RoI in none."""
+    S, K = len(case.lengths), case.boxes
+    generator = torch.Generator().manual_seed(4)
+    boxes = rois(1, K, 800, 1344, seed=5)  # [1, K, 4]
+    sides = (boxes[..., 2:] - boxes[..., :2]).repeat(1, 1, 2)  # [1, K, 4]
+    moved = boxes + torch.randn(S, K, 4, generator=generator) * 0.03 * sides
+    logits = torch.randn(S + 1, K, generator=generator)  # the last row: background
+    logits[-1] += 3
+    likely = torch.randint(S, (K,), generator=generator)
+    logits[likely, torch.arange(K)] += torch.rand(K, generator=generator) * 7
+    scores = logits.softmax(0)[:-1]
+    return moved, scores, scores > 0.05
+
+
+def _list_segment(case: NMSCase) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes around so many objects that about the wanted share is kept, in an image that grows with their number."""
+    K = case.boxes
+    objects = max(1, round(K * case.kept * 0.8))
+    side = round(200 * objects**0.5)
+    boxes = rois(1, K, side, side, smallest=16, largest=128, objects=(objects, objects), seed=6)
+    return boxes, _scores(1, K, seed=7), torch.ones(1, K, dtype=torch.bool)
+
+
+# ---- RPN proposals: W8
+
+
+@dataclass(frozen=True, kw_only=True)
+class RPNCase:
+    """From the RPN's maps of N images to proposals."""
+
+    name: str
+    images: int = 2
+    height: int = 800
+    width: int = 1344
+    pre_nms_top_n: int = 2000
+    post_nms_top_n: int = 1000
+    nms_threshold: float = 0.7
+
+    def small(self) -> RPNCase:
+        return replace(self, height=128, width=160, pre_nms_top_n=64, post_nms_top_n=64)
+
+    @property
+    def spec(self) -> AnchorSpec:
+        """torchvision's anchors."""
+        return AnchorSpec(sizes=((32,), (64,), (128,), (256,), (512,)), aspect_ratios=(0.5, 1.0, 2.0), rounded=True)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width of P2 to P6; P6 is every second cell of P5."""
+        levels = [(self.height // s, self.width // s) for s in STRIDES[:4]]
+        return [*levels, ((levels[-1][0] + 1) // 2, (levels[-1][1] + 1) // 2)]
+
+    @property
+    def anchors(self) -> int:
+        """Of one image."""
+        return 3 * sum(h * w for h, w in self.sizes)
+
+    @property
+    def candidates(self) -> int:
+        """Of one image that enter the NMS."""
+        return sum(min(self.pre_nms_top_n, 3 * h * w) for h, w in self.sizes)
+
+    def inputs(self, dtype: torch.dtype, where: torch.device) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Logits [N, 3, H, W] and deltas [N, 12, H, W] of each level, sizes [N, 2]. An anchor near an object scores."""
+        generator = torch.Generator().manual_seed(8)
+        anchors = make_anchors(self.spec, self.sizes, (self.height, self.width))  # [A, 4]
+        logits = torch.randn(self.images, self.anchors, generator=generator) - 6
+        for image, objects in enumerate(rois(self.images, 30, self.height, self.width, objects=(30, 30), seed=9)):
+            for one in objects:
+                logits[image] = torch.maximum(logits[image], logits[image] + 9 * box_iou(anchors, one))
+        objectness, deltas = [], []
+        start = 0
+        for h, w in self.sizes:
+            level = logits[:, start : start + 3 * h * w].view(self.images, h, w, 3).permute(0, 3, 1, 2)
+            objectness.append(level.to(where, dtype).contiguous())
+            deltas.append((torch.randn(self.images, 12, h, w, generator=generator) * 0.2).to(where, dtype))
+            start += 3 * h * w
+        return objectness, deltas, torch.tensor([[self.height, self.width]] * self.images, device=where)
+
+    def work(self, dtype: str) -> Work:
+        """Every logit, the deltas of those that enter the NMS, and the proposals with their scores and counts."""
+        item = ITEM[dtype]
+        read = self.images * (self.anchors + 4 * self.candidates) * item
+        return Work(bytes=read + self.images * (self.post_nms_top_n * 20 + 8), flops=20 * self.images * self.candidates)
+
+
+_W1 = RoICase(name="W1", rois=1024)
+_W3 = RoICase(name="W3", images=1, rois=1000)
+_W4 = RoICase(
+    name="W4-ratio2", images=1, height=1024, width=1024, strides=(4,), channels=512, rois=512, clustered=False
+)  # fmt: skip
+_IMAGE_LEVELS = (2000, 2000, 2000, 2000, 819)  # P6 has 13 x 21 cells of 3 anchors
+
+
+def _long_list(name: str, boxes: int, kept: float) -> NMSCase:
+    return NMSCase(name=name, kind="list", lengths=(boxes,), threshold=0.5, keep=boxes, kept=kept)
+
+
+_ALL: Sequence[Case] = (
+    _W1,
+    replace(_W1, name="W1b"),
+    RoICase(name="W2", rois=256, pooled=14),
+    _W3,
+    replace(_W3, name="W3-bicubic", interpolation="bicubic"),
+    replace(_W3, name="W3-max", reduction="max"),
+    _W4,
+    replace(_W4, name="W4-ratio0", sampling_ratio=0),
+    NMSCase(name="W5", kind="levels", lengths=_IMAGE_LEVELS * 2, threshold=0.7, keep=1000, kept=0.3),
+    NMSCase(name="W6", kind="classes", lengths=(1000,) * 80, threshold=0.5, keep=100, kept=0.01),
+    _long_list("W7-1k", 1_000, 0.3),
+    _long_list("W7-10k", 10_000, 0.3),
+    _long_list("W7-100k", 100_000, 0.3),
+    _long_list("W7-1M", 1_000_000, 0.3),
+    _long_list("W7-10k-dense", 10_000, 0.03),
+    RPNCase(name="W8"),
+)
+
+CASES: dict[str, Case] = {case.name: case for case in _ALL}
