@@ -325,6 +325,183 @@ class RPNCase:
         return Work(bytes=read + self.images * (self.post_nms_top_n * 20 + 8), flops=20 * self.images * self.candidates)
 
 
+# ---- Matching, pasting, losses: W9 to W11, and the mask losses of W13
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchCase:
+    """The anchors of the RPN against the ground truth of N images."""
+
+    name: str
+    images: int = 2
+    height: int = 800
+    width: int = 1344
+    gt: int = 100  # boxes of an image, G
+    high: float = 0.7
+    low: float = 0.3
+
+    def small(self) -> MatchCase:
+        return replace(self, height=128, width=160, gt=12)
+
+    @property
+    def rpn(self) -> RPNCase:
+        return RPNCase(name=self.name, images=self.images, height=self.height, width=self.width)
+
+    def inputs(self, where: torch.device) -> tuple[Tensor, Tensor]:
+        """Anchors [A, 4] and boxes [N, G, 4]. Each box overlaps an anchor: libraries differ on those that do not."""
+        rpn = self.rpn
+        anchors = make_anchors(rpn.spec, rpn.sizes, (self.height, self.width))
+        boxes = random_boxes(
+            self.images * self.gt, height=self.height, width=self.width, min_size=20, max_size=600, seed=10
+        )
+        return anchors.to(where), boxes.view(self.images, self.gt, 4).to(where)
+
+    def work(self) -> Work:
+        """Anchors and boxes read, four bytes an anchor and image written; each anchor against each box."""
+        answers = self.images * self.rpn.anchors
+        moved = self.rpn.anchors * 16 + self.images * self.gt * 16 + answers * 4
+        return Work(bytes=moved, flops=answers * self.gt * IOU_FLOPS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PasteCase:
+    """K masks of M x M pasted into one image by the rule of a library."""
+
+    name: str
+    masks: int = 100
+    side: int = 28
+    height: int = 800
+    width: int = 1333
+    convention: str = "torchvision"
+
+    def small(self) -> PasteCase:
+        return replace(self, masks=12, height=120, width=161)
+
+    def inputs(self, where: torch.device) -> tuple[Tensor, Tensor]:
+        """Probabilities [K, M, M], soft blobs with rough outlines, and boxes [K, 4].
+
+        Boxes are no smaller than a detector leaves them, and their outlines, once torchvision has grown them by two
+        cells, are not so near an integer that float32 could cut them to another one.
+        """
+        boxes = rois(1, 4 * self.masks, self.height, self.width, seed=11)[0].double()
+        grown = (boxes[:, 2:] - boxes[:, :2]) * (1 / self.side)
+        edges = torch.cat([boxes[:, :2] - grown, boxes[:, 2:] + grown], dim=1)
+        clear = ((edges - edges.round()).abs() > 1e-3).all(1) & ((boxes[:, 2:] - boxes[:, :2]) >= 4).all(1)
+        boxes = boxes[clear][: self.masks].float()
+        assert len(boxes) == self.masks
+        generator = torch.Generator().manual_seed(12)
+        at = (torch.arange(self.side) + 0.5) / self.side - 0.5
+        radii = 0.3 + 0.15 * torch.rand(self.masks, 2, 1, 1, generator=generator)
+        distance = (at[:, None] / radii[:, 0]).square() + (at / radii[:, 1]).square()  # [K, M, M]
+        logits = 6 * (1 - distance) + torch.randn(distance.shape, generator=generator)
+        return logits.sigmoid().to(where), boxes.to(where)
+
+    def work(self, mode: str) -> Work:
+        """Masks and boxes read, the output written once: a byte a pixel, a bit a pixel, or runs. A blob has a run of
+        ones and one of zeros in each column of its box, four bytes each.
+
+        Operations: 4 taps of each pixel of a box.
+        """
+        _, boxes = self.inputs(torch.device("cpu"))
+        sides = (boxes[:, 2:] - boxes[:, :2]).double()
+        words = -(-self.width // 32)
+        out = {
+            "bool": self.masks * self.height * self.width,
+            "packed": self.masks * self.height * words * 4,
+            "rle": int(sides[:, 0].sum()) * 8,
+        }[mode]
+        return Work(bytes=self.masks * (self.side**2 * 4 + 16) + out, flops=8 * int(sides.prod(1).sum()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FocalCase:
+    """The focal loss of a detector's logits, summed."""
+
+    name: str
+    rows: int
+    columns: int
+    positives: float  # share of ones among the targets
+
+    def small(self) -> FocalCase:
+        return replace(self, rows=min(self.rows, 64), columns=min(self.columns, 999))
+
+    def inputs(self, dtype: torch.dtype, where: torch.device) -> tuple[Tensor, Tensor]:
+        """Logits around the prior of 0.01 that RetinaNet begins with, and targets of 0 and 1: [rows, columns] each."""
+        generator = torch.Generator().manual_seed(13)
+        logits = torch.randn(self.rows, self.columns, generator=generator) * 2 - 4.6
+        targets = (torch.rand(self.rows, self.columns, generator=generator) < self.positives).float()
+        return logits.to(where, dtype), targets.to(where, dtype)
+
+    def work(self, dtype: str, mode: str) -> Work:
+        """Logits and targets read; backward reads them again and writes the gradient. About 20 operations of the loss
+        and 30 of its gradient, exponentials and logarithms counted once."""
+        moved, flops = (2, 20) if mode == "forward" else (3, 30)
+        elements = self.rows * self.columns
+        return Work(bytes=moved * elements * ITEM[dtype], flops=flops * elements)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskLossCase:
+    """The mask head's targets and loss in a training step: S positive RoIs of each of N images."""
+
+    name: str
+    images: int = 2
+    rois: int = 128  # of an image, S
+    gt: int = 20  # masks of an image, G
+    height: int = 800
+    width: int = 1344
+    side: int = 28
+    classes: int = 80
+
+    def small(self) -> MaskLossCase:
+        return replace(self, rois=8, gt=3, height=120, width=160, classes=5)
+
+    def ground_truth(self, where: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Masks [N, G, H, W] bool, ellipses; RoIs [N, S, 4] float32 around them; the mask of each RoI [N, S]."""
+        boxes = random_boxes(
+            self.images * self.gt, height=self.height, width=self.width, min_size=24, max_size=500, seed=14
+        ).view(self.images, self.gt, 4)
+        centre, half = (boxes[..., :2] + boxes[..., 2:]) / 2, (boxes[..., 2:] - boxes[..., :2]) / 2
+        y, x = torch.arange(self.height) + 0.5, torch.arange(self.width) + 0.5
+        high = ((y - centre[..., 1:]) / half[..., 1:]).square()  # [N, G, H]
+        wide = ((x - centre[..., :1]) / half[..., :1]).square()  # [N, G, W]
+        masks = high[..., None] + wide[..., None, :] < 1
+        generator = torch.Generator().manual_seed(15)
+        owner = torch.randint(self.gt, (self.images, self.rois), generator=generator)
+        near = boxes.gather(1, owner[..., None].expand(-1, -1, 4))
+        near = near + torch.randn(near.shape, generator=generator) * 0.1 * half.gather(
+            1, owner[..., None].expand(-1, -1, 2)
+        ).repeat(1, 1, 2)
+        limit = torch.tensor([self.width, self.height] * 2, dtype=torch.float32)
+        return masks.to(where), near.clamp(min=0).minimum(limit).to(where), owner.to(where)
+
+    def logits(self, dtype: torch.dtype, where: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [K, C, M, M], the channel of each RoI [K] and targets [K, M, M] float32, K = N * S."""
+        generator = torch.Generator().manual_seed(16)
+        K = self.images * self.rois
+        logits = torch.randn(K, self.classes, self.side, self.side, generator=generator)
+        classes = torch.randint(self.classes, (K,), generator=generator)
+        targets = torch.rand(K, self.side, self.side, generator=generator)
+        return logits.to(where, dtype), classes.to(where), targets.to(where)
+
+    def target_work(self) -> Work:
+        """The bits under each RoI and its box read, float32 targets written. Each pixel under a RoI is sampled about
+        once: 4 taps, each a product and a sum."""
+        _, boxes, _ = self.ground_truth(torch.device("cpu"))
+        pixels = int((boxes[..., 2:] - boxes[..., :2]).double().prod(-1).sum())
+        K = self.images * self.rois
+        return Work(bytes=pixels // 8 + K * (16 + 8 + self.side**2 * 4), flops=8 * pixels)
+
+    def loss_work(self, dtype: str, mode: str) -> Work:
+        """One channel of each RoI and its targets read; backward writes the gradient of every channel."""
+        K = self.images * self.rois
+        read = K * self.side**2 * (ITEM[dtype] + 4)
+        written = K * self.classes * self.side**2 * ITEM[dtype] if mode == "backward" else 4
+        return Work(bytes=read + written, flops=10 * K * self.side**2)
+
+
+# ---- The table
+
 _W1 = RoICase(name="W1", rois=1024)
 _W3 = RoICase(name="W3", images=1, rois=1000)
 _W4 = RoICase(
@@ -354,6 +531,12 @@ _ALL: Sequence[Case] = (
     _long_list("W7-1M", 1_000_000, 0.3),
     _long_list("W7-10k-dense", 10_000, 0.03),
     RPNCase(name="W8"),
+    MatchCase(name="W9"),
+    PasteCase(name="W10"),
+    PasteCase(name="W10-detectron2", convention="detectron2"),
+    FocalCase(name="W11", rows=2, columns=268_569, positives=0.001),
+    FocalCase(name="W11-head", rows=1024, columns=80, positives=1 / 80),
+    MaskLossCase(name="W13-masks"),
 )
 
 CASES: dict[str, Case] = {case.name: case for case in _ALL}
