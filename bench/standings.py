@@ -1,0 +1,217 @@
+"""Where we stand: rows of a result turned into comparisons, with the aim of each workload and numbers for people."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench.rows import Row
+
+# Every name under which a provider of ours and of the baseline runs; all others are peers.
+OURS = ("triton", "triton-graph", "tmask", "tmask-compile", "tmask-graph")
+BASELINE = ("torchvision", "torchvision-compile")
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a workload shall reach at full size on a GPU: `times` as fast as torchvision's best, `times_fp32` as fast as
+    its best in fp32, in at most `us`."""
+
+    times: float | None = None
+    times_fp32: float | None = None
+    us: float | None = None
+    words: str = ""  # in place of these, where none says it
+
+    def __str__(self) -> str:
+        bounds = [f"≥ {self.times:g}x"] if self.times else []
+        bounds += [f"≥ {self.times_fp32:g}x its fp32"] if self.times_fp32 else []
+        bounds += [f"≤ {duration(self.us)}"] if self.us else []
+        return self.words or ", ".join(bounds)
+
+
+# By workload and, where they differ, by a word of its case or mode; the first that fits counts. A part of a workload
+# (W8-decode) has no aim of its own.
+AIMS: tuple[tuple[str, str, Aim | None], ...] = (
+    ("W1", "backward", Aim(times=6)),  # this is W1b
+    ("W1", "", Aim(times=6, us=100)),
+    ("W1b", "", Aim(times=6)),
+    ("W2", "", Aim(times=6)),
+    ("W3", "bicubic", Aim(words="≤ 2.5x the time of bilinear")),
+    ("W4", "", Aim(times=6)),
+    ("W5", "", Aim(times=10)),
+    ("W6", "", Aim(times=10)),
+    ("W7", "100k", Aim(us=5_000)),
+    ("W7", "10k", Aim(us=300)),
+    ("W7", "1k", Aim(us=100)),
+    ("W7", "1M", Aim(words="completes")),
+    ("W8", "decode", None),
+    ("W8", "", Aim(times=10)),
+    ("W9", "", Aim(times=5)),
+    ("W10", "rle", Aim(times=50, us=1_000)),
+    ("W10", "", Aim(times=50, us=300)),
+    ("W11", "", Aim(times=5)),
+    ("W12", "", Aim(times=4, times_fp32=8)),
+    ("W13", "masks", None),
+    ("W13", "", Aim(times=4)),
+)
+
+
+def aim_of(case: str, mode: str) -> Aim | None:
+    """The aim of a case, whose name begins with its workload: "W7-10k" is of W7."""
+    workload = re.match(r"W\d+b?(?![0-9a-z])", case)
+    words = re.split(r"[^a-z0-9]+", f"{case} {mode}".lower())
+    for name, word, aim in AIMS:
+        if workload and workload[0] == name and (not word or word.lower() in words):
+            return aim
+    return None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """All rows of one op, case and mode, whatever their dtype and layout."""
+
+    op: str
+    case: str
+    mode: str
+    rows: tuple[Row, ...]
+
+    @property
+    def name(self) -> str:
+        """As little as tells it apart: forward goes without saying."""
+        return self.case if self.mode == "forward" else f"{self.case} {self.mode}"
+
+    @property
+    def aim(self) -> Aim | None:
+        return aim_of(self.case, self.mode)
+
+    @property
+    def reduced(self) -> bool:
+        return any(row.size != "full" for row in self.rows)
+
+    def best(self, providers: Sequence[str] | None = None, dtype: str | None = None) -> Row | None:
+        """The fastest timed row of `providers` (None: of all), in any layout and, if none is given, any dtype."""
+        rows = [
+            row for row in self.rows
+            if (providers is None or row.provider in providers) and dtype in (None, row.dtype)
+        ]  # fmt: skip
+        return fastest(rows)
+
+    @property
+    def ours(self) -> Row | None:
+        return self.best(OURS)
+
+    @property
+    def baseline(self) -> Row | None:
+        """torchvision given its best setting."""
+        return self.best(BASELINE)
+
+    @property
+    def speedup(self) -> float | None:
+        return ratio(self.baseline, self.ours)
+
+    @property
+    def aim_speedup(self) -> float | None:
+        """The aim as a speed-up, an aim in microseconds among it; None where that cannot be said."""
+        aim, baseline = self.aim, self.baseline
+        if aim is None or baseline is None or self.reduced:
+            return None
+        bounds = [aim.times or 0.0]
+        if aim.times_fp32:
+            fp32 = self.best(BASELINE, "fp32")
+            bounds += [aim.times_fp32 * us(baseline) / us(fp32)] if fp32 else []
+        bounds += [us(baseline) / aim.us] if aim.us else []
+        return max(bounds) or None
+
+    @property
+    def aim_met(self) -> bool | None:
+        """None where there is nothing to judge: no aim in numbers, no time, or not the full size."""
+        aim, ours = self.aim, self.ours
+        if aim is None or ours is None or self.reduced:
+            return None
+        if self.speedup and self.aim_speedup:
+            return self.speedup >= self.aim_speedup
+        return us(ours) <= aim.us if aim.us and not aim.times else None
+
+
+def standings(rows: Iterable[Row]) -> list[Standing]:
+    """One for each op, case and mode, in the order in which the rows name them first."""
+    groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.op, row.case, row.mode].append(row)
+    return [Standing(*key, rows=tuple(group)) for key, group in groups.items()]
+
+
+def fastest(rows: Iterable[Row]) -> Row | None:
+    return min((row for row in rows if row.status == "timed" and row.median_us), key=us, default=None)
+
+
+def us(row: Row) -> float:
+    assert row.median_us is not None, row.key
+    return row.median_us
+
+
+def ratio(slow: Row | None, fast: Row | None) -> float | None:
+    """How many times faster `fast` is; below 1 it is slower. None if either has no time."""
+    return None if slow is None or fast is None else us(slow) / us(fast)
+
+
+def ratio_range(slow: Row, fast: Row) -> tuple[float, float]:
+    """The ratio where both spreads (p20 to p80) work against `fast`, and where both work for it."""
+    slow_20, slow_80 = spread(slow)
+    fast_20, fast_80 = spread(fast)
+    return slow_20 / fast_80, slow_80 / fast_20
+
+
+def spread(row: Row) -> tuple[float, float]:
+    return row.p20_us or us(row), row.p80_us or us(row)
+
+
+def digits(value: float) -> str:
+    """Three significant digits, never an exponent: 0.123, 1.23, 12.3, 123, 1,230."""
+    if value == 0:
+        return "0"
+    rounded = float(f"{value:.3g}")
+    decimals = max(0, 2 - math.floor(math.log10(abs(rounded))))
+    return f"{rounded:,.{decimals}f}"
+
+
+def duration(microseconds: float) -> str:
+    """9.87 us, 12.3 ms, 1.23 s."""
+    for unit, size in (("us", 1.0), ("ms", 1e3)):
+        if float(f"{microseconds / size:.3g}") < 1000:
+            return f"{digits(microseconds / size)} {unit}"
+    return f"{digits(microseconds / 1e6)} s"
+
+
+def times(value: float) -> str:
+    """A speed-up in words: a loss is called one."""
+    text = f"{digits(value)}x"
+    return f"{text} (slower)" if float(f"{value:.3g}") < 1 else text
+
+
+def percent(share: float) -> str:
+    """Two significant digits, or that it is next to nothing."""
+    if share < 0.001:
+        return "< 0.1 %"
+    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.1f} %"
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """Device, versions, commit and date in one line."""
+    versions = [f"{name} {found}" for name, found in (machine.get("versions") or {}).items() if found]
+    commit = machine.get("commit")
+    threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
+    parts = [
+        machine.get("gpu") or f"{machine['device']}, {threads}, no GPU",
+        machine.get("driver") and f"driver {machine['driver']}",
+        machine.get("cuda") and machine.get("gpu") and f"CUDA {machine['cuda']}",
+        f"Python {machine.get('python')}",
+        *versions,
+        commit and f"commit {commit[:10]}" + (" with changes" if machine.get("changed") else ""),
+        machine.get("date"),
+    ]
+    return ", ".join(str(part) for part in parts if part)
