@@ -1,32 +1,86 @@
-"""Budgets of the RoIAlign kernel: the pyramid of the box head (7 x 7) and of the mask head (14 x 14), 256 channels."""
+"""The RoIAlign kernel compiles for every architecture: box head (7 x 7), mask head (14 x 14), one map of 512 channels.
+
+What a thread should cost follows from its share of the tile, see `_target`.
+"""
+
+from collections.abc import Mapping
 
 import pytest
 
-from tests.compile_only.harness import Budget, Case, check, every
+from tests.compile_only.harness import CHIPS, Case, Target, check, every, registers
 from tmask_kernels.ops.roi_align import kernels
 
 pytestmark = pytest.mark.compile_only
 
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+TAPS = 4  # bilinear
+BOX_LOADS = 5  # four corners, and whether the box is valid or which image it is of
+# The widest fp32 addition to memory: PTX has vectors of four from sm_90, AMD none.
+ATOMIC_BYTES = {"sm_80": 4, "sm_90": 16, "sm_100": 16, "gfx942": 4}
+
+
+def _target(
+    arch: str, tile: kernels.Tile, dtype: str, size: int, *, channels_last: bool, sampling_ratio: int, backward: bool
+) -> Target:
+    """A thread owns `share` elements of the tile; each tap of them is `accesses` loads (or atomics), one address each.
+
+    Forward: it keeps a sum of each element, for each access a weight and a position, and the taps of one sample as they
+    arrive. Backward: its gradients, their products with one weight, and the addresses of a sample's taps.
+    """
+    item = _BYTES[dtype]
+    share = tile.block_pw * tile.block_c // (tile.num_warps * CHIPS[arch].lanes)
+    width = 16 if channels_last else item
+    accesses = max(1, share * item // width)
+    # The backward adds in fp32.
+    added = max(1, share * 4 // (16 if channels_last else 4))
+    values = 2 * share + 2 * added if backward else share + 2 * accesses
+    under_way = TAPS * share * (4 if backward else item)  # taps requested, or sums on their way to memory
+    # Ratio 0 keeps the first sample and the number of samples of each bin.
+    values += 2 * accesses if sampling_ratio == 0 else 0
+    samples = sampling_ratio**2
+    executed = BOX_LOADS + accesses * (1 if backward else TAPS * samples)
+    outputs = share * size / tile.block_pw  # the tile is a power of two wide
+    return Target(
+        registers=registers(
+            values=values,
+            bytes_in_flight=0 if backward else under_way,
+            pointers=TAPS * (added if backward else accesses),
+        ),
+        # Gradients of 2 bytes arrive 8 a thread and leave as fp32, 4 a thread: they change hands.
+        shared=tile.block_pw * tile.block_c * item if backward and channels_last and item < 4 else 0,
+        load_bytes=width,
+        store_bytes=None if backward else width,
+        atomic_bytes=None if not backward else ATOMIC_BYTES[arch] if channels_last else 4,
+        loads=BOX_LOADS + TAPS * accesses if sampling_ratio == 0 else None,
+        trips=None if sampling_ratio == 0 else (1, sampling_ratio, samples),
+        outputs=outputs,
+        loads_per_output=None if sampling_ratio == 0 else executed / outputs,
+        bytes_in_flight=under_way,
+    )
+
 
 def _case(
     name: str,
-    budget: Budget,
     *,
     dtype: str,
-    size: int,
-    channels_last: bool,
+    size: int = 7,
+    channels: int = 256,
+    channels_last: bool = True,
     sampling_ratio: int = 2,
     levels: int = 4,
     backward: bool = False,
+    known_spills: Mapping[str, int] | None = None,
 ) -> Case:
-    tile = kernels.pick_tile(256, size, channels_last)
+    """Four levels take padded boxes [N, P, 4] with a mask, one takes boxes [K, 5]."""
+    tile = kernels.pick_tile(channels, size, channels_last)
+    padded = levels > 1
     # The backward adds to fp32 sums.
     level = ("i32", "=1", "i32", "i32") if channels_last else ("i32", "i32", "i32", "=1")
     signature = {
         "out_ptr": f"*{dtype}",
         "feature_ptrs": ("*fp32" if backward else f"*{dtype}",) * levels,
         "boxes_ptr": "*fp32",
-        "valid_ptr": "*u8",
+        "valid_ptr": "*u8" if padded else "*fp32",
         "num_images": "i32",
         "boxes_an_image": "i32",
         "C": "i32",
@@ -45,8 +99,8 @@ def _case(
         "NUM_LEVELS": levels,
         "SAMPLING_RATIO": sampling_ratio,
         "ALIGNED": True,
-        "PADDED": True,
-        "HAS_VALID": True,
+        "PADDED": padded,
+        "HAS_VALID": padded,
         "FEATURE_STRIDE_C_IS_1": channels_last,
         "OUT_STRIDE_C_IS_1": channels_last,
         "ACC": kernels.tl.float32,
@@ -63,52 +117,41 @@ def _case(
         divisible_by_16=divisible,
         num_warps=tile.num_warps,
         enable_fp_fusion=False,
-        budget=budget,
+        wide=channels_last,
+        known_spills=known_spills or {},
+        target=lambda arch: _target(
+            arch,
+            tile,
+            dtype,
+            size,
+            channels_last=channels_last,
+            sampling_ratio=sampling_ratio,
+            backward=backward,
+        ),
     )
 
 
 CASES = [
-    _case(
-        "forward bf16 channels_last 7x7",
-        Budget(registers=96, load_bytes=16, store_bytes=16),
-        dtype="bf16",
-        size=7,
-        channels_last=True,
-    ),
-    _case(
-        "forward fp32 channels_last 14x14",
-        Budget(registers=136, load_bytes=16, store_bytes=16),
-        dtype="fp32",
-        size=14,
-        channels_last=True,
-    ),
-    _case(
-        "forward bf16 channels_last 7x7 adaptive",
-        Budget(registers=104, load_bytes=16, store_bytes=16),
-        dtype="bf16",
-        size=7,
-        channels_last=True,
-        sampling_ratio=0,
-    ),
-    _case(
-        "forward fp32 contiguous 7x7 one level",
-        Budget(registers=128, load_bytes=4, store_bytes=4),
-        dtype="fp32",
-        size=7,
-        channels_last=False,
-        levels=1,
-    ),
-    _case(
-        "backward bf16 channels_last 7x7",
-        Budget(registers=120, shared=4096, load_bytes=16, atomic_bytes={"sm_90": 16, "sm_100": 16}),
-        dtype="bf16",
-        size=7,
-        channels_last=True,
-        backward=True,
-    ),
-]
+    _case("forward bf16 channels_last 7x7", dtype="bf16"),
+    _case("forward fp16 channels_last 7x7", dtype="fp16"),
+    _case("forward fp32 channels_last 7x7", dtype="fp32"),
+    _case("forward bf16 channels_last 14x14", dtype="bf16", size=14),
+    _case("forward fp32 channels_last 14x14", dtype="fp32", size=14),
+    _case("forward bf16 channels_last 7x7 adaptive", dtype="bf16", sampling_ratio=0),
+    _case("forward bf16 contiguous 7x7", dtype="bf16", channels_last=False),
+    _case("forward fp32 contiguous 7x7", dtype="fp32", channels_last=False),
+    # For the A100 ptxas spills one register to have 28 warps on an SM in place of 24; the source decides nothing here.
+    _case("forward bf16 channels_last 7x7 one level", dtype="bf16", channels=512, levels=1, known_spills={"sm_80": 8}),
+    _case("forward fp32 contiguous 7x7 one level", dtype="fp32", channels=512, channels_last=False, levels=1),
+    _case("forward fp32 contiguous 7x7 one level adaptive", dtype="fp32", channels=512, channels_last=False, levels=1,
+          sampling_ratio=0),
+    _case("backward bf16 channels_last 7x7", dtype="bf16", backward=True),
+    _case("backward fp32 channels_last 7x7", dtype="fp32", backward=True),
+    _case("backward bf16 channels_last 14x14", dtype="bf16", size=14, backward=True),
+    _case("backward bf16 contiguous 7x7", dtype="bf16", channels_last=False, backward=True),
+]  # fmt: skip
 
 
 @every(CASES)
-def test_budget(case: Case, target: str) -> None:
-    check(case, target)
+def test_budget(case: Case, arch: str) -> None:
+    check(case, arch)
