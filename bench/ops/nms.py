@@ -1,36 +1,220 @@
-"""padded_nms against its reference and a loop of torchvision's nms over the segments."""
+"""NMS of many segments (`padded_nms`: W5, W6, W7) and of one list (`nms`: W7), against torchvision.
+
+Greedy NMS has one answer: a box is kept if and only if no kept box before it overlaps it by more than the threshold.
+`check` holds every box against that definition, so it needs no second NMS to compare with.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, cast
+from unittest import mock
 
-import pytest
 import torch
-from torchvision.ops import nms
+import torchvision
+from torch import Tensor
 
-from bench.cases import SMALL_NMS, W5, NMSCase, nms_inputs
-from bench.conftest import skip_if_untimeable
-from tmask_kernels import padded_nms
+from bench.cases import CASES, NMSCase, Segments, sized
+from bench.contest import Call, Contest, NotBuiltError
+from bench.graph import captured
+from bench.machine import device
+from bench.timing import median, time_in_turn
+from bench.variants import variants
+from tmask_kernels import nms, padded_nms
+from tmask_kernels.ops.nms.reference import box_iou
 
-CASES = {"W5": W5, "small": SMALL_NMS}
+# Ours is bit-equal to the definition in float32; a peer's compiler may fuse a product and a sum, which moves an IoU by
+# a unit in the last place, over the threshold or under it.
+FUSED = 1e-6
+PAIRS = 2**25  # IoUs of one chunk: 128 MiB
+ALL_PAIRS = 2**33  # beyond so many IoUs a seeded part of the boxes is checked: at a million boxes
+LARGE = 200_000  # one program walks a whole segment: from here on it would take half a minute and more
 
 
-def kept(provider: str, case: NMSCase, boxes: torch.Tensor, scores: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
-    """Kept indices of each segment by one provider; the lengths are read by the checks only."""
-    if provider == "torchvision":
-        return lambda: [nms(b, s, case.threshold)[: case.keep] for b, s in zip(boxes, scores, strict=True)]
-    return lambda: list(padded_nms(boxes, scores, case.threshold, max_output=case.keep, backend=provider)[0])
+class Given(NamedTuple):
+    """The inputs of one case."""
+
+    case: NMSCase
+    segments: Segments
 
 
-@pytest.mark.parametrize("provider", ["triton", "torchvision", "reference"])
-@pytest.mark.parametrize("name", CASES)
-def test_nms(name: str, provider: str, device: torch.device, benchmark: Any, timed: Any) -> None:
-    skip_if_untimeable(provider, device)
-    case = CASES[name]
-    if (name == "small") == (device.type == "cuda"):
-        pytest.skip("full size on a GPU, reduced size on a CPU")
-    benchmark.group = f"nms {name}"
-    boxes, scores = nms_inputs(case, device=device)
-    call, truth = kept(provider, case, boxes, scores), kept("reference", case, boxes, scores)()
-    for got, expected in zip(call(), truth, strict=True):
-        assert torch.equal(got[got >= 0], expected[expected >= 0])
-    timed(call)
+class Flat(NamedTuple):
+    """What a peer kept of each of its calls, and the positions in the flattened [S * K] of all it was given."""
+
+    kept: list[Tensor]
+    rows: list[Tensor]
+
+
+@variants(
+    cases=["W5", "W6", "W7-1k", "W7-10k", "W7-10k-dense"],
+    providers=["triton", "triton-graph", "torchvision", "reference"],
+    where=lambda case, mode, dtype, layout, provider: provider != "reference" or case in ("W5", "W7-1k"),
+)
+def test_padded_nms(case: str, mode: str, dtype: str, layout: str, provider: str, contest: Any) -> None:
+    contest(lambda: suppression(case, PADDED_PROVIDERS))
+
+
+@variants(
+    cases=["W7-1k", "W7-10k", "W7-10k-dense", "W7-100k", "W7-1M"],
+    providers=["triton", "torchvision", "reference"],
+    where=lambda case, mode, dtype, layout, provider: provider != "reference" or case == "W7-1k",
+)
+def test_nms(case: str, mode: str, dtype: str, layout: str, provider: str, contest: Any) -> None:
+    contest(lambda: suppression(case, LIST_PROVIDERS))
+
+
+def suppression(name: str, providers: dict[str, Callable[[Given], Call]]) -> Contest:
+    case, size = sized(cast(NMSCase, CASES[name]))
+    return Contest(
+        inputs=lambda: Given(case, case.inputs(device())),
+        providers=providers,
+        truth=lambda given: given,
+        check=check,
+        work=case.work(),
+        size=size,
+    )
+
+
+def check(out: Any, given: Given) -> None:
+    """Of `padded_nms` (indices [S, M], counts [S]), of `nms` a list of indices, or a peer's `Flat`."""
+    case, (boxes, scores, valid) = given
+    S, K = scores.shape
+    limit, slack = case.keep, 0.0
+    if isinstance(out, Flat):
+        limit, slack = K, FUSED
+        flat = torch.cat([rows[kept] for kept, rows in zip(*out, strict=True)])
+        kept = [flat[flat // K == s] % K for s in range(S)]
+    elif isinstance(out, Tensor):
+        kept = [out]
+    else:
+        kept = [row[:count] for row, count in zip(out[0], out[1].tolist(), strict=True)]
+        for row, count in zip(out[0], out[1].tolist(), strict=True):
+            assert bool((row[count:] == -1).all()), "what pads the output is not -1"
+    for s, indices in enumerate(kept):
+        check_segment(boxes[s], scores[s], valid[s], indices, case.threshold, limit, slack)
+
+
+def check_segment(
+    boxes: Tensor, scores: Tensor, valid: Tensor, kept: Tensor, threshold: float, limit: int, slack: float
+) -> None:
+    """Hold the boxes [K, 4] of one segment, or a part of very many, against the definition of greedy NMS.
+
+    kept [n] int64 are what a provider kept, by falling score, at most `limit`. IoUs within `slack` of the threshold may
+    count as over it or under it. Errors: AssertionError.
+    """
+    kept_boxes, kept_scores = boxes[kept], scores[kept]
+    assert bool(valid[kept].all()), "an empty slot is kept"
+    assert bool((kept_scores[:-1] > kept_scores[1:]).all()), "not by falling score, or a box twice"
+    asked = valid.clone()
+    if len(kept) == limit:  # boxes behind the last that fits were not asked for
+        asked &= scores >= kept_scores.min() if limit else torch.zeros_like(valid)
+    asked = asked.nonzero()[:, 0]
+    if len(asked) * len(kept) > ALL_PAIRS:
+        some = torch.randperm(len(asked), generator=torch.Generator().manual_seed(0))[: ALL_PAIRS // len(kept)]
+        asked = asked[some.to(asked.device)]
+    is_kept = torch.zeros_like(valid).index_fill(0, kept, True)
+    for rows in asked.split(max(1, PAIRS // max(1, len(kept)))):
+        iou = box_iou(boxes[rows, None], kept_boxes)  # [rows, n]
+        before = kept_scores > scores[rows, None]
+        removed = (before & (iou > threshold + slack)).any(1)
+        perhaps = (before & (iou > threshold - slack)).any(1)
+        assert not bool((is_kept[rows] & removed).any()), "a box is kept that a kept one removes"
+        assert bool((is_kept[rows] | perhaps).all()), "a box is dropped that no kept one removes"
+
+
+def ours(backend: str) -> Callable[[Given], Call]:
+    def call(given: Given) -> Call:
+        case, (boxes, scores, valid) = given
+        return lambda: padded_nms(
+            boxes, scores, case.threshold, valid=valid, max_output=case.keep, backend=backend
+        )  # fmt: skip
+
+    return call
+
+
+def ours_list(backend: str) -> Callable[[Given], Call]:
+    def call(given: Given) -> Call:
+        boxes, scores = given.segments.boxes[0], given.segments.scores[0]
+        if backend == "triton" and len(boxes) > LARGE:
+            raise NotBuiltError(f"no kernel for a segment of {len(boxes):,} boxes yet: one program would walk them all")
+        return lambda: nms(boxes, scores, given.case.threshold, backend=backend)
+
+    return call
+
+
+def torchvision_nms(given: Given) -> Call:
+    """The faster, on this machine, of `batched_nms` an image at a time and `nms` a segment at a time.
+
+    Selecting the boxes that are valid is done before and not timed.
+    """
+    case, (boxes, scores, valid) = given
+    S, K = scores.shape
+    positions = torch.arange(S * K, device=scores.device).view(S, K)
+
+    def parts(segments: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        rows = [part[fits] for part, fits in zip(positions.split(segments), valid.split(segments), strict=True)]
+        return [(boxes.view(-1, 4)[r], scores.view(-1)[r], r // K, r) for r in rows]
+
+    images, singles = parts(case.segments_an_image), parts(1)
+
+    def batched() -> Flat:
+        kept = [torchvision.ops.batched_nms(b, s, segment, case.threshold) for b, s, segment, _ in images]
+        return Flat(kept, [rows for *_, rows in images])
+
+    def one_by_one() -> Flat:
+        kept = [torchvision.ops.nms(b, s, case.threshold) for b, s, _, _ in singles]
+        return Flat(kept, [rows for *_, rows in singles])
+
+    return one_by_one if S == 1 else faster(batched, one_by_one)
+
+
+def faster(*calls: Call) -> Call:
+    times = time_in_turn({str(i): call for i, call in enumerate(calls)}, device())
+    return calls[min(range(len(calls)), key=lambda i: median(times[str(i)].device))]
+
+
+def graph(given: Given) -> Call:
+    return captured(ours("triton")(given))
+
+
+PADDED_PROVIDERS = {
+    "triton": ours("triton"),
+    "triton-graph": graph,
+    "torchvision": torchvision_nms,
+    "reference": ours("reference"),
+}
+LIST_PROVIDERS = {
+    "triton": ours_list("triton"),
+    "torchvision": torchvision_nms,
+    "reference": ours_list("reference"),
+}
+
+
+def blocks() -> Contest:
+    """W5 with one provider a block size and number of warps of the kernel."""
+    from tmask_kernels.ops.nms import kernels
+
+    def launched(block: int, warps: int) -> Callable[[Given], Call]:
+        def call(given: Given) -> Call:
+            run = ours("triton")(given)
+
+            def patched() -> Any:
+                with mock.patch.multiple(kernels, BLOCK=block, NUM_WARPS=warps):
+                    return run()
+
+            return patched
+
+        return call
+
+    return suppression(
+        "W5",
+        {
+            f"triton[block={block},warps={warps}]": launched(block, warps)
+            for block in (16, 32, 64, 128, 256)
+            for warps in (1, 2, 4, 8, 16, 32)
+            if 1 <= block * block / (32 * warps) <= 128  # IoUs a thread: some work, and a compilation that ends
+        },
+    )
+
+
+SWEEPS: dict[str, Callable[[], Contest]] = {"nms": blocks}

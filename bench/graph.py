@@ -1,0 +1,39 @@
+"""CUDA graphs: a call recorded once and replayed with a single launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bench.contest import Call, UnavailableError
+from bench.machine import device
+
+WARM_UP = 3  # calls before the capture: compilation, allocator and library handles must not fall into it
+
+
+def captured(call: Callable[[], Any]) -> Call:
+    """Record `call` and give its replay, which returns the same output tensors, filled anew, each time.
+
+    Whatever `call` reads must stay where it is in memory. A host synchronisation in it is an error of the capture.
+    Errors: UnavailableError without a GPU.
+    """
+    if device().type != "cuda":
+        raise UnavailableError("a CUDA graph needs a GPU")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return out
+
+    return replay
