@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._functorch.config
 
 from bench import machine
 from bench.rows import Journal, Row, row_of
@@ -68,44 +70,47 @@ def compare(contest: Contest, keys: Sequence[str], journal: Journal) -> dict[str
     if not keys:
         return found
     where = machine.device()
+    _begin_afresh()
+
+    def failed(key: str, error: Exception, what: str = "") -> None:
+        row = _row_of_error(key, error, contest, what)
+        found[key] = (row, Samples())
+        journal.add(row)
+
+    def failed_in_turn(key: str, error: Exception) -> None:
+        failed(key, error)
+        if not _context_lives(where):  # the others must not be blamed for what they do from here on
+            raise ContextLostError(key) from None
+
+    journal.write({"begin": keys[0]})
+    part = "inputs"
+    try:
+        inputs = contest.inputs()
+        part = "truth"
+        truth = contest.truth(inputs)
+    except Exception as error:
+        for key in keys:
+            failed(key, error, f"{part}: ")
+        if not _context_lives(where):
+            raise ContextLostError(keys[0]) from None
+        return found
+
     calls: dict[str, Call] = {}
     memory: dict[str, float | None] = {}
-    inputs: Any = None
-    truth: list[Any] = []  # of one element once it is known: a truth may be None
     for key in keys:
         journal.write({"begin": key})
         try:
-            if not truth:
-                inputs = contest.inputs()
-                truth.append(contest.truth(inputs))
-            name = key.rpartition("/")[2]
-            if name not in contest.providers:
-                raise NotBuiltError(f"{name} has no such op")
-            if _interpreted(name) and not interpreter_enabled():
-                raise UnavailableError("Triton needs a GPU or its interpreter (TRITON_INTERPRET=1)")
-            call = contest.providers[name](inputs)
-            out = call()
-            synchronize(where)
-            contest.check(out, truth[0])
-            del out
-            if _interpreted(name):
-                raise _PassedError("right; Triton's interpreter is no timing")
-            memory[key] = peak_mib(call, where)
-            calls[key] = call
+            calls[key], memory[key] = _gate(contest, key.rpartition("/")[2], inputs, truth, where)
         except Exception as error:  # a provider may fail in any way; the others go on
-            found[key] = (_row_of_error(key, error, contest), Samples())
-            journal.add(found[key][0])
-            _leave_memory()
-            if not _context_lives(where):
-                raise ContextLostError(key) from None
-    for key, times in time_in_turn(calls, where, lambda key: journal.write({"begin": key})).items():
-        if times.error is None:
-            found[key] = (_timed_row(key, times, memory[key], contest), times)
-        else:
-            found[key] = (_row_of_error(key, times.error, contest), times)
-        journal.add(found[key][0])
-    if calls and not _context_lives(where):
-        raise ContextLostError(next(iter(calls)))
+            failed_in_turn(key, error)
+        if key not in calls:
+            _leave_memory()  # only here: inside the handler the error still held the frames' tensors
+    del truth
+
+    for key, times in time_in_turn(calls, where, lambda key: journal.write({"begin": key}), failed_in_turn).items():
+        row = _timed_row(key, times, memory[key], contest)
+        found[key] = (row, times)
+        journal.add(row)
     return found
 
 
@@ -113,24 +118,48 @@ class _PassedError(Exception):
     """Its result is right, and it has no time here."""
 
 
+class _WrongError(Exception):
+    """Its result is not the truth."""
+
+
+def _gate(contest: Contest, name: str, inputs: Any, truth: Any, where: torch.device) -> tuple[Call, float | None]:
+    """The call of a provider whose result was right, and its peak MiB."""
+    if name not in contest.providers:
+        raise NotBuiltError(f"{name} has no such op")
+    if _interpreted(name) and not interpreter_enabled():
+        raise UnavailableError("Triton needs a GPU or its interpreter (TRITON_INTERPRET=1)")
+    call = contest.providers[name](inputs)
+    out = call()
+    synchronize(where)
+    try:
+        contest.check(out, truth)
+    except AssertionError as error:
+        raise _WrongError(str(error)) from None
+    if _interpreted(name):
+        raise _PassedError("right; Triton's interpreter is no timing")
+    del out
+    return call, peak_mib(call, where)
+
+
 def _interpreted(provider: str) -> bool:
     return provider.startswith("triton") and machine.device().type != "cuda"
 
 
-def _row_of_error(key: str, error: Exception, contest: Contest) -> Row:
-    counted = {"bytes": contest.work.bytes, "flops": contest.work.flops, "size": contest.size}
+def _row_of_error(key: str, error: Exception, contest: Contest, what: str) -> Row:
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, _PassedError):
-        return row_of(key, "passed", str(error), **counted)
-    if isinstance(error, NotBuiltError) or "does not exist for this op" in text:
-        return row_of(key, "not built", str(error), **counted)
-    if isinstance(error, UnavailableError | ImportError) or "cannot serve this call" in text:
-        return row_of(key, "unavailable", str(error), **counted)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return row_of(key, "out of memory", text, **counted)
-    if isinstance(error, AssertionError):
-        return row_of(key, "wrong", str(error), **counted)
-    return row_of(key, "failed", text, **counted)
+        status, text = "passed", str(error)
+    elif isinstance(error, _WrongError):
+        status, text = "wrong", str(error)
+    elif isinstance(error, NotBuiltError) or "does not exist for this op" in text:
+        status, text = "not built", str(error)
+    elif isinstance(error, UnavailableError | ImportError) or "cannot serve this call" in text:
+        status, text = "unavailable", str(error)
+    elif isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in text:
+        status = "out of memory"
+    else:
+        status = "failed"
+    return row_of(key, status, what + text, bytes=contest.work.bytes, flops=contest.work.flops, size=contest.size)
 
 
 def _timed_row(key: str, times: Samples, memory: float | None, contest: Contest) -> Row:
@@ -152,6 +181,17 @@ def _timed_row(key: str, times: Samples, memory: float | None, contest: Contest)
         roof_share=machine.roofs().floor_us(contest.work, dtype) / (middle * 1e6),
         size=contest.size,
     )
+
+
+def _begin_afresh() -> None:
+    """What the contest before has left behind must not decide this one."""
+    _leave_memory()
+    # A compiled graph with donated buffers refuses a second backward, and `gradients` repeats it.
+    torch._functorch.config.donated_buffer = False
+    if "torch._dynamo" in sys.modules:
+        # torch.compile counts the versions of a function over the whole process: the second would be made for any
+        # shape, and the ninth would run eagerly under the name of a compiled one.
+        torch.compiler.reset()
 
 
 def _leave_memory() -> None:

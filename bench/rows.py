@@ -91,14 +91,19 @@ def row_of(key: str, status: str, reason: str, **fields: Any) -> Row:
     )  # fmt: skip
 
 
+# An absolute path, also behind a compiler's -I and -L; its last part may be a file's name, and a folder's is not kept.
+_PATH = re.compile(r"(?:(?<![\w.])|(?<=-[IL]))/(?:[\w.~][\w.+~@=-]*/)*([\w.~][\w.+~@=-]*)/?")
+
+
 def clean(text: str) -> str:
-    """The first lines of an error message, without host name and absolute paths, at most 300 characters."""
+    """An error message on one line, without host name and absolute paths, at most 300 characters."""
     text = " ".join(line.strip() for line in str(text).splitlines() if line.strip())
     text = text.replace(f"{ROOT}{os.sep}", "")
-    text = re.sub(r"(?<![\w.])/(?:[\w.+~@=-]+/)+([\w.+~@=-]*)", r"\1", text)
+    text = _PATH.sub(lambda path: path[1] if "." in path[1] else "(path)", text)
     host = platform.node()
-    if host:
-        text = re.sub(rf"\b{re.escape(host)}\b", "this machine", text)
+    for name in (host, host.partition(".")[0]):
+        if name:
+            text = re.sub(rf"\b{re.escape(name)}\b", "this machine", text)
     return text if len(text) <= 300 else text[:297] + "..."
 
 
@@ -107,6 +112,9 @@ class Journal:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+        if path and path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
+            with path.open("a") as file:
+                file.write("\n")  # a kill has cut the last line: the next one must not be lost with it
         self.rows = {row.key: row for row in read_rows(path)} if path else {}
 
     def write(self, line: Mapping[str, Any]) -> None:

@@ -1,0 +1,457 @@
+"""The gate: right before timed, and whatever a provider does, a row says so and the others go on."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import contest as contest_module
+from bench import machine, timing
+from bench.contest import Contest, ContextLostError, NotBuiltError, UnavailableError, compare, gradients
+from bench.machine import Roofs
+from bench.rows import ROOT, Journal, Row, read_lines, read_rows
+from bench.work import Work
+from tests.bench.test_timing import SimulatedGPU
+from tests.mutation import mutant
+from tmask_kernels import multiscale_roi_align, sigmoid_focal_loss
+from tmask_kernels.backend import resolve
+from tmask_kernels.ops.roi_align import kernels
+from tmask_kernels.testing import assert_close, random_boxes
+
+pytest_plugins = ["pytester"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collections() -> Iterator[None]:
+    """A collection walks over all that torch has made, and every contest collects."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _known_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "roofs", lambda: Roofs(1000.0, 100.0, 10.0))
+
+
+@pytest.fixture
+def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "device", lambda: torch.device("cpu"))
+
+
+def ready(call: Callable[[Tensor], Any]) -> Callable[[Tensor], Callable[[], Any]]:
+    return lambda x: lambda: call(x)
+
+
+def key_of(provider: str) -> str:
+    return f"double/W0/forward/fp32/-/{provider}"
+
+
+def doubling(providers: Mapping[str, Callable[[Any], Callable[[], Any]]], **changes: Any) -> Contest:
+    """A contest of twice a vector."""
+    settings = {
+        "inputs": lambda: torch.arange(4.0),
+        "truth": lambda x: 2 * x.double(),
+        "check": assert_close,
+        "work": Work(bytes=32, flops=4),
+    }
+    return Contest(providers=providers, **{**settings, **changes})
+
+
+def rows_of(contest: Contest, journal: Journal | None = None) -> dict[str, Row]:
+    found = compare(contest, [key_of(name) for name in contest.providers], journal or Journal(None))
+    return {row.provider: row for row, _ in found.values()}
+
+
+RIGHT = ready(lambda x: x * 2)
+
+
+# ---- A broken kernel
+
+
+def pooling(module: Any) -> Callable[[Any], Callable[[], Tensor]]:
+    """RoIAlign of one level by a copy of its kernels."""
+    return lambda given: lambda: module.multiscale_roi_align(*given, None, 3, 3, [0.25], [], 2, True)
+
+
+def pooling_contest(providers: Mapping[str, Any], device: torch.device) -> Contest:
+    def inputs() -> tuple[list[Tensor], Tensor]:
+        return [torch.randn(1, 5, 11, 13).to(device)], random_boxes(6, height=44, width=52)[None].to(device)
+
+    def truth(given: tuple[list[Tensor], Tensor]) -> Tensor:
+        features, boxes = given
+        return multiscale_roi_align([x.double() for x in features], boxes, 3, [0.25], backend="reference")
+
+    return doubling({name: pooling(module) for name, module in providers.items()}, inputs=inputs, truth=truth)
+
+
+@pytest.fixture
+def clocked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The providers that the clock was given."""
+    timed: list[str] = []
+
+    def spy(calls: Mapping[str, Any], *args: Any) -> Any:
+        timed.extend(key.rpartition("/")[2] for key in calls)
+        return timing.time_in_turn(calls, *args)
+
+    monkeypatch.setattr(contest_module, "time_in_turn", spy)
+    return timed
+
+
+def test_a_kernel_with_one_tap_broken_is_not_timed(device, tmp_path, clocked):
+    tap = ("high = tl.minimum(low + 1, length - 1)", "high = tl.minimum(low + 2, length - 1)")
+    broken = mutant(kernels, *tap, tmp_path)
+    rows = rows_of(pooling_contest({"triton": kernels, "triton-broken": broken}, device))
+    right = "timed" if device.type == "cuda" else "passed"
+    assert [rows[name].status for name in ("triton", "triton-broken")] == [right, "wrong"]
+    assert "max error" in rows["triton-broken"].reason
+    assert rows["triton-broken"].median_us is None
+    assert "triton-broken" not in clocked
+
+
+def test_a_wrong_provider_is_called_once_and_clocked(cpu, clocked):
+    calls = []
+
+    def wrong(x: Tensor) -> Tensor:
+        calls.append("wrong")
+        return x * 2 + 1e-3
+
+    rows = rows_of(doubling({"wrong": ready(wrong), "right": RIGHT}))
+    assert (calls, clocked) == (["wrong"], ["right"])
+    assert [rows[name].status for name in ("wrong", "right")] == ["wrong", "timed"]
+    assert (rows["wrong"].rounds, rows["wrong"].median_us, rows["wrong"].gbps) == (0, None, None)
+
+
+# ---- What may become of a provider
+
+
+def raising(error: BaseException) -> Callable[[Any], Any]:
+    def call(x: Any) -> Any:
+        raise error
+
+    return call
+
+
+def missing_package(x: Tensor) -> Callable[[], Tensor]:
+    import a_package_that_does_not_exist
+
+    return lambda: a_package_that_does_not_exist.double(x)
+
+
+def lacking_backend(x: Tensor) -> Callable[[], Any]:
+    return lambda: sigmoid_focal_loss(x, x, backend="torchvision")
+
+
+def unable_backend(x: Tensor) -> Callable[[], Any]:
+    return lambda: resolve("op", "triton", {"triton": ["it is Sunday"], "reference": []}, device=x.device)
+
+
+OUTCOMES = {
+    "throws": (ready(raising(RuntimeError("no such kernel"))), "failed", "RuntimeError: no such kernel"),
+    "throws early": (raising(TypeError("no call")), "failed", "TypeError: no call"),
+    "asserts": (ready(raising(AssertionError("its own"))), "failed", "AssertionError: its own"),
+    "another shape": (ready(lambda x: x[:2] * 2), "wrong", "value: shape (2,), expected (4,)"),
+    "nothing": (ready(lambda x: None), "failed", "AttributeError"),
+    "NaN": (ready(lambda x: x * float("nan")), "wrong", "non-finite"),
+    "missing package": (missing_package, "unavailable", "a_package_that_does_not_exist"),
+    "unavailable": (raising(UnavailableError("needs CUDA")), "unavailable", "needs CUDA"),
+    "not built": (raising(NotBuiltError("later")), "not built", "later"),
+    "lacking backend": (lacking_backend, "not built", "does not exist for this op"),
+    "unable backend": (unable_backend, "unavailable", "cannot serve this call"),
+    "no memory": (ready(raising(torch.OutOfMemoryError("CUDA out of memory."))), "out of memory", "CUDA out of memory"),
+    "no host memory": (ready(raising(MemoryError())), "out of memory", "MemoryError"),
+    "driver without memory": (ready(raising(RuntimeError("CUDA error: out of memory"))), "out of memory", "CUDA error"),
+}
+
+
+def test_every_outcome_is_a_row_and_the_others_are_timed(cpu):
+    providers = {"before": RIGHT, **{name: provider for name, (provider, _, _) in OUTCOMES.items()}, "after": RIGHT}
+    rows = rows_of(doubling(providers))
+    for name, (_, status, reason) in OUTCOMES.items():
+        assert rows[name].status == status, name
+        assert reason in rows[name].reason
+        assert (rows[name].rounds, rows[name].median_us) == (0, None)
+        assert (rows[name].bytes, rows[name].flops) == (32, 4)
+    assert rows["before"].status == rows["after"].status == "timed"
+
+
+def test_ops_without_a_kernel_are_not_built(cpu):
+    """Not a list of ops: whichever lacks a Triton kernel says so in these words."""
+    with pytest.raises(ValueError, match="does not exist for this op"):
+        resolve("some_op", "triton", {"reference": []}, device=torch.device("cpu"))
+    rows = rows_of(doubling({"triton": ready(lambda x: resolve("op", "triton", {"reference": []}, device=x.device))}))
+    assert rows["triton"].status == "not built"
+
+
+def test_a_provider_that_the_contest_does_not_know(cpu):
+    found = compare(doubling({"right": RIGHT}), [key_of("other"), key_of("right")], Journal(None))
+    assert [row.status for row, _ in found.values()] == ["not built", "timed"]
+
+
+def test_triton_without_gpu_and_interpreter(cpu, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    calls = []
+    rows = rows_of(doubling({"triton": ready(calls.append), "right": RIGHT}))
+    assert (rows["triton"].status, calls) == ("unavailable", [])
+    assert "TRITON_INTERPRET=1" in rows["triton"].reason
+
+
+@pytest.mark.parametrize("part", ["inputs", "truth"])
+def test_no_truth_no_times(cpu, part, tmp_path):
+    calls: list[Any] = []
+    contest = doubling({"a": ready(calls.append), "b": ready(calls.append)}, **{part: raise_(ValueError("none"))})
+    rows = rows_of(contest, Journal(tmp_path / "j"))
+    assert [(row.status, row.reason) for row in rows.values()] == [("failed", f"{part}: ValueError: none")] * 2
+    assert calls == []
+    assert read_rows(tmp_path / "j") == list(rows.values())
+
+
+def raise_(error: Exception) -> Callable[..., Any]:
+    def function(*args: Any) -> Any:
+        raise error
+
+    return function
+
+
+def test_one_that_fails_only_when_timed(cpu, tmp_path):
+    left = [1 + 2 + 4]  # the gate, two to warm up, three rounds
+
+    def tires(x: Tensor) -> Tensor:
+        left[0] -= 1
+        if not left[0]:
+            raise RuntimeError("tired")
+        return x * 2
+
+    rows = rows_of(doubling({"a": RIGHT, "tires": ready(tires), "b": RIGHT}), Journal(tmp_path / "j"))
+    assert [rows[name].status for name in ("a", "tires", "b")] == ["timed", "failed", "timed"]
+    assert (rows["tires"].reason, rows["tires"].rounds) == ("RuntimeError: tired", 0)
+    assert {row.provider: row for row in read_rows(tmp_path / "j")} == rows
+
+
+def test_what_failed_is_freed(cpu):
+    alive: list[weakref.ref[Tensor]] = []
+
+    def bad(x: Tensor) -> Tensor:
+        held = torch.zeros(8)
+        alive.append(weakref.ref(held))
+        raise RuntimeError("gone")
+
+    def checks_memory(x: Tensor) -> Tensor:
+        assert alive[0]() is None
+        return x * 2
+
+    rows = rows_of(doubling({"bad": ready(bad), "next": ready(checks_memory)}))
+    assert [row.status for row in rows.values()] == ["failed", "timed"]
+
+
+def test_inputs_are_freed_with_the_contest(cpu):
+    alive: list[weakref.ref[Tensor]] = []
+
+    def inputs() -> Tensor:
+        x = torch.arange(4.0)
+        alive.append(weakref.ref(x))
+        return x
+
+    found = compare(doubling({"right": RIGHT}, inputs=inputs), [key_of("right")], Journal(None))
+    gc.collect()
+    assert found
+    assert alive[0]() is None
+
+
+# ---- Rows
+
+
+def test_a_timed_row(cpu, monkeypatch):
+    samples = timing.Samples(device=[2e-6, 1e-6, 4e-6, 3e-6, 5e-6], wall=[7e-6])
+    monkeypatch.setattr(contest_module, "time_in_turn", lambda calls, *args: dict.fromkeys(calls, samples))
+    row = rows_of(doubling({"right": RIGHT}, size="reduced"))["right"]
+    assert (row.median_us, row.p20_us, row.p80_us, row.wall_us) == pytest.approx((3.0, 1.8, 4.2, 7.0))
+    assert (row.rounds, row.bytes, row.flops, row.size) == (5, 32, 4, "reduced")
+    # 32 bytes in 3 us; at the roof of 1,000 GB/s they take 32 ps.
+    assert row.gbps == pytest.approx(32 / 3 / 1e3)
+    assert row.roof_share == pytest.approx(32e-6 / 3)
+
+
+def test_on_a_gpu(monkeypatch):
+    gpu = SimulatedGPU(monkeypatch)
+    monkeypatch.setattr(machine, "device", lambda: torch.device("cuda"))
+
+    def call(x: Tensor) -> Tensor:
+        gpu.allocate(3 * 2**20)
+        gpu.allocated -= 3 * 2**20
+        gpu.launch(40e-6)
+        return x * 2
+
+    rows = rows_of(doubling({"triton": ready(call), "other": ready(lambda x: (gpu.launch(80e-6), x * 2)[1])}))
+    assert rows["triton"].status == rows["other"].status == "timed"
+    assert rows["triton"].median_us == pytest.approx(41, abs=1.5)
+    assert rows["other"].median_us == pytest.approx(81, abs=1.5)
+    assert rows["triton"].wall_us == pytest.approx(45, abs=1.5)
+    assert (rows["triton"].peak_mib, rows["other"].peak_mib) == (3.0, 0.0)
+
+
+def test_a_compiled_backward_is_repeated(cpu):
+    """It refuses to run twice while its buffers may be donated."""
+    rows_of(doubling({"right": RIGHT}))
+    assert not torch._functorch.config.donated_buffer
+
+
+def test_gradients_can_be_called_again():
+    x = torch.arange(3.0, requires_grad=True)
+    call = gradients(x * x, [x], torch.ones(3))
+    assert [call()[0].tolist() for _ in range(2)] == [[0.0, 2.0, 4.0]] * 2
+
+
+# ---- The journal
+
+
+def test_nothing_is_measured_twice(cpu, tmp_path):
+    calls: list[str] = []
+
+    def counted(name: str) -> Callable[[Tensor], Callable[[], Tensor]]:
+        return ready(lambda x: (calls.append(name), x * 2)[1])
+
+    keys = [key_of(name) for name in "abc"]
+    contest = doubling({name: counted(name) for name in "abc"})
+    first = compare(contest, keys[:2], Journal(tmp_path / "j"))
+    calls.clear()
+    again = compare(contest, keys, Journal(tmp_path / "j"))
+    assert set(calls) == {"c"}
+    assert [again[key][0] for key in keys[:2]] == [first[key][0] for key in keys[:2]]
+    assert all(again[key][1].device == [] for key in keys[:2])
+    calls.clear()
+    everything = doubling({name: counted(name) for name in "abc"}, inputs=raise_(RuntimeError("not needed")))
+    assert [row.status for row, _ in compare(everything, keys, Journal(tmp_path / "j")).values()] == ["timed"] * 3
+    assert calls == []
+
+
+def test_the_journal_names_what_is_running(cpu, tmp_path):
+    def look(x: Tensor) -> Tensor:
+        assert list(read_lines(tmp_path / "j"))[-1] == {"begin": key_of("b")}
+        raise RuntimeError("seen")
+
+    rows = rows_of(doubling({"a": RIGHT, "b": ready(look)}), Journal(tmp_path / "j"))
+    assert rows["b"].reason == "RuntimeError: seen"
+
+
+@pytest.mark.parametrize("at", ["gate", "rounds", "truth"])
+def test_a_lost_context_ends_it_and_blames_no_other(cpu, tmp_path, monkeypatch, at):
+    lost = []
+    monkeypatch.setattr(contest_module, "_context_lives", lambda where: not lost)
+    left = [4 if at == "rounds" else 1]
+
+    def kills(x: Tensor) -> Tensor:
+        left[0] -= 1
+        if not left[0]:
+            lost.append(True)
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return x * 2
+
+    contest = doubling({"a": RIGHT, "b": ready(kills), "c": RIGHT}, **({"truth": kills} if at == "truth" else {}))
+    with pytest.raises(ContextLostError):
+        rows_of(contest, Journal(tmp_path / "j"))
+    rows = read_rows(tmp_path / "j")
+    assert {row.status for row in rows} == {"failed"}
+    assert [row.provider for row in rows] == {"gate": ["b"], "rounds": ["b"], "truth": ["a", "b", "c"]}[at]
+
+
+# ---- Under pytest-benchmark
+
+BENCHMARK = """
+from bench.contest import Contest
+from bench.variants import variants
+from bench.work import Work
+
+@variants(cases=["W0"], providers=["a", "b", "broken"])
+def test_double(case, mode, dtype, layout, provider, contest):
+    def check(out, truth):
+        assert out == truth, "not the double"
+    def by(factor):
+        return lambda x: lambda: factor * x
+    contest(lambda: Contest(
+        inputs=lambda: 21, providers={"a": by(2), "b": by(2), "broken": by(3)}, truth=lambda x: 42, check=check,
+        work=Work(bytes=8),
+    ))
+"""
+
+
+@pytest.fixture
+def benchmarks(pytester: pytest.Pytester, cpu: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Run BENCHMARK in this process, its samples set."""
+    pytester.makepyfile(test_it=BENCHMARK)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setattr("cpuinfo.get_cpu_info", dict)
+
+    def run(samples: Mapping[str, list[float]], *arguments: str) -> Any:
+        def known(calls: Mapping[str, Any], *args: Any) -> dict[str, timing.Samples]:
+            return {key: timing.Samples(*[samples[key.rpartition("/")[2]]] * 2) for key in calls}
+
+        monkeypatch.setattr(contest_module, "time_in_turn", known)
+        return pytester.runpytest_inprocess("-p", "pytest_benchmark.plugin", "-p", "bench.conftest", *arguments)
+
+    return run
+
+
+SAMPLES = {"a": [1e-3, 3e-3, 2e-3], "b": [1 / 7, 1 / 3, 1 / 11, 1 / 13]}
+
+
+def test_pytest_benchmark_gets_the_samples(benchmarks, pytester, tmp_path):
+    result = benchmarks(SAMPLES, "--journal=j", "--benchmark-json=b.json")
+    result.assert_outcomes(passed=2, failed=1)
+    result.stdout.fnmatch_lines(["*wrong: not the double*"])
+    told = json.loads((pytester.path / "b.json").read_text())["benchmarks"]
+    assert {b["params"]["provider"]: b["stats"]["data"] for b in told} == SAMPLES
+    assert [b["stats"]["median"] for b in told] == [2e-3, pytest.approx((1 / 11 + 1 / 7) / 2)]
+    assert {b["group"] for b in told} == {"double/W0/forward/fp32/-"}
+    assert told[0]["extra_info"]["median_us"] == pytest.approx(2e3)
+    assert told[0]["extra_info"]["status"] == "timed"
+    rows = read_rows(pytester.path / "j")
+    assert {row.provider: row.status for row in rows} == {"a": "timed", "b": "timed", "broken": "wrong"}
+    lines = list(read_lines(pytester.path / "j"))
+    assert lines[0]["plan"] == [f"double/W0/forward/fp32/-/{name}" for name in ("a", "b", "broken")]
+    assert {"copy_gbps", "matmul_bf16_tflops", "matmul_fp32_tflops"} <= set(lines[1]["roofs"])
+
+    again = benchmarks({}, "--journal=j")
+    again.assert_outcomes(skipped=2, failed=1)
+    assert read_rows(pytester.path / "j") == rows
+
+
+def test_saved_runs_compare(benchmarks, pytester):
+    for name, factor in (("one", 1), ("two", 2)):
+        samples = {provider: [factor * value for value in values] for provider, values in SAMPLES.items()}
+        benchmarks(samples, f"--benchmark-json={name}.json", "-k", "not broken").assert_outcomes(passed=2, deselected=1)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest_benchmark", "compare", "one.json", "two.json", "--columns=median"],
+        cwd=pytester.path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    table = done.stdout + done.stderr
+    assert table.count("test_double[W0-forward-fp32---a]") == 2
+    for median in ("2.0000 (1.0)", "4.0000 (2.00)", "116.8831 (58.44)", "233.7662 (116.88)"):
+        assert median in table
+
+
+def test_a_lost_context_ends_the_process_with_70(tmp_path):
+    (tmp_path / "test_it.py").write_text(BENCHMARK)
+    (tmp_path / "conftest.py").write_text(
+        "from bench import contest, machine\n"
+        "contest._context_lives = lambda where: False\n"
+        "machine.roofs = lambda: machine.Roofs(1.0, 1.0, 1.0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "bench.conftest", "--journal=j", "-q", "test_it.py"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == contest_module.CONTEXT_LOST == 70, done.stdout + done.stderr
+    assert [(row.provider, row.status) for row in read_rows(tmp_path / "j")] == [("broken", "wrong")]
