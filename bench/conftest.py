@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench.contest import CONTEXT_LOST, Contest, ContextLostError, compare
+from bench.contest import Contest, ContextLostError, compare
+from bench.gpu_tests import unreadable_files
 from bench.machine import roofs_json
-from bench.rows import Journal, Row
+from bench.process import CONTEXT_LOST
+from bench.rows import Journal, Row, row_of
 from bench.timing import REPLAY, Samples
 
 VARIANT = ("case", "mode", "dtype", "layout", "provider")
@@ -47,7 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish(session: pytest.Session) -> None:
     keys = [key for item in session.items if (key := key_of(item)) is not None]
     session.config.stash[_ARENA] = Arena(keys, Journal(session.config.getoption("journal")))
-    session.config.stash[_ARENA].journal.write({"plan": keys})
+    session.config.stash[_ARENA].journal.write({"plan": keys, "errors": unreadable_files(session.config)})
 
 
 class Arena:
@@ -86,6 +88,9 @@ def contest(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Callabl
             row, samples = request.config.stash[_ARENA].row(key, make)
         except ContextLostError:
             os._exit(CONTEXT_LOST)
+        except Exception as error:  # its case could not even be made
+            row, samples = row_of(key, "failed", f"{type(error).__name__}: {error}"), Samples()
+            request.config.stash[_ARENA].journal.add(row)
         if row.status in ("wrong", "failed", "killed", "out of memory"):
             pytest.fail(f"{row.status}: {row.reason}", pytrace=False)
         if row.status != "timed":

@@ -27,9 +27,6 @@ Call = Callable[[], Any]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
-# A process whose CUDA context is lost can do nothing more; `bench.run` starts another that goes on behind it.
-CONTEXT_LOST = 70
-
 
 class UnavailableError(Exception):
     """A provider cannot serve here: its package, its dtype or its device is missing."""

@@ -12,8 +12,8 @@
     }
 
 `status` of a part is "done", "stopped" (its time was up, or it was interrupted), "skipped" (it cannot run here) or
-"failed"; of a test file "done", "killed" (a test took the process with it) or "not reached". Where the status is not
-"done" a `reason` says why. Nothing in the file names a host or an absolute path.
+"failed"; of a test file "done", "killed" (a test took the process with it), "not collected" or "not reached". Where the
+status is not "done" a `reason` says why. Nothing in the file names a host or an absolute path.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from bench import contest as contest_module
 from bench import machine, timing
 from bench.contest import Contest, ContextLostError, NotBuiltError, UnavailableError, compare, gradients
 from bench.machine import Roofs
+from bench.process import CONTEXT_LOST
 from bench.rows import ROOT, Journal, Row, read_lines, read_rows
 from bench.work import Work
 from tests.bench.test_timing import SimulatedGPU
@@ -453,5 +454,5 @@ def test_a_lost_context_ends_the_process_with_70(tmp_path):
         cwd=tmp_path, capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    assert done.returncode == contest_module.CONTEXT_LOST == 70, done.stdout + done.stderr
+    assert done.returncode == CONTEXT_LOST, done.stdout + done.stderr
     assert [(row.provider, row.status) for row in read_rows(tmp_path / "j")] == [("broken", "wrong")]
