@@ -10,6 +10,7 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.mutation import mutant
 from tmask_kernels import multiscale_roi_align, roi_align
@@ -277,6 +278,28 @@ def test_nan_features_stay_in_their_image_and_level(backend: str, device: torch.
     assert torch.equal(out[0], clean[0])
     assert torch.equal(out[1, 1:], clean[1, 1:])
     assert out[1, 0].isnan().any()
+
+
+class DividesAsCuda(TorchDispatchMode):
+    """CUDA divides a tensor by a number as a product with the number's inverse, which loses a bit."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.div.Tensor and (not isinstance(args[1], Tensor) or not args[1].dim()):
+            return args[0] * torch.tensor(1.0, dtype=args[0].dtype).div(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bins", [7, 14, 28])
+def test_the_adaptive_grid_of_the_reference_is_the_same_on_cuda(bins: int) -> None:
+    """Boxes a whole number of bins long: a bit more, and the grid of a bin has a sample more."""
+    sizes = torch.arange(1.0, 40) * bins
+    feature = torch.randn(1, 1, 1, 1200)
+    boxes = torch.stack([sizes * 0 + 3.25, sizes * 0, sizes + 3.25, sizes * 0 + 1], 1)[None]
+    expected = roi_align(feature, boxes, (1, bins), 1.0, 0, False, backend="reference")
+    with DividesAsCuda():
+        assert not torch.equal(sizes / bins, torch.arange(1.0, 40)), "the numbers are such that it shows"
+        got = roi_align(feature, boxes, (1, bins), 1.0, 0, False, backend="reference")
+    assert_close(got, expected.double())
 
 
 # Levels

@@ -137,7 +137,9 @@ def axis_weights(
     end = torch.full_like(start[..., None, None], length) if limit is None else limit[..., None, None]  # [..., 1, 1]
     index = torch.arange(bins, dtype=start.dtype, device=start.device)[:, None]  # [bins, 1]
     cells = torch.arange(length, dtype=start.dtype, device=start.device)  # [length]
-    bin_size = (size / bins)[..., None, None]
+    # By a tensor: CUDA divides by a number as a product with its inverse, and 21 cells in 7 bins would take 4 samples
+    # a bin instead of 3.
+    bin_size = (size / torch.full_like(size, bins))[..., None, None]
     bin_start = start[..., None, None] + index * bin_size  # [..., bins, 1]
     if sampling_ratio > 0:
         grid = torch.full_like(bin_size, sampling_ratio)
