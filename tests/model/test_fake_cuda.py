@@ -1,0 +1,147 @@
+"""The padded path on tensors that say they are on a GPU, without one: shapes, dtypes and devices, but no values.
+
+Fake tensors find what a CPU cannot show: a constant made on the CPU, a copy from the host to the device (which a CUDA
+graph cannot capture), a mix of devices, and any read of a value.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tmask
+from tests.model.conftest import SMALL, images_and_targets
+from tmask.model import losses, roi_heads
+from tmask.op_checks import OP_CHECKS, OpCheck
+from tmask_kernels.ops.boxes import kernels as box_kernels
+from tmask_kernels.ops.roi_align import kernels as roi_align_kernels
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*using the reference backend on CUDA")
+
+CUDA = torch.device("cuda", 0)
+
+
+class _Watch(TorchDispatchMode):
+    """Names the ops that give or take a tensor that is not on the GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elsewhere: set[str] = set()
+        self.ops: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.ops.add(func.overloadpacket.__name__)
+        for tensor in pytree.tree_leaves((args, kwargs, out)):
+            if isinstance(tensor, Tensor) and tensor.device != CUDA:
+                self.elsewhere.add(f"{func}: {tensor.device}")
+        return out
+
+
+@contextmanager
+def fake_gpu() -> Iterator[_Watch]:
+    with FakeTensorMode(), _Watch() as watch:
+        yield watch
+
+
+def on_fake_gpu(value: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=CUDA), value)
+
+
+def run(mode: str, **settings: Any) -> _Watch:
+    batch = tmask.build_model("tiny", num_classes=4, **SMALL).transform(*images_and_targets())
+    with FakeTensorMode():
+        with CUDA:
+            model = tmask.build_model("tiny", num_classes=4, **SMALL, **settings)
+        images, targets = on_fake_gpu(batch)
+        with _Watch() as watch:
+            if mode == "train":
+                found = model.train().forward_padded(images, targets)
+                assert {(t.device, t.dtype, t.shape) for t in found.values()} == {(CUDA, torch.float32, ())}
+            else:
+                with torch.no_grad():
+                    found = model.eval().forward_padded(images)
+                assert found.boxes.dtype == found.scores.dtype == found.masks.dtype == torch.float32
+                assert {t.device for t in found if t is not None} == {CUDA}
+    return watch
+
+
+@pytest.mark.parametrize("convention", ["detectron2", "torchvision"])
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_everything_stays_on_the_gpu(mode: str, convention: str) -> None:
+    watch = run(mode, convention=convention)
+    assert not watch.elsewhere
+    assert watch.ops >= {"multiscale_roi_align", "padded_nms", "decode_boxes"}, "auto takes the kernels on a GPU"
+    assert not watch.ops & {"padded_nms_reference"}
+
+
+def test_a_constant_of_the_cpu_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = losses._masked_sum
+    monkeypatch.setattr(losses, "_masked_sum", lambda values, mask: real(values, mask) * torch.tensor(1.0))
+    assert run("train").elsewhere
+
+
+def test_a_copy_from_the_host_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = roi_heads.decode_boxes
+
+    def decode(deltas: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return real(deltas * torch.tensor([1.0] * 4).to(deltas.device), *args, **kwargs)
+
+    monkeypatch.setattr(roi_heads, "decode_boxes", decode)
+    assert run("inference").elsewhere
+
+
+def test_a_read_value_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "_masked_sum", lambda values, mask: values[mask].sum())
+    with pytest.raises(DynamicOutputShapeException):
+        run("train")
+    monkeypatch.setattr(losses, "_masked_sum", lambda values, mask: values.sum() * float(mask.sum()))
+    with pytest.raises(DataDependentOutputException):
+        run("train")
+
+
+STATIC = [check for check in OP_CHECKS if check.name not in ("nms", "batched_nms", "paste_masks (rle)")]
+
+
+@pytest.mark.parametrize("check", STATIC, ids=lambda check: check.name)
+def test_every_op_stays_on_the_gpu(check: OpCheck) -> None:
+    inputs = check.make()
+    for dtype in check.dtypes:
+        typed = {name: t.to(dtype) if name in check.features else t for name, t in inputs.items()}
+        with fake_gpu() as watch:
+            fake = {k: torch.empty(t.shape, dtype=t.dtype, device=CUDA) for k, t in typed.items()}
+            for name in check.gradients:
+                fake[name].requires_grad_()
+            out = check.call(fake, "auto")
+        real = check.call(typed, "reference")
+        for got, expected in zip(pytree.tree_leaves(out), pytree.tree_leaves(real), strict=True):
+            assert (got.device, got.dtype, got.shape) == (CUDA, expected.dtype, expected.shape)
+        assert not watch.elsewhere
+
+
+def test_gradients_of_the_kernels_stay_on_the_gpu() -> None:
+    """Called as autograd calls them: its engine itself needs a real device."""
+    with fake_gpu() as watch:
+        maps = [torch.empty(2, 8, 16 // k, 12 // k, dtype=torch.bfloat16, device=CUDA) for k in (1, 2)]
+        boxes, valid = torch.empty(2, 5, 4, device=CUDA), torch.empty(2, 5, dtype=torch.bool, device=CUDA)
+        context = SimpleNamespace()
+        context.save_for_backward = lambda *tensors: setattr(context, "saved_tensors", tensors)
+        inputs = (maps, boxes, valid, 7, 7, [0.5, 0.25], [64.0], 2, True)
+        out = roi_align_kernels.multiscale_roi_align(*inputs)
+        roi_align_kernels._setup_context(context, inputs, out)
+        gradients, *rest = roi_align_kernels._backward(context, torch.empty_like(out))
+        assert [(g.shape, g.dtype, g.device) for g in gradients] == [(m.shape, m.dtype, CUDA) for m in maps]
+        assert rest == [None] * 8
+        deltas, anchors = torch.empty(2, 9, 4, dtype=torch.bfloat16, device=CUDA), torch.empty(9, 4, device=CUDA)
+        inputs = (deltas, anchors, [1.0] * 4, 4.0, None, torch.empty(2, 2, dtype=torch.int64, device=CUDA))
+        box_kernels._setup_decode(context, inputs, out)
+        gradient, *_ = box_kernels._decode_gradient(context, torch.empty(2, 9, 4, device=CUDA))
+        assert (gradient.shape, gradient.dtype, gradient.device) == (deltas.shape, deltas.dtype, CUDA)
+    assert not watch.elsewhere
