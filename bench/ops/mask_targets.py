@@ -1,0 +1,72 @@
+"""mask_targets of a training step: the ground truth of 2 x 128 positive RoIs as 28 x 28 crops, beside torchvision's.
+
+torchvision keeps a byte a pixel, turns all masks of an image to floats and pools them, as its mask loss does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torchvision.ops import roi_align
+
+from bench.cases import CASES, MaskLossCase, sized
+from bench.contest import Call, Contest
+from bench.machine import device
+from bench.variants import variants
+from tmask_kernels import mask_targets, pack_masks
+from tmask_kernels.testing import Tolerance, assert_close
+
+# A coordinate of up to 1,344 cells in float32 is off by 1e-4 cells, and the masks are steps from 0 to 1.
+ROUNDING = Tolerance(max=1e-3, rms=1e-5)
+
+
+class Given(NamedTuple):
+    case: MaskLossCase
+    masks: Tensor  # [N, G, H, W] uint8
+    packed: Tensor  # [N, G, H, ceil(W / 32)] int32
+    boxes: Tensor  # [N, S, 4]
+    index: Tensor  # [N, S] int64
+
+
+@variants(cases=["W13-masks"], providers=["triton", "torchvision", "reference"])
+def test_mask_targets(case: str, mode: str, dtype: str, layout: str, provider: str, contest: Any) -> None:
+    contest(lambda: cropping(case))
+
+
+def cropping(name: str) -> Contest:
+    case, size = sized(cast(MaskLossCase, CASES[name]))
+
+    def inputs() -> Given:
+        masks, boxes, index = case.ground_truth(device())
+        return Given(case, masks.to(torch.uint8), pack_masks(masks), boxes, index)
+
+    return Contest(
+        inputs=inputs,
+        providers={"triton": ours("triton"), "torchvision": torchvision, "reference": ours("reference")},
+        truth=lambda given: ours("reference")(given._replace(boxes=given.boxes.double()))(),
+        check=lambda got, expected: assert_close(got, expected, tolerance=ROUNDING),
+        work=case.target_work(),
+        size=size,
+    )
+
+
+def ours(backend: str) -> Callable[[Given], Call]:
+    return lambda given: (
+        lambda: mask_targets(
+            given.packed, given.boxes, given.index, given.case.side, convention="torchvision", backend=backend
+        )
+    )
+
+
+def torchvision(given: Given) -> Call:
+    def crop() -> Tensor:
+        targets = []
+        for masks, boxes, index in zip(given.masks, given.boxes, given.index, strict=True):
+            rois = torch.cat([index[:, None].to(boxes), boxes], dim=1)  # [S, 5]
+            targets.append(roi_align(masks[:, None].to(boxes), rois, (given.case.side, given.case.side), 1.0)[:, 0])
+        return torch.stack(targets)
+
+    return crop

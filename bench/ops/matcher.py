@@ -1,0 +1,149 @@
+"""match_anchors (W9): the RPN's anchors against the ground truth of two images, beside torchvision's and detectron2's.
+
+Their matchers take a matrix of IoUs [G, A], which is a part of their time. Where they differ by rule (a ground truth
+that no anchor overlaps) the case has no such box. Where the answer hangs on the last bits of an IoU it is not compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torchvision.models.detection._utils import Matcher
+from torchvision.ops import box_iou
+
+from bench.cases import CASES, MatchCase, sized
+from bench.contest import Call, Contest
+from bench.machine import device
+from bench.variants import variants
+from tmask_kernels import match_anchors
+from tmask_kernels.ops.matcher.reference import match_anchors_reference
+from tmask_kernels.testing import Tolerance, assert_close
+
+# Two IoUs that differ by less than this may come out in either order in float32.
+CLOSE = 1e-6
+# At most this share of the anchors may hang on the last bits.
+UNSURE = 0.05
+
+
+class Given(NamedTuple):
+    case: MatchCase
+    anchors: Tensor  # [A, 4]
+    boxes: Tensor  # [N, G, 4], all of them real
+
+
+class Truth(NamedTuple):
+    matches: Tensor  # [N, A] int64; -1 background, -2 ignored
+    ious: Tensor  # [N, A] float64
+    sure: Tensor  # [N, A] bool
+
+
+@variants(
+    cases=["W9"],
+    providers=["triton", "torchvision", "detectron2", "compile", "reference"],
+)
+def test_match_anchors(case: str, mode: str, dtype: str, layout: str, provider: str, contest: Any) -> None:
+    contest(lambda: matching(case))
+
+
+def matching(name: str) -> Contest:
+    case, size = sized(cast(MatchCase, CASES[name]))
+    return Contest(
+        inputs=lambda: Given(case, *case.inputs(device())),
+        providers={
+            "triton": ours("triton"),
+            "torchvision": torchvision,
+            "detectron2": detectron2,
+            "compile": compiled,
+            "reference": ours("reference"),
+        },
+        truth=truth,
+        check=check,
+        work=case.work(),
+        size=size,
+    )
+
+
+def ours(backend: str) -> Callable[[Given], Call]:
+    def provider(given: Given) -> Call:
+        case, anchors, boxes = given
+        valid = torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
+        return lambda: match_anchors(
+            anchors, boxes, valid, high=case.high, low=case.low, allow_low_quality=True, backend=backend
+        )
+
+    return provider
+
+
+def compiled(given: Given) -> Call:
+    """The reference itself: the op hands it to the compiler as one closed node."""
+    case, anchors, boxes = given
+    valid = torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
+    match = torch.compile(match_anchors_reference)
+    return lambda: match(anchors[None], boxes, valid, None, case.high, case.low, True)
+
+
+def torchvision(given: Given) -> Call:
+    case, anchors, boxes = given
+    match = Matcher(case.high, case.low, allow_low_quality_matches=True)
+    return lambda: [match(box_iou(one, anchors)) for one in boxes]
+
+
+def detectron2(given: Given) -> Call:
+    from detectron2.modeling.matcher import Matcher as Detectron2Matcher
+    from detectron2.structures import Boxes, pairwise_iou
+
+    case, anchors, boxes = given
+    match = Detectron2Matcher([case.low, case.high], [0, -1, 1], allow_low_quality_matches=True)
+    return lambda: [Labelled(*match(pairwise_iou(Boxes(one), Boxes(anchors)))) for one in boxes]
+
+
+class Labelled(NamedTuple):
+    """detectron2's answer: the best box of each anchor, and 1 if it counts, 0 for background, -1 if ignored."""
+
+    best: Tensor
+    label: Tensor
+
+
+def check(got: Any, expected: Truth) -> None:
+    ious = None
+    if isinstance(got, tuple):
+        matches, ious = got
+    else:
+        matches = torch.stack([matches_of(one) for one in got])
+    assert_close(
+        torch.where(expected.sure, matches, 0), torch.where(expected.sure, expected.matches, 0), name="matches"
+    )
+    if ious is not None:
+        assert_close(ious, expected.ious, tolerance=Tolerance(max=CLOSE, rms=CLOSE), name="ious")
+
+
+def matches_of(answer: Tensor | Labelled) -> Tensor:
+    if isinstance(answer, Tensor):
+        return answer
+    unmatched = torch.where(answer.label == 0, -1, -2)
+    return torch.where(answer.label == 1, answer.best, unmatched)
+
+
+def truth(given: Given) -> Truth:
+    """The rule in float64, an image after another: 215 MB for each array of G x A."""
+    case, anchors, boxes = given
+    return Truth(*map(torch.stack, zip(*(_truth(case, anchors.double(), one.double()) for one in boxes), strict=True)))
+
+
+def _truth(case: MatchCase, anchors: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    iou = box_iou(boxes, anchors)  # [G, A]
+    (best, second), (index, _) = iou.topk(2, dim=0)  # [A] each
+    near = iou >= iou.amax(dim=1, keepdim=True) - CLOSE  # [G, A]; a maximum reaches itself
+    lifted = near.any(dim=0)
+    # Of several anchors near a box's best any may reach it; the only one does. One over `high` is matched anyway.
+    unsure = (near & (near.sum(dim=1, keepdim=True) > 1)).any(dim=0) & (best < case.high)
+    for threshold in (case.high, case.low):
+        unsure |= (best - threshold).abs() < CLOSE
+    positive = (best >= case.high) | lifted
+    unsure |= positive & (best - second < CLOSE)
+    unmatched = torch.where(best < case.low, -1, -2)
+    assert unsure.float().mean() < UNSURE, "the case has too many ties to compare"
+    return torch.where(positive, index, unmatched), best, ~unsure
