@@ -87,7 +87,8 @@ def test_equals_torchvision(device, backend, changes):
         count = len(expected_boxes)
         assert 10 < count <= P
         assert counts[n] == count
-        if backend == "triton":
+        # torchvision computes on the CPU; the exp and the sigmoid of another device or of Triton round differently.
+        if backend == "triton" or device.type == "cuda":
             assert_close(boxes[n, :count].cpu(), expected_boxes.double())
             assert_close(scores[n, :count].cpu(), expected_scores.double())
         else:

@@ -32,9 +32,7 @@ def test_torchvision_state_dict_loads_whole(name: str, suffix: str, tmp_path: Pa
     if suffix == ".pth":
         torch.save(theirs.state_dict(), path)
     else:
-        from safetensors.torch import save_file
-
-        save_file(theirs.state_dict(), path)
+        pytest.importorskip("safetensors.torch").save_file(theirs.state_dict(), path)
     ours = ResNet(name, norm="frozen_bn")
     load_backbone(ours, str(path))
     x = torch.rand(1, 3, 64, 64)
