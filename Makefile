@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # What `make demo` writes to.
 OUT ?= runs/demo
 
-.PHONY: demo test test-slow check fix test-compile test-gpu bench clean
+.PHONY: demo test test-slow check fix test-compile test-gpu bench gpu-report clean
 
 # One pip command, pinned: torch, torchvision and numpy must be resolved together. Redone only when a file it reads changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -34,8 +34,14 @@ test-gpu: $(VENV)/.installed
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/kernels tests/model tests/engine/test_resume.py \
 		tests/test_validate.py -m 'not compile_only'
 
+# The same as `tmask bench`; ARGS="op", "model", "roi_align nms", "-k W1". `pytest bench/ops/*.py` runs them bare.
 bench: $(VENV)/.installed
-	$(BIN)/python -m pytest bench/ops -o python_files='*.py' --benchmark-only --benchmark-columns=median,iqr,rounds
+	$(BIN)/python -m bench run $(ARGS)
+
+# All that a GPU can prove, by the machine's own Python: nothing is installed, no network. ARGS="--only ops,tests" picks
+# parts, ARGS="--sweep NAME" the launch configurations of one kernel; bench/__main__.py has the rest.
+gpu-report:
+	PYTHONPATH=. $(PYTHON) -m bench report $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

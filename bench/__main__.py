@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         )
 
     sub = command("run", run_command)
-    sub.add_argument("targets", nargs="*", help="files of bench/ops by their names, ops, model or all")
+    sub.add_argument("targets", nargs="*", help="op, model or all, or files of bench/ops by their names")
     sub.add_argument("--json", type=Path, default=LOCAL.parent / "bench" / "result.json", metavar="FILE")
     sub.add_argument("--charts", type=Path, metavar="DIR", help="draw charts into this folder")
     common(sub, None)
@@ -82,11 +83,15 @@ def run_command(options: argparse.Namespace) -> int:
         now=result.empty(machine), path=options.json, work=LOCAL.parent / "bench", hang=options.hang,
         select=options.select,
     )  # fmt: skip
-    whole = now.take("bench", options.budget or 1e9, lambda seconds: now.benches("bench", files, seconds))
+    whole = now.take("bench", options.budget or math.inf, lambda seconds: now.benches("bench", files, seconds))
     rows = result.rows(now.now)
-    print(f"\n{run.table(rows)}")
+    if whole and not rows:
+        print(f"python -m bench: error: no benchmark is named by {options.select!r}", file=sys.stderr)
+        return 2
     if machine["gpu"] is None:
-        print(f"\nCounted work\n{_attempt(_counted)}\n\nCompile budgets\n{_attempt(_budgets)}")
+        print(f"\nThe least that the work costs, counted; what a floor is: docs/performance.md\n{_attempt(_counted)}")
+        print(f"\nKernels compiled for sm_90, found / target; others: docs/compile-budgets.md\n{_attempt(_budgets)}")
+    print(f"\n{run.table(rows)}")
     if options.charts:
         evidence.draw(options.json, options.charts, print)
     print(f"\nresult: {shown(options.json)}")
@@ -146,8 +151,8 @@ def checked(file: Path, machine: dict[str, Any]) -> result.Result:
 
 def files_of(targets: Sequence[str]) -> list[Path]:
     """The benchmark files of `targets`; of none, all. Errors: ValueError for an unknown one."""
-    groups = {"ops": run.files_of("ops"), "model": run.files_of("model")}
-    known = {"all": [*groups["ops"], *groups["model"]], **groups, **{file.stem: [file] for file in groups["ops"]}}
+    ops, model = run.files_of("ops"), run.files_of("model")
+    known = {"all": [*ops, *model], "op": ops, "model": model, **{file.stem: [file] for file in ops}}
     for target in targets:
         if target not in known:
             raise ValueError(f"targets: expected some of {', '.join(known)}, got {target!r}")
@@ -165,12 +170,21 @@ def _parts(text: str) -> list[str]:
 def _counted() -> str:
     from bench.counted import table
 
-    return table()
+    return aligned(table())
 
 
 def _budgets() -> str:
-    text = (ROOT / "docs" / "compile-budgets.md").read_text(encoding="utf-8")
-    return "\n".join(line for line in text.splitlines() if line.startswith("|"))
+    lines = (ROOT / "docs" / "compile-budgets.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    return aligned("\n".join([*rows[:2], *(row for row in rows if "| sm_90 |" in row)]))
+
+
+def aligned(markdown: str) -> str:
+    """A table of Markdown for a terminal: columns as wide as their cells, without bars."""
+    lines = [line for line in markdown.splitlines() if line.startswith("|") and line.strip("|-: ")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def _attempt(make: Callable[[], str]) -> str:

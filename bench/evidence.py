@@ -5,6 +5,7 @@ Whatever a part meets, it is told in the result and the next part begins.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import traceback
@@ -51,7 +52,7 @@ class Evidence:
 
     def take(self, part: str, seconds: float, measure: Callable[[float], Ending]) -> bool:
         """Run one part; whether to go on with the next."""
-        self.say(f"\n{part}: at most {seconds:.0f} s")
+        self.say(f"\n{part}" + (f": at most {seconds:.0f} s" if math.isfinite(seconds) else ""))
         start = time.monotonic()
         try:
             ending = measure(seconds)

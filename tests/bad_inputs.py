@@ -33,6 +33,7 @@ COMMANDS = {
     "train": f"--preset tiny --data.train_images {IMAGES} --data.train_annotations {FILE} {SMALL} --out out",
     "eval": f"--checkpoint {CHECKPOINT} --images {IMAGES} --annotations {FILE} --device cpu",
     "predict": f"--checkpoint {CHECKPOINT} --images {IMAGES} --out out --device cpu",
+    "bench": "--device cpu",
 }
 
 
@@ -780,7 +781,32 @@ ELSEWHERE = {
     "targets and images of the model": "tests/model/test_transform.py::test_bad_targets_are_named",
 }
 
-GROUPS = {"Data": FILES, "Settings": SETTINGS, "Checkpoints": CHECKPOINTS}
+BENCHMARKS = [
+    Case("unknown op, nearly right", "bench roi_alin", "unknown op 'roi_alin': expected 'roi_align'?", code=2),
+    Case("unknown option", "bench --jason a.json", "unknown option --jason; did you mean --json?", code=2),
+    Case(
+        "budget that is no number",
+        "bench --budget soon",
+        "--budget: expected a finite number or none, got soon",
+        code=2,
+    ),
+    Case("no time at all", "bench --budget 0", "--budget: expected more than 0 seconds, got 0", code=2),
+    Case(
+        "device that is not there",
+        "bench --device cuda:9",
+        "device: expected one of this machine's, got 'cuda:9' (0 GPUs)",
+        code=2,
+    ),
+    Case(
+        "result that would lie in a file",
+        f"bench --json {FILE}/a.json",
+        f"--json {FILE}: expected a folder, but {FILE} is a file",
+        code=2,
+    ),
+    Case("result that is a folder", "bench --json data", "--json data: expected a file, got a folder", code=2),
+]
+
+GROUPS = {"Data": FILES, "Settings": SETTINGS, "Checkpoints": CHECKPOINTS, "Benchmarks": BENCHMARKS}
 
 
 @dataclass(frozen=True)

@@ -143,10 +143,10 @@ def paths_exist(**paths: str | None) -> None:
             raise UsageError(f"--{name}: expected a {kinds[0]}, got a {kinds[1]}: {path}")
 
 
-def check_out(out: Path) -> None:
-    """Find before any work that nothing could be written there."""
+def check_out(out: Path, option: str = "out") -> None:
+    """Find before any work that nothing could be written to the folder that an option names."""
     there = next(path for path in (out, *out.parents) if path.exists())
     if not there.is_dir():
-        raise UsageError(f"--out {out}: expected a folder, but {there} is a file")
+        raise UsageError(f"--{option} {out}: expected a folder, but {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise UsageError(f"--out {out}: the folder {there} is not writable")
+        raise UsageError(f"--{option} {out}: the folder {there} is not writable")

@@ -1,0 +1,85 @@
+"""``tmask bench``: the benchmarks of the checkout, which the installed package does not hold."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tmask.checks import nearest
+from tmask.cli.common import UsageError, check_out, device_of, make_parser, parse, usage
+
+ROOT = Path(__file__).resolve().parents[2]
+GROUPS = ("all", "op", "model")
+
+
+def bench_command(argv: list[str]) -> int:
+    """Compare the speed of the ops and the model with torchvision's, once each is found right."""
+    parser = make_parser("bench", bench_command)
+    parser.add_argument(
+        "targets", nargs="*", type=str, default=[], help="op, model or all (the default), or ops by their names"
+    )
+    parser.add_argument("-k", "--only", type=str | None, default=None, help="only rows that this pytest -k names")
+    parser.add_argument("--json", type=str | None, default=None, help="where the result goes; else runs/bench")
+    parser.add_argument("--charts", type=str | None, default=None, help="draw PNG charts into this folder")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--budget", type=float | None, default=None, help="seconds, after which the rest is left out")
+    args = parse(parser, argv)
+    if not (ROOT / "bench" / "__main__.py").is_file():
+        raise ValueError("the benchmarks are in tmask's source, not in the installed package: run it in a checkout")
+    for target in args.targets:
+        if target not in (known := {*GROUPS, *op_names()}):
+            raise UsageError(f"unknown op {target!r}: expected {nearest(target, known)}")
+    device = usage(lambda: device_of(args.device))
+    command = [sys.executable, "-m", "bench", "run", *args.targets]
+    if args.budget is not None and not args.budget > 0:
+        raise UsageError(f"--budget: expected more than 0 seconds, got {args.budget:g}")
+    if args.json is not None:
+        if Path(args.json).is_dir():
+            raise UsageError(f"--json {args.json}: expected a file, got a folder")
+        check_out(Path(args.json).parent, "json")
+        command += ["--json", str(Path(args.json).resolve())]
+    if args.charts is not None:
+        check_out(Path(args.charts), "charts")
+        command += ["--charts", str(Path(args.charts).resolve())]
+    command += ["-k", args.only] if args.only else []
+    command += ["--budget", str(args.budget)] if args.budget is not None else []
+    missing = [name for name in ("pytest", "pytest_benchmark") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"the benchmarks need {' and '.join(missing)}: pip install 'tmask[dev]'")
+    return run(command, environment(device))
+
+
+def op_names() -> list[str]:
+    """The names by which ``tmask bench`` knows the ops."""
+    return sorted(path.stem for path in (ROOT / "bench" / "ops").glob("[!_]*.py"))
+
+
+def environment(device: Any) -> dict[str, str]:
+    """This process's, in which only `device` is seen."""
+    changed = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    if device.type == "cpu":
+        changed["CUDA_VISIBLE_DEVICES"] = ""
+    elif device.index is not None:
+        seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        changed["CUDA_VISIBLE_DEVICES"] = seen[device.index] if seen else str(device.index)
+    return {**os.environ, **changed}
+
+
+def run(command: list[str], env: dict[str, str]) -> int:
+    """Run it to its end; a signal that stops this process stops it too, and what it has measured it still shows."""
+    from tmask.engine.interrupt import StopSignals
+
+    with StopSignals() as stop:
+        process = subprocess.Popen(command, cwd=ROOT, env=env)
+        try:
+            with stop.at_once():
+                return process.wait()
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)  # a terminal has sent it one already; it heeds the first alone
+            process.wait()
+            raise
