@@ -15,8 +15,8 @@ from pathlib import Path
 from bench import result as results
 from bench.result import Result
 from bench.rows import ROOT, Row
-from bench.standings import BASELINE, OURS, Standing, duration, machine_line, percent, standings, times, us
-from bench.tables import SEVERITY, markdown, table
+from bench.standings import BASELINE, OURS, SEVERITY, Standing, duration, machine_line, percent, standings, times, us
+from bench.tables import markdown, table
 
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
@@ -37,10 +37,13 @@ def readme_block(result: Result | None, path: Path | None = None) -> str:
     """What stands between the README's marks: one line a case and mode at full size, or that there is nothing yet.
 
     `path` is the result's file in the repository; the report and the chart that lie beside it are linked.
+    Errors: ValueError for a result without a GPU.
     """
     if result is None:
         return "No result of a GPU has been committed yet, hence no claim of speed.\n"
-    found = [standing for standing in standings(results.rows(result)) if not standing.reduced]
+    if not result["machine"]["gpu"]:
+        raise ValueError("the README shows results of a GPU; this one has none")
+    found = standings(results.rows(result))
     timed = [standing for standing in found if standing.ours or standing.baseline]
     speedups = [standing.speedup for standing in timed if standing.speedup]
     met = [standing.aim_met for standing in timed if standing.aim_met is not None]

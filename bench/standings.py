@@ -15,6 +15,9 @@ from bench.rows import Row
 OURS = ("triton", "triton-graph", "tmask", "tmask-compile", "tmask-graph")
 BASELINE = ("torchvision", "torchvision-compile")
 
+# What is worst comes first.
+SEVERITY = ("wrong", "killed", "failed", "out of memory", "not reached", "unavailable", "passed", "not built", "timed")
+
 
 @dataclass(frozen=True)
 class Aim:

@@ -13,6 +13,7 @@ from bench.rows import Row
 from bench.standings import (
     BASELINE,
     OURS,
+    SEVERITY,
     Standing,
     digits,
     duration,
@@ -28,9 +29,6 @@ from bench.standings import (
 BEST_CONFIGURATIONS = 10
 # In a sweep, the provider that launches as the project does now.
 PRESENT = "triton"
-
-# What is worst comes first.
-SEVERITY = ("wrong", "killed", "failed", "out of memory", "not reached", "unavailable", "passed", "not built", "timed")
 
 
 def markdown(result: Result) -> str:

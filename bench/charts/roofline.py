@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.charts.style import BASE, FAINT, GREY, LOSS, PEERS, WIDTH, WIN, head, provider_name
 from bench.result import Result
@@ -29,6 +29,13 @@ OFFSETS = [
 ]  # fmt: skip
 
 
+class _Case(NamedTuple):
+    """What a panel shows of a case: its name, and rows with their colours."""
+
+    name: str
+    rows: list[tuple[Row, str]]
+
+
 @dataclass(frozen=True)
 class Point:
     """One provider of one case in a panel."""
@@ -47,17 +54,17 @@ def roofline(found: Sequence[Standing], result: Result) -> Any:
     """
     from matplotlib import pyplot
 
-    roofs = result["roofs"]
+    roofs, on_gpu = result["roofs"], bool(result["machine"]["gpu"])
     found = [s for s in found if (row := _first(s)) is not None and row.bytes]
     if not roofs or not found:
         return None
     memory = [s for s in found if _memory_bound(s, roofs)]
     arithmetic = [s for s in found if not _memory_bound(s, roofs)]
     panels = [(group, draw) for group, draw in ((memory, _memory_panel), (arithmetic, _arithmetic_panel)) if group]
-    height = 1.2 + PANEL * len(panels) + (0 if result["machine"]["gpu"] else 0.26)
+    height = 1.2 + PANEL * len(panels) + (0 if on_gpu else 0.26)
     figure = pyplot.figure(figsize=(WIDTH, height))
     top = head(figure, result, "How near the machine's limits", height)
-    _legend(figure, found, (top - 0.1) / height)
+    _legend(figure, found, on_gpu, (top - 0.1) / height)
     for index, (group, draw) in enumerate(panels):
         bottom = top - 0.3 - PANEL * (index + 1) + 0.5
         axes = figure.add_axes((0.075, bottom / height, 0.905, (PANEL - 0.95) / height))
@@ -65,12 +72,18 @@ def roofline(found: Sequence[Standing], result: Result) -> Any:
         axes.tick_params(which="both", length=0)
         axes.grid(color=FAINT, linewidth=0.8)
         axes.set_axisbelow(True)
-        draw(figure, axes, group, roofs)
+        draw(figure, axes, [_Case(_name(s, found), list(_rows(s, on_gpu))) for s in group], roofs)
     return figure
 
 
 def _first(standing: Standing) -> Row | None:
     return standing.ours or standing.baseline
+
+
+def _name(standing: Standing, found: Sequence[Standing]) -> str:
+    """With its op where two ops have a case of this name."""
+    ops = {other.op for other in found if other.name == standing.name}
+    return standing.name if len(ops) == 1 else f"{standing.name} {standing.op}"
 
 
 def _flops_roof(roofs: dict[str, float], dtype: str) -> float:
@@ -83,13 +96,13 @@ def _memory_bound(standing: Standing, roofs: dict[str, float]) -> bool:
     return row.bytes / (roofs["copy_gbps"] * 1e9) >= row.flops / (_flops_roof(roofs, row.dtype) * 1e12)
 
 
-def _rows(standing: Standing) -> Iterator[tuple[Row, str]]:
+def _rows(standing: Standing, on_gpu: bool) -> Iterator[tuple[Row, str]]:
     """Rows and their colours: ours first, then torchvision; on a CPU the peers take the place of ours."""
     ours, baseline = standing.ours, standing.baseline
     if ours is not None:
         loses = baseline is not None and us(baseline) < us(ours)
         yield ours, LOSS if loses else WIN
-    elif standing.reduced:
+    elif not on_gpu:
         for name in ("compile", "reference"):
             if row := standing.best((name,)):
                 yield row, PEERS[name]
@@ -97,10 +110,10 @@ def _rows(standing: Standing) -> Iterator[tuple[Row, str]]:
         yield baseline, BASE
 
 
-def _memory_panel(figure: Any, axes: Any, found: Sequence[Standing], roofs: dict[str, float]) -> None:
+def _memory_panel(figure: Any, axes: Any, cases: Sequence[_Case], roofs: dict[str, float]) -> None:
     points = [
-        [Point(s.name, row, colour, row.bytes / 1e6, row.bytes / us(row) / 1e3) for row, colour in _rows(s)]
-        for s in found
+        [Point(name, row, colour, row.bytes / 1e6, row.bytes / us(row) / 1e3) for row, colour in rows]
+        for name, rows in cases
     ]
     roof = roofs["copy_gbps"]
     _limits(axes, points, roof)
@@ -120,23 +133,25 @@ def _memory_panel(figure: Any, axes: Any, found: Sequence[Standing], roofs: dict
     _draw(figure, axes, points)
 
 
-def _arithmetic_panel(figure: Any, axes: Any, found: Sequence[Standing], roofs: dict[str, float]) -> None:
+def _arithmetic_panel(figure: Any, axes: Any, cases: Sequence[_Case], roofs: dict[str, float]) -> None:
+    giga = max(_flops_roof(roofs, row.dtype) for _, rows in cases for row, _ in rows) < 1  # a CPU
+    unit, scale = ("GFLOP/s", 1e3) if giga else ("TFLOP/s", 1.0)
     points = [
-        [Point(s.name, row, colour, row.flops / row.bytes, row.flops / us(row) / 1e6) for row, colour in _rows(s)]
-        for s in found
+        [Point(name, row, colour, row.flops / row.bytes, row.flops / us(row) / 1e6 * scale) for row, colour in rows]
+        for name, rows in cases
     ]
     dtypes = {("fp32" if p.row.dtype == "fp32" else "bf16") for group in points for p in group}
-    flat = {dtype: _flops_roof(roofs, dtype) for dtype in sorted(dtypes)}
+    flat = {dtype: _flops_roof(roofs, dtype) * scale for dtype in sorted(dtypes)}
     _limits(axes, points, max(flat.values()))
     x_low, x_high = axes.get_xlim()
     for dtype, roof in flat.items():
-        ridge = roof * 1e3 / roofs["copy_gbps"]
-        xs = [x_low, max(ridge, x_low), x_high]
-        axes.plot(xs, [min(roof, x * roofs["copy_gbps"] / 1e3) for x in xs], color=BASE, linewidth=1.5)
-        _note(axes, f"matrix product {dtype}, measured: {digits(roof)} TFLOP/s", (x_high, roof), (-6, 8))
+        slope = roofs["copy_gbps"] / 1e3 * scale
+        xs = [x_low, max(roof / slope, x_low), x_high]
+        axes.plot(xs, [min(roof, x * slope) for x in xs], color=BASE, linewidth=1.5)
+        _note(axes, f"matrix product {dtype}, measured: {digits(roof)} {unit}", (x_high, roof), (-6, 8))
     axes.set_title("Bound by arithmetic", loc="left", fontweight="bold", fontsize=10)
     axes.set_xlabel("operations for each byte the case must move at least")
-    axes.set_ylabel("TFLOP/s attained")
+    axes.set_ylabel(f"{unit} attained")
     _draw(figure, axes, points)
 
 
@@ -153,8 +168,8 @@ def _limits(axes: Any, points: Sequence[Sequence[Point]], roof: float) -> None:
     xs = [p.x for group in points for p in group]
     ys = [p.y for group in points for p in group]
     axes.set(xlim=(min(xs) / 3, max(xs) * 4), ylim=(min(*ys, roof / 100) / 2.5, max(*ys, roof) * 2.2))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator())
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 50 else (1.0,)))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
 
@@ -215,13 +230,13 @@ def _common(a: Any, b: Any) -> float:
     return max(0.0, width) * max(0.0, height)
 
 
-def _legend(figure: Any, found: Sequence[Standing], y: float) -> None:
+def _legend(figure: Any, found: Sequence[Standing], on_gpu: bool, y: float) -> None:
     from matplotlib.lines import Line2D
 
     names = {WIN: "ours, faster than torchvision", LOSS: "ours, slower"}
     names |= {colour: provider_name(provider) for provider, colour in PEERS.items()}
     names |= {BASE: "torchvision's fastest"}
-    shown = {colour for standing in found for _, colour in _rows(standing)}
+    shown = {colour for standing in found for _, colour in _rows(standing, on_gpu)}
     handles = [
         Line2D(
             [], [], ls="", marker="o", markersize=5.5, markerfacecolor="white" if colour == BASE else colour,

@@ -10,7 +10,7 @@ from typing import Any
 from bench.charts.style import BASE, FAINT, GREY, LOSS, PEERS, WIDTH, WIN, head, provider_name
 from bench.result import Result
 from bench.rows import Row
-from bench.standings import BASELINE, OURS, Standing, digits, ratio, ratio_range, us
+from bench.standings import BASELINE, OURS, SEVERITY, Standing, digits, ratio, ratio_range, us
 
 
 def speedups(found: Sequence[Standing], result: Result) -> Any:
@@ -42,7 +42,7 @@ def speedups(found: Sequence[Standing], result: Result) -> Any:
     for at, standing in places:
         _case(axes, at, standing, low, high)
     axes.axvline(1, color=BASE, linewidth=1.2, zorder=3)
-    _legend(figure, shown, top, height)
+    _legend(figure, shown, low, top, height)
     return figure
 
 
@@ -59,7 +59,14 @@ def _limits(shown: Sequence[Standing]) -> tuple[float, float]:
             ends += [standing.aim_speedup] if standing.aim_speedup else []
         peers = [ratio(standing.baseline, standing.best((name,))) for name in PEERS]
         ends += [max(peer, 0.1) for peer in peers if peer]
-    return min(ends) / 1.25, max(ends) * 1.9
+    low, high = min(ends) / 1.25, max(ends) * 1.9
+    return low, max(high, 2 * low**-0.55) if any(_why_no_bar(standing) for standing in shown) else high
+
+
+def _why_no_bar(standing: Standing) -> str:
+    """What became of ours; nothing where it is right and merely has no clock here."""
+    statuses = {row.status for row in standing.rows if row.provider in OURS}
+    return "" if not statuses or statuses & {"timed", "passed"} else f"ours: {min(statuses, key=SEVERITY.index)}"
 
 
 def _ratio_axis(axes: Any, low: float, high: float) -> None:
@@ -92,9 +99,7 @@ def _case(axes: Any, at: float, standing: Standing, low: float, high: float) -> 
             axes.scatter(peer, at, s=20, marker=marker, color=colour, edgecolor="white", linewidth=0.6, zorder=6)
             taken.append(peer)
     if ours is None:
-        statuses = {row.status for row in standing.rows if row.provider in OURS}
-        statuses = sorted("right, not timed here" if status == "passed" else status for status in statuses)
-        _label(axes, f"ours: {', '.join(statuses)}" if statuses else "", at, 1.0, taken, (low, high), GREY)
+        _label(axes, _why_no_bar(standing), at, 1.0, taken, (low, high), GREY)
         return
     speedup = us(baseline) / us(ours)
     colour = WIN if speedup >= 1 else LOSS
@@ -123,7 +128,7 @@ def _label(
     )  # fmt: skip
 
 
-def _legend(figure: Any, shown: Sequence[Standing], top: float, height: float) -> None:
+def _legend(figure: Any, shown: Sequence[Standing], low: float, top: float, height: float) -> None:
     """One line above the chart: what colours and marks mean, of those that occur."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -141,6 +146,8 @@ def _legend(figure: Any, shown: Sequence[Standing], top: float, height: float) -
     for name, colour in PEERS.items():
         if any(s.best((name,)) for s in shown):
             handles.append(Line2D([], [], color=colour, marker="o", ls="", markersize=5, label=provider_name(name)))
+    if any((r := ratio(s.baseline, s.best((name,)))) and r < low * 1.03 for s in shown for name in PEERS):
+        handles.append(Line2D([], [], color=GREY, marker="<", ls="", markersize=4, label="off the scale"))
     figure.legend(
         handles=handles, loc="center left", bbox_to_anchor=(0.01, (top + 0.2) / height), ncols=len(handles),
         frameon=False, fontsize=8, handlelength=1.2, columnspacing=1.3, handletextpad=0.5,
