@@ -16,7 +16,7 @@ import pytest
 
 from bench.process import CONTEXT_LOST, Ending, Journal, Line, survive
 from bench.rows import ROOT, clean, read_lines
-from bench.run import environment, pytest_command
+from bench.run import command_of_pytest, environment
 
 # What can run on a GPU; a path that does not exist is left out.
 PATHS = ("tests/gpu", "tests/kernels", "tests/model", "tests/engine/test_resume.py", "tests/test_validate.py")
@@ -34,7 +34,7 @@ def run_tests(
     say: Callable[[str], None] = print,
 ) -> tuple[Ending, list[dict[str, Any]]]:
     """Run the tests under `paths`; how it ended, and an entry of the result file for each file."""
-    command = pytest_command("-p", "bench.gpu_tests", "--journal", str(journal), "-m", SELECTED)
+    command = command_of_pytest("-p", "bench.gpu_tests", "--journal", str(journal), "-m", SELECTED)
     command += ["-k", select] if select else []
     book = Journal(journal, settled_test)
     tests: dict[str, Line] = {}
@@ -123,6 +123,7 @@ class _Recorder:
     def __init__(self, path: Path) -> None:
         self.book = Journal(path, settled_test)
         self.done = {line["test"]["id"] for line in read_lines(path) if "test" in line}
+        self.planned: list[str] = []
         self.test: Line = {}
 
     @pytest.hookimpl(trylast=True)  # behind -m and -k

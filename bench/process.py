@@ -25,6 +25,7 @@ CONTEXT_LOST = 70  # the exit code of a worker whose CUDA context is gone: it ca
 CONTEXT_WORDS = "the CUDA context was lost"
 ENDED = (0, 1, 5)  # by itself: all passed, something failed, nothing selected (as pytest has it)
 HANG_SECONDS = 120.0
+START_SECONDS = 120.0  # until a process says its first word: it imports torch, perhaps from a cold disk
 
 
 class Journal:
@@ -159,16 +160,16 @@ def _watch(
             command, cwd=ROOT, env={**os.environ, **env}, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             start_new_session=True,
         )  # fmt: skip
-    heard = time.monotonic()
+    heard, patience = time.monotonic(), max(hang, START_SECONDS)
     try:
         while process.poll() is None:
             if lines := journal.read():
-                heard = time.monotonic()
+                heard, patience = time.monotonic(), hang
                 hear(lines)
             if time.monotonic() >= deadline:
                 return Ending("stopped", "the time was up")
-            if time.monotonic() - heard > hang:
-                return Ending("failed", f"no answer in {hang:g} s")
+            if time.monotonic() - heard > patience:
+                return Ending("failed", f"no answer in {patience:g} s")
             time.sleep(0.05)
     finally:
         kill_group(process)

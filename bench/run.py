@@ -54,7 +54,7 @@ def environment(gpu: bool) -> dict[str, str]:
     return {"PYTHONPATH": path, "TRITON_INTERPRET": "0" if gpu else "1", "PYTHONFAULTHANDLER": "1"}
 
 
-def pytest_command(*more: str) -> list[str]:
+def command_of_pytest(*more: str) -> list[str]:
     """pytest as the workers use it: nothing is kept between runs, and a file that cannot be read stops no other."""
     return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", *more]
 
@@ -75,7 +75,7 @@ def run_benches(
     """
     # Files named one by one are collected whatever their names; python_files=*.py would make pytest rewrite the
     # assertions of every module that is imported, torch's too, which takes half a minute.
-    command = pytest_command("--journal", str(journal))
+    command = command_of_pytest("--journal", str(journal))
     command += ["-k", select] if select else []
     book = Journal(journal, settled_row)
     deadline = time.monotonic() + seconds
