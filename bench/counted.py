@@ -165,15 +165,20 @@ TABLES = {"floors": table, "stages": stage_table}
 
 
 def page(text: str) -> str:
-    """docs/performance.md with each table, between its two marks, as it is counted now."""
+    """docs/performance.md with each of ``TABLES`` as it is counted now."""
     for name, make in TABLES.items():
-        begin, end = f"<!-- {name}: python -m bench.counted --write -->\n", f"<!-- end of {name} -->\n"
-        before, _, rest = text.partition(begin)
-        _, found, after = rest.partition(end)
-        if not found:
-            raise ValueError(f"{PAGE.name}: expected the marks {begin!r} and {end!r}")
-        text = f"{before}{begin}{make()}{end}{after}"
+        text = replace_table(text, name, make())
     return text
+
+
+def replace_table(text: str, name: str, new: str) -> str:
+    """`text` with the table `name`, which stands between two marks, replaced. Errors: ValueError without the marks."""
+    before, begin, rest = text.partition(f"<!-- table {name}")
+    mark, newline, rest = rest.partition("\n")
+    _, end, after = rest.partition(f"<!-- end of {name} -->")
+    if not end:
+        raise ValueError(f"{PAGE.name}: expected a table {name!r} between its marks")
+    return before + begin + mark + newline + new + end + after
 
 
 if __name__ == "__main__":
