@@ -70,7 +70,7 @@ class RoICase:
     reduction: str = "mean"
 
     def small(self) -> RoICase:
-        return replace(self, height=160, width=192, channels=24, rois=16 * self.images)
+        return replace(self, height=128, width=160, channels=16, rois=6 * self.images)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -546,12 +546,12 @@ class ModelCase:
         return replace(
             self,
             images=min(self.images, 2),
-            height=256,
-            width=317,
+            height=192,
+            width=253,
             backbone="resnet18",
-            channels=64,
-            hidden=256,
-            proposals=200,
+            channels=32,
+            hidden=128,
+            proposals=100,
         )
 
     @property
@@ -576,10 +576,10 @@ class ModelCase:
 MODEL_FLOPS = {
     ("resnet50", False): 538_387_167_744,
     ("resnet50", True): 1_577_520_066_048,
-    ("resnet18", False): 14_747_409_920,
-    ("resnet18", True): 48_205_588_992,
+    ("resnet18", False): 5_848_546_560,
+    ("resnet18", True): 17_545_753_344,
 }
-MODEL_PARAMETERS = {"resnet50": 44_401_393, "resnet18": 12_570_097}
+MODEL_PARAMETERS = {"resnet50": 44_401_393, "resnet18": 11_564_657}
 
 
 # ---- The table

@@ -1,0 +1,150 @@
+"""torchvision's Mask R-CNN and ours with the same weights, and the pictures they see.
+
+The weights are random. Statistics of the batch norms are measured on the pictures, and the logits scaled, so that
+activations, scores and the number of detections are those of a trained model. Letters: N images, G objects of one,
+h w its size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import resnet
+from torchvision.models.detection import MaskRCNN as TorchvisionMaskRCNN
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import FrozenBatchNorm2d
+
+import tmask
+from bench.cases import ModelCase
+from bench.contest import LAYOUTS, UnavailableError
+from bench.machine import device
+
+NUM_CLASSES = 91  # of COCO's numbering, background included
+CLASS_STD = 1.5  # of the class logits: a few hundred pairs of RoI and class of an image score over 0.05
+MASK_STD = 3.0  # of the mask logits: most pixels are clearly inside or outside
+
+
+class Pair(NamedTuple):
+    """Both models on the device of the benchmarks, and what they see there."""
+
+    case: ModelCase
+    theirs: Any
+    ours: tmask.MaskRCNN
+    images: list[Tensor]  # [3, h, w] float in 0..1
+    targets: list[dict[str, Tensor]]
+
+
+def make_pair(case: ModelCase, layout: str, *, training: bool) -> Pair:
+    """The backbone's batch norms are frozen, its stem and first stage too, as in the usual fine-tuning."""
+    where = device()
+    images, targets = pictures(case)
+    weights = _weights(case)
+    theirs = _torchvision(case, FrozenBatchNorm2d)
+    theirs.load_state_dict(weights)
+    for stage in ("conv1", "layer1"):
+        theirs.backbone.body[stage].requires_grad_(False)
+    ours = tmask.load_torchvision(weights, **case.settings)
+    models = [model.to(where, memory_format=LAYOUTS[layout]).train(training) for model in (theirs, ours)]
+    return Pair(
+        case,
+        *models,
+        [image.to(where) for image in images],
+        [{name: value.to(where) for name, value in target.items()} for target in targets],
+    )
+
+
+def pictures(case: ModelCase) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Blurred noise with ellipses of other noise: images [3, h, w] and torchvision's targets, on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    height, width = case.height, case.width
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+
+    def noise() -> Tensor:
+        small = torch.rand(1, 3, -(-height // 16), -(-width // 16), generator=generator)
+        return F.interpolate(small, size=(height, width), mode="bicubic")[0].clamp(0, 1)
+
+    images, targets = [], []
+    for _ in range(case.images):
+        count = int(torch.randint(case.objects[0], case.objects[1] + 1, (1,), generator=generator))
+        centre = torch.rand(count, 2, generator=generator) * 0.8 + 0.1
+        half = 0.02 * 10 ** torch.rand(count, 2, generator=generator)  # 0.02 to 0.2 of a side
+        boxes = (torch.cat([centre - half, centre + half], 1).clamp(0, 1)) * torch.tensor([width, height] * 2)
+        mid, radius = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
+        # One at a time: G float planes of 800 x 1333 would be a gigabyte for the large batches.
+        inside = [((x - m[0]) / r[0]) ** 2 + ((y - m[1]) / r[1]) ** 2 <= 1 for m, r in zip(mid, radius, strict=True)]
+        masks = torch.stack(inside)  # [G, h, w]
+        image, other = noise(), 1 - noise()
+        images.append(torch.where(masks.any(0), other, image))
+        labels = torch.randint(1, NUM_CLASSES, (count,), generator=generator)
+        targets.append({"boxes": boxes, "labels": labels, "masks": masks.to(torch.uint8)})
+    return images, targets
+
+
+@contextlib.contextmanager
+def ieee() -> Iterator[None]:
+    """float32 products in float32: by default a GPU's convolutions take TF32, whose error of 1e-3 hides mistakes."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def only_on_a_gpu() -> None:
+    """Errors: UnavailableError on a CPU."""
+    if device().type != "cuda":
+        raise UnavailableError("compiled or captured on a GPU only; on a CPU the tests trace it whole")
+
+
+@functools.lru_cache(maxsize=4)
+def _weights(case: ModelCase) -> dict[str, Tensor]:
+    """torchvision's state dict with frozen batch norms."""
+    torch.manual_seed(0)
+    model = _torchvision(case, nn.BatchNorm2d).to(device())
+    _calibrate(model, [image.to(device()) for image in pictures(case)[0][:2]])
+    return {name: value.cpu() for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+
+
+def _torchvision(case: ModelCase, norm: type[nn.Module]) -> Any:
+    """``maskrcnn_resnet50_fpn``, or its like with another ResNet and other widths."""
+    body = getattr(resnet, case.backbone)(weights=None, norm_layer=norm)
+    levels = {f"layer{i + 1}": str(i) for i in range(4)}
+    C = case.channels
+    return TorchvisionMaskRCNN(
+        BackboneWithFPN(body, levels, [body.inplanes // 8 * 2**i for i in range(4)], C),
+        box_head=TwoMLPHead(C * 7**2, case.hidden),
+        box_predictor=FastRCNNPredictor(case.hidden, NUM_CLASSES),
+        mask_head=MaskRCNNHeads(C, (C,) * 4, 1),
+        mask_predictor=MaskRCNNPredictor(C, C, NUM_CLASSES),
+        **case.settings,
+    )
+
+
+@torch.no_grad()
+def _calibrate(model: Any, images: list[Tensor]) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # a plain average over what it sees
+    model.train()
+    batch, _ = model.transform(images)
+    model.backbone(batch.tensors)
+    model.eval()
+    features = model.backbone(batch.tensors)
+    logits, _ = model.rpn.head(list(features.values()))
+    model.rpn.head.cls_logits.weight /= torch.cat([x.flatten() for x in logits]).std()
+    proposals, _ = model.rpn(batch, features)
+    heads = model.roi_heads
+    scores, _ = heads.box_predictor(heads.box_head(heads.box_roi_pool(features, proposals, batch.image_sizes)))
+    heads.box_predictor.cls_score.weight *= CLASS_STD / scores.std()
+    some = [boxes[:20] for boxes in proposals]
+    masks = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, some, batch.image_sizes)))
+    heads.mask_predictor.mask_fcn_logits.weight *= MASK_STD / masks.std()

@@ -1,0 +1,131 @@
+"""W12 and W13: the gates refuse a model that is broken, and the counted operations are those of the model."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import tmask
+from bench.cases import CASES, ModelCase
+from bench.contest import Contest
+from bench.model import _models
+from bench.model._gate import Found, check_alike, check_same, decode_rle
+from bench.model.inference import inference
+from bench.model.training import training
+from tmask.structures import ImageBatch, Targets
+from tmask_kernels import use_backend
+
+
+def detections(count: int = 40) -> Found:
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand(count, 2, generator=generator) * 200
+    boxes = torch.cat([corner, corner + 20 + torch.rand(count, 2, generator=generator) * 40], 1)
+    scores = torch.rand(count, generator=generator).sort(descending=True).values * 0.9 + 0.1
+    labels = torch.randint(1, 9, (count,), generator=generator)
+    return Found(boxes, scores, labels, torch.rand(20, 16, 16, generator=generator) > 0.5)
+
+
+def test_a_result_is_like_itself() -> None:
+    check_same([detections()], [detections()])
+    check_alike([detections()], [detections()])
+
+
+WRONG: dict[str, Callable[[Found], Found]] = {
+    "labels": lambda d: d._replace(labels=d.labels % 8 + 1),
+    "boxes": lambda d: d._replace(boxes=d.boxes + 12),
+    "scores": lambda d: d._replace(scores=d.scores * 0.5),
+    "masks": lambda d: d._replace(masks=~d.masks),
+    "half": lambda d: Found(d.boxes[20:], d.scores[20:], d.labels[20:], d.masks[:0]),
+    "none": lambda d: Found(d.boxes[:0], d.scores[:0], d.labels[:0], d.masks[:0]),
+}
+
+
+@pytest.mark.parametrize("check", [check_same, check_alike])
+@pytest.mark.parametrize("broken", WRONG)
+def test_a_wrong_result_is_refused(broken: str, check: Callable[..., None]) -> None:
+    with pytest.raises(AssertionError):
+        check([WRONG[broken](detections())], [detections()])
+
+
+def test_run_lengths_are_read() -> None:
+    coco = pytest.importorskip("pycocotools.mask")
+    masks = torch.rand(5, 37, 50, generator=torch.Generator().manual_seed(1)) > torch.linspace(0, 1, 5)[:, None, None]
+    for mask in masks:
+        assert torch.equal(decode_rle(coco.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))), mask)
+
+
+# ---- a whole contest, as the benchmark runs it
+
+
+def outcome(contest: Contest) -> dict[str, str]:
+    """What the gate says of both libraries: an empty string, or why it refuses."""
+    given = contest.inputs()
+    truth = contest.truth(given)
+    said = {}
+    for name in ("tmask", "torchvision"):
+        try:
+            contest.check(contest.providers[name](given)(), truth)
+        except AssertionError as error:
+            said[name] = str(error)
+        else:
+            said[name] = ""
+    return said
+
+
+def break_ours(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
+    real = tmask.load_torchvision
+    monkeypatch.setattr(
+        _models.tmask, "load_torchvision", lambda weights, **given: real(weights, **{**given, **settings})
+    )
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["right", "nms"])
+def test_inference(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if broken:
+        break_ours(monkeypatch, box_nms_threshold=0.4)
+    said = outcome(inference("W12-b1", "results", "bf16", "nhwc"))
+    assert not said["torchvision"]
+    assert bool(said["tmask"]) == broken, said
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["right", "convention"])
+def test_training(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if broken:
+        break_ours(monkeypatch, convention="detectron2", anchor_sizes=((32.0,), (64.0,), (128.0,), (256.0,), (500.0,)))
+    said = outcome(training("W13-b2", "bf16", "nhwc"))
+    assert not said["torchvision"]
+    assert bool(said["tmask"]) == broken, said
+
+
+# ---- counted work
+
+
+@pytest.mark.parametrize("size", ["full", pytest.param("reduced", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["W12-b1", "W13-b2"])
+@pytest.mark.filterwarnings("ignore:.*has no triton backend")
+def test_counted_operations(name: str, size: str) -> None:
+    """Of the layers: our ops are single nodes here, which count as none."""
+    case = cast(ModelCase, CASES[name])
+    case = case if size == "full" else case.small()
+    height, width = (-(-side // 32) * 32 for side in (case.height, case.width))
+    with FakeTensorMode(), use_backend("triton"):
+        model = tmask.build_model(
+            "r50_fpn", 91, backbone=case.backbone, convention="torchvision", warn_if_untrained=False,
+            fpn_channels=case.channels, mask_head_channels=case.channels, box_head_dim=case.hidden, **case.settings,
+        )  # fmt: skip
+        images = ImageBatch(torch.empty(1, 3, height, width), torch.empty(1, 2, dtype=torch.int64))
+        some = torch.empty(1, 15, dtype=torch.bool)
+        masks = torch.empty(1, 15, height, width // 32, dtype=torch.int32)
+        targets = Targets(torch.empty(1, 15, 4), some.long(), some, some, masks, some)
+        with FlopCounterMode(display=False) as counter:
+            if case.training:
+                torch.stack(list(model.forward_padded(images, targets).values())).sum().backward()
+            else:
+                with torch.no_grad():
+                    model.eval().forward_padded(images)
+    assert case.work("fp32").flops == case.images * counter.get_total_flops()
+    assert case.work("fp32").bytes > 4 * sum(parameter.numel() for parameter in model.parameters())
