@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 
+from bench.cases import CASES, RPNCase, sized
 from bench.contest import Call, Contest, gradients
 from bench.machine import device
 from bench.variants import variants
 from bench.work import Work
 from tmask_kernels import decode_boxes
 from tmask_kernels.testing import Tolerance, assert_close, random_boxes
-
-NUM_BOXES = 2 * 4_819  # what the RPN decodes for two 800 x 1344 images: the top 1,000 of each level, 819 on P6
 
 
 @variants(
@@ -27,18 +26,21 @@ def test_decode_boxes(case: str, mode: str, dtype: str, layout: str, provider: s
 
 
 def decoding(mode: str) -> Contest:
+    """The boxes that W8 decodes: the best of each level of each image."""
+    case, size = sized(cast(RPNCase, CASES["W8"]))
+    count = case.images * case.candidates
     backward = mode == "backward"
 
     def inputs() -> tuple[Tensor, Tensor]:
-        deltas = torch.randn(NUM_BOXES, 4, generator=torch.Generator().manual_seed(0)).mul(0.3).to(device())
-        anchors = random_boxes(NUM_BOXES, height=800, width=1344, min_size=16).to(device())
+        deltas = torch.randn(count, 4, generator=torch.Generator().manual_seed(0)).mul(0.3).to(device())
+        anchors = random_boxes(count, height=case.height, width=case.width, min_size=16).to(device())
         return deltas.requires_grad_(backward), anchors
 
     def provider(decode: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any], Call]:
         def call(given: tuple[Tensor, Tensor]) -> Call:
             if not backward:
                 return lambda: decode(*given)
-            return gradients(decode(*given), given[:1], torch.ones(NUM_BOXES, 4, device=device()))
+            return gradients(decode(*given), given[:1], torch.ones(count, 4, device=device()))
 
         return call
 
@@ -62,5 +64,6 @@ def decoding(mode: str) -> Contest:
         },
         truth=truth,
         check=check,
-        work=Work(bytes=(3 + backward) * NUM_BOXES * 16, flops=20 * NUM_BOXES),
+        work=Work(bytes=(3 + backward) * count * 16, flops=20 * count),
+        size=size,
     )

@@ -1,0 +1,255 @@
+"""The standard work: seeded, as large as the table of workloads says, counted right; and the gates that guard it."""
+
+import dataclasses
+from unittest import mock
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor
+
+from bench.cases import CASES, Case, NMSCase, RoICase, RPNCase, _count, rois, sized
+from bench.contest import DTYPES, LAYOUTS, UnavailableError
+from bench.graph import captured
+from bench.ops import nms as nms_bench
+from bench.ops import proposals as proposals_bench
+from bench.ops import roi_align as roi_align_bench
+
+CPU = torch.device("cpu")
+MB = 1e6
+
+
+def roi_case(name: str) -> RoICase:
+    case = CASES[name]
+    assert isinstance(case, RoICase)
+    return case
+
+
+def nms_case(name: str) -> NMSCase:
+    case = CASES[name]
+    assert isinstance(case, NMSCase)
+    return case
+
+
+def test_names_are_the_keys() -> None:
+    assert all(name == case.name for name, case in CASES.items())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_small_case_is_the_same_work_in_small(name: str) -> None:
+    case = CASES[name]
+    small = case.small()
+    assert type(small) is type(case)
+    assert small.name == name
+    assert small != case
+
+
+def test_a_cpu_gets_the_reduced_size() -> None:
+    case: Case = CASES["W1"]
+    with mock.patch("bench.cases.device", return_value=CPU):
+        assert sized(case) == (case.small(), "reduced")
+    with mock.patch("bench.cases.device", return_value=torch.device("cuda")):
+        assert sized(case) == (case, "full")
+
+
+# The table of workloads in bf16: output, cells touched of all cells, bytes in all.
+@pytest.mark.parametrize(
+    ("name", "out", "cells", "of"),
+    [("W1", 25.7, (14, 30), 91.4), ("W2", 25.7, (8, 30), 91.4), ("W4-ratio2", 25.7, (55, 67.1), 67.1)],
+)
+def test_roi_align_counts_what_the_table_says(name: str, out: float, cells: tuple[float, float], of: float) -> None:
+    case = roi_case(name)
+    boxes = case.rois * 16 / MB
+    touched = case.work("bf16", "forward").bytes / MB - out - boxes
+    assert cells[0] <= touched <= cells[1]
+    assert case.work("bf16", "backward").bytes / MB == pytest.approx(of + out + boxes, abs=0.1)
+    assert case.work("fp32", "forward").bytes - case.rois * 16 == 2 * (
+        case.work("bf16", "forward").bytes - case.rois * 16
+    )
+
+
+def test_an_adaptive_grid_touches_almost_the_whole_map() -> None:
+    assert 90 <= roi_case("W4-ratio0").work("bf16", "forward").bytes / MB <= 93
+
+
+def test_w8_counts_what_the_table_says() -> None:
+    case = CASES["W8"]
+    assert isinstance(case, RPNCase)
+    assert case.anchors == 268_569
+    assert case.candidates == 8_819 == sum(nms_case("W5").lengths) // 2
+    assert 1 <= case.work("bf16").bytes / MB <= case.work("fp32").bytes / MB <= 2.5
+
+
+@pytest.mark.parametrize("name", ["W1", "W4-ratio2", "W4-ratio0"])
+def test_touched_cells_are_those_that_take_a_gradient(name: str) -> None:
+    case = dataclasses.replace(roi_case(name).small(), channels=1)
+    features = [x.double().requires_grad_() for x in case.features(torch.float32, torch.contiguous_format, CPU)]
+    boxes = [b.double() for b in case.boxes()]
+    if len(features) > 1:
+        names = [str(i) for i in range(len(features))]
+        pool = torchvision.ops.MultiScaleRoIAlign(names, case.pooled, case.sampling_ratio)
+        out = pool(dict(zip(names, features, strict=True)), boxes, [(case.height, case.width)] * case.images)
+    else:
+        out = torchvision.ops.roi_align(features[0], boxes, case.pooled, case.scales[0], case.sampling_ratio)
+    out.sum().backward()
+    assert _count(case)[1] == sum(int((x.grad != 0).sum()) for x in features)  # type: ignore[operator]
+
+
+def test_a_fixed_grid_has_ratio_squared_samples_a_bin() -> None:
+    case = roi_case("W1").small()
+    assert _count(case)[0] == case.rois * case.pooled**2 * case.sampling_ratio**2
+
+
+def test_rois_are_seeded_and_lie_in_the_image() -> None:
+    boxes = rois(2, 500, 800, 1344)
+    assert torch.equal(boxes, rois(2, 500, 800, 1344))
+    assert not torch.equal(boxes, rois(2, 500, 800, 1344, seed=1))
+    assert bool((boxes >= 0).all())
+    assert bool((boxes <= torch.tensor([1344, 800, 1344, 800])).all())
+    scale = (boxes[..., 2:] - boxes[..., :2]).prod(-1).sqrt()
+    assert float(scale.max()) > 300
+    assert float(scale.quantile(0.1)) < 50
+
+
+@pytest.mark.parametrize("name", ["W5", "W6", "W7-1k", "W7-10k", "W7-10k-dense"])
+def test_nms_keeps_the_share_it_says(name: str) -> None:
+    case = nms_case(name)
+    boxes, scores, valid = case.inputs(CPU)
+    assert all(torch.equal(a, b) for a, b in zip(case.inputs(CPU), (boxes, scores, valid), strict=True))
+    kept = 0
+    for box, score, fits in zip(boxes, scores, valid, strict=True):
+        assert len(score[fits].unique()) == int(fits.sum()), "a tie leaves the answer open"
+        kept += len(torchvision.ops.nms(box[fits], score[fits], case.threshold))
+    assert kept / sum(case.lengths) == pytest.approx(case.kept, rel=0.2)
+    assert float(scores.median()) < 0.1, "most scores are low"
+
+
+def test_w6_has_a_few_candidates_a_roi() -> None:
+    case = nms_case("W6")
+    share = float(case.inputs(CPU).valid.float().mean())
+    assert share == pytest.approx(proposals_bench.CANDIDATES, rel=0.2)
+
+
+# ---- The gate of NMS
+
+
+@pytest.fixture(scope="module")
+def segment() -> tuple[Tensor, Tensor, Tensor]:
+    boxes, scores, _ = nms_case("W7-1k").inputs(CPU)
+    return boxes[0], scores[0], torchvision.ops.nms(boxes[0], scores[0], 0.5)
+
+
+def held(segment: tuple[Tensor, Tensor, Tensor], kept: Tensor, limit: int = 1000) -> None:
+    boxes, scores, _ = segment
+    valid = torch.ones_like(scores, dtype=torch.bool)
+    nms_bench.check_segment(boxes, scores, valid, kept, 0.5, limit, 0.0)
+
+
+def test_the_gate_passes_greedy_nms(segment: tuple[Tensor, Tensor, Tensor]) -> None:
+    held(segment, segment[2])
+    held(segment, segment[2][:100], limit=100)
+
+
+def test_the_gate_passes_it_in_parts(segment: tuple[Tensor, Tensor, Tensor]) -> None:
+    with mock.patch.object(nms_bench, "PAIRS", 5000), mock.patch.object(nms_bench, "ALL_PAIRS", 100_000):
+        held(segment, segment[2])
+        with pytest.raises(AssertionError):
+            held(segment, segment[2][::2])
+
+
+def test_the_gate_refuses_a_dropped_box(segment: tuple[Tensor, Tensor, Tensor]) -> None:
+    with pytest.raises(AssertionError, match="dropped that no kept one removes"):
+        held(segment, torch.cat([segment[2][:50], segment[2][51:]]))
+    with pytest.raises(AssertionError, match="dropped that no kept one removes"):
+        held(segment, segment[2][:100])
+
+
+def test_the_gate_refuses_a_box_too_many(segment: tuple[Tensor, Tensor, Tensor]) -> None:
+    scores, kept = segment[1], segment[2]
+    dropped = torch.ones_like(scores, dtype=torch.bool).index_fill(0, kept, False).nonzero()[0]
+    more = torch.cat([kept, dropped])
+    with pytest.raises(AssertionError, match="kept that a kept one removes"):
+        held(segment, more[scores[more].argsort(descending=True)])
+
+
+def test_the_gate_refuses_another_order(segment: tuple[Tensor, Tensor, Tensor]) -> None:
+    with pytest.raises(AssertionError, match="falling score"):
+        held(segment, segment[2].flip(0))
+
+
+# ---- The other gates, and the sweeps
+
+
+def test_the_gate_of_roi_align_refuses_a_shifted_tap() -> None:
+    contest = roi_align_bench.pooling("W1", "forward", "bf16", "nhwc", roi_align_bench.PYRAMID_PROVIDERS)
+    given = contest.inputs()
+    truth = contest.truth(given)
+    right = contest.providers["torchvision"](given)()
+    contest.check(right, truth)
+    shifted = given._replace(boxes=given.boxes + torch.tensor([1.0, 0, 1, 0]))
+    with pytest.raises(AssertionError, match="value 0: max error"):
+        contest.check(contest.providers["torchvision"](shifted)(), truth)
+    with pytest.raises(AssertionError, match="value 0: max error"):
+        contest.check(roi_align_bench.Loose(-right, roi_align_bench.HALF_COORDINATES), truth)
+
+
+def test_the_gate_of_proposals_refuses_moved_and_missing_boxes() -> None:
+    boxes, scores = rois(2, 40, 800, 1344), torch.rand(2, 40)
+    counts = torch.tensor([40, 30])
+    truth = (boxes, scores, counts)
+    proposals_bench.check(truth, truth)
+    listed = [boxes[0], boxes[1, :30]], [scores[0], scores[1, :30]]
+    proposals_bench.check(listed, truth)
+    with pytest.raises(AssertionError, match=r"image 0: 0\.0% of the true found"):
+        proposals_bench.check((boxes + 1, scores, counts), truth)
+    with pytest.raises(AssertionError, match="image 1: 29, not 30"):
+        proposals_bench.check((boxes, scores, counts - torch.tensor([0, 1])), truth)
+    labels = torch.zeros(2, 40, dtype=torch.int64)
+    with pytest.raises(AssertionError, match="image 0"):
+        proposals_bench.check((boxes, scores, labels + 1, counts), (boxes, scores, labels, counts))
+
+
+def test_a_graph_needs_a_gpu() -> None:
+    with (
+        mock.patch("bench.graph.device", return_value=CPU),
+        pytest.raises(UnavailableError, match="a CUDA graph needs a GPU"),
+    ):
+        captured(lambda: None)
+
+
+def test_a_sweep_launches_the_tile_it_names() -> None:
+    from tmask_kernels.ops.roi_align import kernels
+
+    contest = roi_align_bench.SWEEPS["roi_align-forward"]()
+    assert len(contest.providers) >= 12
+    given = contest.inputs()
+
+    def launch(*_: object) -> kernels.Tile:
+        return kernels.pick_tile(256, 7, True)
+
+    with mock.patch.object(kernels, "multiscale_roi_align", launch):
+        for block_c, warps in ((32, 2), (256, 8)):
+            call = contest.providers[f"triton[block_c={block_c},warps={warps}]"](given)
+            assert call() == kernels.Tile(8, block_c, warps)
+
+
+def test_a_sweep_launches_the_block_it_names() -> None:
+    from tmask_kernels.ops.nms import kernels
+
+    contest = nms_bench.SWEEPS["nms"]()
+    assert len(contest.providers) >= 12
+    given = contest.inputs()
+
+    def launch(*_: object) -> tuple[int, int]:
+        return kernels.BLOCK, kernels.NUM_WARPS
+
+    with mock.patch.object(kernels, "padded_nms", launch):
+        assert contest.providers["triton[block=128,warps=8]"](given)() == (128, 8)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_features_have_the_dtype_and_layout(dtype: str, layout: str) -> None:
+    features = roi_case("W1").small().features(DTYPES[dtype], LAYOUTS[layout], CPU)
+    assert {x.dtype for x in features} == {DTYPES[dtype]}
+    assert all(x.is_contiguous(memory_format=LAYOUTS[layout]) for x in features)
