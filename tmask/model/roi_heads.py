@@ -123,10 +123,11 @@ class RoIHeads(nn.Module):
             nms_threshold=self.nms_threshold,
             max_detections=self.max_detections,
         )
-        found = Detections(boxes, scores, labels, counts, masks=None)
+        found = torch.arange(boxes.shape[1], device=boxes.device) < counts[:, None]  # [N, D]
         # The background column was left out above: column 0 is label 1. Padding stays 0.
-        found = found._replace(labels=torch.where(found.valid(), labels + 1, 0))
-        return found._replace(masks=self._mask_probabilities(features, found, compact=compact))
+        labels = torch.where(found, labels + 1, 0)
+        masks = self._mask_probabilities(features, boxes, labels, found, compact=compact)
+        return Detections(boxes, scores, labels, counts, masks)
 
     def sample_rois(self, proposals: Proposals, targets: Targets) -> SampledRois:
         """Match proposals and the ground truth itself to the ground truth, and draw the RoIs of the losses.
@@ -182,13 +183,14 @@ class RoIHeads(nn.Module):
         logits = self.mask_head(pooled[rows])  # [R, C, M, M]
         return mask_bce(logits, labels.flatten()[rows], target.flatten(0, 1)[rows], valid=valid.flatten()[rows])
 
-    def _mask_probabilities(self, features: Sequence[Tensor], found: Detections, *, compact: bool) -> Tensor:
+    def _mask_probabilities(
+        self, features: Sequence[Tensor], boxes: Tensor, labels: Tensor, valid: Tensor, *, compact: bool
+    ) -> Tensor:
         """The mask of each detection's own class: [N, D, M, M], zeros in padding."""
-        valid = found.valid()
-        pooled = self.extractor(features, found.boxes, valid, self.mask_pool_size)
+        pooled = self.extractor(features, boxes, valid, self.mask_pool_size)
         rows = _rows(valid, compact)
         logits = self.mask_head(pooled[rows])  # [R, C, M, M]
-        own = found.labels.flatten()[rows][:, None, None, None].expand(-1, 1, *logits.shape[-2:])
+        own = labels.flatten()[rows][:, None, None, None].expand(-1, 1, *logits.shape[-2:])
         masks = logits.gather(1, own).squeeze(1).float().sigmoid()  # [R, M, M]
         masks = torch.where(valid.flatten()[rows][:, None, None], masks, 0.0)
         if isinstance(rows, Tensor):
