@@ -109,6 +109,23 @@ def test_the_time_is_up(tmp_path: Path) -> None:
     assert journal.missing() == ["hang", "b"]
 
 
+def test_an_interrupt_ends_the_worker_and_keeps_what_it_has(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.replace("import json", "print(__import__('os').getpid(), flush=True)\nimport json", 1))
+    journal = Journal(tmp_path / "journal.jsonl", lambda line: line.get("done"))
+
+    def hear(lines: list[Line]) -> None:
+        if {"ran": "hang"} in lines:
+            raise KeyboardInterrupt  # as a signal's handler does
+
+    command = [sys.executable, str(script), str(journal.path), "a", "hang"]
+    ending = survive(command, journal, seconds=30, killed=lambda *_: {}, hear=hear, hang=30)
+    assert ending == Ending("interrupted", "interrupted")
+    assert (journal.settled, journal.missing()) == ({"a"}, ["hang"])
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(journal.path.with_suffix(".log").read_text()), 0)
+
+
 def test_a_worker_that_cannot_begin_is_not_tried_for_ever(tmp_path: Path) -> None:
     ending, _, _, _ = outlive(tmp_path, "a", worker="import sys; sys.exit('no such thing: /a/b/thing.so')")
     # Exit code 1 is also pytest's "a test failed".
