@@ -183,7 +183,7 @@ def _timed_row(key: str, times: Samples, memory: float | None, contest: Contest)
 def _begin_afresh() -> None:
     """What the contest before has left behind must not decide this one."""
     _leave_memory()
-    # A compiled graph with donated buffers refuses a second backward, and `gradients` repeats it.
+    # `gradients` repeats a backward, and a compiled graph whose buffers are donated may refuse that.
     torch._functorch.config.donated_buffer = False
     if "torch._dynamo" in sys.modules:
         # torch.compile counts the versions of a function over the whole process: the second would be made for any

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor
 
 from bench import contest as contest_module
@@ -301,9 +302,38 @@ def test_on_a_gpu(monkeypatch):
 
 
 def test_a_compiled_backward_is_repeated(cpu):
-    """It refuses to run twice while its buffers may be donated."""
-    rows_of(doubling({"right": RIGHT}))
+    """Torch asks for donated buffers to be off where a graph is retained."""
+
+    def compiled(x: Tensor) -> Callable[[], Any]:
+        leaf = x.clone().requires_grad_()
+        wave = torch.compile(lambda x: x.sin().exp().cos(), backend="aot_eager_decomp_partition")
+        return gradients(wave(leaf), [leaf], torch.ones(4))
+
+    def truth(x: Tensor) -> Tensor:
+        leaf = x.double().requires_grad_()
+        return torch.autograd.grad(leaf.sin().exp().cos().sum(), leaf)[0]
+
+    contest = doubling({"compile": compiled}, truth=truth, check=lambda out, truth: assert_close(out[0], truth))
+    assert rows_of(contest)["compile"].status == "timed"
     assert not torch._functorch.config.donated_buffer
+
+
+def test_compilations_do_not_pile_up(cpu):
+    """Over eight versions of one function the compiler gives up, and `compile` would be the reference."""
+    torch._dynamo.reset()
+    compilations: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compilations.append(str(inputs[0].dtype))
+        return graph.forward
+
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    for size in range(2, 14):
+        provider = ready(torch.compile(double, backend=backend, dynamic=False))
+        rows_of(doubling({"compile": provider}, inputs=lambda size=size: torch.arange(float(size))))
+    assert len(compilations) == 12
 
 
 def test_gradients_can_be_called_again():
