@@ -5,8 +5,11 @@ Whatever a part meets, it is told in the result and the next part begins.
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -195,10 +198,16 @@ def draw(path: Path, folder: Path, say: Callable[[str], None]) -> None:
 
 
 def describe_machine(commit: str | None) -> dict[str, Any]:
-    """`bench.machine.describe`, with the commit as given, or as the environment has it where there is no git."""
-    from bench import machine
+    """`bench.machine.describe`, with the commit as given, or as the environment has it where there is no git.
 
-    found = machine.describe()
+    In a process of its own, so that this one holds no CUDA context. Errors: ValueError if that process fails.
+    """
+    code = "import json; from bench.machine import describe; print(json.dumps(describe()))"
+    env = {**os.environ, "PYTHONPATH": run.environment(gpu=False)["PYTHONPATH"]}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise ValueError(f"torch does not work here: {clean((done.stderr.splitlines() or ['it said nothing'])[-1])}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     if found["commit"] is None:
         found["changed"] = None  # nobody knows
     found["commit"] = commit or found["commit"] or os.environ.get(COMMIT) or "unknown"

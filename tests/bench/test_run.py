@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from bench import machine, result, run
+from bench import result, run
 from bench.__main__ import main
 from bench.process import Ending, Journal, Line, survive
 from bench.rows import ROOT, read_rows, row_of
@@ -208,11 +207,8 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Report:
     words = ["report", "--only", "tests,ops,sweep", "--out", str(out), "--commit", "f" * 40, "--budget", "300"]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
         patch.setattr(run, "files_of", lambda _: files)
-        patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        machine.device.cache_clear()
         code = main(words)
-    machine.device.cache_clear()
     (path,) = out.glob("cpu-*/*.json")
     return Report(code, path, out / "work" / "ops.jsonl", said.getvalue())
 
