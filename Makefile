@@ -31,7 +31,7 @@ test-compile: $(VENV)/.installed
 
 # The tests of kernels and model take their device from a fixture, so here they run compiled.
 test-gpu: $(VENV)/.installed
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/kernels tests/model tests/engine/test_resume.py \
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu tests/kernels tests/model tests/engine/test_resume.py \
 		tests/test_validate.py -m 'not compile_only'
 
 # The same as `tmask bench`; ARGS="op", "model", "roi_align nms", "-k W1". `pytest bench/ops/*.py` runs them bare.

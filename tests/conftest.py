@@ -15,9 +15,18 @@ import pytest
 from tmask_kernels.backend import interpreter_enabled
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rehearse",
+        action="store_true",
+        help="run tests/gpu without a GPU: small, through Triton's interpreter, without what CUDA alone has",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        rehearsed = config.getoption("--rehearse", default=False) and "tests/gpu" in item.path.as_posix()
+        if "gpu" in item.keywords and not torch.cuda.is_available() and not rehearsed:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if "compile_only" in item.keywords and interpreter_enabled():
             item.add_marker(

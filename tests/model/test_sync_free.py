@@ -63,7 +63,7 @@ def test_reference_backend(mode: str, small_model: tmask.MaskRCNN, batch: tuple[
     assert not found
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels run, see tests marked gpu")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU see tests/gpu/test_model.py")
 @pytest.mark.parametrize("mode", ["train", "inference"])
 def test_triton_backend(
     mode: str, small_model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets], monkeypatch: pytest.MonkeyPatch
@@ -72,20 +72,6 @@ def test_triton_backend(
         run(mode, small_model, batch)
     assert not found
     assert "multiscale_roi_align" in used
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["train", "inference"])
-def test_a_gpu_never_waits(mode: str, small_model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]) -> None:
-    model, on_gpu = small_model.cuda(), torch.utils._pytree.tree_map_only(Tensor, Tensor.cuda, batch)
-    run(mode, model, on_gpu)  # kernels compile
-    model.train()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run(mode, model, on_gpu)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.mark.parametrize("mode", ["train", "inference"])
