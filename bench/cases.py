@@ -70,7 +70,9 @@ class RoICase:
     reduction: str = "mean"
 
     def small(self) -> RoICase:
-        return replace(self, height=128, width=160, channels=16, rois=6 * self.images)
+        # Of a pyramid several levels are to be used; of one map an adaptive grid has few samples.
+        height, width = (384, 448) if len(self.strides) > 1 else (128, 160)
+        return replace(self, height=height, width=width, channels=16, rois=8 * self.images)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ from bench.graph import captured
 from bench.ops import nms as nms_bench
 from bench.ops import proposals as proposals_bench
 from bench.ops import roi_align as roi_align_bench
+from tmask_kernels.ops.roi_align.reference import box_levels
 
 CPU = torch.device("cpu")
 MB = 1e6
@@ -93,6 +94,12 @@ def test_touched_cells_are_those_that_take_a_gradient(name: str) -> None:
         out = torchvision.ops.roi_align(features[0], boxes, case.pooled, case.scales[0], case.sampling_ratio)
     out.sum().backward()
     assert _count(case)[1] == sum(int((x.grad != 0).sum()) for x in features)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["W1", "W2", "W3"])
+def test_a_small_pyramid_uses_several_levels(name: str) -> None:
+    for case, levels in ((roi_case(name), 4), (roi_case(name).small(), 2)):
+        assert len(box_levels(case.boxes(), case.thresholds).unique()) >= levels
 
 
 def test_a_fixed_grid_has_ratio_squared_samples_a_bin() -> None:
