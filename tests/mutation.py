@@ -2,26 +2,45 @@
 
 import importlib.util
 import itertools
+import sys
 from pathlib import Path
 from types import ModuleType
 
 _count = itertools.count()
 
 
-def mutant(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
+def mutant(module: ModuleType, old: str, new: str, folder: Path, *, through: ModuleType | None = None) -> ModuleType:
     """Import a copy of `module` in which `old`, which must occur exactly once, reads `new`.
 
-    The copy registers its custom ops under a namespace of its own, so it lives beside the original.
+    `through` is a module that imports `module`: then a copy of it is returned that imports the broken one. Copies
+    register their custom ops under a namespace of their own, so they live beside the originals.
     """
-    assert module.__file__ is not None
-    source = Path(module.__file__).read_text()
+    source = _source(module)
     assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {module.__file__}"
+    broken = _load(source.replace(old, new), folder)
+    if through is None:
+        return broken
+    package, _, name = module.__name__.rpartition(".")
+    source = _source(through)
+    rewired = source.replace(f"from {module.__name__} import", f"from {broken.__name__} import")
+    rewired = rewired.replace(f"from {package} import {name}\n", f"import {broken.__name__} as {name}\n")
+    assert rewired != source, f"{through.__name__} does not import {module.__name__}"
+    return _load(rewired, folder)
+
+
+def _source(module: ModuleType) -> str:
+    assert module.__file__ is not None
+    return Path(module.__file__).read_text()
+
+
+def _load(source: str, folder: Path) -> ModuleType:
     name = f"mutant_{next(_count)}"
     path = folder / f"{name}.py"
-    path.write_text(source.replace(old, new).replace('"tmask::', f'"tmask_{name}::'))
+    path.write_text(source.replace('"tmask::', f'"tmask_{name}::'))
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     copy = importlib.util.module_from_spec(spec)
+    sys.modules[name] = copy
     spec.loader.exec_module(copy)
     return copy

@@ -10,6 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tmask_kernels.backend import interpreter_enabled
+
+# The interpreter multiplies the bits of bf16 as if they were integers; in float32 it gets the same products.
+DOT_IN_FP32 = tl.constexpr(interpreter_enabled())
+
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Launch on the device of `tensor`: Triton launches on the current CUDA device, whatever its arguments say."""
@@ -24,3 +29,21 @@ def box_iou(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2):
     inter = width * height
     union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - inter
     return tl.math.div_rn(inter, union)
+
+
+@triton.jit
+def small_dot(weights, values, TERMS: tl.constexpr, ACC: tl.constexpr):
+    """weights [M, K] of type ACC times values [K, N], to full ACC precision: [M, N].
+
+    Half-precision values take the tensor cores: the weights go in as a sum of TERMS numbers of the values' type, whose
+    products are exact. Others are multiplied as they are, never rounded to TF32.
+    """
+    product = tl.zeros((weights.shape[0], values.shape[1]), ACC)
+    for _ in tl.static_range(TERMS):
+        term = weights.to(values.dtype)
+        weights -= term.to(ACC)
+        if DOT_IN_FP32 and values.dtype == tl.bfloat16:
+            product += tl.dot(term.to(tl.float32), values.to(tl.float32), input_precision="ieee", out_dtype=ACC)
+        else:
+            product = tl.dot(term, values, product, input_precision="ieee", out_dtype=ACC)
+    return product

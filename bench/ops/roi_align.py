@@ -278,36 +278,60 @@ MAP_PROVIDERS = {
 }
 
 
-def tiles(mode: str) -> Contest:
+def patched(module: Any, name: str, value: Any) -> Callable[[Given], Call]:
+    """The op with `name` of a kernel module replaced while it runs: that is how a sweep changes a launch."""
+
+    def call(given: Given) -> Call:
+        run = provider(ours("triton"))(given)
+
+        def with_patch() -> Any:
+            with mock.patch.object(module, name, value):
+                return run()
+
+        return with_patch
+
+    return call
+
+
+def always(value: Any) -> Callable[..., Any]:
+    return lambda *_: value
+
+
+def forward_launches() -> Contest:
     """W1 in bf16 nhwc with one provider a tile of the kernel; `triton` is the launch as it is now."""
     from tmask_kernels.ops.roi_align import kernels
 
-    def launched(tile: kernels.Tile) -> Callable[[Given], Call]:
-        def pick_tile(C: int, PW: int, channels_last: bool) -> kernels.Tile:
-            return tile
-
-        def call(given: Given) -> Call:
-            run = provider(ours("triton"))(given)
-
-            def patched() -> Any:
-                with mock.patch.object(kernels, "pick_tile", pick_tile):
-                    return run()
-
-            return patched
-
-        return call
-
     block_pw = 8  # of 7 bins
     providers = {"triton": provider(ours("triton"))} | {
-        f"triton[block_c={block_c},warps={warps}]": launched(kernels.Tile(block_pw, block_c, warps))
+        f"triton[block_c={block_c},warps={warps}]": patched(
+            kernels, "pick_tile", always(kernels.Tile(block_pw, block_c, warps))
+        )
         for block_c in (16, 32, 64, 128, 256)
         for warps in (1, 2, 4, 8)
         if 1 <= block_pw * block_c / (32 * warps) <= 64  # elements a thread: some work, and no spills
     }
-    return pooling("W1" if mode == "forward" else "W1b", mode, "bf16", "nhwc", providers)
+    return pooling("W1", "forward", "bf16", "nhwc", providers)
+
+
+def backward_launches() -> Contest:
+    """W1b in bf16 nhwc with one provider a tile of the gather; `triton` is the launch as it is now."""
+    from tmask_kernels.ops.roi_align import kernels_backward
+
+    providers = {"triton": provider(ours("triton"))} | {
+        f"triton[{height}x{width},block_c={block_c},warps={warps},registers={registers}]": patched(
+            kernels_backward,
+            "pick_gather_tile",
+            always(kernels_backward.GatherTile(height, width, block_c, warps, registers)),
+        )
+        for height, width in ((4, 16), (8, 8), (8, 16), (16, 16), (8, 32))
+        for block_c in (32, 64, 128)
+        for warps, registers in ((2, 168), (4, 128), (4, 168), (8, 128))
+        if 16 <= height * width * block_c / (32 * warps) <= 64  # sums a thread
+    }
+    return pooling("W1b", "backward", "bf16", "nhwc", providers)
 
 
 SWEEPS: dict[str, Callable[[], Contest]] = {
-    "roi_align-forward": lambda: tiles("forward"),
-    "roi_align-backward": lambda: tiles("backward"),
+    "roi_align-forward": forward_launches,
+    "roi_align-backward": backward_launches,
 }

@@ -108,7 +108,8 @@ class Case:
     Like Triton's launcher, give an integer argument that is 1 as a constexpr, and name pointers and integers that are
     multiples of 16 in `divisible_by_16`. A tuple argument takes a tuple of types; in it "=1" is an integer known to be
     1, and its name in `divisible_by_16` holds for all its members. `enable_fp_fusion` is the launch option: False where
-    products and sums must round one by one. `target` maps one of ``ARCHES`` to the target there.
+    products and sums must round one by one; `max_registers` is one too, of NVIDIA alone. `target` maps one of
+    ``ARCHES`` to the target there.
 
     `fp32` says that the arithmetic must be full fp32: no TF32 is allowed. `wide` makes the target's widths a rule.
     `known_spills` are bytes that an architecture may spill all the same, with a comment why.
@@ -123,6 +124,7 @@ class Case:
     num_warps: int = 4
     num_stages: int | None = None
     enable_fp_fusion: bool = True
+    max_registers: int | None = None
     fp32: bool = True
     wide: bool = False
     known_spills: Mapping[str, int] = field(default_factory=dict)
@@ -140,6 +142,7 @@ def compile_case(case: Case, arch: str) -> Resources:
         num_warps=case.num_warps,
         num_stages=case.num_stages,
         enable_fp_fusion=case.enable_fp_fusion,
+        max_registers=case.max_registers,
     )
 
 

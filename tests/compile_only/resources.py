@@ -49,6 +49,7 @@ def compile_kernel(
     num_warps: int = 4,
     num_stages: int | None = None,
     enable_fp_fusion: bool = True,
+    max_registers: int | None = None,
 ) -> Resources:
     """Compile a jitted kernel for `arch` (one of ``ARCHES``) and read its resources; arguments as in `Case`."""
     import triton
@@ -76,6 +77,8 @@ def compile_kernel(
     options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion} | (
         {} if num_stages is None else {"num_stages": num_stages}
     )
+    if max_registers is not None and not amd:
+        options["maxnreg"] = max_registers
     source = ASTSource(kernel, types, constants, attributes)
     compiled = triton.compile(source, target=gpu, options=options)
     if amd:

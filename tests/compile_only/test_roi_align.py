@@ -1,4 +1,4 @@
-"""The RoIAlign kernel compiles for every architecture: box head (7 x 7), mask head (14 x 14), one map of 512 channels.
+"""RoIAlign's forward compiles for every architecture: box head (7 x 7), mask head (14 x 14), one map of 512 channels.
 
 What a thread should cost follows from its share of the tile, see `_target`.
 """
@@ -15,42 +15,29 @@ pytestmark = pytest.mark.compile_only
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 TAPS = 4  # bilinear
 BOX_LOADS = 5  # four corners, and whether the box is valid or which image it is of
-# The widest fp32 addition to memory: PTX has vectors of four from sm_90, AMD none.
-ATOMIC_BYTES = {"sm_80": 4, "sm_90": 16, "sm_100": 16, "gfx942": 4}
 
 
 def _target(
-    arch: str, tile: kernels.Tile, dtype: str, size: int, *, channels_last: bool, sampling_ratio: int, backward: bool
+    arch: str, tile: kernels.Tile, dtype: str, size: int, *, channels_last: bool, sampling_ratio: int
 ) -> Target:
-    """A thread owns `share` elements of the tile; each tap of them is `accesses` loads (or atomics), one address each.
+    """A thread owns `share` elements of the tile; each tap of them is `accesses` loads, one address each.
 
-    Forward: it keeps a sum of each element, for each access a weight and a position, and the taps of one sample as they
-    arrive. Backward: its gradients, their products with one weight, and the addresses of a sample's taps.
+    It keeps a sum of each element, for each access a weight and a position, and the taps of one sample as they arrive.
     """
     item = _BYTES[dtype]
     share = tile.block_pw * tile.block_c // (tile.num_warps * CHIPS[arch].lanes)
     width = 16 if channels_last else item
     accesses = max(1, share * item // width)
-    # The backward adds in fp32.
-    added = max(1, share * 4 // (16 if channels_last else 4))
-    values = 2 * share + 2 * added if backward else share + 2 * accesses
-    under_way = TAPS * share * (4 if backward else item)  # taps requested, or sums on their way to memory
+    under_way = TAPS * share * item  # taps requested
     # Ratio 0 keeps the first sample and the number of samples of each bin.
-    values += 2 * accesses if sampling_ratio == 0 else 0
+    values = share + 2 * accesses + (2 * accesses if sampling_ratio == 0 else 0)
     samples = sampling_ratio**2
-    executed = BOX_LOADS + accesses * (1 if backward else TAPS * samples)
+    executed = BOX_LOADS + accesses * TAPS * samples
     outputs = share * size / tile.block_pw  # the tile is a power of two wide
     return Target(
-        registers=registers(
-            values=values,
-            bytes_in_flight=0 if backward else under_way,
-            pointers=TAPS * (added if backward else accesses),
-        ),
-        # Gradients of 2 bytes arrive 8 a thread and leave as fp32, 4 a thread: they change hands.
-        shared=tile.block_pw * tile.block_c * item if backward and channels_last and item < 4 else 0,
+        registers=registers(values=values, bytes_in_flight=under_way, pointers=TAPS * accesses),
         load_bytes=width,
-        store_bytes=None if backward else width,
-        atomic_bytes=None if not backward else ATOMIC_BYTES[arch] if channels_last else 4,
+        store_bytes=width,
         loads=BOX_LOADS + TAPS * accesses if sampling_ratio == 0 else None,
         trips=None if sampling_ratio == 0 else (1, sampling_ratio, samples),
         outputs=outputs,
@@ -68,17 +55,15 @@ def _case(
     channels_last: bool = True,
     sampling_ratio: int = 2,
     levels: int = 4,
-    backward: bool = False,
     known_spills: Mapping[str, int] | None = None,
 ) -> Case:
     """Four levels take padded boxes [N, P, 4] with a mask, one takes boxes [K, 5]."""
     tile = kernels.pick_tile(channels, size, channels_last)
     padded = levels > 1
-    # The backward adds to fp32 sums.
     level = ("i32", "=1", "i32", "i32") if channels_last else ("i32", "i32", "i32", "=1")
     signature = {
         "out_ptr": f"*{dtype}",
-        "feature_ptrs": ("*fp32" if backward else f"*{dtype}",) * levels,
+        "feature_ptrs": (f"*{dtype}",) * levels,
         "boxes_ptr": "*fp32",
         "valid_ptr": "*u8" if padded else "*fp32",
         "num_images": "i32",
@@ -104,7 +89,6 @@ def _case(
         "FEATURE_STRIDE_C_IS_1": channels_last,
         "OUT_STRIDE_C_IS_1": channels_last,
         "ACC": kernels.tl.float32,
-        "BACKWARD": backward,
     }
     # 256 channels divide every stride of a channels_last tensor; of the others, widths may be odd.
     divisible = ["out_ptr", "feature_ptrs", "boxes_ptr", "valid_ptr", "C"]
@@ -120,13 +104,7 @@ def _case(
         wide=channels_last,
         known_spills=known_spills or {},
         target=lambda arch: _target(
-            arch,
-            tile,
-            dtype,
-            size,
-            channels_last=channels_last,
-            sampling_ratio=sampling_ratio,
-            backward=backward,
+            arch, tile, dtype, size, channels_last=channels_last, sampling_ratio=sampling_ratio
         ),
     )
 
@@ -145,10 +123,6 @@ CASES = [
     _case("forward fp32 contiguous 7x7 one level", dtype="fp32", channels=512, channels_last=False, levels=1),
     _case("forward fp32 contiguous 7x7 one level adaptive", dtype="fp32", channels=512, channels_last=False, levels=1,
           sampling_ratio=0),
-    _case("backward bf16 channels_last 7x7", dtype="bf16", backward=True),
-    _case("backward fp32 channels_last 7x7", dtype="fp32", backward=True),
-    _case("backward bf16 channels_last 14x14", dtype="bf16", size=14, backward=True),
-    _case("backward bf16 contiguous 7x7", dtype="bf16", channels_last=False, backward=True),
 ]  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def test_the_guard_sees_a_ragged_op_wait(name: str, device: torch.device) -> Non
 
 @every_static_op
 def test_gives_the_same_bits_again(check: OpCheck, dtype: torch.dtype, device: torch.device) -> None:
-    """The forward always; the backward under deterministic algorithms, unless it refuses them by name."""
+    """Forward and backward; only a backward of PyTorch's own may refuse deterministic algorithms, by name."""
     inputs, rounds = make(check, dtype, device), 5 if device.type == "cuda" else 1
     with torch.no_grad():
         first = check.call(inputs, None)
@@ -104,7 +104,7 @@ def test_gives_the_same_bits_again(check: OpCheck, dtype: torch.dtype, device: t
     with deterministic_algorithms():
         try:
             gradients = forward_and_backward(check, inputs)
-        except (RuntimeError, ValueError) as error:
+        except RuntimeError as error:
             assert "eterministic" in str(error)  # noqa: PT017 - refusing is right, and so are equal bits
             return
         for _ in range(rounds):

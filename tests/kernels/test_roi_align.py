@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.mutation import mutant
 from tmask_kernels import multiscale_roi_align, roi_align
-from tmask_kernels.ops.roi_align import kernels, op, reference
+from tmask_kernels.ops.roi_align import kernels, kernels_backward, kernels_geometry, op, reference
 from tmask_kernels.testing import assert_close, guarded, poisoned_empty, random_boxes
 
 BACKENDS = ("reference", "torchvision", "triton")
@@ -529,14 +529,25 @@ def test_reasons(device: torch.device) -> None:
             roi_align(feature, boxes, 2, backend="torchvision")
         fake = torch.zeros(1, 3, 8, 8, device="meta")
         assert roi_align(fake, boxes.detach().to("meta"), 2, backend="reference").shape == (2, 3, 2, 2)
+
+
+def test_gradient_is_deterministic(device: torch.device) -> None:
+    """The same bits twice, and no refusal in deterministic mode; more boxes than one word of the mask holds."""
+    boxes = torch.cat(
+        [odd_boxes(device), random_boxes(20, height=SIDE, width=SIDE, min_size=4, max_size=30, device=device)]
+    )[None]
+    features = [x.detach()[:1].requires_grad_() for x in pyramid(device, C=3)]
     torch.use_deterministic_algorithms(True)
     try:
-        with pytest.raises(ValueError, match="backward not deterministic yet"):
-            roi_align(feature.requires_grad_(), boxes.detach(), 2, backend="triton")
-        with torch.no_grad():
-            roi_align(feature, boxes, 2, backend="triton")
+        out = multiscale_roi_align(features, boxes, 2, SCALES, canonical_scale=100, backend="triton")
+        weights = torch.randn_like(out)
+        first, second = (torch.autograd.grad(out, features, weights, retain_graph=True) for _ in range(2))
     finally:
         torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    _, exact = expected = truth(features, boxes, 2, SCALES, canonical_scale=100)
+    for got, want in zip(first, torch.autograd.grad(expected[0], exact, weights.double()), strict=True):
+        assert_close(got, want)
 
 
 # Tracing
@@ -574,7 +585,7 @@ def test_opcheck(device: torch.device, channels_last: bool) -> None:
     torch.library.opcheck(kernels.multiscale_roi_align, (features, boxes, valid, 2, 3, [0.5, 0.25], [64.0], 2, True))
     grad = torch.randn(2, 3, 2, 3, device=device)
     torch.library.opcheck(
-        kernels.multiscale_roi_align_backward,
+        kernels_backward.multiscale_roi_align_backward,
         (grad, boxes, valid, 1, [8, 4], [6, 3], channels_last, [0.5, 0.25], [64.0], 2, True),
     )
 
@@ -596,16 +607,21 @@ def parity(kernels: ModuleType, device: torch.device) -> None:
 
 
 MUTANTS = {
-    "tap off by one": ("high = tl.minimum(low + 1, length - 1)", "high = tl.minimum(low + 2, length - 1)"),
-    "border not clamped": ("high = tl.minimum(low + 1, length - 1)", "high = low + 1"),
-    "border excluded": ("inside = (at >= -1.0) & (at <= length)", "inside = (at >= 0.0) & (at <= length - 1)"),
-    "wrong level": ("reached = area >= thresholds[i - 1]", "reached = area >= 4 * thresholds[i - 1]"),
-    "swapped sizes": ("return ptr, tl.cast(H, tl.int32), tl.cast(W,", "return ptr, tl.cast(W, tl.int32), tl.cast(H,"),
-    "no half cell": ("shift: tl.constexpr = 0.5 if ALIGNED else 0.0", "shift: tl.constexpr = 0.0"),
-    "wrong image": ("image = k // boxes_an_image", "image = k * 0"),
-    "non-finite read": ("usable = image < num_images", "usable = image < num_images - 1"),
-    "gradient not shared": ("other=0.0).to(ACC) * share", "other=0.0).to(ACC)"),
-    "gradient to one tap twice": ("tl.atomic_add(row_low + right, ", "tl.atomic_add(row_low + left, "),
+    "tap off by one": (kernels, "high = tl.minimum(low + 1, length - 1)", "high = tl.minimum(low + 2, length - 1)"),
+    "border not clamped": (kernels, "high = tl.minimum(low + 1, length - 1)", "high = low + 1"),
+    "border excluded": (kernels, "(at >= -1.0) & (at <= length)", "(at >= 0.0) & (at <= length - 1)"),
+    "wrong level": (kernels_geometry, "(area >= thresholds[i - 1])", "(area >= 4 * thresholds[i - 1])"),
+    "swapped sizes": (kernels, "H = tl.cast(of_level(level, heights,", "H = tl.cast(of_level(level, widths,"),
+    "no half cell": (kernels_geometry, "shift: tl.constexpr = 0.5 if ALIGNED else 0.0", "shift: tl.constexpr = 0.0"),
+    "wrong image": (kernels_geometry, "image = k // boxes_an_image", "image = k * 0"),
+    "non-finite read": (kernels_geometry, "usable = image < num_images", "usable = image < num_images - 1"),
+    "gradient not shared": (kernels_backward, "(weights_y * share)", "(weights_y)"),
+    "gradient to one tap alone": (kernels_backward, "1.0 - tl.abs(at - cells)", "1.0 * (tl.floor(at) == cells)"),
+    "gradient without the border": (kernels_backward, "(at >= -1.0) & (at <= length)", "(at >= 0.0) & (at <= length)"),
+    "last row of bins left out": (kernels_backward, "+ 0.01) + 1.0", "+ 0.01)"),
+    "tiles beside the box left out": (kernels_backward, "tl.floor(high) + 1.0", "tl.floor(high) - 1.0"),
+    "boxes of another level": (kernels_backward, " & (tile_level[:, None] == level[None, :])", ""),
+    "a box a word": (kernels_backward, "bits ^= lowest", "bits = bits * 0"),
 }  # fmt: skip
 
 
@@ -615,6 +631,7 @@ def test_parity_is_green(device: torch.device) -> None:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_turn_parity_red(name: str, device: torch.device, tmp_path: Path) -> None:
-    broken = mutant(kernels, *MUTANTS[name], tmp_path)
+    module, old, new = MUTANTS[name]
+    broken = mutant(module, old, new, tmp_path, through=None if module is kernels else kernels)
     with pytest.raises(AssertionError):
         parity(broken, device)

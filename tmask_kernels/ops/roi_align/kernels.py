@@ -5,8 +5,7 @@ One program: one box x one row of bins x a block of channels. It reads the box, 
 where they lie, by their strides; where every level has its channels side by side (channels_last), a thread
 loads 16 bytes of them, and the output is channels_last too.
 
-Determinism: the forward is; the backward adds in fp32 with atomics, in any order, so its last bits are not.
-Letters as in `reference`.
+The backward is in `kernels_backward`. Both are deterministic. Letters as in `reference`.
 """
 
 from __future__ import annotations
@@ -20,76 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from tmask_kernels._triton import on_device
-
-
-@triton.jit
-def _is_finite(x1, y1, x2, y2):
-    """A difference is finite only if both its terms are, and then only if it does not overflow."""
-    return (tl.abs(x2 - x1) < float("inf")) & (tl.abs(y2 - y1) < float("inf"))
-
-
-@triton.jit
-def _box(boxes_ptr, valid_ptr, k, num_images, boxes_an_image, PADDED: tl.constexpr, HAS_VALID: tl.constexpr):
-    """Box k: corners, its image, and whether it is to be pooled at all (valid, finite, of an image that exists)."""
-    if PADDED:  # [N, P, 4]
-        row = boxes_ptr + k * 4
-        image = k // boxes_an_image
-        usable = image < num_images
-    else:  # [K, 5]
-        index = tl.load(boxes_ptr + k * 5)
-        row = boxes_ptr + k * 5 + 1
-        usable = (index > -1) & (index < num_images)  # false for NaN
-        image = tl.where(usable, index, 0.0).to(tl.int64)
-    x1, y1, x2, y2 = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-    usable &= _is_finite(x1, y1, x2, y2)
-    if HAS_VALID:
-        usable &= tl.load(valid_ptr + k) != 0
-    return x1, y1, x2, y2, image, usable
-
-
-@triton.jit
-def _level(x1, y1, x2, y2, thresholds, ptrs, heights, widths, strides, scales, NUM_LEVELS: tl.constexpr):
-    """Pick the level of a box by how many of the areas in `thresholds` it reaches: pointer, H, W, strides, scale."""
-    area = (x2 - x1) * (y2 - y1)
-    ptr, H, W, scale = ptrs[0], heights[0], widths[0], scales[0]
-    stride_n, stride_c = tl.cast(strides[0][0], tl.int64), tl.cast(strides[0][1], tl.int64)
-    stride_h, stride_w = tl.cast(strides[0][2], tl.int64), tl.cast(strides[0][3], tl.int64)
-    for i in tl.static_range(1, NUM_LEVELS):
-        reached = area >= thresholds[i - 1]
-        ptr = tl.where(reached, ptrs[i], ptr)
-        H, W = tl.where(reached, heights[i], H), tl.where(reached, widths[i], W)
-        scale = tl.where(reached, scales[i], scale)
-        stride_n = tl.where(reached, tl.cast(strides[i][0], tl.int64), stride_n)
-        stride_c = tl.where(reached, tl.cast(strides[i][1], tl.int64), stride_c)
-        stride_h = tl.where(reached, tl.cast(strides[i][2], tl.int64), stride_h)
-        stride_w = tl.where(reached, tl.cast(strides[i][3], tl.int64), stride_w)
-    return ptr, tl.cast(H, tl.int32), tl.cast(W, tl.int32), stride_n, stride_c, stride_h, stride_w, scale
-
-
-@triton.jit
-def _divide(a, b):
-    """IEEE division: fp32 `/` is approximate and would move the ceil of an adaptive grid by one."""
-    if a.dtype.is_fp64():
-        return a / b
-    else:
-        return tl.math.div_rn(a, b)
-
-
-@triton.jit
-def _axis(low_corner, high_corner, scale, bins, ALIGNED: tl.constexpr, SAMPLING_RATIO: tl.constexpr):
-    """Along an axis, in cells: start of the box, size of a bin, samples in it (a float: it may be huge), their step."""
-    shift: tl.constexpr = 0.5 if ALIGNED else 0.0
-    start = low_corner * scale - shift
-    size = high_corner * scale - shift - start
-    if not ALIGNED:
-        size = tl.maximum(size, 1.0)
-    bin_size = _divide(size, tl.zeros_like(size) + bins)
-    if SAMPLING_RATIO > 0:
-        grid = tl.zeros_like(size) + SAMPLING_RATIO
-    else:
-        grid = tl.ceil(bin_size)
-    step = _divide(bin_size, tl.where(grid > 0, grid, 1.0))
-    return start, bin_size, grid, step
+from tmask_kernels.ops.roi_align import kernels_backward
+from tmask_kernels.ops.roi_align.kernels_geometry import (
+    axis,
+    is_finite,
+    level_index,
+    load_box,
+    of_level,
+    strides_of_level,
+)
 
 
 @triton.jit
@@ -150,9 +88,7 @@ def _roi_align_kernel(
     FEATURE_STRIDE_C_IS_1: tl.constexpr,
     OUT_STRIDE_C_IS_1: tl.constexpr,
     ACC: tl.constexpr,
-    BACKWARD: tl.constexpr,
 ):
-    """Forward; with BACKWARD, `out_ptr` is the gradient to read and `feature_ptrs` the fp32 sums to add to."""
     # Programs that read the same box and cells run next to one another.
     num_blocks_c = tl.cdiv(C, BLOCK_C)
     ph = tl.program_id(0) % PH
@@ -162,12 +98,14 @@ def _roi_align_kernel(
     offs_pw = tl.arange(0, BLOCK_PW)
     mask_pw = offs_pw < PW
 
-    x1, y1, x2, y2, image, usable = _box(boxes_ptr, valid_ptr, k, num_images, boxes_an_image, PADDED, HAS_VALID)
-    feature_ptr, H, W, stride_n, stride_c, stride_h, stride_w, scale = _level(
-        x1, y1, x2, y2, thresholds, feature_ptrs, heights, widths, feature_strides, scales, NUM_LEVELS
-    )
+    x1, y1, x2, y2, image, usable = load_box(boxes_ptr, valid_ptr, k, num_images, boxes_an_image, PADDED, HAS_VALID)
+    level = level_index(x1, y1, x2, y2, thresholds, NUM_LEVELS)
+    feature_ptr, scale = of_level(level, feature_ptrs, NUM_LEVELS), of_level(level, scales, NUM_LEVELS)
+    H = tl.cast(of_level(level, heights, NUM_LEVELS), tl.int32)
+    W = tl.cast(of_level(level, widths, NUM_LEVELS), tl.int32)
+    stride_n, stride_c, stride_h, stride_w = strides_of_level(level, feature_strides, NUM_LEVELS)
     # Scaled by more than 1 a box may overflow; a level may have no cells.
-    usable &= _is_finite(x1 * scale, y1 * scale, x2 * scale, y2 * scale) & (H > 0) & (W > 0)
+    usable &= is_finite(x1 * scale, y1 * scale, x2 * scale, y2 * scale) & (H > 0) & (W > 0)
     out_row = out_ptr + k * out_strides[0] + ph.to(tl.int64) * out_strides[2]
     # The compiler cannot see these ones in the strides, and needs them for wide loads and stores.
     channels = offs_c if FEATURE_STRIDE_C_IS_1 else offs_c * stride_c
@@ -176,8 +114,8 @@ def _roi_align_kernel(
     out_mask = mask_pw[:, None] & mask_c[None, :]
     base = feature_ptr + image * stride_n
 
-    start_y, bin_h, grid_h, step_y = _axis(y1, y2, scale, PH, ALIGNED, SAMPLING_RATIO)
-    start_x, bin_w, grid_w, step_x = _axis(x1, x2, scale, PW, ALIGNED, SAMPLING_RATIO)
+    start_y, bin_h, grid_h, step_y = axis(y1, y2, scale, PH, ALIGNED, SAMPLING_RATIO)
+    start_x, bin_w, grid_w, step_x = axis(x1, x2, scale, PW, ALIGNED, SAMPLING_RATIO)
     bin_y = start_y + ph.to(ACC) * bin_h
     bin_x = start_x + offs_pw.to(ACC) * bin_w  # [BLOCK_PW]
     first_y, count_y = _window(bin_y, step_y, grid_h, H, SAMPLING_RATIO)
@@ -186,10 +124,7 @@ def _roi_align_kernel(
     num_x = tl.where(usable, tl.max(tl.where(mask_pw, counts_x, 0.0), 0), 0.0).to(tl.int32)
     share = 1.0 / tl.maximum(tl.where(usable, grid_h * grid_w, 1.0), 1.0)
 
-    if BACKWARD:
-        tile = tl.load(out_ptrs, mask=out_mask, other=0.0).to(ACC) * share
-    else:
-        tile = tl.zeros((BLOCK_PW, BLOCK_C), ACC)
+    tile = tl.zeros((BLOCK_PW, BLOCK_C), ACC)
     iy = tl.full((), 0, tl.int32)
     while iy < num_y:
         at_y = first_y + iy.to(ACC)
@@ -204,21 +139,14 @@ def _roi_align_kernel(
             left = (x_low * stride_w)[:, None] + channels[None, :]
             right = (x_high * stride_w)[:, None] + channels[None, :]
             lx = lx[:, None]
-            if BACKWARD:
-                tl.atomic_add(row_low + left, (1.0 - ly) * (1.0 - lx) * tile, mask=mask, sem="relaxed")
-                tl.atomic_add(row_low + right, (1.0 - ly) * lx * tile, mask=mask, sem="relaxed")
-                tl.atomic_add(row_high + left, ly * (1.0 - lx) * tile, mask=mask, sem="relaxed")
-                tl.atomic_add(row_high + right, ly * lx * tile, mask=mask, sem="relaxed")
-            else:
-                v00 = tl.load(row_low + left, mask=mask, other=0.0).to(ACC)
-                v01 = tl.load(row_low + right, mask=mask, other=0.0).to(ACC)
-                v10 = tl.load(row_high + left, mask=mask, other=0.0).to(ACC)
-                v11 = tl.load(row_high + right, mask=mask, other=0.0).to(ACC)
-                tile += (1.0 - ly) * ((1.0 - lx) * v00 + lx * v01) + ly * ((1.0 - lx) * v10 + lx * v11)
+            v00 = tl.load(row_low + left, mask=mask, other=0.0).to(ACC)
+            v01 = tl.load(row_low + right, mask=mask, other=0.0).to(ACC)
+            v10 = tl.load(row_high + left, mask=mask, other=0.0).to(ACC)
+            v11 = tl.load(row_high + right, mask=mask, other=0.0).to(ACC)
+            tile += (1.0 - ly) * ((1.0 - lx) * v00 + lx * v01) + ly * ((1.0 - lx) * v10 + lx * v11)
             ix += 1
         iy += 1
-    if not BACKWARD:
-        tl.store(out_ptrs, (tile * share).to(out_ptr.dtype.element_ty), mask=out_mask)
+    tl.store(out_ptrs, (tile * share).to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
 class Tile(NamedTuple):
@@ -249,14 +177,11 @@ def _launch(
     thresholds: Sequence[float],
     sampling_ratio: int,
     aligned: bool,
-    *,
-    backward: bool,
 ) -> None:
-    """Run the kernel on `out` [K, C, PH, PW] and `features` (one [N, C, H, W] a level)."""
+    """Fill `out` [K, C, PH, PW] from `features` (one [N, C, H, W] a level)."""
     K, C, PH, PW = out.shape
     if not out.numel() or not any(f.numel() for f in features):
-        if not backward:
-            out.zero_()
+        out.zero_()
         return
     boxes = boxes.contiguous()
     channels_last = all(f.stride(1) == 1 for f in features)
@@ -289,7 +214,6 @@ def _launch(
             FEATURE_STRIDE_C_IS_1=channels_last,
             OUT_STRIDE_C_IS_1=out.stride(1) == 1,
             ACC=tl.float64 if out.dtype == torch.float64 else tl.float32,
-            BACKWARD=backward,
             num_warps=tile.num_warps,
             # A fused coord * scale - 0.5 would round differently from the reference, and an adaptive grid with it.
             enable_fp_fusion=False,
@@ -328,58 +252,13 @@ def multiscale_roi_align(
 ) -> Tensor:
     """Pool boxes [N, P, 4] (fp32, valid [N, P] bool) or [K, 5]: [K, C, PH, PW]. Arguments as in `reference`."""
     out = _empty_out(features, boxes, pooled_height, pooled_width)
-    _launch(out, features, boxes, valid, scales, thresholds, sampling_ratio, aligned, backward=False)
+    _launch(out, features, boxes, valid, scales, thresholds, sampling_ratio, aligned)
     return out
 
 
 @multiscale_roi_align.register_fake
 def _(features, boxes, valid, pooled_height, pooled_width, scales, thresholds, sampling_ratio, aligned):
     return _empty_out(features, boxes, pooled_height, pooled_width)
-
-
-@torch.library.custom_op("tmask::multiscale_roi_align_backward", mutates_args=())
-def multiscale_roi_align_backward(
-    grad: Tensor,
-    boxes: Tensor,
-    valid: Tensor | None,
-    num_images: int,
-    heights: Sequence[int],
-    widths: Sequence[int],
-    channels_last: bool,
-    scales: Sequence[float],
-    thresholds: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-) -> list[Tensor]:
-    """Gradient of `multiscale_roi_align` to each level [N, C, H, W], summed in fp32, in the dtype of `grad`."""
-    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    sums = _empty_gradients(grad, num_images, heights, widths, channels_last, dtype)
-    for level in sums:
-        level.zero_()
-    _launch(grad, sums, boxes, valid, scales, thresholds, sampling_ratio, aligned, backward=True)
-    return [level.to(grad.dtype) for level in sums]
-
-
-@multiscale_roi_align_backward.register_fake
-def _(
-    grad, boxes, valid, num_images, heights, widths, channels_last, scales, thresholds, sampling_ratio, aligned
-):  # fmt: skip
-    return _empty_gradients(grad, num_images, heights, widths, channels_last, grad.dtype)
-
-
-def _empty_gradients(
-    grad: Tensor,
-    num_images: int,
-    heights: Sequence[int],
-    widths: Sequence[int],
-    channels_last: bool,
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    C, memory_format = grad.shape[1], _memory_format(channels_last)
-    return [
-        torch.empty((num_images, C, H, W), dtype=dtype, device=grad.device, memory_format=memory_format)
-        for H, W in zip(heights, widths, strict=True)
-    ]
 
 
 def _setup_context(ctx, inputs, output):
@@ -392,7 +271,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     boxes, valid = ctx.saved_tensors
-    gradients = multiscale_roi_align_backward(
+    gradients = kernels_backward.multiscale_roi_align_backward(
         grad, boxes, valid, ctx.num_images, ctx.heights, ctx.widths, ctx.channels_last, *ctx.rest
     )
     # A single map has no thresholds, and autograd takes an empty list for a list of tensors: its gradient is a list.

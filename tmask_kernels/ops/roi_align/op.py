@@ -236,9 +236,6 @@ def _triton_reasons(features: list[Tensor], boxes: Tensor) -> list[str]:
         reasons.append("float64 features run in the interpreter only")
     if len(features) > MAX_TRITON_LEVELS:
         reasons.append(f"at most {MAX_TRITON_LEVELS} levels")
-    if torch.is_grad_enabled():
-        if boxes.requires_grad:
-            reasons.append("no gradient to the boxes yet")
-        if torch.are_deterministic_algorithms_enabled() and any(f.requires_grad for f in features):
-            reasons.append("backward not deterministic yet")
+    if torch.is_grad_enabled() and boxes.requires_grad:
+        reasons.append("no gradient to the boxes yet")
     return reasons

@@ -1,0 +1,380 @@
+"""Gradient of RoIAlign to the features, in gather form: no atomics, the same bits from run to run.
+
+The mean of bilinear samples is separable, out = Wy F Wx^T, so dF = sum over boxes of Wy^T G Wx. A program owns a tile
+of cells of one level of one image and a block of channels, goes through the boxes that touch the tile in the order of
+their index, keeps the sum in registers and writes each gradient once, in its final dtype. A row of bins is spread along
+x by one small product, [cells of a tile row, bins] x [bins, channels], and along y by a multiply-add for each row of
+the tile; only rows of bins that can reach the tile are read.
+
+Which boxes touch a tile stands in a bit mask that a small launch writes first, one bit a box and tile. Letters as in
+`reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tmask_kernels._triton import on_device, small_dot
+from tmask_kernels.ops.roi_align.kernels_geometry import (
+    axis,
+    is_finite,
+    level_index,
+    load_box,
+    of_level,
+    strides_of_level,
+)
+
+WORD = 32  # boxes a word of the mask
+BLOCK_TILES = 32  # tiles that one program of the mask's launch tests
+MIN_DOT = 16  # the least side of a tl.dot
+
+# Terms of the features' dtype that add up to a float32 weight: their products and sums are then as good as float32.
+WEIGHT_TERMS = {torch.bfloat16: 3, torch.float16: 2}
+
+
+@triton.jit
+def _reach(start, bin_size, bins, length):
+    """First and last cell (floats) that the samples of a box can touch along an axis; first > last if none."""
+    end = start + bins * bin_size
+    low, high = tl.minimum(start, end), tl.maximum(start, end)
+    slack = 0.01 + 1e-5 * (tl.abs(low) + tl.abs(high))  # more than rounding can move a sample
+    low, high = low - slack, high + slack
+    outside = (high < -1.0) | (low > length)
+    first = tl.minimum(tl.maximum(tl.floor(low), 0.0), length - 1.0)
+    last = tl.minimum(tl.maximum(tl.floor(high) + 1.0, 0.0), length - 1.0)
+    return tl.where(outside, 1.0, first), tl.where(outside, 0.0, last)
+
+
+@triton.jit
+def _axis_weights(start, bin_size, grid, step, bins, cells, length, SAMPLING_RATIO: tl.constexpr):
+    """Sum over the samples of `bins` of their weight on `cells` (broadcast together), not yet divided by the grid.
+
+    With an adaptive grid only the samples near a cell are visited: at most 5, as in `reference`.
+    """
+    bin_start = start + bins * bin_size
+    if SAMPLING_RATIO > 0:
+        first = tl.zeros_like(bin_start + cells)
+        candidates: tl.constexpr = SAMPLING_RATIO
+    else:
+        first = tl.floor((cells - 1.0 - bin_start) / tl.where(step != 0, step, 1.0) - 0.5)
+        first = tl.maximum(tl.minimum(first, grid - 1.0), 0.0)
+        candidates: tl.constexpr = 5
+    total = tl.zeros_like(first)
+    for i in range(candidates):
+        index = first + i
+        at = bin_start + (index + 0.5) * step
+        inside = (at >= -1.0) & (at <= length) & (index < grid)
+        at = tl.minimum(tl.maximum(at, 0.0), length - 1.0)
+        total += tl.where(inside, tl.maximum(1.0 - tl.abs(at - cells), 0.0), 0.0)
+    return total
+
+
+@triton.jit
+def _bin_rows(start, bin_size, top, bottom, bins: tl.constexpr):
+    """Rows of bins, first and past the last, that can touch the cells `top` to `bottom`. All of an inverted box."""
+    size = tl.where(bin_size > 0, bin_size, 1.0)
+    first = tl.floor((top - 1.0 - start) / size - 0.01)
+    past = tl.floor((bottom + 1.0 - start) / size + 0.01) + 1.0
+    first = tl.where(bin_size > 0, tl.minimum(tl.maximum(first, 0.0), bins), 0.0)
+    past = tl.where(bin_size > 0, tl.minimum(tl.maximum(past, 0.0), bins), bins)
+    return first.to(tl.int32), past.to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["num_images", "boxes_an_image", "num_tiles", "num_words"])
+def _touch_kernel(
+    touch_ptr,  # [N, num_words, num_tiles] int32: bit i of word w is box 32 w + i of the image
+    boxes_ptr,
+    valid_ptr,
+    num_images,
+    boxes_an_image,  # of boxes [K, 5] each image sees all K
+    heights,
+    widths,
+    scales,
+    thresholds,
+    tiles_across,
+    first_tiles,  # of each level
+    num_tiles,
+    num_words,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    NUM_LEVELS: tl.constexpr,
+    SAMPLING_RATIO: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PADDED: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+):
+    n = (tl.program_id(0) // num_words).to(tl.int64)
+    word = tl.program_id(0) % num_words
+    offs = tl.arange(0, 32)
+    box = word * 32 + offs
+    k = tl.where(box < boxes_an_image, box, 0).to(tl.int64)
+    if PADDED:
+        k += n * boxes_an_image
+    x1, y1, x2, y2, image, usable = load_box(boxes_ptr, valid_ptr, k, num_images, boxes_an_image, PADDED, HAS_VALID)
+    level = level_index(x1, y1, x2, y2, thresholds, NUM_LEVELS)
+    H = tl.zeros_like(x1) + of_level(level, heights, NUM_LEVELS)  # [32]
+    W = tl.zeros_like(x1) + of_level(level, widths, NUM_LEVELS)
+    scale = of_level(level, scales, NUM_LEVELS)
+    usable &= (box < boxes_an_image) & (image == n) & (H > 0) & (W > 0)
+    usable &= is_finite(x1 * scale, y1 * scale, x2 * scale, y2 * scale)
+    start_y, bin_h, _, _ = axis(y1, y2, scale, PH, ALIGNED, SAMPLING_RATIO)
+    start_x, bin_w, _, _ = axis(x1, x2, scale, PW, ALIGNED, SAMPLING_RATIO)
+    first_y, last_y = _reach(start_y, bin_h, PH, H)
+    first_x, last_x = _reach(start_x, bin_w, PW, W)
+
+    tile = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    tile_level, top, left = _place(tile, tiles_across, first_tiles, TILE_H, TILE_W, NUM_LEVELS)
+    top, left = top.to(tl.float32)[:, None], left.to(tl.float32)[:, None]
+    touches = usable[None, :] & (tile_level[:, None] == level[None, :])  # [BLOCK_T, 32]
+    touches &= (first_y[None, :] <= top + (TILE_H - 1)) & (last_y[None, :] >= top)
+    touches &= (first_x[None, :] <= left + (TILE_W - 1)) & (last_x[None, :] >= left)
+    bits = tl.sum(touches.to(tl.int32) << offs[None, :], 1)
+    tl.store(touch_ptr + (n * num_words + word) * num_tiles + tile, bits, mask=tile < num_tiles)
+
+
+@triton.jit
+def _place(tile, tiles_across, first_tiles, TILE_H: tl.constexpr, TILE_W: tl.constexpr, NUM_LEVELS: tl.constexpr):
+    """Level of a tile, and its first row and column of cells."""
+    level = tile * 0
+    for i in tl.static_range(1, NUM_LEVELS):
+        level += (tile >= first_tiles[i]).to(tl.int32)
+    within = tile - of_level(level, first_tiles, NUM_LEVELS)
+    across = of_level(level, tiles_across, NUM_LEVELS)
+    return level, within // across * TILE_H, within % across * TILE_W
+
+
+@triton.jit(do_not_specialize=["num_images", "boxes_an_image", "num_tiles", "num_words"])
+def _gather_kernel(
+    grad_ptrs,  # one [N, C, H, W] a level, any strides
+    out_grad_ptr,  # [K, C, PH, PW], any strides
+    touch_ptr,
+    boxes_ptr,  # [N, P, 4] or [K, 5], contiguous
+    valid_ptr,  # [N, P] bytes
+    num_images,
+    boxes_an_image,
+    C,
+    heights,  # floats, which Triton does not compile a new kernel for
+    widths,
+    scales,
+    tiles_across,
+    first_tiles,
+    num_tiles,
+    num_words,
+    out_grad_strides,  # (k, c, h, w)
+    grad_strides,  # (n, c, h, w) a level
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    BLOCK_PW: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    NUM_LEVELS: tl.constexpr,
+    SAMPLING_RATIO: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PADDED: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    GRAD_STRIDE_C_IS_1: tl.constexpr,
+    OUT_GRAD_STRIDE_C_IS_1: tl.constexpr,
+    WEIGHT_TERMS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    offs_c = ((tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    mask_c = offs_c < C
+    tile = tl.program_id(0) // blocks_c % num_tiles
+    n = (tl.program_id(0) // blocks_c // num_tiles).to(tl.int64)
+    level, top, left = _place(tile, tiles_across, first_tiles, TILE_H, TILE_W, NUM_LEVELS)
+    H, W = of_level(level, heights, NUM_LEVELS), of_level(level, widths, NUM_LEVELS)
+    scale = of_level(level, scales, NUM_LEVELS)
+    offs_y, offs_x = top + tl.arange(0, TILE_H), left + tl.arange(0, TILE_W)
+    cells_y, cells_x = offs_y.to(ACC), offs_x.to(ACC)
+    offs_pw = tl.arange(0, BLOCK_PW)
+    mask_pw = offs_pw < PW
+    # The compiler cannot see this one in the strides, and needs it for wide loads; so with the stores below.
+    out_channels = offs_c if OUT_GRAD_STRIDE_C_IS_1 else offs_c * out_grad_strides[1]
+    row = (offs_pw.to(tl.int64) * out_grad_strides[3])[:, None] + out_channels[None, :]
+    row_mask = mask_pw[:, None] & mask_c[None, :]
+
+    sums = tl.zeros((TILE_H, TILE_W, BLOCK_C), ACC)
+    word = tl.full((), 0, tl.int32)
+    while word < num_words:
+        # 32 bits in an int64: no sign to mind.
+        bits = tl.load(touch_ptr + (n * num_words + word) * num_tiles + tile).to(tl.int64) & 0xFFFFFFFF
+        while bits != 0:
+            lowest = bits & (0 - bits)
+            bits ^= lowest
+            # A power of two is exact as a float, and its exponent is the bit's place.
+            place = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+            k = (word * 32 + place).to(tl.int64)
+            if PADDED:
+                k += n * boxes_an_image
+            x1, y1, x2, y2, _, _ = load_box(boxes_ptr, valid_ptr, k, num_images, boxes_an_image, PADDED, HAS_VALID)
+            start_y, bin_h, grid_h, step_y = axis(y1, y2, scale, PH, ALIGNED, SAMPLING_RATIO)
+            start_x, bin_w, grid_w, step_x = axis(x1, x2, scale, PW, ALIGNED, SAMPLING_RATIO)
+            weights_x = _axis_weights(
+                start_x, bin_w, grid_w, step_x, offs_pw.to(ACC)[None, :], cells_x[:, None], W, SAMPLING_RATIO
+            )  # [TILE_W, BLOCK_PW]
+            weights_x = tl.where(mask_pw[None, :], weights_x, 0.0)
+            share = 1.0 / tl.maximum(grid_h * grid_w, 1.0)
+            ph, past = _bin_rows(start_y, bin_h, top, top + TILE_H - 1, PH)
+            while ph < past:
+                row_ptr = out_grad_ptr + k * out_grad_strides[0] + ph.to(tl.int64) * out_grad_strides[2]
+                bins = tl.load(row_ptr + row, mask=row_mask, other=0.0)  # [BLOCK_PW, BLOCK_C]
+                along_x = small_dot(weights_x, bins, WEIGHT_TERMS, ACC)  # [TILE_W, BLOCK_C]
+                weights_y = _axis_weights(
+                    start_y, bin_h, grid_h, step_y, ph.to(ACC), cells_y, H, SAMPLING_RATIO
+                )  # [TILE_H]
+                sums += (weights_y * share)[:, None, None] * along_x[None, :, :]
+                ph += 1
+        word += 1
+
+    grad_ptr = of_level(level, grad_ptrs, NUM_LEVELS)
+    stride_n, stride_c, stride_h, stride_w = strides_of_level(level, grad_strides, NUM_LEVELS)
+    channels = offs_c if GRAD_STRIDE_C_IS_1 else offs_c * stride_c
+    cells = (offs_y.to(tl.int64) * stride_h)[:, None] + (offs_x.to(tl.int64) * stride_w)[None, :]
+    mask = ((offs_y < H)[:, None] & (offs_x < W)[None, :])[:, :, None] & mask_c[None, None, :]
+    at = grad_ptr + n * stride_n + cells[:, :, None] + channels[None, None, :]
+    tl.store(at, sums.to(grad_ptr.dtype.element_ty), mask=mask)
+
+
+class GatherTile(NamedTuple):
+    """Launch parameters: cells and channels of one program, its warps, and the most registers of a thread."""
+
+    height: int
+    width: int
+    block_c: int
+    num_warps: int
+    max_registers: int
+
+
+def pick_gather_tile(C: int, item_bytes: int, channels_last: bool) -> GatherTile:
+    """8 x 16 cells; as many channels as let 4 warps load a row of bins in 16 bytes a thread, 32 to 64 sums each.
+
+    16 channels without channels_last: a thread then needs an address for every element of a row. The registers are
+    those of 3 and 4 programs on an SM; left alone, the assembler spills a few to have one program more.
+    """
+    widest, registers = (128 // item_bytes, 168) if channels_last else (16, 128)
+    block_c = max(16, min(triton.next_power_of_2(max(C, 1)), widest))
+    return GatherTile(8, 16, block_c, num_warps=4, max_registers=registers)
+
+
+def _launch(
+    grads: Sequence[Tensor],
+    out_grad: Tensor,
+    boxes: Tensor,
+    valid: Tensor | None,
+    scales: Sequence[float],
+    thresholds: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+) -> None:
+    """Fill `grads` (one [N, C, H, W] a level, uninitialised) from `out_grad` [K, C, PH, PW]."""
+    _, C, PH, PW = out_grad.shape
+    N = grads[0].shape[0]
+    boxes = boxes.contiguous()
+    channels_last = all(g.stride(1) == 1 for g in grads)
+    tile = pick_gather_tile(C, out_grad.element_size(), channels_last)
+    tiles_across = [triton.cdiv(g.shape[3], tile.width) for g in grads]
+    counts = [triton.cdiv(g.shape[2], tile.height) * across for g, across in zip(grads, tiles_across, strict=True)]
+    first_tiles = [sum(counts[:i]) for i in range(len(counts))]
+    num_tiles = sum(counts)
+    padded = boxes.dim() == 3
+    boxes_an_image = boxes.shape[1] if padded else boxes.shape[0]
+    num_words = triton.cdiv(boxes_an_image, WORD)
+    touch = torch.empty((N, num_words, num_tiles), dtype=torch.int32, device=boxes.device)
+    shared = {
+        "touch_ptr": touch,
+        "boxes_ptr": boxes,
+        "valid_ptr": boxes if valid is None else valid.contiguous().view(torch.uint8),
+        "num_images": N,
+        "boxes_an_image": boxes_an_image,
+        "heights": tuple(float(g.shape[2]) for g in grads),
+        "widths": tuple(float(g.shape[3]) for g in grads),
+        "scales": tuple(float(scale) for scale in scales),
+        "tiles_across": tuple(max(across, 1) for across in tiles_across),
+        "first_tiles": tuple(first_tiles),
+        "num_tiles": num_tiles,
+        "num_words": num_words,
+        "PH": PH,
+        "PW": PW,
+        "TILE_H": tile.height,
+        "TILE_W": tile.width,
+        "NUM_LEVELS": len(grads),
+        "SAMPLING_RATIO": max(sampling_ratio, 0),
+        "ALIGNED": aligned,
+        "PADDED": padded,
+        "HAS_VALID": valid is not None,
+        # A fused coord * scale - 0.5 would round differently from the forward, and an adaptive grid with it.
+        "enable_fp_fusion": False,
+    }
+    with on_device(out_grad):
+        if touch.numel():
+            _touch_kernel[(N * num_words, triton.cdiv(num_tiles, BLOCK_TILES))](
+                thresholds=tuple(float(area) for area in thresholds) or (0.0,), BLOCK_T=BLOCK_TILES, **shared
+            )
+        _gather_kernel[(N * num_tiles * triton.cdiv(C, tile.block_c),)](
+            grad_ptrs=tuple(grads),
+            out_grad_ptr=out_grad,
+            C=C,
+            out_grad_strides=tuple(out_grad.stride()),
+            grad_strides=tuple(tuple(g.stride()) for g in grads),
+            BLOCK_PW=max(MIN_DOT, triton.next_power_of_2(PW)),
+            BLOCK_C=tile.block_c,
+            GRAD_STRIDE_C_IS_1=channels_last,
+            OUT_GRAD_STRIDE_C_IS_1=out_grad.stride(1) == 1,
+            WEIGHT_TERMS=WEIGHT_TERMS.get(out_grad.dtype, 1),
+            ACC=tl.float64 if out_grad.dtype == torch.float64 else tl.float32,
+            num_warps=tile.num_warps,
+            **({} if torch.version.hip else {"maxnreg": tile.max_registers}),  # an option of NVIDIA's compiler
+            **shared,
+        )
+
+
+@torch.library.custom_op("tmask::multiscale_roi_align_backward", mutates_args=())
+def multiscale_roi_align_backward(
+    out_grad: Tensor,
+    boxes: Tensor,
+    valid: Tensor | None,
+    num_images: int,
+    heights: Sequence[int],
+    widths: Sequence[int],
+    channels_last: bool,
+    scales: Sequence[float],
+    thresholds: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+) -> list[Tensor]:
+    """Gradient of `multiscale_roi_align` to each level [N, C, H, W], summed in fp32, in the dtype of `out_grad`."""
+    grads = _empty_gradients(out_grad, num_images, heights, widths, channels_last)
+    if any(g.numel() for g in grads):
+        _launch(grads, out_grad, boxes, valid, scales, thresholds, sampling_ratio, aligned)
+    return grads
+
+
+@multiscale_roi_align_backward.register_fake
+def _(
+    out_grad, boxes, valid, num_images, heights, widths, channels_last, scales, thresholds, sampling_ratio, aligned
+):  # fmt: skip
+    return _empty_gradients(out_grad, num_images, heights, widths, channels_last)
+
+
+def _empty_gradients(
+    out_grad: Tensor, num_images: int, heights: Sequence[int], widths: Sequence[int], channels_last: bool
+) -> list[Tensor]:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return [
+        torch.empty(
+            (num_images, out_grad.shape[1], H, W),
+            dtype=out_grad.dtype, device=out_grad.device, memory_format=memory_format,
+        )
+        for H, W in zip(heights, widths, strict=True)
+    ]  # fmt: skip

@@ -1,0 +1,89 @@
+"""What the RoIAlign kernels share: a box, its level, and its bins along an axis. Letters as in `reference`."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def is_finite(x1, y1, x2, y2):
+    """A difference is finite only if both its terms are, and then only if it does not overflow."""
+    return (tl.abs(x2 - x1) < float("inf")) & (tl.abs(y2 - y1) < float("inf"))
+
+
+@triton.jit
+def load_box(boxes_ptr, valid_ptr, k, num_images, boxes_an_image, PADDED: tl.constexpr, HAS_VALID: tl.constexpr):
+    """Box k: corners, its image, and whether it is to be pooled at all (valid, finite, of an image that exists)."""
+    if PADDED:  # [N, P, 4]
+        row = boxes_ptr + k * 4
+        image = k // boxes_an_image
+        usable = image < num_images
+    else:  # [K, 5]
+        index = tl.load(boxes_ptr + k * 5)
+        row = boxes_ptr + k * 5 + 1
+        usable = (index > -1) & (index < num_images)  # false for NaN
+        image = tl.where(usable, index, 0.0).to(tl.int64)
+    x1, y1, x2, y2 = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    usable &= is_finite(x1, y1, x2, y2)
+    if HAS_VALID:
+        usable &= tl.load(valid_ptr + k) != 0
+    return x1, y1, x2, y2, image, usable
+
+
+@triton.jit
+def level_index(x1, y1, x2, y2, thresholds, NUM_LEVELS: tl.constexpr):
+    """Level of a box: how many of the areas in `thresholds`, which rise, it reaches."""
+    area = (x2 - x1) * (y2 - y1)
+    level = tl.zeros_like(area).to(tl.int32)
+    for i in tl.static_range(1, NUM_LEVELS):
+        level += (area >= thresholds[i - 1]).to(tl.int32)
+    return level
+
+
+@triton.jit
+def of_level(level, values, NUM_LEVELS: tl.constexpr):
+    """The member of a tuple that belongs to a level: numbers or pointers."""
+    value = values[0]
+    for i in tl.static_range(1, NUM_LEVELS):
+        value = tl.where(level >= i, values[i], value)
+    return value
+
+
+@triton.jit
+def strides_of_level(level, strides, NUM_LEVELS: tl.constexpr):
+    """(n, c, h, w) of a level, as int64: offsets may pass 2^31."""
+    stride_n, stride_c = tl.cast(strides[0][0], tl.int64), tl.cast(strides[0][1], tl.int64)
+    stride_h, stride_w = tl.cast(strides[0][2], tl.int64), tl.cast(strides[0][3], tl.int64)
+    for i in tl.static_range(1, NUM_LEVELS):
+        stride_n = tl.where(level >= i, tl.cast(strides[i][0], tl.int64), stride_n)
+        stride_c = tl.where(level >= i, tl.cast(strides[i][1], tl.int64), stride_c)
+        stride_h = tl.where(level >= i, tl.cast(strides[i][2], tl.int64), stride_h)
+        stride_w = tl.where(level >= i, tl.cast(strides[i][3], tl.int64), stride_w)
+    return stride_n, stride_c, stride_h, stride_w
+
+
+@triton.jit
+def divide(a, b):
+    """IEEE division: fp32 `/` is approximate and would move the ceil of an adaptive grid by one."""
+    if a.dtype.is_fp64():
+        return a / b
+    else:
+        return tl.math.div_rn(a, b)
+
+
+@triton.jit
+def axis(low_corner, high_corner, scale, bins, ALIGNED: tl.constexpr, SAMPLING_RATIO: tl.constexpr):
+    """Along an axis, in cells: start of the box, size of a bin, samples in it (a float: it may be huge), their step."""
+    shift: tl.constexpr = 0.5 if ALIGNED else 0.0
+    start = low_corner * scale - shift
+    size = high_corner * scale - shift - start
+    if not ALIGNED:
+        size = tl.maximum(size, 1.0)
+    bin_size = divide(size, tl.zeros_like(size) + bins)
+    if SAMPLING_RATIO > 0:
+        grid = tl.zeros_like(size) + SAMPLING_RATIO
+    else:
+        grid = tl.ceil(bin_size)
+    step = divide(bin_size, tl.where(grid > 0, grid, 1.0))
+    return start, bin_size, grid, step
