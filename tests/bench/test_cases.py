@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from bench.cases import CASES, Case, NMSCase, RoICase, RPNCase, _count, rois, sized
+from bench.cases import CASES, Case, NMSCase, RoICase, RPNCase, count_touched, rois, sized
 from bench.contest import DTYPES, LAYOUTS, UnavailableError
 from bench.graph import captured
 from bench.ops import nms as nms_bench
@@ -47,9 +47,9 @@ def test_a_small_case_is_the_same_work_in_small(name: str) -> None:
 
 def test_a_cpu_gets_the_reduced_size() -> None:
     case: Case = CASES["W1"]
-    with mock.patch("bench.cases.device", return_value=CPU):
+    with mock.patch("bench.cases.case.device", return_value=CPU):
         assert sized(case) == (case.small(), "reduced")
-    with mock.patch("bench.cases.device", return_value=torch.device("cuda")):
+    with mock.patch("bench.cases.case.device", return_value=torch.device("cuda")):
         assert sized(case) == (case, "full")
 
 
@@ -93,7 +93,7 @@ def test_touched_cells_are_those_that_take_a_gradient(name: str) -> None:
     else:
         out = torchvision.ops.roi_align(features[0], boxes, case.pooled, case.scales[0], case.sampling_ratio)
     out.sum().backward()
-    assert _count(case)[1] == sum(int((x.grad != 0).sum()) for x in features)  # type: ignore[operator]
+    assert count_touched(case)[1] == sum(int((x.grad != 0).sum()) for x in features)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("name", ["W1", "W2", "W3"])
@@ -104,7 +104,7 @@ def test_a_small_pyramid_uses_several_levels(name: str) -> None:
 
 def test_a_fixed_grid_has_ratio_squared_samples_a_bin() -> None:
     case = roi_case("W1").small()
-    assert _count(case)[0] == case.rois * case.pooled**2 * case.sampling_ratio**2
+    assert count_touched(case)[0] == case.rois * case.pooled**2 * case.sampling_ratio**2
 
 
 def test_rois_are_seeded_and_lie_in_the_image() -> None:

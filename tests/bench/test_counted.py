@@ -5,7 +5,7 @@ import re
 import pytest
 
 from bench import counted
-from bench.cases import CASES, ModelCase, _count
+from bench.cases import CASES, ModelCase, count_touched
 from bench.counted import PAPER, Counted, page, stages
 from bench.work import Work
 
@@ -38,7 +38,7 @@ def test_every_case_has_its_line_at_full_size(lines: list[Counted]) -> None:
 def test_figures_in_the_text_are_those_of_the_cases() -> None:
     text = counted.PAGE.read_text()
     for name in ("W1", "W2", "W3", "W4-ratio2", "W4-ratio0"):
-        cells = _count(CASES[name])[1]  # type: ignore[arg-type]
+        cells = count_touched(CASES[name])[1]  # type: ignore[arg-type]
         assert f"{cells:,}" in text, f"{name} touches {cells:,} cells"
     assert f"{CASES['W8'].anchors:,} an image" in text  # type: ignore[attr-defined]
     assert f"4 x {CASES['W8'].candidates:,} deltas" in text  # type: ignore[attr-defined]
