@@ -46,6 +46,12 @@ class _DispatchCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
+        if func.namespace == "aten":
+            # Inside an op of ours, operators made of others (`to`, `where` of one argument) arrive whole.
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         # By a number, repeat_interleave is an expand; by a tensor its output length depends on values.
         if name in BLOCKING_OPS and str(func) != "aten.repeat_interleave.self_int":
             self.found[name] += 1
@@ -56,8 +62,8 @@ class _DispatchCounter(TorchDispatchMode):
             self.found["device-to-host copy"] += 1
         definition = torch._library.custom_ops.OPDEFS.get(f"{func.namespace}::{name}")
         if definition is not None:
-            # A mode is off while it handles an op: turn it on again for the body of ours.
-            with self:
+            # Modes are off while one handles an op: turn them on again for the body of ours.
+            with self, _CallCounter(self.found):
                 return definition._init_fn(*args, **kwargs)
         return func(*args, **kwargs)
 
