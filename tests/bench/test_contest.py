@@ -421,6 +421,7 @@ def benchmarks(pytester: pytest.Pytester, cpu: None, monkeypatch: pytest.MonkeyP
     """Run BENCHMARK in this process, its samples set."""
     pytester.makepyfile(test_it=BENCHMARK)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark times nothing in a worker
     monkeypatch.setattr("cpuinfo.get_cpu_info", dict)
 
     def run(samples: Mapping[str, list[float]], *arguments: str) -> Any:

@@ -52,6 +52,7 @@ def pytest_configure(config):
 
 
 def test_a_dead_test_takes_no_other_with_it(tmp_path: Path) -> None:
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")  # names of tests begin here
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_a.py").write_text(TESTS)
     (tmp_path / "test_b.py").write_text("import no_such_package\n")
