@@ -71,6 +71,7 @@ def _seconds(call: Callable[[], Any], rounds: int = 10) -> float:
 
 def describe() -> dict[str, Any]:
     """What a result file says of the machine: kind of GPU or CPU, driver, versions, commit. No names, no paths."""
+    now = datetime.datetime.now(datetime.UTC)
     where = device()
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU {platform.machine()}"
     return {
@@ -83,7 +84,8 @@ def describe() -> dict[str, Any]:
         "versions": {package: _version(package) for package in PACKAGES},
         "commit": _git("rev-parse", "HEAD"),
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "date": now.strftime("%Y-%m-%d"),
+        "time": now.strftime("%H:%M"),
     }
 
 

@@ -24,13 +24,13 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 def newest(folder: Path = RESULTS) -> Path | None:
-    """The latest result of a GPU, by its date; None if there is none. Errors: ValueError for another schema."""
+    """The latest result of a GPU; None if there is none. Errors: ValueError for another schema."""
     dated = []
     for path in folder.glob("**/*.json"):
         machine = results.load(path)["machine"]
         if machine["gpu"]:
-            dated.append((machine["date"], path))
-    return max(dated)[1] if dated else None
+            dated.append((machine["date"], machine.get("time", ""), path))
+    return max(dated)[-1] if dated else None
 
 
 def readme_block(result: Result | None, path: Path | None = None) -> str:

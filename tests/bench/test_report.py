@@ -304,7 +304,8 @@ def test_newest_is_of_a_gpu(tmp_path: Path) -> None:
     save("cpu/2026-03-01-a.json", gpu=None, date="2026-03-01")
     assert newest(tmp_path) is None
     save("h200/2026-01-02-b.json", date="2026-01-02")
-    later = save("h100/2026-02-01-c.json", date="2026-02-01")
+    save("h200/2026-02-01-d.json", date="2026-02-01", time="09:10")
+    later = save("h100/2026-02-01-c.json", date="2026-02-01", time="10:05")
     assert newest(tmp_path) == later
 
 
