@@ -141,11 +141,11 @@ def merge_command(options: argparse.Namespace) -> int:
 
 
 def checked(file: Path, machine: dict[str, Any]) -> result.Result:
-    """A result to merge with one of `machine`. Errors: ValueError for another device or commit."""
+    """A result to merge with one of `machine`. Errors: ValueError for another device or other code."""
     found = result.load(file)
-    for name in ("device", "commit"):
-        if found["machine"][name] != machine[name]:
-            raise ValueError(f"{file}: {name} is {found['machine'][name]!r}, expected {machine[name]!r}")
+    for name in ("device", "commit", "changed"):
+        if found["machine"].get(name) != machine.get(name):
+            raise ValueError(f"{file}: {name} is {found['machine'].get(name)!r}, expected {machine.get(name)!r}")
     return found
 
 

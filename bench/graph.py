@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from bench import context
 from bench.contest import Call, UnavailableError
 from bench.machine import device
 
@@ -16,11 +17,21 @@ WARM_UP = 3  # calls before the capture: compilation, allocator and library hand
 def captured(call: Callable[[], Any]) -> Call:
     """Record `call` and give its replay, which returns the same output tensors, filled anew, each time.
 
-    Whatever `call` reads must stay where it is in memory. A host synchronisation in it is an error of the capture.
+    Whatever `call` reads must stay where it is in memory, and so autocast keeps no copies of weights meanwhile. A host
+    synchronisation in it is an error of the capture.
     Errors: UnavailableError without a GPU.
     """
     if device().type != "cuda":
         raise UnavailableError("a CUDA graph needs a GPU")
+    cache = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        return _captured(call)
+    finally:
+        torch.set_autocast_cache_enabled(cache)
+
+
+def _captured(call: Callable[[], Any]) -> Call:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -29,8 +40,13 @@ def captured(call: Callable[[], Any]) -> Call:
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
+    try:
+        with torch.cuda.graph(graph):
+            out = call()
+    except Exception as error:
+        # The allocator and the generator still believe in the capture: whatever comes next would fail for that.
+        context.give_up()
+        raise error.__context__ or error from None  # the end of a broken capture fails too, and hides why it broke
 
     def replay() -> Any:
         graph.replay()

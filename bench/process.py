@@ -39,6 +39,7 @@ class Journal:
         self.errors: dict[str, str] = {}  # files that cannot even be read by a worker, and why
         self.known: list[str] = []  # what a worker could have planned, if it says so
         self.begun: str | None = None
+        self.patience = 0.0  # seconds that what was begun may be silent for, if it says so
         self.settled: set[str] = set()
         self.last_settles = False
         self._offset = 0
@@ -85,6 +86,7 @@ class Journal:
             self.known = line.get("known", [])
         elif "begin" in line:
             self.begun = line["begin"]
+            self.patience = line.get("patience", 0.0)
         elif (key := self.settles(line)) is not None:
             self.settled.add(key)
         self.last_settles = self.settles(line) is not None
@@ -164,7 +166,7 @@ def _watch(
     try:
         while process.poll() is None:
             if lines := journal.read():
-                heard, patience = time.monotonic(), hang
+                heard, patience = time.monotonic(), max(hang, journal.patience)
                 hear(lines)
             if time.monotonic() >= deadline:
                 return Ending("stopped", "the time was up")

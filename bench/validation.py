@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_tests import context_is_lost
+from bench import context
 from bench.process import CONTEXT_LOST, Ending, Journal, Line, survive
 from bench.rows import clean, read_lines
 from bench.run import environment
@@ -81,7 +81,7 @@ def main() -> None:
         for row in rows:
             row["note"] = clean(row["note"])
         book.write({"validation": check.name, "rows": rows})
-        if any(row["verdict"] == "fail" for row in rows) and context_is_lost():
+        if any(row["verdict"] == "fail" for row in rows) and not context.lives():
             os._exit(CONTEXT_LOST)
 
 

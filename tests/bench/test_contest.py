@@ -377,7 +377,7 @@ def test_the_journal_names_what_is_running(cpu, tmp_path):
 @pytest.mark.parametrize("at", ["gate", "rounds", "truth"])
 def test_a_lost_context_ends_it_and_blames_no_other(cpu, tmp_path, monkeypatch, at):
     lost = []
-    monkeypatch.setattr(contest_module, "_context_lives", lambda where: not lost)
+    monkeypatch.setattr("bench.context.lives", lambda: not lost)
     left = [4 if at == "rounds" else 1]
 
     def kills(x: Tensor) -> Tensor:
@@ -476,8 +476,8 @@ def test_saved_runs_compare(benchmarks, pytester):
 def test_a_lost_context_ends_the_process_with_70(tmp_path):
     (tmp_path / "test_it.py").write_text(BENCHMARK)
     (tmp_path / "conftest.py").write_text(
-        "from bench import contest, machine\n"
-        "contest._context_lives = lambda where: False\n"
+        "from bench import context, machine\n"
+        "context.lives = lambda: False\n"
         "machine.roofs = lambda: machine.Roofs(1.0, 1.0, 1.0)\n"
     )
     done = subprocess.run(

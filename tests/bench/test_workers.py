@@ -41,7 +41,7 @@ from pathlib import Path
 import bench.gpu_tests
 # The process that has seen the illegal access cannot go on; the next one can.
 lost = []
-bench.gpu_tests.context_is_lost = lambda: bool(lost)
+bench.context.lives = lambda: not lost
 def pytest_runtest_makereport(item, call):
     if call.excinfo is not None and "illegal" in str(call.excinfo.value):
         lost.append(item)
@@ -91,7 +91,7 @@ def test_tests_that_were_not_reached_are_told(tmp_path: Path) -> None:
 
 
 def test_the_paths_of_the_tests_are_there() -> None:
-    assert {path.name for path in gpu_tests.gpu_test_paths()} >= {"kernels", "model", "test_resume.py"}
+    assert {path.name for path in gpu_tests.gpu_test_paths()} >= {"gpu", "kernels", "test_resume.py"}
 
 
 def adding(*added: int) -> Contest:

@@ -16,8 +16,8 @@ _PYRAMID = {
     "heights": ("fp32",) * LEVELS,
     "widths": ("fp32",) * LEVELS,
     "scales": ("fp32",) * LEVELS,
-    "tiles_across": ("i32",) * LEVELS,
-    "first_tiles": ("i32",) * LEVELS,
+    "tiles_across": ("fp32",) * LEVELS,
+    "first_tiles": ("fp32",) * LEVELS,
 }
 _BOXES = {"boxes_ptr": "*fp32", "valid_ptr": "*u8", "num_images": "i32", "boxes_an_image": "i32"}
 _COUNTS = {"num_tiles": "i32", "num_words": "i32"}

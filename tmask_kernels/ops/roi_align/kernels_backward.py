@@ -93,7 +93,7 @@ def _touch_kernel(
     valid_ptr,
     num_images,
     boxes_an_image,  # of boxes [K, 5] each image sees all K
-    heights,
+    heights,  # these are floats, which Triton does not compile a new kernel for
     widths,
     scales,
     thresholds,
@@ -112,8 +112,9 @@ def _touch_kernel(
     PADDED: tl.constexpr,
     HAS_VALID: tl.constexpr,
 ):
-    n = (tl.program_id(0) // num_words).to(tl.int64)
-    word = tl.program_id(0) % num_words
+    blocks_t = tl.cdiv(num_tiles, BLOCK_T)
+    n = (tl.program_id(0) // blocks_t // num_words).to(tl.int64)
+    word = tl.program_id(0) // blocks_t % num_words
     offs = tl.arange(0, 32)
     box = word * 32 + offs
     k = tl.where(box < boxes_an_image, box, 0).to(tl.int64)
@@ -131,7 +132,7 @@ def _touch_kernel(
     first_y, last_y = _reach(start_y, bin_h, PH, H)
     first_x, last_x = _reach(start_x, bin_w, PW, W)
 
-    tile = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    tile = tl.program_id(0) % blocks_t * BLOCK_T + tl.arange(0, BLOCK_T)
     tile_level, top, left = _place(tile, tiles_across, first_tiles, TILE_H, TILE_W, NUM_LEVELS)
     top, left = top.to(tl.float32)[:, None], left.to(tl.float32)[:, None]
     touches = usable[None, :] & (tile_level[:, None] == level[None, :])  # [BLOCK_T, 32]
@@ -146,9 +147,9 @@ def _place(tile, tiles_across, first_tiles, TILE_H: tl.constexpr, TILE_W: tl.con
     """Level of a tile, and its first row and column of cells."""
     level = tile * 0
     for i in tl.static_range(1, NUM_LEVELS):
-        level += (tile >= first_tiles[i]).to(tl.int32)
-    within = tile - of_level(level, first_tiles, NUM_LEVELS)
-    across = of_level(level, tiles_across, NUM_LEVELS)
+        level += (tile.to(tl.float32) >= first_tiles[i]).to(tl.int32)
+    within = tile - tl.cast(of_level(level, first_tiles, NUM_LEVELS), tl.int32)
+    across = tl.cast(of_level(level, tiles_across, NUM_LEVELS), tl.int32)
     return level, within // across * TILE_H, within % across * TILE_W
 
 
@@ -162,7 +163,7 @@ def _gather_kernel(
     num_images,
     boxes_an_image,
     C,
-    heights,  # floats, which Triton does not compile a new kernel for
+    heights,
     widths,
     scales,
     tiles_across,
@@ -300,8 +301,8 @@ def _launch(
         "heights": tuple(float(g.shape[2]) for g in grads),
         "widths": tuple(float(g.shape[3]) for g in grads),
         "scales": tuple(float(scale) for scale in scales),
-        "tiles_across": tuple(max(across, 1) for across in tiles_across),
-        "first_tiles": tuple(first_tiles),
+        "tiles_across": tuple(float(max(across, 1)) for across in tiles_across),
+        "first_tiles": tuple(float(first) for first in first_tiles),
         "num_tiles": num_tiles,
         "num_words": num_words,
         "PH": PH,
@@ -318,7 +319,7 @@ def _launch(
     }
     with on_device(out_grad):
         if touch.numel():
-            _touch_kernel[(N * num_words, triton.cdiv(num_tiles, BLOCK_TILES))](
+            _touch_kernel[(N * num_words * triton.cdiv(num_tiles, BLOCK_TILES),)](
                 thresholds=tuple(float(area) for area in thresholds) or (0.0,), BLOCK_T=BLOCK_TILES, **shared
             )
         _gather_kernel[(N * num_tiles * triton.cdiv(C, tile.block_c),)](
