@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tmask_kernels.backend import resolve, triton_reasons
+from tmask_kernels.ops._boxes_input import boxes_as_tensor, check_features, check_image_indices, is_traced
 from tmask_kernels.ops.roi_align.cpu import multiscale_roi_align_cpu
 from tmask_kernels.ops.roi_align.reference import multiscale_roi_align_reference
 
@@ -128,11 +129,11 @@ def _roi_align(
 ) -> Tensor:
     size = (output_size, output_size) if isinstance(output_size, int) else (output_size[0], output_size[1])
     _check_options(size, reduction, interpolation)
-    _check_features(features, scales)
-    boxes = _as_tensor(features[0], boxes, valid)
-    traced = _is_traced(features[0])
+    check_features(features, scales)
+    boxes = boxes_as_tensor(features[0], boxes, valid)
+    traced = is_traced(features[0])
     if boxes.dim() == 2 and boxes.device.type == "cpu" and not traced:
-        _check_image_indices(boxes, features[0].shape[0])
+        check_image_indices(boxes, features[0].shape[0])
     boxes = boxes.to(torch.float64 if features[0].dtype == torch.float64 else torch.float32)
 
     device = features[0].device
@@ -164,59 +165,6 @@ def _check_options(size: tuple[int, int], reduction: str, interpolation: str) ->
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {got!r}")
         if got != served:
             raise ValueError(f"{name}: {got!r} is not implemented yet, expected {served!r}")
-
-
-def _check_features(features: list[Tensor], scales: list[float]) -> None:
-    if len(features) != len(scales):
-        raise ValueError(f"features: expected one a spatial scale ({len(scales)}), got {len(features)}")
-    for feature in features:
-        if feature.dim() != 4 or feature.shape[:2] != features[0].shape[:2]:
-            shapes = [tuple(f.shape) for f in features]
-            raise ValueError(f"features: expected [N, C, H, W] with one N and one C, got {shapes}")
-        if not feature.dtype.is_floating_point or feature.dtype != features[0].dtype:
-            raise ValueError(f"features: expected one floating point dtype, got {[f.dtype for f in features]}")
-        if feature.device != features[0].device:
-            raise ValueError(f"features: expected one device, got {[str(f.device) for f in features]}")
-
-
-def _as_tensor(feature: Tensor, boxes: Tensor | Sequence[Tensor], valid: Tensor | None) -> Tensor:
-    """Check `boxes` and `valid`; join a list of [L, 4] to [K, 5]."""
-    N = feature.shape[0]
-    if not isinstance(boxes, Tensor):
-        if len(boxes) != N or any(b.dim() != 2 or b.shape[1] != 4 for b in boxes):
-            shapes = [tuple(b.shape) for b in boxes]
-            raise ValueError(f"boxes: expected {N} tensors [L, 4], one an image, got {shapes}")
-        # Half precision does not hold every image's index.
-        wide = [b.to(torch.promote_types(b.dtype, torch.float32)) if b.is_floating_point() else b for b in boxes]
-        rows = [torch.nn.functional.pad(b, (1, 0), value=float(i)) for i, b in enumerate(wide)]
-        boxes = torch.cat(rows) if rows else feature.new_zeros((0, 5), dtype=torch.float32)
-    flat, padded = boxes.dim() == 2 and boxes.shape[1] == 5, boxes.dim() == 3 and boxes.shape[::2] == (N, 4)
-    if not flat and not padded:
-        raise ValueError(f"boxes: expected [K, 5], a list of [L, 4] or [{N}, P, 4], got {tuple(boxes.shape)}")
-    if not boxes.dtype.is_floating_point:
-        raise ValueError(f"boxes: expected a floating point dtype, got {boxes.dtype}")
-    if boxes.device != feature.device:
-        raise ValueError(f"boxes: expected the features' device {feature.device}, got {boxes.device}")
-    if valid is not None and (not padded or valid.shape != boxes.shape[:2] or valid.dtype != torch.bool):
-        raise ValueError(
-            f"valid: expected bool [N, P] with boxes [N, P, 4], got {valid.dtype} {tuple(valid.shape)} "
-            f"with boxes {tuple(boxes.shape)}"
-        )
-    return boxes
-
-
-def _check_image_indices(boxes: Tensor, num_images: int) -> None:
-    index = boxes[:, 0].detach()
-    inside = (index > -1) & (index < num_images)
-    if not bool(inside.all()):
-        raise ValueError(f"boxes: expected image indices in 0..{num_images - 1}, got {index[~inside][0].item()}")
-
-
-def _is_traced(tensor: Tensor) -> bool:
-    """Whether values cannot be read: under torch.compile, torch.export, or on fake and meta tensors."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.device.type == "meta"
 
 
 def _torchvision_reasons(features: list[Tensor], boxes: Tensor, traced: bool) -> list[str]:
