@@ -77,7 +77,12 @@ def _lines(name: str, case: Any) -> Iterator[tuple[str, str, Work]]:
     """Mode, dtype and work of each line of a case."""
     match case:
         case RoICase():
-            modes = {"W1": ["forward"], "W1b": ["backward"], "W2": ["forward", "backward"]}
+            modes = {
+                "W1": ["forward"],
+                "W1b": ["backward"],
+                "W2": ["forward", "backward"],
+                "W4-pool": ["forward", "backward"],
+            }
             yield from ((mode, "bf16", case.work("bf16", mode)) for mode in modes.get(name, ["forward"]))
         case NMSCase() | MatchCase():
             yield "forward", "fp32", case.work()

@@ -44,6 +44,7 @@ AIMS: tuple[tuple[str, str, Aim | None], ...] = (
     ("W1b", "", Aim(times=6)),
     ("W2", "", Aim(times=6)),
     ("W3", "bicubic", Aim(words="≤ 2.5x the time of bilinear")),
+    ("W4", "pool", None),
     ("W4", "", Aim(times=6)),
     ("W5", "", Aim(times=10)),
     ("W6", "", Aim(times=10)),

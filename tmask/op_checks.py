@@ -50,7 +50,7 @@ def _boxes(count: int, side: float, *, seed: int = 0, min_size: float = 2.0) -> 
     return random_boxes(count, height=side, width=side, min_size=min_size, seed=seed)
 
 
-# ---- RoIAlign
+# ---- RoIAlign, RoIPool
 
 
 def _roi_inputs() -> Inputs:
@@ -61,6 +61,10 @@ def _roi_inputs() -> Inputs:
 
 def _roi_align(x: Inputs, backend: str) -> Tensor:
     return K.roi_align(x["features"], x["rois"], (7, 7), 0.25, 2, aligned=True, backend=backend)
+
+
+def _roi_pool(x: Inputs, backend: str) -> Tensor:
+    return K.roi_pool(x["features"], x["rois"], (7, 7), 0.25, backend=backend)
 
 
 def _pyramid_inputs() -> Inputs:
@@ -226,6 +230,14 @@ OP_CHECKS: tuple[OpCheck, ...] = (
         name="roi_align",
         make=_roi_inputs,
         call=_roi_align,
+        features=("features",),
+        dtypes=FEATURE_DTYPES,
+        gradients=("features",),
+    ),
+    OpCheck(
+        name="roi_pool",
+        make=_roi_inputs,
+        call=_roi_pool,
         features=("features",),
         dtypes=FEATURE_DTYPES,
         gradients=("features",),

@@ -10,6 +10,7 @@ from tmask_kernels.ops.matcher.op import match_anchors
 from tmask_kernels.ops.nms.op import batched_nms, nms, padded_nms
 from tmask_kernels.ops.paste_masks.op import paste_masks
 from tmask_kernels.ops.roi_align.op import multiscale_roi_align, roi_align
+from tmask_kernels.ops.roi_pool.op import roi_pool
 from tmask_kernels.packed import pack_masks, unpack_masks
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "padded_nms",
     "paste_masks",
     "roi_align",
+    "roi_pool",
     "rpn_proposals",
     "sigmoid_focal_loss",
     "unpack_masks",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from bench.cases.case import Case, sized
 from bench.cases.focal_loss import FocalCase
@@ -20,6 +21,7 @@ from bench.cases.model import ModelCase
 from bench.cases.nms import NMSCase, Segments
 from bench.cases.proposals import RPNCase
 from bench.cases.roi_align import RoICase, count_touched, rois
+from bench.cases.roi_pool import RoIPoolCase
 
 __all__ = [
     "CASES",
@@ -32,6 +34,7 @@ __all__ = [
     "PasteCase",
     "RPNCase",
     "RoICase",
+    "RoIPoolCase",
     "Segments",
     "count_touched",
     "rois",
@@ -40,9 +43,10 @@ __all__ = [
 
 _W1 = RoICase(name="W1", rois=1024)
 _W3 = RoICase(name="W3", images=1, rois=1000)
-_W4 = RoICase(
-    name="W4-ratio2", images=1, height=1024, width=1024, strides=(4,), channels=512, rois=512, clustered=False
-)  # fmt: skip
+_MAP: dict[str, Any] = {
+    "images": 1, "height": 1024, "width": 1024, "strides": (4,), "channels": 512, "rois": 512, "clustered": False,
+}  # fmt: skip
+_W4 = RoICase(name="W4-ratio2", **_MAP)
 _IMAGE_LEVELS = (2000, 2000, 2000, 2000, 819)  # P6 has 13 x 21 cells of 3 anchors
 
 
@@ -59,6 +63,7 @@ _ALL: Sequence[Case] = (
     replace(_W3, name="W3-max", reduction="max"),
     _W4,
     replace(_W4, name="W4-ratio0", sampling_ratio=0),
+    RoIPoolCase(name="W4-pool", **_MAP),
     NMSCase(name="W5", kind="levels", lengths=_IMAGE_LEVELS * 2, threshold=0.7, keep=1000, kept=0.36),
     NMSCase(name="W6", kind="classes", lengths=(1000,) * 80, threshold=0.5, keep=100, kept=0.01),
     _long_list("W7-1k", 1_000, 0.3),

@@ -40,6 +40,8 @@ def test_figures_in_the_text_are_those_of_the_cases() -> None:
     for name in ("W1", "W2", "W3", "W4-ratio2", "W4-ratio0"):
         cells = count_touched(CASES[name])[1]  # type: ignore[arg-type]
         assert f"{cells:,}" in text, f"{name} touches {cells:,} cells"
+    compared, cells = CASES["W4-pool"].count_touched()  # type: ignore[attr-defined]
+    assert f"{compared:,} in all, of which {cells:,}" in " ".join(text.split())
     assert f"{CASES['W8'].anchors:,} an image" in text  # type: ignore[attr-defined]
     assert f"4 x {CASES['W8'].candidates:,} deltas" in text  # type: ignore[attr-defined]
 

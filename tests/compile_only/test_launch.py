@@ -71,6 +71,17 @@ def test_roi_align(dtype: torch.dtype, layout: torch.memory_format, launched: li
     assert launched == ["_roi_align_kernel", "_touch_kernel", "_gather_kernel"] * 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_roi_pool(dtype: torch.dtype, layout: torch.memory_format, launched: list[str]) -> None:
+    kernels = kernels_of("roi_pool")
+    feature = torch.zeros(2, 40, 21, 23, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+    out, _ = kernels.roi_pool(feature, torch.rand(2, 6, 4), torch.ones(2, 6, dtype=torch.bool), 7, 7, 0.25, True)
+    out.backward(torch.ones_like(out))
+    kernels.roi_pool(feature.detach(), torch.rand(5, 5), None, 7, 7, 0.25, False)
+    assert launched == ["_roi_pool_kernel", "_touch_kernel", "_gather_kernel", "_roi_pool_kernel"]
+
+
 @pytest.mark.parametrize("grouped", [False, True])
 def test_padded_nms(grouped: bool, launched: list[str]) -> None:
     groups = torch.zeros(3, 70, dtype=torch.int64) if grouped else None
