@@ -330,3 +330,13 @@ def test_a_file_that_is_no_result_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"schema": 0}')
     with pytest.raises(ValueError, match=r"a\.json: expected a result of schema 1"):
         result.load(tmp_path / "a.json")
+
+
+def test_compiling_may_be_silent_for_longer(tmp_path: Path) -> None:
+    from bench.contest import COMPILE_SECONDS, _begin
+
+    book = Journal(tmp_path / "j", run.settled_row)
+    for provider, patience in (("tmask-compile", COMPILE_SECONDS), ("triton", 0.0)):
+        book.write(_begin(f"op/W0/forward/fp32/-/{provider}"))
+        book.read()
+        assert book.patience == patience
