@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from bench.rle import decode_rle
+
 # Full precision, another order of sums: some 1e-6 of every value. What stands at a threshold or at the last place of
 # the list, or scores as much as a neighbour that overlaps it, may still go either way.
 DIFFERING = 0.005
@@ -58,27 +60,6 @@ def found(result: dict[str, Any]) -> Found:
             torch.stack([decode_rle(rle) for rle in masks[:MASKS_COMPARED]]) if masks else boxes.new_zeros(0, 1, 1) > 0
         )
     return Found(boxes.float(), result["scores"].float(), result["labels"], pixels.to(boxes.device))
-
-
-def decode_rle(rle: dict[str, Any]) -> Tensor:
-    """COCO's compressed run lengths to [h, w] bool. pycocotools may be missing where this runs."""
-    text = rle["counts"] if isinstance(rle["counts"], bytes) else rle["counts"].encode()
-    counts: list[int] = []
-    value = shift = 0
-    for byte in text:
-        group = byte - 48
-        value |= (group & 31) << shift
-        shift += 5
-        if group & 32:
-            continue
-        if group & 16:  # the last group carries the sign
-            value -= 1 << shift
-        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-        value = shift = 0
-    height, width = rle["size"]
-    runs = torch.tensor(counts)
-    flat = torch.repeat_interleave(torch.arange(len(counts)) % 2 == 1, runs)
-    return flat.view(width, height).T
 
 
 def check_same(got: Sequence[Found], true: Sequence[Found]) -> None:

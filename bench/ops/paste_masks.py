@@ -16,6 +16,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from bench.cases import CASES, PasteCase, sized
 from bench.contest import Call, Contest
 from bench.machine import device
+from bench.rle import decode_rle
 from bench.variants import variants
 from tmask_kernels import paste_masks, unpack_masks
 from tmask_kernels.ops.paste_masks.reference import is_inside, resample
@@ -146,28 +147,8 @@ def check(got: Any, expected: Truth, width: int, output: str) -> None:
     if output == "packed":
         got = unpack_masks(got, width)
     elif output == "rle":
-        got = torch.stack([drawn(one) for one in got]).to(expected.inside.device)
+        got = torch.stack([decode_rle(one) for one in got]).to(expected.inside.device)
     assert got.dtype == torch.bool
     assert got.shape == expected.inside.shape
     wrong = ((got != expected.inside) & expected.sure).sum().item()
     assert not wrong, f"{wrong} pixels are on the wrong side of the threshold"
-
-
-def drawn(rle: dict[str, Any]) -> Tensor:
-    """The mask [H, W] of COCO's compressed run lengths: pycocotools may be missing where this runs."""
-    text = rle["counts"] if isinstance(rle["counts"], bytes) else rle["counts"].encode()
-    counts: list[int] = []
-    value = shift = 0
-    for character in text:
-        group = character - 48
-        value |= (group & 0x1F) << shift
-        shift += 5
-        if not group & 0x20:  # the last group of this number; its fifth bit is the sign
-            value -= (1 << shift) if group & 0x10 else 0
-            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-            value = shift = 0
-    height, width = rle["size"]
-    assert sum(counts) == height * width, f"{sum(counts)} pixels in runs, {height} x {width} in the mask"
-    runs = torch.tensor(counts)
-    ones = (torch.arange(len(counts)) % 2).bool()
-    return ones.repeat_interleave(runs).view(width, height).T

@@ -13,9 +13,10 @@ import tmask
 from bench.cases import CASES, ModelCase
 from bench.contest import Contest
 from bench.model import _models
-from bench.model._gate import Found, check_alike, check_same, decode_rle
+from bench.model._gate import Found, check_alike, check_same
 from bench.model.inference import inference
 from bench.model.training import training
+from bench.rle import decode_rle
 from tmask.structures import ImageBatch, Targets
 from tmask_kernels import use_backend
 
