@@ -44,8 +44,9 @@ def _touch_kernel(
     PADDED: tl.constexpr,
     HAS_VALID: tl.constexpr,
 ):
-    n = (tl.program_id(0) // num_words).to(tl.int64)
-    word = tl.program_id(0) % num_words
+    blocks_t = tl.cdiv(num_tiles, BLOCK_T)
+    n = (tl.program_id(0) // blocks_t // num_words).to(tl.int64)
+    word = tl.program_id(0) // blocks_t % num_words
     offs = tl.arange(0, 32)
     box = word * 32 + offs
     k = tl.where(box < boxes_an_image, box, 0).to(tl.int64)
@@ -59,7 +60,7 @@ def _touch_kernel(
     start_x, bin_w = axis(x1, x2, PW)
     end_y, end_x = start_y + tl.ceil(PH * bin_h), start_x + tl.ceil(PW * bin_w)
 
-    tile = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    tile = tl.program_id(0) % blocks_t * BLOCK_T + tl.arange(0, BLOCK_T)
     top, left = (tile // tiles_across * TILE_H)[:, None], (tile % tiles_across * TILE_W)[:, None]
     touches = (start_y[None, :] < top + TILE_H) & (end_y[None, :] > top)  # [BLOCK_T, 32]
     touches &= (start_x[None, :] < left + TILE_W) & (end_x[None, :] > left)
@@ -215,7 +216,8 @@ def _launch(grad: Tensor, out_grad: Tensor, index: Tensor, boxes: Tensor, valid:
     }
     with on_device(out_grad):
         if touch.numel():
-            _touch_kernel[(N * num_words, triton.cdiv(num_tiles, BLOCK_TILES))](BLOCK_T=BLOCK_TILES, **shared)
+            # One axis: the others end at 65,535 blocks of tiles, a map of 2,896 x 2,896 cells.
+            _touch_kernel[(N * num_words * triton.cdiv(num_tiles, BLOCK_TILES),)](BLOCK_T=BLOCK_TILES, **shared)
         _gather_kernel[(N * num_tiles * triton.cdiv(C, tile.block_c),)](
             grad_ptr=grad,
             out_grad_ptr=out_grad,
