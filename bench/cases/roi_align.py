@@ -47,6 +47,11 @@ class RoICase:
         return [1 / s for s in self.strides]
 
     @property
+    def cubic(self) -> float | None:
+        """Coefficient of bicubic samples, the default; None: bilinear ones."""
+        return -0.5 if self.interpolation == "bicubic" else None
+
+    @property
     def thresholds(self) -> list[float]:
         """Area in px^2 from which a RoI leaves level i for the next (Lin et al. 2017, equation 1)."""
         return [(224 * s / 16) ** 2 for s in self.strides[1:]]
@@ -74,14 +79,16 @@ class RoICase:
         """Forward: RoIs, each cell that any sample touches, and the output. Backward: RoIs, the gradient of the output,
         and every cell's gradient written, since those that no RoI touches are zero.
 
-        Operations: 4 taps of a sample, each a product and a sum; the definition's, not those of a separable form.
+        Operations: 4 taps of a bilinear sample, 16 of a bicubic one, each a product and a sum; the definition's, not
+        those of a separable form.
         """
         samples, cells = count_touched(self)
         item = ITEM[dtype]
         out = self.rois * self.channels * self.pooled**2 * item
         maps = self.images * sum(h * w for h, w in self.sizes)
         moved = (cells if mode == "forward" else maps) * self.channels * item
-        return Work(bytes=out + moved + self.rois * 16, flops=8 * samples * self.channels)
+        taps = 4 if self.cubic is None else 16
+        return Work(bytes=out + moved + self.rois * 16, flops=2 * taps * samples * self.channels)
 
 
 @functools.cache
@@ -97,8 +104,11 @@ def count_touched(case: RoICase) -> tuple[int, int]:
             if not case.aligned:
                 sides = sides.clamp(min=1)
             # A bin mixes the rows of its samples with their columns, so a RoI touches all its rows x all its columns.
-            x = axis_weights(corners[:, 0], sides[:, 0], case.pooled, width, case.sampling_ratio).gt(0).any(1).float()
-            y = axis_weights(corners[:, 1], sides[:, 1], case.pooled, height, case.sampling_ratio).gt(0).any(1).float()
+            x, y = (
+                axis_weights(corners[:, i], sides[:, i], case.pooled, length, case.sampling_ratio, cubic=case.cubic)
+                for i, length in enumerate((width, height))
+            )  # [P', bins, W], [P', bins, H]
+            x, y = (weights.ne(0).any(1).float() for weights in (x, y))
             cells += int((y.T @ x).gt(0).sum())
             ratio = float(case.sampling_ratio)
             grid = torch.full_like(sides, ratio) if ratio > 0 else (sides / case.pooled).ceil()

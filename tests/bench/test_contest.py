@@ -82,7 +82,7 @@ RIGHT = ready(lambda x: x * 2)
 
 def pooling(module: Any) -> Callable[[Any], Callable[[], Tensor]]:
     """RoIAlign of one level by a copy of its kernels."""
-    return lambda given: lambda: module.multiscale_roi_align(*given, None, 3, 3, [0.25], [], 2, True)
+    return lambda given: lambda: module.multiscale_roi_align(*given, None, 3, 3, [0.25], [], 2, True, None)
 
 
 def pooling_contest(providers: Mapping[str, Any], device: torch.device) -> Contest:

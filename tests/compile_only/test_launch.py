@@ -56,7 +56,8 @@ def kernels_of(op: str) -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
-def test_roi_align(dtype: torch.dtype, layout: torch.memory_format, launched: list[str]) -> None:
+@pytest.mark.parametrize("cubic", [None, -0.5], ids=["bilinear", "bicubic"])
+def test_roi_align(dtype: torch.dtype, layout: torch.memory_format, cubic: float | None, launched: list[str]) -> None:
     kernels = kernels_of("roi_align")
     maps = [
         torch.zeros(2, 40, 21 // k, 23 // k, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
@@ -64,9 +65,9 @@ def test_roi_align(dtype: torch.dtype, layout: torch.memory_format, launched: li
     ]
     boxes, valid = torch.rand(2, 6, 4), torch.ones(2, 6, dtype=torch.bool)
     scales, areas = [1 / 4, 1 / 8, 1 / 16, 1 / 32], [1.0, 2.0, 3.0]
-    out = kernels.multiscale_roi_align(maps, boxes, valid, 7, 7, scales, areas, 0, True)
+    out = kernels.multiscale_roi_align(maps, boxes, valid, 7, 7, scales, areas, 0, True, cubic)
     out.backward(torch.ones_like(out))
-    out = kernels.multiscale_roi_align(maps[:1], torch.rand(5, 5), None, 7, 7, scales[:1], [], 2, False)
+    out = kernels.multiscale_roi_align(maps[:1], torch.rand(5, 5), None, 7, 7, scales[:1], [], 2, False, cubic)
     out.backward(torch.ones_like(out))
     assert launched == ["_roi_align_kernel", "_touch_kernel", "_gather_kernel"] * 2
 

@@ -13,16 +13,24 @@ from tmask_kernels.ops.roi_align import kernels
 pytestmark = pytest.mark.compile_only
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-TAPS = 4  # bilinear
+TAPS = 4  # of a bilinear sample, and of a row of a bicubic one
 BOX_LOADS = 5  # four corners, and whether the box is valid or which image it is of
 
 
 def _target(
-    arch: str, tile: kernels.Tile, dtype: str, size: int, *, channels_last: bool, sampling_ratio: int
+    arch: str,
+    tile: kernels.Tile,
+    dtype: str,
+    size: int,
+    *,
+    channels_last: bool,
+    sampling_ratio: int,
+    cubic: float | None,
 ) -> Target:
     """A thread owns `share` elements of the tile; each tap of them is `accesses` loads, one address each.
 
-    It keeps a sum of each element, for each access a weight and a position, and the taps of one sample as they arrive.
+    It keeps a sum of each element, for each access a weight and a position, and the taps of one sample as they arrive,
+    of a bicubic one those of one of its four rows.
     """
     item = _BYTES[dtype]
     share = tile.block_pw * tile.block_c // (tile.num_warps * CHIPS[arch].lanes)
@@ -32,14 +40,15 @@ def _target(
     # Ratio 0 keeps the first sample and the number of samples of each bin.
     values = share + 2 * accesses + (2 * accesses if sampling_ratio == 0 else 0)
     samples = sampling_ratio**2
-    executed = BOX_LOADS + accesses * TAPS * samples
+    rows = 1 if cubic is None else 4
+    executed = BOX_LOADS + accesses * TAPS * rows * samples
     outputs = share * size / tile.block_pw  # the tile is a power of two wide
     return Target(
         registers=registers(values=values, bytes_in_flight=under_way, pointers=TAPS * accesses),
         load_bytes=width,
         store_bytes=width,
         loads=BOX_LOADS + TAPS * accesses if sampling_ratio == 0 else None,
-        trips=None if sampling_ratio == 0 else (1, sampling_ratio, samples),
+        trips=None if sampling_ratio == 0 else (1, sampling_ratio, samples, rows * samples),
         outputs=outputs,
         loads_per_output=None if sampling_ratio == 0 else executed / outputs,
         bytes_in_flight=under_way,
@@ -55,6 +64,7 @@ def _case(
     channels_last: bool = True,
     sampling_ratio: int = 2,
     levels: int = 4,
+    cubic: float | None = None,
     known_spills: Mapping[str, int] | None = None,
 ) -> Case:
     """Four levels take padded boxes [N, P, 4] with a mask, one takes boxes [K, 5]."""
@@ -83,6 +93,7 @@ def _case(
         "BLOCK_C": tile.block_c,
         "NUM_LEVELS": levels,
         "SAMPLING_RATIO": sampling_ratio,
+        "CUBIC": cubic,
         "ALIGNED": True,
         "PADDED": padded,
         "HAS_VALID": padded,
@@ -104,7 +115,7 @@ def _case(
         wide=channels_last,
         known_spills=known_spills or {},
         target=lambda arch: _target(
-            arch, tile, dtype, size, channels_last=channels_last, sampling_ratio=sampling_ratio
+            arch, tile, dtype, size, channels_last=channels_last, sampling_ratio=sampling_ratio, cubic=cubic
         ),
     )
 
@@ -123,6 +134,12 @@ CASES = [
     _case("forward fp32 contiguous 7x7 one level", dtype="fp32", channels=512, channels_last=False, levels=1),
     _case("forward fp32 contiguous 7x7 one level adaptive", dtype="fp32", channels=512, channels_last=False, levels=1,
           sampling_ratio=0),
+    _case("forward bf16 channels_last 7x7 bicubic", dtype="bf16", cubic=-0.5),
+    _case("forward fp32 channels_last 7x7 bicubic", dtype="fp32", cubic=-0.5),
+    _case("forward bf16 channels_last 7x7 bicubic adaptive", dtype="bf16", cubic=-0.5, sampling_ratio=0),
+    # The same again: 20 warps on an SM of the A100 in place of 16.
+    _case("forward fp32 contiguous 7x7 bicubic", dtype="fp32", channels_last=False, cubic=-0.5,
+          known_spills={"sm_80": 16}),
 ]  # fmt: skip
 
 

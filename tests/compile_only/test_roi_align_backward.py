@@ -52,7 +52,15 @@ def _gather_target(
     )
 
 
-def _gather(name: str, *, dtype: str, size: int = 7, channels_last: bool = True, sampling_ratio: int = 2) -> Case:
+def _gather(
+    name: str,
+    *,
+    dtype: str,
+    size: int = 7,
+    channels_last: bool = True,
+    sampling_ratio: int = 2,
+    cubic: float | None = None,
+) -> Case:
     tile = kernels_backward.pick_gather_tile(CHANNELS, _BYTES[dtype], channels_last)
     strides = ("i32", "=1", "i32", "i32") if channels_last else ("i32", "i32", "i32", "=1")
     divisible = ["grad_ptrs", "out_grad_ptr", "touch_ptr", "boxes_ptr", "valid_ptr", "C"]
@@ -79,6 +87,7 @@ def _gather(name: str, *, dtype: str, size: int = 7, channels_last: bool = True,
             "BLOCK_C": tile.block_c,
             "NUM_LEVELS": LEVELS,
             "SAMPLING_RATIO": sampling_ratio,
+            "CUBIC": cubic,
             "ALIGNED": True,
             "PADDED": True,
             "HAS_VALID": True,
@@ -114,6 +123,7 @@ def _touch() -> Case:
             "BLOCK_T": kernels_backward.BLOCK_TILES,
             "NUM_LEVELS": LEVELS,
             "SAMPLING_RATIO": 2,
+            "CUBIC": None,
             "ALIGNED": True,
             "PADDED": True,
             "HAS_VALID": True,
@@ -142,6 +152,10 @@ CASES = [
     _gather("bf16 contiguous 7x7 adaptive", dtype="bf16", channels_last=False, sampling_ratio=0),
     _gather("fp32 contiguous 7x7", dtype="fp32", channels_last=False),
     _gather("fp32 contiguous 7x7 adaptive", dtype="fp32", channels_last=False, sampling_ratio=0),
+    _gather("bf16 channels_last 7x7 bicubic", dtype="bf16", cubic=-0.5),
+    _gather("fp32 channels_last 7x7 bicubic", dtype="fp32", cubic=-0.5),
+    _gather("bf16 channels_last 7x7 bicubic adaptive", dtype="bf16", cubic=-0.5, sampling_ratio=0),
+    _gather("fp32 contiguous 7x7 bicubic", dtype="fp32", channels_last=False, cubic=-0.5),
     _touch(),
 ]
 

@@ -41,7 +41,7 @@ def case_of(name: str, full: bool) -> RoICase:
 def pool(case: RoICase, features: list[Tensor], boxes: Tensor, backend: str = "triton") -> Tensor:
     return multiscale_roi_align(
         features, boxes, case.pooled, case.scales, sampling_ratio=case.sampling_ratio, aligned=case.aligned,
-        level_convention="torchvision", backend=backend,
+        level_convention="torchvision", interpolation=case.interpolation, backend=backend,
     )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def random_like(out: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["W1", "W2", "W4-ratio2", "W4-ratio0"])
+@pytest.mark.parametrize("name", ["W1", "W2", "W3-bicubic", "W4-ratio2", "W4-ratio0"])
 def test_equals_the_reference(name: str, dtype: torch.dtype, layout: str, full: bool, device: torch.device) -> None:
     case = case_of(name, full)
     features, boxes = make(case, dtype, layout, device)

@@ -477,6 +477,7 @@ def test_invalid_boxes_take_no_gradient() -> None:
         ({"output_size": (0, 2)}, "output_size: expected at least 1 x 1"),
         ({"reduction": "max"}, "reduction: 'max' is not implemented yet"),
         ({"interpolation": "nearest"}, "interpolation: expected one of"),
+        ({"interpolation": "bicubic", "cubic_coeff": math.nan}, "cubic_coeff: expected a finite number, got nan"),
         ({"input": torch.zeros(2, 3, 8)}, "features: expected"),
         ({"input": torch.zeros(2, 3, 8, 8, dtype=torch.int32)}, "features: expected one floating point dtype"),
     ],
@@ -516,7 +517,7 @@ def test_unknown_images_give_zeros_where_they_cannot_be_seen(device: torch.devic
     expected = torch.tensor([0.0, 1, 0, 0], device=device)[:, None, None, None].expand(4, 3, 2, 2)
     compiled = torch.compile(roi_align, fullgraph=True, backend="aot_eager")
     assert_close(compiled(feature, boxes, 2, backend="reference"), expected)
-    assert_close(kernels.multiscale_roi_align([feature], boxes, None, 2, 2, [1.0], [], 2, False), expected)
+    assert_close(kernels.multiscale_roi_align([feature], boxes, None, 2, 2, [1.0], [], 2, False, None), expected)
 
 
 def test_reasons(device: torch.device) -> None:
@@ -573,7 +574,8 @@ def test_compiles_whole(device: torch.device, chosen: str) -> None:
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-def test_opcheck(device: torch.device, channels_last: bool) -> None:
+@pytest.mark.parametrize("cubic", [None, -0.5], ids=["bilinear", "bicubic"])
+def test_opcheck(device: torch.device, channels_last: bool, cubic: float | None) -> None:
     features = [
         torch.randn(1, 3, 8 >> i, 6 >> i, device=device)
         .contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -582,11 +584,13 @@ def test_opcheck(device: torch.device, channels_last: bool) -> None:
     ]
     boxes = random_boxes(2, height=16, width=12, min_size=4, device=device)[None]
     valid = torch.tensor([[True, False]], device=device)
-    torch.library.opcheck(kernels.multiscale_roi_align, (features, boxes, valid, 2, 3, [0.5, 0.25], [64.0], 2, True))
+    torch.library.opcheck(
+        kernels.multiscale_roi_align, (features, boxes, valid, 2, 3, [0.5, 0.25], [64.0], 2, True, cubic)
+    )
     grad = torch.randn(2, 3, 2, 3, device=device)
     torch.library.opcheck(
         kernels_backward.multiscale_roi_align_backward,
-        (grad, boxes, valid, 1, [8, 4], [6, 3], channels_last, [0.5, 0.25], [64.0], 2, True),
+        (grad, boxes, valid, 1, [8, 4], [6, 3], channels_last, [0.5, 0.25], [64.0], 2, True, cubic),
     )
 
 
@@ -599,7 +603,7 @@ def parity(kernels: ModuleType, device: torch.device) -> None:
     thresholds = op._level_thresholds(SCALES, 100.0, 4, "detectron2")
     expected, exact = truth(features, boxes, (2, 3), SCALES, sampling_ratio=2, canonical_scale=100)
     check_forward_and_backward(
-        lambda f: kernels.multiscale_roi_align(f, boxes, None, 2, 3, SCALES, thresholds, 2, True),
+        lambda f: kernels.multiscale_roi_align(f, boxes, None, 2, 3, SCALES, thresholds, 2, True, None),
         features,
         expected,
         exact,

@@ -1,4 +1,4 @@
-"""RoIAlign kernels: mean of bilinear samples, every pyramid level in one launch.
+"""RoIAlign kernels: mean of bilinear or bicubic samples, every pyramid level in one launch.
 
 One program: one box x one row of bins x a block of channels. It reads the box, finds its level, and works on a tile
 [bins of the row, channels]; coordinates and weights are computed once a bin, not once a channel. Features are read
@@ -22,6 +22,7 @@ from tmask_kernels._triton import on_device
 from tmask_kernels.ops.roi_align import kernels_backward
 from tmask_kernels.ops.roi_align.kernels_geometry import (
     axis,
+    cubic_weight,
     is_finite,
     level_index,
     load_box,
@@ -49,16 +50,47 @@ def _window(bin_start, step, grid, length, SAMPLING_RATIO: tl.constexpr):
 
 
 @triton.jit
-def _taps(at, length):
-    """Cells below and above a sample, the weight of the upper one, and whether the sample lies in the map."""
+def _clamped(at, length):
+    """Samples moved onto the border's cell where they are beyond it, and whether they lie in the map."""
     inside = (at >= -1.0) & (at <= length)  # false for NaN
     at = tl.where(inside, at, 0.0)
-    at = tl.minimum(tl.maximum(at, 0.0), length - 1.0)
+    return tl.minimum(tl.maximum(at, 0.0), length - 1.0), inside
+
+
+@triton.jit
+def _taps(at, length):
+    """Cells below and above a sample that is clamped to the map, and the weight of the upper one."""
     low = tl.floor(at)
     upper_weight = at - low
     low = low.to(tl.int32)
     high = tl.minimum(low + 1, length - 1)
-    return low.to(tl.int64), high.to(tl.int64), upper_weight, inside
+    return low.to(tl.int64), high.to(tl.int64), upper_weight
+
+
+@triton.jit
+def _cubic_tap(at, tap, length, CUBIC: tl.constexpr):
+    """Cell of tap 0 to 3 of a sample that is clamped to the map, and its weight."""
+    cell = tl.floor(at) + (tap - 1)
+    weight = cubic_weight(tl.abs(at - cell), CUBIC)
+    return tl.minimum(tl.maximum(cell, 0.0), length - 1.0).to(tl.int32).to(tl.int64), weight
+
+
+@triton.jit
+def _add_cubic(tile, base, y, x, H, W, stride_h, stride_w, channels, mask, CUBIC: tl.constexpr):
+    """Add to `tile` [BLOCK_PW, BLOCK_C] a bicubic sample of each bin, at y and x [BLOCK_PW], a row of taps at a time.
+
+    Four loads are under way at once, as many as of a bilinear sample.
+    """
+    for row in range(4):
+        cell_y, weight_y = _cubic_tap(y, row, H, CUBIC)
+        row_ptr = base + cell_y * stride_h
+        for column in tl.static_range(4):
+            cell_x, weight_x = _cubic_tap(x, column, W, CUBIC)
+            cells = (cell_x * stride_w)[:, None] + channels[None, :]
+            value = tl.load(row_ptr + cells, mask=mask, other=0.0).to(tile.dtype)
+            # Fusion is off for the sake of the coordinates; a sum may take it.
+            tile = tl.fma((weight_y * weight_x)[:, None], value, tile)
+    return tile
 
 
 @triton.jit(do_not_specialize=["num_images", "boxes_an_image"])
@@ -82,6 +114,7 @@ def _roi_align_kernel(
     BLOCK_C: tl.constexpr,
     NUM_LEVELS: tl.constexpr,
     SAMPLING_RATIO: tl.constexpr,
+    CUBIC: tl.constexpr,  # None: bilinear
     ALIGNED: tl.constexpr,
     PADDED: tl.constexpr,
     HAS_VALID: tl.constexpr,
@@ -128,22 +161,27 @@ def _roi_align_kernel(
     iy = tl.full((), 0, tl.int32)
     while iy < num_y:
         at_y = first_y + iy.to(ACC)
-        y_low, y_high, ly, inside_y = _taps(bin_y + (at_y + 0.5) * step_y, H)
+        y, inside_y = _clamped(bin_y + (at_y + 0.5) * step_y, H)
+        y_low, y_high, ly = _taps(y, H)
         num_x_here = tl.where(inside_y & (at_y < grid_h), num_x, 0)
         row_low, row_high = base + y_low * stride_h, base + y_high * stride_h
         ix = tl.full((), 0, tl.int32)
         while ix < num_x_here:
             at_x = first_x + ix.to(ACC)
-            x_low, x_high, lx, inside_x = _taps(bin_x + (at_x + 0.5) * step_x, W)
+            x, inside_x = _clamped(bin_x + (at_x + 0.5) * step_x, W)
             mask = (inside_x & (at_x < grid_w) & mask_pw)[:, None] & mask_c[None, :]
-            left = (x_low * stride_w)[:, None] + channels[None, :]
-            right = (x_high * stride_w)[:, None] + channels[None, :]
-            lx = lx[:, None]
-            v00 = tl.load(row_low + left, mask=mask, other=0.0).to(ACC)
-            v01 = tl.load(row_low + right, mask=mask, other=0.0).to(ACC)
-            v10 = tl.load(row_high + left, mask=mask, other=0.0).to(ACC)
-            v11 = tl.load(row_high + right, mask=mask, other=0.0).to(ACC)
-            tile += (1.0 - ly) * ((1.0 - lx) * v00 + lx * v01) + ly * ((1.0 - lx) * v10 + lx * v11)
+            if CUBIC is None:
+                x_low, x_high, lx = _taps(x, W)
+                left = (x_low * stride_w)[:, None] + channels[None, :]
+                right = (x_high * stride_w)[:, None] + channels[None, :]
+                lx = lx[:, None]
+                v00 = tl.load(row_low + left, mask=mask, other=0.0).to(ACC)
+                v01 = tl.load(row_low + right, mask=mask, other=0.0).to(ACC)
+                v10 = tl.load(row_high + left, mask=mask, other=0.0).to(ACC)
+                v11 = tl.load(row_high + right, mask=mask, other=0.0).to(ACC)
+                tile += (1.0 - ly) * ((1.0 - lx) * v00 + lx * v01) + ly * ((1.0 - lx) * v10 + lx * v11)
+            else:
+                tile = _add_cubic(tile, base, y, x, H, W, stride_h, stride_w, channels, mask, CUBIC)
             ix += 1
         iy += 1
     tl.store(out_ptrs, (tile * share).to(out_ptr.dtype.element_ty), mask=out_mask)
@@ -177,6 +215,7 @@ def _launch(
     thresholds: Sequence[float],
     sampling_ratio: int,
     aligned: bool,
+    cubic: float | None,
 ) -> None:
     """Fill `out` [K, C, PH, PW] from `features` (one [N, C, H, W] a level)."""
     K, C, PH, PW = out.shape
@@ -208,6 +247,7 @@ def _launch(
             BLOCK_C=tile.block_c,
             NUM_LEVELS=len(features),
             SAMPLING_RATIO=max(sampling_ratio, 0),
+            CUBIC=cubic,
             ALIGNED=aligned,
             PADDED=boxes.dim() == 3,
             HAS_VALID=valid is not None,
@@ -249,15 +289,16 @@ def multiscale_roi_align(
     thresholds: Sequence[float],
     sampling_ratio: int,
     aligned: bool,
+    cubic: float | None,
 ) -> Tensor:
     """Pool boxes [N, P, 4] (fp32, valid [N, P] bool) or [K, 5]: [K, C, PH, PW]. Arguments as in `reference`."""
     out = _empty_out(features, boxes, pooled_height, pooled_width)
-    _launch(out, features, boxes, valid, scales, thresholds, sampling_ratio, aligned)
+    _launch(out, features, boxes, valid, scales, thresholds, sampling_ratio, aligned, cubic)
     return out
 
 
 @multiscale_roi_align.register_fake
-def _(features, boxes, valid, pooled_height, pooled_width, scales, thresholds, sampling_ratio, aligned):
+def _(features, boxes, valid, pooled_height, pooled_width, scales, thresholds, sampling_ratio, aligned, cubic):
     return _empty_out(features, boxes, pooled_height, pooled_width)
 
 
@@ -276,7 +317,7 @@ def _backward(ctx, grad):
     )
     # A single map has no thresholds, and autograd takes an empty list for a list of tensors: its gradient is a list.
     no_thresholds = None if ctx.rest[1] else []
-    return gradients, None, None, None, None, None, no_thresholds, None, None
+    return gradients, None, None, None, None, None, no_thresholds, None, None, None
 
 
 multiscale_roi_align.register_autograd(_backward, setup_context=_setup_context)

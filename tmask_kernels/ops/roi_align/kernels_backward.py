@@ -1,10 +1,10 @@
 """Gradient of RoIAlign to the features, in gather form: no atomics, the same bits from run to run.
 
-The mean of bilinear samples is separable, out = Wy F Wx^T, so dF = sum over boxes of Wy^T G Wx. A program owns a tile
-of cells of one level of one image and a block of channels, goes through the boxes that touch the tile in the order of
-their index, keeps the sum in registers and writes each gradient once, in its final dtype. A row of bins is spread along
-x by one small product, [cells of a tile row, bins] x [bins, channels], and along y by a multiply-add for each row of
-the tile; only rows of bins that can reach the tile are read.
+The mean of bilinear or bicubic samples is separable, out = Wy F Wx^T, so dF = sum over boxes of Wy^T G Wx. A program
+owns a tile of cells of one level of one image and a block of channels, goes through the boxes that touch the tile in
+the order of their index, keeps the sum in registers and writes each gradient once, in its final dtype. A row of bins is
+spread along x by one small product, [cells of a tile row, bins] x [bins, channels], and along y by a multiply-add for
+each row of the tile; only rows of bins that can reach the tile are read.
 
 Which boxes touch a tile stands in a bit mask that a small launch writes first, one bit a box and tile. Letters as in
 `reference`.
@@ -23,6 +23,7 @@ from torch import Tensor
 from tmask_kernels._triton import on_device, small_dot
 from tmask_kernels.ops.roi_align.kernels_geometry import (
     axis,
+    cubic_weight,
     is_finite,
     level_index,
     load_box,
@@ -39,48 +40,58 @@ WEIGHT_TERMS = {torch.bfloat16: 3, torch.float16: 2}
 
 
 @triton.jit
-def _reach(start, bin_size, bins, length):
+def _reach(start, bin_size, bins, length, CUBIC: tl.constexpr):
     """First and last cell (floats) that the samples of a box can touch along an axis; first > last if none."""
+    more: tl.constexpr = 0.0 if CUBIC is None else 1.0  # a tap on either side
     end = start + bins * bin_size
     low, high = tl.minimum(start, end), tl.maximum(start, end)
     slack = 0.01 + 1e-5 * (tl.abs(low) + tl.abs(high))  # more than rounding can move a sample
     low, high = low - slack, high + slack
     outside = (high < -1.0) | (low > length)
-    first = tl.minimum(tl.maximum(tl.floor(low), 0.0), length - 1.0)
-    last = tl.minimum(tl.maximum(tl.floor(high) + 1.0, 0.0), length - 1.0)
+    first = tl.minimum(tl.maximum(tl.floor(low) - more, 0.0), length - 1.0)
+    last = tl.minimum(tl.maximum(tl.floor(high) + 1.0 + more, 0.0), length - 1.0)
     return tl.where(outside, 1.0, first), tl.where(outside, 0.0, last)
 
 
 @triton.jit
-def _axis_weights(start, bin_size, grid, step, bins, cells, length, SAMPLING_RATIO: tl.constexpr):
+def _axis_weights(start, bin_size, grid, step, bins, cells, length, SAMPLING_RATIO: tl.constexpr, CUBIC: tl.constexpr):
     """Sum over the samples of `bins` of their weight on `cells` (broadcast together), not yet divided by the grid.
 
-    With an adaptive grid only the samples near a cell are visited: at most 5, as in `reference`.
+    With an adaptive grid only the samples near a cell are visited: at most 5, or 6 bicubic ones, as in `reference`.
     """
+    reach: tl.constexpr = 1.0 if CUBIC is None else 2.0
     bin_start = start + bins * bin_size
     if SAMPLING_RATIO > 0:
         first = tl.zeros_like(bin_start + cells)
         candidates: tl.constexpr = SAMPLING_RATIO
     else:
-        first = tl.floor((cells - 1.0 - bin_start) / tl.where(step != 0, step, 1.0) - 0.5)
+        first = tl.floor((cells - reach - bin_start) / tl.where(step != 0, step, 1.0) - 0.5)
         first = tl.maximum(tl.minimum(first, grid - 1.0), 0.0)
-        candidates: tl.constexpr = 5
+        candidates: tl.constexpr = 5 if CUBIC is None else 6
     total = tl.zeros_like(first)
     for i in range(candidates):
         index = first + i
         at = bin_start + (index + 0.5) * step
         inside = (at >= -1.0) & (at <= length) & (index < grid)
         at = tl.minimum(tl.maximum(at, 0.0), length - 1.0)
-        total += tl.where(inside, tl.maximum(1.0 - tl.abs(at - cells), 0.0), 0.0)
+        if CUBIC is None:
+            weight = tl.maximum(1.0 - tl.abs(at - cells), 0.0)
+        else:
+            # The taps beyond a border are of its last cell: one on either side, the others weigh 0.
+            weight = cubic_weight(tl.abs(at - cells), CUBIC)
+            weight += tl.where(cells == 0, cubic_weight(at + 1.0, CUBIC), 0.0)
+            weight += tl.where(cells == length - 1.0, cubic_weight(length - at, CUBIC), 0.0)
+        total += tl.where(inside, weight, 0.0)
     return total
 
 
 @triton.jit
-def _bin_rows(start, bin_size, top, bottom, bins: tl.constexpr):
+def _bin_rows(start, bin_size, top, bottom, bins: tl.constexpr, CUBIC: tl.constexpr):
     """Rows of bins, first and past the last, that can touch the cells `top` to `bottom`. All of an inverted box."""
+    reach: tl.constexpr = 1.0 if CUBIC is None else 2.0
     size = tl.where(bin_size > 0, bin_size, 1.0)
-    first = tl.floor((top - 1.0 - start) / size - 0.01)
-    past = tl.floor((bottom + 1.0 - start) / size + 0.01) + 1.0
+    first = tl.floor((top - reach - start) / size - 0.01)
+    past = tl.floor((bottom + reach - start) / size + 0.01) + 1.0
     first = tl.where(bin_size > 0, tl.minimum(tl.maximum(first, 0.0), bins), 0.0)
     past = tl.where(bin_size > 0, tl.minimum(tl.maximum(past, 0.0), bins), bins)
     return first.to(tl.int32), past.to(tl.int32)
@@ -108,6 +119,7 @@ def _touch_kernel(
     BLOCK_T: tl.constexpr,
     NUM_LEVELS: tl.constexpr,
     SAMPLING_RATIO: tl.constexpr,
+    CUBIC: tl.constexpr,  # None: bilinear
     ALIGNED: tl.constexpr,
     PADDED: tl.constexpr,
     HAS_VALID: tl.constexpr,
@@ -129,8 +141,8 @@ def _touch_kernel(
     usable &= is_finite(x1 * scale, y1 * scale, x2 * scale, y2 * scale)
     start_y, bin_h, _, _ = axis(y1, y2, scale, PH, ALIGNED, SAMPLING_RATIO)
     start_x, bin_w, _, _ = axis(x1, x2, scale, PW, ALIGNED, SAMPLING_RATIO)
-    first_y, last_y = _reach(start_y, bin_h, PH, H)
-    first_x, last_x = _reach(start_x, bin_w, PW, W)
+    first_y, last_y = _reach(start_y, bin_h, PH, H, CUBIC)
+    first_x, last_x = _reach(start_x, bin_w, PW, W, CUBIC)
 
     tile = tl.program_id(0) % blocks_t * BLOCK_T + tl.arange(0, BLOCK_T)
     tile_level, top, left = _place(tile, tiles_across, first_tiles, TILE_H, TILE_W, NUM_LEVELS)
@@ -180,6 +192,7 @@ def _gather_kernel(
     BLOCK_C: tl.constexpr,
     NUM_LEVELS: tl.constexpr,
     SAMPLING_RATIO: tl.constexpr,
+    CUBIC: tl.constexpr,  # None: bilinear
     ALIGNED: tl.constexpr,
     PADDED: tl.constexpr,
     HAS_VALID: tl.constexpr,
@@ -222,17 +235,17 @@ def _gather_kernel(
             start_y, bin_h, grid_h, step_y = axis(y1, y2, scale, PH, ALIGNED, SAMPLING_RATIO)
             start_x, bin_w, grid_w, step_x = axis(x1, x2, scale, PW, ALIGNED, SAMPLING_RATIO)
             weights_x = _axis_weights(
-                start_x, bin_w, grid_w, step_x, offs_pw.to(ACC)[None, :], cells_x[:, None], W, SAMPLING_RATIO
+                start_x, bin_w, grid_w, step_x, offs_pw.to(ACC)[None, :], cells_x[:, None], W, SAMPLING_RATIO, CUBIC
             )  # [TILE_W, BLOCK_PW]
             weights_x = tl.where(mask_pw[None, :], weights_x, 0.0)
             share = 1.0 / tl.maximum(grid_h * grid_w, 1.0)
-            ph, past = _bin_rows(start_y, bin_h, top, top + TILE_H - 1, PH)
+            ph, past = _bin_rows(start_y, bin_h, top, top + TILE_H - 1, PH, CUBIC)
             while ph < past:
                 row_ptr = out_grad_ptr + k * out_grad_strides[0] + ph.to(tl.int64) * out_grad_strides[2]
                 bins = tl.load(row_ptr + row, mask=row_mask, other=0.0)  # [BLOCK_PW, BLOCK_C]
                 along_x = small_dot(weights_x, bins, WEIGHT_TERMS, ACC)  # [TILE_W, BLOCK_C]
                 weights_y = _axis_weights(
-                    start_y, bin_h, grid_h, step_y, ph.to(ACC), cells_y, H, SAMPLING_RATIO
+                    start_y, bin_h, grid_h, step_y, ph.to(ACC), cells_y, H, SAMPLING_RATIO, CUBIC
                 )  # [TILE_H]
                 sums += (weights_y * share)[:, None, None] * along_x[None, :, :]
                 ph += 1
@@ -277,6 +290,7 @@ def _launch(
     thresholds: Sequence[float],
     sampling_ratio: int,
     aligned: bool,
+    cubic: float | None,
 ) -> None:
     """Fill `grads` (one [N, C, H, W] a level, uninitialised) from `out_grad` [K, C, PH, PW]."""
     _, C, PH, PW = out_grad.shape
@@ -311,6 +325,7 @@ def _launch(
         "TILE_W": tile.width,
         "NUM_LEVELS": len(grads),
         "SAMPLING_RATIO": max(sampling_ratio, 0),
+        "CUBIC": cubic,
         "ALIGNED": aligned,
         "PADDED": padded,
         "HAS_VALID": valid is not None,
@@ -353,17 +368,19 @@ def multiscale_roi_align_backward(
     thresholds: Sequence[float],
     sampling_ratio: int,
     aligned: bool,
+    cubic: float | None,
 ) -> list[Tensor]:
     """Gradient of `multiscale_roi_align` to each level [N, C, H, W], summed in fp32, in the dtype of `out_grad`."""
     grads = _empty_gradients(out_grad, num_images, heights, widths, channels_last)
     if any(g.numel() for g in grads):
-        _launch(grads, out_grad, boxes, valid, scales, thresholds, sampling_ratio, aligned)
+        _launch(grads, out_grad, boxes, valid, scales, thresholds, sampling_ratio, aligned, cubic)
     return grads
 
 
 @multiscale_roi_align_backward.register_fake
 def _(
-    out_grad, boxes, valid, num_images, heights, widths, channels_last, scales, thresholds, sampling_ratio, aligned
+    out_grad, boxes, valid, num_images, heights, widths, channels_last, scales, thresholds, sampling_ratio, aligned,
+    cubic,
 ):  # fmt: skip
     return _empty_gradients(out_grad, num_images, heights, widths, channels_last)
 

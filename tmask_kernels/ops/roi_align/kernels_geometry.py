@@ -87,3 +87,12 @@ def axis(low_corner, high_corner, scale, bins, ALIGNED: tl.constexpr, SAMPLING_R
         grid = tl.ceil(bin_size)
     step = divide(bin_size, tl.where(grid > 0, grid, 1.0))
     return start, bin_size, grid, step
+
+
+@triton.jit
+def cubic_weight(distance, CUBIC: tl.constexpr):
+    """Keys' kernel of coefficient CUBIC at a distance of 0 or more cells, as in `reference`; 0 from 2 on."""
+    near = (1.0 - distance) * (1.0 + distance - (CUBIC + 2.0) * distance * distance)
+    beyond = tl.minimum(distance - 2.0, 0.0)
+    far = CUBIC * (distance - 1.0) * beyond * beyond
+    return tl.where(distance <= 1.0, near, far)

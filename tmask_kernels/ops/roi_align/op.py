@@ -36,12 +36,15 @@ def roi_align(
     cubic_coeff: float = -0.5,
     backend: str | None = None,
 ) -> Tensor:
-    """Average bilinear samples of a feature map in each bin of each box: [K, C, PH, PW].
+    """Average samples of a feature map in each bin of each box: [K, C, PH, PW].
 
     input [N, C, H, W], fp16, bf16, fp32 or fp64, contiguous or channels_last. boxes, xyxy in image pixels: [K, 5] with
     the image's index first, a list of N tensors [L, 4], or [N, P, 4] with `valid` [N, P] bool (then K = N * P).
     spatial_scale: feature cells per pixel. sampling_ratio: samples per bin side; 0 or less takes ceil(bin size).
     aligned: shift by half a cell, so that pixel centres meet; without it boxes are at least one cell long.
+    interpolation: a sample is bilinear between its 2 x 2 cells, or bicubic between its 4 x 4 with Keys' coefficient
+    `cubic_coeff`, cells beyond the border taking the border's value; -0.5 reproduces quadratic functions away from the
+    border, -0.75 is that of `torch.nn.functional.grid_sample`.
 
     A sample outside [-1, H] x [-1, W] is 0 and counts in the mean. A box that is not valid, has a coordinate that is
     NaN or infinite, or names an image that does not exist gives zeros and no gradient; the last is a ValueError where
@@ -49,12 +52,13 @@ def roi_align(
     the adaptive grid; with a fixed one, the value at the point or the mirrored crop.
 
     Boxes and sums are fp32 (fp64 for fp64 input); the result has the input's dtype and, on CUDA, its memory format.
-    Differentiable in `input`, and in `boxes` with backend="reference". Not implemented yet: "max", "bicubic".
-    Errors: ValueError for a wrong shape, dtype, device or option. Source: Mask R-CNN (He et al. 2017), section 3.
+    Differentiable in `input`, and in `boxes` with backend="reference". Not implemented yet: "max".
+    Errors: ValueError for a wrong shape, dtype, device or option. Sources: Mask R-CNN (He et al. 2017), section 3;
+    Cubic convolution interpolation (Keys 1981).
     """
     return _roi_align(
         "roi_align", [input], boxes, valid, output_size, [spatial_scale], [], sampling_ratio, aligned,
-        reduction, interpolation, backend,
+        reduction, interpolation, cubic_coeff, backend,
     )  # fmt: skip
 
 
@@ -89,7 +93,7 @@ def multiscale_roi_align(
     thresholds = _level_thresholds(scales, float(canonical_scale), canonical_level, level_convention)
     return _roi_align(
         "multiscale_roi_align", list(features), boxes, valid, output_size, scales, thresholds, sampling_ratio, aligned,
-        reduction, interpolation, backend,
+        reduction, interpolation, cubic_coeff, backend,
     )  # fmt: skip
 
 
@@ -125,10 +129,12 @@ def _roi_align(
     aligned: bool,
     reduction: str,
     interpolation: str,
+    cubic_coeff: float,
     backend: str | None,
 ) -> Tensor:
     size = (output_size, output_size) if isinstance(output_size, int) else (output_size[0], output_size[1])
-    _check_options(size, reduction, interpolation)
+    _check_options(size, reduction, interpolation, cubic_coeff)
+    cubic = float(cubic_coeff) if interpolation == "bicubic" else None
     check_features(features, scales)
     boxes = boxes_as_tensor(features[0], boxes, valid)
     traced = is_traced(features[0])
@@ -138,7 +144,7 @@ def _roi_align(
 
     device = features[0].device
     reasons: dict[str, list[str]] = {"reference": []}
-    torchvision, triton = _torchvision_reasons(features, boxes, traced), _triton_reasons(features, boxes)
+    torchvision, triton = _torchvision_reasons(features, boxes, traced, cubic), _triton_reasons(features, boxes)
     if device.type == "cuda":
         reasons = {"triton": triton, "reference": [], "torchvision": torchvision}
     else:
@@ -148,27 +154,34 @@ def _roi_align(
         from tmask_kernels.ops.roi_align import kernels
 
         return kernels.multiscale_roi_align(
-            features, boxes, valid, size[0], size[1], scales, thresholds, sampling_ratio, aligned
+            features, boxes, valid, size[0], size[1], scales, thresholds, sampling_ratio, aligned, cubic
         )
-    pool = multiscale_roi_align_reference if chosen == "reference" else multiscale_roi_align_cpu
-    return pool(features, boxes, valid, size, scales, sampling_ratio, aligned, thresholds)
+    if chosen == "torchvision":
+        return multiscale_roi_align_cpu(features, boxes, valid, size, scales, sampling_ratio, aligned, thresholds)
+    return multiscale_roi_align_reference(
+        features, boxes, valid, size, scales, sampling_ratio, aligned, thresholds, cubic
+    )
 
 
-def _check_options(size: tuple[int, int], reduction: str, interpolation: str) -> None:
+def _check_options(size: tuple[int, int], reduction: str, interpolation: str, cubic_coeff: float) -> None:
     if min(size) < 1:
         raise ValueError(f"output_size: expected at least 1 x 1, got {size}")
-    for name, got, known, served in (
-        ("reduction", reduction, ("mean", "max"), "mean"),
-        ("interpolation", interpolation, ("bilinear", "bicubic"), "bilinear"),
+    for name, got, known in (
+        ("reduction", reduction, ("mean", "max")),
+        ("interpolation", interpolation, ("bilinear", "bicubic")),
     ):
         if got not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {got!r}")
-        if got != served:
-            raise ValueError(f"{name}: {got!r} is not implemented yet, expected {served!r}")
+    if reduction == "max":
+        raise ValueError("reduction: 'max' is not implemented yet, expected 'mean'")
+    if not math.isfinite(cubic_coeff):
+        raise ValueError(f"cubic_coeff: expected a finite number, got {cubic_coeff}")
 
 
-def _torchvision_reasons(features: list[Tensor], boxes: Tensor, traced: bool) -> list[str]:
+def _torchvision_reasons(features: list[Tensor], boxes: Tensor, traced: bool, cubic: float | None) -> list[str]:
     reasons = []
+    if cubic is not None:
+        reasons.append("has no bicubic interpolation")
     if features[0].device.type != "cpu":
         reasons.append("serves CPU tensors only")
     if traced:

@@ -1,11 +1,12 @@
 """RoIAlign in plain PyTorch: the truth the other backends must agree with.
 
-The mean of bilinear samples is separable: for one channel ``out = Wy F Wx^T``, where row ``ph`` of ``Wy`` [PH, H] holds
-the weight of every feature row in bin row ``ph``, and ``Wx`` [PW, W] likewise. Both are built here densely, in closed
-form, so that no shape depends on data, not even for the adaptive grid.
+The mean of bilinear or bicubic samples is separable: for one channel ``out = Wy F Wx^T``, where row ``ph`` of ``Wy``
+[PH, H] holds the weight of every feature row in bin row ``ph``, and ``Wx`` [PW, W] likewise. Both are built here
+densely, in closed form, so that no shape depends on data, not even for the adaptive grid.
 
 Letters: N images, P boxes an image, K boxes in all, C channels, H W feature size, PH PW bins.
-Source: He et al., Mask R-CNN (2017), section 3; levels: Lin et al., Feature Pyramid Networks (2017), equation 1.
+Source: He et al., Mask R-CNN (2017), section 3; levels: Lin et al., Feature Pyramid Networks (2017), equation 1;
+bicubic: Keys, Cubic convolution interpolation for digital image processing (1981).
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ CHUNK_ELEMENTS = 1 << 24
 # given cell. One more absorbs an estimate of where they begin that is one too low; one too high misses a sample a whole
 # cell away, whose weight is 0.
 NEARBY_SAMPLES = 5
+# Bicubic taps are less than 2 cells from their sample. The g samples of a bin, which is longer than g - 1 cells, are
+# more than (g - 1) / g apart: at most 5 lie within 2 cells of a given cell (where g is more than 5, a sixth would be
+# over 5 x 5/6 cells from the first). And one more, for the same reason.
+NEARBY_CUBIC_SAMPLES = 6
 
 
 def multiscale_roi_align_reference(
@@ -33,14 +38,15 @@ def multiscale_roi_align_reference(
     sampling_ratio: int,
     aligned: bool,
     level_thresholds: list[float],
+    cubic: float | None = None,
 ) -> Tensor:
     """Pool every box from the feature map of its level.
 
     features: one [N, C, H, W] a level, any float dtype. boxes [N, P, 4] with valid [N, P] bool or None, or [K, 5] with
     the image's index first. level_thresholds: area in px^2 from which a box leaves level i for level i + 1, one fewer
-    than there are levels. Returns [N * P, C, PH, PW] or [K, C, PH, PW] in the features' dtype. Differentiable in the
-    features and the boxes; a box that is not valid, or not finite in pixels or in cells of its level, or whose image
-    does not exist, gives zeros and takes no gradient.
+    than there are levels. cubic: Keys' coefficient of bicubic samples; None: bilinear ones. Returns [N * P, C, PH, PW]
+    or [K, C, PH, PW] in the features' dtype. Differentiable in the features and the boxes; a box that is not valid, or
+    not finite in pixels or in cells of its level, or whose image does not exist, gives zeros and takes no gradient.
     """
     N, C = features[0].shape[:2]
     dtype = torch.float64 if features[0].dtype == torch.float64 else torch.float32
@@ -71,7 +77,7 @@ def multiscale_roi_align_reference(
                 mine = (part_levels == level) & part_valid & fits  # [N, p]
                 # What overflows is replaced before it is pooled: it would turn gradients into NaN.
                 small = torch.where(fits[..., None], part, 0.0)  # [N, p, 4]
-                pooled = _pool(feature, small, output_size, scale, sampling_ratio, aligned)  # [N, p, C, PH, PW]
+                pooled = _pool(feature, small, output_size, scale, sampling_ratio, aligned, cubic)  # [N, p, C, PH, PW]
                 out = out + torch.where(mine[..., None, None, None], pooled, 0.0)
             chunks.append(out)
     result = torch.cat(chunks, 1)  # [N, P, C, PH, PW]
@@ -105,7 +111,13 @@ def box_levels(boxes: Tensor, level_thresholds: list[float]) -> Tensor:
 
 
 def _pool(
-    feature: Tensor, boxes: Tensor, output_size: tuple[int, int], scale: float, sampling_ratio: int, aligned: bool
+    feature: Tensor,
+    boxes: Tensor,
+    output_size: tuple[int, int],
+    scale: float,
+    sampling_ratio: int,
+    aligned: bool,
+    cubic: float | None,
 ) -> Tensor:
     """Pool boxes [N, P, 4] from one feature [N, C, H, W] of the same dtype: [N, P, C, PH, PW]."""
     N, C, H, W = feature.shape
@@ -115,8 +127,8 @@ def _pool(
     start, size = corners[..., :2], corners[..., 2:] - corners[..., :2]  # [N, P, 2] x, y in cells
     if not aligned:
         size = size.clamp(min=1.0)
-    weight_x = axis_weights(start[..., 0], size[..., 0], PW, W, sampling_ratio)  # [N, P, PW, W]
-    weight_y = axis_weights(start[..., 1], size[..., 1], PH, H, sampling_ratio)  # [N, P, PH, H]
+    weight_x = axis_weights(start[..., 0], size[..., 0], PW, W, sampling_ratio, cubic=cubic)  # [N, P, PW, W]
+    weight_y = axis_weights(start[..., 1], size[..., 1], PH, H, sampling_ratio, cubic=cubic)  # [N, P, PH, H]
     rows = feature.permute(0, 2, 1, 3).reshape(N, H, C * W)
     rows = torch.bmm(weight_y.reshape(N, P * PH, H), rows)  # [N, P * PH, C * W]
     rows = rows.reshape(N * P, PH * C, W)
@@ -125,14 +137,20 @@ def _pool(
 
 
 def axis_weights(
-    start: Tensor, size: Tensor, bins: int, length: int, sampling_ratio: int, limit: Tensor | None = None
+    start: Tensor,
+    size: Tensor,
+    bins: int,
+    length: int,
+    sampling_ratio: int,
+    limit: Tensor | None = None,
+    cubic: float | None = None,
 ) -> Tensor:
     """Weight of each of `length` cells in each of `bins` bins along one axis: [..., bins, length].
 
     start, size [...]: where the box begins and how long it is, in cells. Bin ``b`` averages samples
     ``start + b * bin + (i + 0.5) * bin / grid`` with ``bin = size / bins``; ``grid`` is `sampling_ratio`, or
     ``ceil(bin)`` where that is 0 or less. A sample outside [-1, limit] weighs 0 but counts in the mean. limit [...]:
-    how many of the cells are no padding; None: all.
+    how many of the cells are no padding; None: all. cubic: Keys' coefficient of bicubic samples; None: bilinear ones.
     """
     end = torch.full_like(start[..., None, None], length) if limit is None else limit[..., None, None]  # [..., 1, 1]
     index = torch.arange(bins, dtype=start.dtype, device=start.device)[:, None]  # [bins, 1]
@@ -146,21 +164,23 @@ def axis_weights(
         first, candidates = torch.zeros_like(bin_size), sampling_ratio
     else:
         grid = bin_size.detach().ceil()
-        # The samples whose taps can be a cell c lie in [c - 1, c + 1]; those clamped to the border do so too.
+        # The samples whose taps can be a cell c lie in [c - 1, c + 1], of bicubic ones in [c - 2, c + 2]; those clamped
+        # to the border do so too.
+        reach = 1 if cubic is None else 2
         step = torch.where(grid > 0, bin_size / grid, 1.0).detach()
-        first = ((cells - 1 - bin_start.detach()) / step - 0.5).floor()  # [..., bins, length]
+        first = ((cells - reach - bin_start.detach()) / step - 0.5).floor()  # [..., bins, length]
         first = torch.minimum(first, grid - 1).clamp(min=0)
-        candidates = NEARBY_SAMPLES
+        candidates = NEARBY_SAMPLES if cubic is None else NEARBY_CUBIC_SAMPLES
     total = torch.zeros((), dtype=start.dtype, device=start.device)
     for candidate in range(candidates):
         i = first + candidate
         at = bin_start + (i + 0.5) * bin_size / torch.where(grid > 0, grid, 1.0)
-        total = total + torch.where(i < grid, _tap_weights(at, cells, end), 0.0)
+        total = total + torch.where(i < grid, _tap_weights(at, cells, end, cubic), 0.0)
     return total / grid.clamp(min=1)
 
 
-def _tap_weights(at: Tensor, cells: Tensor, end: Tensor) -> Tensor:
-    """Bilinear weight of each of the `cells` [length] for samples `at` [..., 1 or length]: [..., length].
+def _tap_weights(at: Tensor, cells: Tensor, end: Tensor, cubic: float | None) -> Tensor:
+    """Weight of each of the `cells` [length] for samples `at` [..., 1 or length]: [..., length].
 
     end [..., 1]: number of cells that are no padding.
     """
@@ -168,7 +188,23 @@ def _tap_weights(at: Tensor, cells: Tensor, end: Tensor) -> Tensor:
     last = (end - 1).clamp(min=0)  # [..., 1]
     at = at.clamp(min=0).clamp(max=last)
     low = at.detach().floor()
-    high = (low + 1).clamp(max=last)
     fraction = at - low  # 0 at the last cell
-    weight = torch.where(cells == low, 1 - fraction, 0.0) + torch.where(cells == high, fraction, 0.0)
+    if cubic is None:
+        taps = {0: 1 - fraction, 1: fraction}
+    else:
+        taps = {tap: cubic_weight((fraction - tap).abs(), cubic) for tap in (-1, 0, 1, 2)}
+    weight = torch.zeros((), dtype=at.dtype, device=at.device)
+    for tap, tap_weight in taps.items():
+        cell = torch.minimum((low + tap).clamp(min=0), last)
+        weight = weight + torch.where(cells == cell, tap_weight, 0.0)
     return torch.where(inside, weight, 0.0)
+
+
+def cubic_weight(distance: Tensor, coefficient: float) -> Tensor:
+    """Keys' convolution kernel at a distance of 0 to 2 cells, any shape (Keys 1981, equation 8, factored).
+
+    It is 1 at 0, and 0 at 1 and 2. A coefficient of -0.5 reproduces quadratics; -0.75 is that of torch's bicubic.
+    """
+    near = (1 - distance) * (1 + distance - (coefficient + 2) * distance**2)
+    far = coefficient * (distance - 1) * (distance - 2) ** 2
+    return torch.where(distance <= 1, near, far)
