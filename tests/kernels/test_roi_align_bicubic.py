@@ -260,10 +260,15 @@ def test_compiles_whole(device: torch.device, chosen: str) -> None:
 
 
 def parity(kernels: ModuleType, device: torch.device, ratio: int) -> None:
-    """Small boxes all over a map of 2 x 2 tiles of the backward, 8 x 16 cells each; and the closest samples."""
+    """Small boxes all over a map of 2 x 2 tiles of the backward, 8 x 16 cells each; and the closest samples.
+
+    One box's second row of bins begins more than a cell below row 7, the last of the upper tiles.
+    """
     features = [guarded(torch.randn(1, 3, 11, 19, device=device)).requires_grad_()]
     boxes = random_boxes(6, height=11, width=19, min_size=2, max_size=6, device=device)
-    boxes = torch.cat([boxes, boxes.new_tensor([[-1.5, -1.2, 3.0, 2.5]]), close_samples(2, device)[::2]])[None]
+    boxes = torch.cat(
+        [boxes, boxes.new_tensor([[-1.5, -1.2, 3.0, 2.5], [3.0, 7.7, 8.0, 9.9]]), close_samples(2, device)[::2]]
+    )[None]
     check_forward_and_backward(
         lambda f: kernels.multiscale_roi_align(f, boxes, None, 2, 2, [1.0], [], ratio, True, -0.6),
         features,
