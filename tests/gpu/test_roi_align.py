@@ -159,6 +159,20 @@ def test_autocast_copies_no_features(dtype: torch.dtype, layout: str, full: bool
     assert peak <= out_bytes + 2 * MEBIBYTE, f"{peak / MEBIBYTE:.1f} MiB for an output of {out_bytes / MEBIBYTE:.1f}"
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_memory_of_the_backward(interpolation: str, full: bool, device: torch.device) -> None:
+    """Beyond the gradients a bit a box and tile: 92 kB, where 150 MB are allowed."""
+    case = replace(case_of("W1b", full), interpolation=interpolation)
+    features, boxes = make(case, torch.bfloat16, "nhwc", device)
+    out = pool(case, features, boxes)
+    upstream = random_like(out)
+    peak = peak_bytes(lambda: torch.autograd.grad(out, features, upstream, retain_graph=True), device)
+    need_cuda(device, "memory statistics")
+    assert peak is not None
+    gradients = sum(f.numel() * f.element_size() for f in features)
+    assert peak <= gradients + 2 * MEBIBYTE, f"{(peak - gradients) / MEBIBYTE:.1f} MiB beyond the gradients"
+
+
 def test_never_waits_at_full_size(full: bool, device: torch.device) -> None:
     case = case_of("W1", full)
     features, boxes = make(case, torch.bfloat16, "nhwc", device)
