@@ -1,6 +1,11 @@
 """GPU ops of object detection and instance segmentation, each with a plain PyTorch reference."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from tmask_kernels.backend import use_backend
+from tmask_kernels.ops._levels import pyramid_levels
 from tmask_kernels.ops.boxes.anchors import AnchorSpec, make_anchors
 from tmask_kernels.ops.boxes.op import decode_boxes, detections, encode_boxes, rpn_proposals
 from tmask_kernels.ops.focal_loss.op import sigmoid_focal_loss
@@ -13,8 +18,14 @@ from tmask_kernels.ops.roi_align.op import multiscale_roi_align, roi_align
 from tmask_kernels.ops.roi_pool.op import roi_pool
 from tmask_kernels.packed import pack_masks, unpack_masks
 
+if TYPE_CHECKING:
+    from tmask_kernels.modules import MultiScaleRoIAlign, RoIAlign, RoIPool
+
 __all__ = [
     "AnchorSpec",
+    "MultiScaleRoIAlign",
+    "RoIAlign",
+    "RoIPool",
     "batched_nms",
     "decode_boxes",
     "detections",
@@ -28,6 +39,7 @@ __all__ = [
     "pack_masks",
     "padded_nms",
     "paste_masks",
+    "pyramid_levels",
     "roi_align",
     "roi_pool",
     "rpn_proposals",
@@ -35,3 +47,12 @@ __all__ = [
     "unpack_masks",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The modules are torchvision's subclasses; the ops do without importing torchvision, which takes seconds."""
+    if name in ("MultiScaleRoIAlign", "RoIAlign", "RoIPool"):
+        from tmask_kernels import modules
+
+        return getattr(modules, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

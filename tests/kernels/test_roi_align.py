@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.mutation import mutant
-from tmask_kernels import multiscale_roi_align, roi_align
-from tmask_kernels.ops.roi_align import kernels, kernels_backward, kernels_geometry, op, reference
+from tmask_kernels import multiscale_roi_align, pyramid_levels, roi_align
+from tmask_kernels.ops._levels import LEVEL_FACTOR, level_thresholds
+from tmask_kernels.ops.roi_align import kernels, kernels_backward, kernels_geometry, reference
 from tmask_kernels.testing import assert_close, guarded, poisoned_empty, random_boxes
 
 BACKENDS = ("reference", "torchvision", "triton")
@@ -314,17 +315,15 @@ def test_levels_follow_the_formula(convention: str) -> None:
     size = torchvision.ops.box_area(boxes).sqrt() / 224
     level = torch.log2(size) + 1e-6 if convention == "torchvision" else torch.log2(size + 1e-8)
     expected = (4 + level).floor().clamp(2, 5).long() - 2
-    thresholds = op._level_thresholds(scales, 224.0, 4, convention)
+    thresholds = level_thresholds(scales, 224.0, 4, convention)
     assert_close(reference.box_levels(boxes, thresholds), expected)
-    assert_close(reference.box_levels(boxes.float(), thresholds), expected)
+    assert_close(pyramid_levels(boxes.view(-1, 2, 4), scales, level_convention=convention).flatten(), expected)
     assert expected.unique().tolist() == [0, 1, 2, 3]
 
 
 def test_conventions_differ_just_under_a_boundary() -> None:
     box = torch.tensor([0.0, 0.0, 224.0, 224.0 * (1 - 1e-6)], dtype=torch.float64)
-    levels = {
-        c: int(reference.box_levels(box, op._level_thresholds([1 / 8, 1 / 16], 224.0, 4, c))) for c in op.LEVEL_FACTOR
-    }
+    levels = {c: int(reference.box_levels(box, level_thresholds([1 / 8, 1 / 16], 224.0, 4, c))) for c in LEVEL_FACTOR}
     assert levels == {"torchvision": 1, "detectron2": 0}
 
 
@@ -600,7 +599,7 @@ def test_opcheck(device: torch.device, channels_last: bool, cubic: float | None)
 def parity(kernels: ModuleType, device: torch.device) -> None:
     features = pyramid(device, C=5)
     boxes = odd_boxes(device)[:9].expand(2, -1, -1).contiguous()
-    thresholds = op._level_thresholds(SCALES, 100.0, 4, "detectron2")
+    thresholds = level_thresholds(SCALES, 100.0, 4, "detectron2")
     expected, exact = truth(features, boxes, (2, 3), SCALES, sampling_ratio=2, canonical_scale=100)
     check_forward_and_backward(
         lambda f: kernels.multiscale_roi_align(f, boxes, None, 2, 3, SCALES, thresholds, 2, True, None),

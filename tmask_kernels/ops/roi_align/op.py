@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -12,12 +11,9 @@ from torch import Tensor
 
 from tmask_kernels.backend import resolve, triton_reasons
 from tmask_kernels.ops._boxes_input import boxes_as_tensor, check_features, check_image_indices, is_traced
+from tmask_kernels.ops._levels import level_thresholds
 from tmask_kernels.ops.roi_align.cpu import multiscale_roi_align_cpu
 from tmask_kernels.ops.roi_align.reference import multiscale_roi_align_reference
-
-# Factor on a box's scale sqrt(area) before its level is taken. torchvision adds 1e-6 to the logarithm. detectron2 adds
-# 1e-8 inside it, less than half a unit in the last place of fp32: it only keeps log2(0) finite, which is level 0 here.
-LEVEL_FACTOR = {"detectron2": 1.0, "torchvision": 2.0**1e-6}
 
 MAX_TRITON_LEVELS = 5
 
@@ -87,34 +83,12 @@ def multiscale_roi_align(
     where the epsilon stands: torchvision's 1e-6 outside the logarithm moves boxes just under a boundary up.
     Everything else as in `roi_align`. Source of the levels: Feature Pyramid Networks (Lin et al. 2017), equation 1.
     """
-    if level_convention not in LEVEL_FACTOR:
-        raise ValueError(f"level_convention: expected one of {', '.join(LEVEL_FACTOR)}, got {level_convention!r}")
     scales = [float(scale) for scale in spatial_scales]
-    thresholds = _level_thresholds(scales, float(canonical_scale), canonical_level, level_convention)
+    thresholds = level_thresholds(scales, canonical_scale, canonical_level, level_convention)
     return _roi_align(
         "multiscale_roi_align", list(features), boxes, valid, output_size, scales, thresholds, sampling_ratio, aligned,
         reduction, interpolation, cubic_coeff, backend,
     )  # fmt: skip
-
-
-def _level_thresholds(
-    scales: list[float], canonical_scale: float, canonical_level: int, convention: str
-) -> list[float]:
-    """Area in px^2 from which a box leaves level i for level i + 1. Comparing areas needs no logarithm.
-
-    sqrt(area) / canonical_scale * factor >= 2 ** (level - canonical_level), squared.
-    """
-    if not canonical_scale > 0:
-        raise ValueError(f"canonical_scale: expected more than 0, got {canonical_scale}")
-    if not scales or not all(scale > 0 for scale in scales):
-        raise ValueError(f"spatial_scales: expected one or more numbers above 0, got {scales}")
-    if any(b * 2 != a for a, b in itertools.pairwise(scales)):
-        raise ValueError(f"spatial_scales: expected each half the one before, got {scales}")
-    finest = -math.log2(scales[0])
-    if len(scales) > 1 and finest != int(finest):
-        raise ValueError(f"spatial_scales: expected powers of two, got {scales}")
-    unit = canonical_scale / LEVEL_FACTOR[convention]
-    return [unit**2 * 4.0 ** (finest + i - canonical_level) for i in range(1, len(scales))]
 
 
 def _roi_align(
