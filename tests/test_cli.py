@@ -14,7 +14,7 @@ import yaml
 from tmask import cli
 from tmask.cli.common import precision_of
 from tmask.cli.train import train_parser
-from tmask.config import CONVENTIONS, TrainConfig
+from tmask.config import CONVENTIONS, RoIExtractorConfig, TrainConfig
 from tmask.data.shapes import CLASSES, write_shapes
 from tmask.engine import evaluate
 from tmask.engine.log import read_log
@@ -249,6 +249,14 @@ def test_options_override_the_config_file_wherever_they_stand(tmp_path: Path, ca
     assert printed_config(capsys, "--model.convention=torchvision")["model"]["convention"]["paste"] == "torchvision"
 
 
+def test_the_roi_extractor_is_set_by_file_and_option(tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("preset: tiny\nmodel: {roi_extractor: {interpolation: bicubic, sampling_ratio: 2}}\n")
+    config = printed_config(capsys, "--config", str(file), "--model.roi_extractor.aligned", "false")
+    expected = {"interpolation": "bicubic", "sampling_ratio": 2, "aligned": False}
+    assert config["model"]["roi_extractor"] == vars(RoIExtractorConfig()) | expected
+
+
 def test_a_published_small_data_recipe_can_be_written_down(capsys: Any) -> None:
     """torchvision's Mask R-CNN R18-FPN from scratch on cell nuclei: every constant is an option."""
     levels = "[[8],[16],[32],[64],[128]]"
@@ -282,6 +290,10 @@ USAGE_ERRORS = {
     "wrong type": ("train --train.steps many", "train.steps"),
     "impossible value": ("train DATA --out OUT --train.steps 0", "steps: expected at least 1, got 0"),
     "impossible model": ("train DATA --out OUT --model.min_size 0", "min_size: expected in 1..max_size, got 0"),
+    "impossible extractor": (
+        "train DATA --out OUT --model.roi_extractor.op roi_pool --model.roi_extractor.aligned true",
+        "--model.roi_extractor: aligned: expected None, as roi_pool has no such option, got True",
+    ),
     "no such folder": (
         "train DATA --out OUT --data.val_images none",
         "--data.val_images: no such file or folder: none",
@@ -395,6 +407,7 @@ def test_help_of_a_setting_is_the_comment_behind_its_field(capsys: Any) -> None:
     text = " ".join(capsys.readouterr().out.split())
     for name, words in (
         ("train.accumulate ACCUMULATE", "batches an update; the gradient is their mean (type: int, default: 1)"),
+        ("model.roi_extractor.op {roi_align,roi_pool}", "RoIPool takes whole cells (type: Literal"),
         ("model.min_size MIN_SIZE", "short side after the resize (type: int, default: 800)"),
         ("data.hflip HFLIP", "probability of a left-right flip in training (type: float, default: 0.5)"),
     ):

@@ -13,6 +13,7 @@ from tmask.config import (
     Convention,
     DataConfig,
     ModelConfig,
+    RoIExtractorConfig,
     TrainConfig,
     from_dict,
 )
@@ -28,9 +29,10 @@ FIELDS = {
         backbone_weights norm norm_eps trainable_layers fpn_channels anchor_sizes anchor_aspect_ratios rpn_fg_iou
         rpn_bg_iou rpn_batch_size rpn_positive_fraction rpn_pre_nms_top_n_train rpn_pre_nms_top_n_test
         rpn_post_nms_top_n_train rpn_post_nms_top_n_test rpn_nms_threshold rpn_min_size rpn_score_threshold
-        box_pool_size box_head_dim box_fg_iou box_bg_iou box_batch_size box_positive_fraction box_score_threshold
-        box_nms_threshold max_detections mask_pool_size mask_head_channels mask_head_layers loss_rpn_objectness
-        loss_rpn_box loss_classifier loss_box loss_mask""",
+        roi_extractor box_pool_size box_head_dim box_fg_iou box_bg_iou box_batch_size box_positive_fraction
+        box_score_threshold box_nms_threshold max_detections mask_pool_size mask_head_channels mask_head_layers
+        loss_rpn_objectness loss_rpn_box loss_classifier loss_box loss_mask""",
+    RoIExtractorConfig: """op reduction interpolation sampling_ratio aligned level_convention""",
 }
 
 
@@ -44,6 +46,14 @@ def test_configs_survive_yaml(name: str) -> None:
     for config in (PRESETS[name], TRAIN_PRESETS[name], DataConfig(hflip=0.25)):
         text = yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))))
         assert from_dict(type(config), yaml.safe_load(text)) == config
+
+
+def test_a_roi_extractor_is_given_in_part() -> None:
+    for given in ({"op": "roi_pool"}, RoIExtractorConfig(op="roi_pool")):
+        assert model_config("tiny", roi_extractor=given).roi_extractor == RoIExtractorConfig(op="roi_pool")
+    saved = dataclasses.asdict(PRESETS["tiny"])
+    del saved["roi_extractor"]  # of a checkpoint that is older than the setting
+    assert from_dict(ModelConfig, saved) == PRESETS["tiny"]
 
 
 def test_every_model_preset_has_training_defaults() -> None:
@@ -86,6 +96,19 @@ def test_the_two_conventions_differ_and_are_named() -> None:
             "convention: Convention: expected a setting 'roi_align",
         ),
         (ModelConfig, {"convention": "torchvision"}, "convention: expected a Convention, got 'torchvision'"),
+        (RoIExtractorConfig, {"op": "roi_pol"}, "op: expected 'roi_pool'?, got 'roi_pol'"),
+        (RoIExtractorConfig, {"sampling_ratio": -1}, "sampling_ratio: expected at least 0, or none, got -1"),
+        (RoIExtractorConfig, {"aligned": 1}, "aligned: expected true or false or none, got 1"),
+        (
+            RoIExtractorConfig,
+            {"op": "roi_pool", "interpolation": "bicubic"},
+            "interpolation: expected 'bilinear', as roi_pool has no such option, got 'bicubic'",
+        ),
+        (RoIExtractorConfig, {"op": "roi_pool", "reduction": "max"}, "reduction: expected 'mean', as roi_pool has no"),
+        (RoIExtractorConfig, {"op": "roi_pool", "sampling_ratio": 0}, "sampling_ratio: expected None, as roi_pool has"),
+        (RoIExtractorConfig, {"op": "roi_pool", "aligned": True}, "aligned: expected None, as roi_pool has no such"),
+        (ModelConfig, {"roi_extractor": "roi_pool"}, "roi_extractor: expected a RoIExtractorConfig, got 'roi_pool'"),
+        (ModelConfig, {"roi_extractor": {"opp": 1}}, "roi_extractor: unknown RoIExtractorConfig setting 'opp'"),
         (ModelConfig, {"num_classes": 1}, "num_classes: expected at least 2 (background and one class), got 1"),
         (ModelConfig, {"num_classes": 3.0}, "num_classes: expected a whole number, got 3.0"),
         (ModelConfig, {"num_classes": True}, "num_classes: expected a whole number, got True"),

@@ -105,14 +105,22 @@ def _rpn(config: ModelConfig) -> RPN:
     )
 
 
+def _roi_extractor(config: ModelConfig) -> RoIExtractor:
+    own, convention = config.roi_extractor, config.convention
+    return RoIExtractor(
+        strides=STRIDES[:-1],
+        op=own.op,
+        aligned=convention.roi_aligned if own.aligned is None else own.aligned,
+        sampling_ratio=convention.roi_sampling_ratio if own.sampling_ratio is None else own.sampling_ratio,
+        reduction=own.reduction,
+        interpolation=own.interpolation,
+        level_convention=convention.level_convention if own.level_convention is None else own.level_convention,
+    )
+
+
 def _roi_heads(config: ModelConfig) -> RoIHeads:
     return RoIHeads(
-        extractor=RoIExtractor(
-            strides=STRIDES[:-1],
-            aligned=config.convention.roi_aligned,
-            sampling_ratio=config.convention.roi_sampling_ratio,
-            level_convention=config.convention.level_convention,
-        ),
+        extractor=_roi_extractor(config),
         box_head=BoxHead(
             channels=config.fpn_channels,
             pool_size=config.box_pool_size,

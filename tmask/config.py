@@ -70,6 +70,27 @@ CONVENTIONS: dict[str, Convention] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoIExtractorConfig:
+    """How the features of a RoI are read from the pyramid. All but `op` and the level are options of RoIAlign."""
+
+    op: Literal["roi_align", "roi_pool"] = "roi_align"  # RoIPool takes whole cells
+    reduction: Literal["mean", "max"] = "mean"  # of RoIAlign's samples in a bin
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # of a sample between 2 x 2 or 4 x 4 cells
+    sampling_ratio: int | None = None  # samples per bin side; 0 = adaptive; null: the convention's
+    aligned: bool | None = None  # subtract half a pixel; null: as the convention
+    level_convention: ConventionName | None = None  # epsilon of the level formula; null: the convention's
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require((self.sampling_ratio or 0) >= 0, "sampling_ratio", "at least 0, or none", self.sampling_ratio)
+        if self.op == "roi_pool":
+            for item in dataclasses.fields(self):
+                name, value = item.name, getattr(self, item.name)
+                expected = f"{item.default!r}, as roi_pool has no such option"
+                require(name in ("op", "level_convention") or value == item.default, name, expected, value)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The detector. Defaults are the published Mask R-CNN R50-FPN; sizes are pixels of the resized image."""
 
@@ -105,6 +126,9 @@ class ModelConfig:
     rpn_nms_threshold: float = 0.7
     rpn_min_size: float = 1e-3
     rpn_score_threshold: float = 0.0
+
+    # RoI features
+    roi_extractor: RoIExtractorConfig = field(default_factory=RoIExtractorConfig)
 
     # Box head
     box_pool_size: int = 7

@@ -184,7 +184,7 @@ def model_content(model: Any, **changes: Any) -> dict[str, Any]:
 
 
 def test_load_model_rebuilds_the_model(tmp_path: Path) -> None:
-    model = tmask.build_model("tiny", 3, convention="torchvision", **SMALL)
+    model = tmask.build_model("tiny", 3, convention="torchvision", roi_extractor={"op": "roi_pool"}, **SMALL)
     save_checkpoint(tmp_path / "a.pt", model_content(model))
     loaded, saved = load_model(tmp_path / "a.pt")
     assert loaded.config == model.config

@@ -82,6 +82,14 @@ def test_everything_stays_on_the_gpu(mode: str, convention: str) -> None:
     assert not watch.ops & {"padded_nms_reference"}
 
 
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_roi_pool_stays_on_the_gpu(mode: str) -> None:
+    watch = run(mode, roi_extractor={"op": "roi_pool"})
+    assert not watch.elsewhere
+    assert "roi_pool" in watch.ops
+    assert not watch.ops & {"multiscale_roi_align"}
+
+
 def test_a_constant_of_the_cpu_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     real = losses._masked_sum
     monkeypatch.setattr(losses, "_masked_sum", lambda values, mask: real(values, mask) * torch.tensor(1.0))

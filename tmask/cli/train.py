@@ -25,7 +25,15 @@ from tmask.cli.common import (
     paths_exist,
     settings_of,
 )
-from tmask.config import CONVENTIONS, DataConfig, ModelConfig, TrainConfig, from_dict
+from tmask.config import (
+    CONVENTIONS,
+    Convention,
+    DataConfig,
+    ModelConfig,
+    RoIExtractorConfig,
+    TrainConfig,
+    from_dict,
+)
 from tmask.presets import PRESETS, TRAIN_PRESETS
 
 DEFAULT_PRESET = "r50_fpn"
@@ -114,7 +122,8 @@ def train_parser(preset: str) -> ArgumentParser:
         "--model.num_classes", type=int | None, default=None, help="with background; null: from the training data"
     )
     parser.add_class_arguments(TrainConfig, "train")
-    _add_help(parser, {"data": DataConfig, "model": ModelConfig, "train": TrainConfig})
+    groups = {"data": DataConfig, "model": ModelConfig, "train": TrainConfig}
+    _add_help(parser, groups | {"model.convention": Convention, "model.roi_extractor": RoIExtractorConfig})
     settings = dataclasses.asdict(PRESETS[preset])
     del settings["num_classes"]
     parser.set_defaults({f"model.{name}": value for name, value in settings.items()})

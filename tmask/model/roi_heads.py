@@ -6,8 +6,10 @@ P proposals, G ground-truth boxes, S sampled RoIs, D detections, C classes with 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,8 @@ from tmask_kernels import (
     mask_targets,
     match_anchors,
     multiscale_roi_align,
+    pyramid_levels,
+    roi_pool,
 )
 
 BOX_CODE_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # bring the deltas to unit variance: Girshick 2015; the RPN uses ones
@@ -30,24 +34,38 @@ BOX_CODE_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # bring the deltas to unit variance: 
 
 @dataclass(frozen=True, kw_only=True)
 class RoIExtractor:
-    """How RoI features are read from the pyramid: the arguments of `multiscale_roi_align` that a config chooses."""
+    """How RoI features are read from the pyramid: arguments of `multiscale_roi_align`, or `roi_pool` of each level."""
 
     strides: tuple[int, ...]  # pixels per cell of each level, finest first
-    aligned: bool
+    op: Literal["roi_align", "roi_pool"] = "roi_align"
+    aligned: bool  # as the next three, of roi_align alone
     sampling_ratio: int
+    reduction: Literal["mean", "max"] = "mean"
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     level_convention: str
 
     def __call__(self, features: Sequence[Tensor], boxes: Tensor, valid: Tensor, output_size: int) -> Tensor:
         """Levels [N, C, H, W], boxes [N, P, 4], valid [N, P] to [N * P, C, output_size, output_size]."""
+        scales = [1 / stride for stride in self.strides]
+        if self.op == "roi_pool":
+            # Every box is pooled from its own level and is 0 from the others.
+            levels = pyramid_levels(boxes, scales, level_convention=self.level_convention)  # [N, P]
+            pooled = [
+                roi_pool(feature, boxes, output_size, scale, valid=valid & (levels == level))
+                for level, (feature, scale) in enumerate(zip(features, scales, strict=True))
+            ]
+            return functools.reduce(torch.add, pooled)
         return multiscale_roi_align(
             features,
             boxes,
             output_size,
-            [1 / stride for stride in self.strides],
+            scales,
             valid=valid,
             sampling_ratio=self.sampling_ratio,
             aligned=self.aligned,
             level_convention=self.level_convention,
+            reduction=self.reduction,
+            interpolation=self.interpolation,
         )
 
 
