@@ -3,29 +3,33 @@
 import importlib.util
 import itertools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 _count = itertools.count()
 
 
-def mutant(module: ModuleType, old: str, new: str, folder: Path, *, through: ModuleType | None = None) -> ModuleType:
+def mutant(
+    module: ModuleType, old: str, new: str, folder: Path, *, through: ModuleType | Sequence[ModuleType] = ()
+) -> ModuleType:
     """Import a copy of `module` in which `old`, which must occur exactly once, reads `new`.
 
-    `through` is a module that imports `module`: then a copy of it is returned that imports the broken one. Copies
-    register their custom ops under a namespace of their own, so they live beside the originals.
+    `through` is a module that imports `module`, or a chain of modules that each import the one before: then a copy of
+    the last is returned that imports the broken one. Copies register their custom ops under a namespace of their own,
+    so they live beside the originals.
     """
     source = _source(module)
     assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {module.__file__}"
     broken = _load(source.replace(old, new), folder)
-    if through is None:
-        return broken
-    package, _, name = module.__name__.rpartition(".")
-    source = _source(through)
-    rewired = source.replace(f"from {module.__name__} import", f"from {broken.__name__} import")
-    rewired = rewired.replace(f"from {package} import {name}\n", f"import {broken.__name__} as {name}\n")
-    assert rewired != source, f"{through.__name__} does not import {module.__name__}"
-    return _load(rewired, folder)
+    for importer in (through,) if isinstance(through, ModuleType) else through:
+        package, _, name = module.__name__.rpartition(".")
+        source = _source(importer)
+        rewired = source.replace(f"from {module.__name__} import", f"from {broken.__name__} import")
+        rewired = rewired.replace(f"from {package} import {name}\n", f"import {broken.__name__} as {name}\n")
+        assert rewired != source, f"{importer.__name__} does not import {module.__name__}"
+        module, broken = importer, _load(rewired, folder)
+    return broken
 
 
 def _source(module: ModuleType) -> str:

@@ -22,6 +22,14 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 @triton.jit
+def lowest_bit(bits):
+    """Place of the lowest set bit of an int64 from 1 to 2^32 - 1, and the bits without it."""
+    lowest = bits & (0 - bits)
+    # A power of two is exact as a float, and its exponent is the bit's place.
+    return (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127, bits ^ lowest
+
+
+@triton.jit
 def box_iou(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2):
     """IoU of boxes a and b, any broadcastable shapes. IEEE division; sides of the overlap clamped at 0, areas not."""
     width = tl.maximum(tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1), 0.0)

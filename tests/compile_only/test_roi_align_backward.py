@@ -3,7 +3,7 @@
 import pytest
 
 from tests.compile_only.harness import CHIPS, Case, Target, check, every, registers
-from tmask_kernels.ops.roi_align import kernels_backward
+from tmask_kernels.ops.roi_align import kernels_backward, kernels_touch
 
 pytestmark = pytest.mark.compile_only
 
@@ -110,17 +110,17 @@ def _gather(
 def _touch() -> Case:
     """A program tests 32 tiles against 32 boxes: 1,024 answers, which become the bits of one word a tile."""
     tile = kernels_backward.pick_gather_tile(CHANNELS, 2, True)
-    answers = kernels_backward.BLOCK_TILES * kernels_backward.WORD
+    answers = kernels_touch.BLOCK_TILES * kernels_touch.WORD
     return Case(
         name="roi_align backward tiles",
-        kernel=kernels_backward._touch_kernel,
+        kernel=kernels_touch._touch_kernel,
         signature={"touch_ptr": "*i32", "thresholds": ("fp32",) * (LEVELS - 1), **_BOXES, **_PYRAMID, **_COUNTS},
         constexprs={
             "PH": 7,
             "PW": 7,
             "TILE_H": tile.height,
             "TILE_W": tile.width,
-            "BLOCK_T": kernels_backward.BLOCK_TILES,
+            "BLOCK_T": kernels_touch.BLOCK_TILES,
             "NUM_LEVELS": LEVELS,
             "SAMPLING_RATIO": 2,
             "CUBIC": None,

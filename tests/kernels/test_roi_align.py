@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.mutation import mutant
-from tmask_kernels import multiscale_roi_align, pyramid_levels, roi_align
+from tmask_kernels import _triton, multiscale_roi_align, pyramid_levels, roi_align
 from tmask_kernels.ops._levels import LEVEL_FACTOR, level_thresholds
-from tmask_kernels.ops.roi_align import kernels, kernels_backward, kernels_geometry, reference
+from tmask_kernels.ops.roi_align import kernels, kernels_backward, kernels_geometry, kernels_touch, reference
 from tmask_kernels.testing import assert_close, guarded, poisoned_empty, random_boxes
 
 BACKENDS = ("reference", "torchvision", "triton")
@@ -609,22 +609,26 @@ def parity(kernels: ModuleType, device: torch.device) -> None:
     )
 
 
+# A module to break and those that import it, down to the one whose ops run.
+FORWARD, GEOMETRY = (kernels,), (kernels_geometry, kernels)
+BACKWARD, TOUCH = (kernels_backward, kernels), (kernels_touch, kernels_backward, kernels)
+TAPS, BITS = (kernels_geometry, kernels_backward, kernels), (_triton, kernels_backward, kernels)
 MUTANTS = {
-    "tap off by one": (kernels, "high = tl.minimum(low + 1, length - 1)", "high = tl.minimum(low + 2, length - 1)"),
-    "border not clamped": (kernels, "high = tl.minimum(low + 1, length - 1)", "high = low + 1"),
-    "border excluded": (kernels, "(at >= -1.0) & (at <= length)", "(at >= 0.0) & (at <= length - 1)"),
-    "wrong level": (kernels_geometry, "(area >= thresholds[i - 1])", "(area >= 4 * thresholds[i - 1])"),
-    "swapped sizes": (kernels, "H = tl.cast(of_level(level, heights,", "H = tl.cast(of_level(level, widths,"),
-    "no half cell": (kernels_geometry, "shift: tl.constexpr = 0.5 if ALIGNED else 0.0", "shift: tl.constexpr = 0.0"),
-    "wrong image": (kernels_geometry, "image = k // boxes_an_image", "image = k * 0"),
-    "non-finite read": (kernels_geometry, "usable = image < num_images", "usable = image < num_images - 1"),
-    "gradient not shared": (kernels_backward, "(weights_y * share)", "(weights_y)"),
-    "gradient to one tap alone": (kernels_backward, "1.0 - tl.abs(at - cells)", "1.0 * (tl.floor(at) == cells)"),
-    "gradient without the border": (kernels_backward, "(at >= -1.0) & (at <= length)", "(at >= 0.0) & (at <= length)"),
-    "last row of bins left out": (kernels_backward, "+ 0.01) + 1.0", "+ 0.01)"),
-    "tiles beside the box left out": (kernels_backward, "tl.floor(high) + 1.0", "tl.floor(high) - 1.0"),
-    "boxes of another level": (kernels_backward, " & (tile_level[:, None] == level[None, :])", ""),
-    "a box a word": (kernels_backward, "bits ^= lowest", "bits = bits * 0"),
+    "tap off by one": (FORWARD, "high = tl.minimum(low + 1, length - 1)", "high = tl.minimum(low + 2, length - 1)"),
+    "border not clamped": (FORWARD, "high = tl.minimum(low + 1, length - 1)", "high = low + 1"),
+    "border excluded": (FORWARD, "(at >= -1.0) & (at <= length)", "(at >= 0.0) & (at <= length - 1)"),
+    "wrong level": (GEOMETRY, "(area >= thresholds[i - 1])", "(area >= 4 * thresholds[i - 1])"),
+    "swapped sizes": (FORWARD, "H = tl.cast(of_level(level, heights,", "H = tl.cast(of_level(level, widths,"),
+    "no half cell": (GEOMETRY, "shift: tl.constexpr = 0.5 if ALIGNED else 0.0", "shift: tl.constexpr = 0.0"),
+    "wrong image": (GEOMETRY, "image = k // boxes_an_image", "image = k * 0"),
+    "non-finite read": (GEOMETRY, "usable = image < num_images", "usable = image < num_images - 1"),
+    "gradient not shared": (BACKWARD, "(weights_y * share)", "(weights_y)"),
+    "gradient to one tap alone": (TAPS, "1.0 - tl.abs(at - cells)", "1.0 * (tl.floor(at) == cells)"),
+    "gradient without the border": (BACKWARD, "(at >= -1.0) & (at <= length)", "(at >= 0.0) & (at <= length)"),
+    "last row of bins left out": (TOUCH, "+ 0.01) + 1.0", "+ 0.01)"),
+    "tiles beside the box left out": (TOUCH, "tl.floor(high) + 1.0", "tl.floor(high) - 1.0"),
+    "boxes of another level": (TOUCH, " & (tile_level[:, None] == level[None, :])", ""),
+    "a box a word": (BITS, "bits ^ lowest", "bits * 0"),
 }  # fmt: skip
 
 
@@ -634,7 +638,7 @@ def test_parity_is_green(device: torch.device) -> None:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_turn_parity_red(name: str, device: torch.device, tmp_path: Path) -> None:
-    module, old, new = MUTANTS[name]
-    broken = mutant(module, old, new, tmp_path, through=None if module is kernels else kernels)
+    chain, old, new = MUTANTS[name]
+    broken = mutant(chain[0], old, new, tmp_path, through=chain[1:])
     with pytest.raises(AssertionError):
         parity(broken, device)

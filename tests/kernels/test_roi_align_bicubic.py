@@ -12,9 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.kernels.test_roi_align import (
+    BACKWARD,
+    FORWARD,
+    GEOMETRY,
     GRIDS,
     SCALES,
     SIDE,
+    TAPS,
+    TOUCH,
     check_forward_and_backward,
     odd_boxes,
     pyramid,
@@ -22,7 +27,7 @@ from tests.kernels.test_roi_align import (
 )
 from tests.mutation import mutant
 from tmask_kernels import multiscale_roi_align, roi_align
-from tmask_kernels.ops.roi_align import kernels, kernels_backward, kernels_geometry, reference
+from tmask_kernels.ops.roi_align import kernels, reference
 from tmask_kernels.testing import assert_close, guarded, random_boxes
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -278,19 +283,19 @@ def parity(kernels: ModuleType, device: torch.device, ratio: int) -> None:
 
 FIXED, ADAPTIVE = 2, 0
 MUTANTS = {
-    "tap off by one": (FIXED, kernels, "tl.floor(at) + (tap - 1)", "tl.floor(at) + tap"),
-    "taps not clamped": (FIXED, kernels, "tl.minimum(tl.maximum(cell, 0.0), length - 1.0).to", "cell.to"),
-    "three rows of taps": (FIXED, kernels, "for row in range(4)", "for row in range(3)"),
-    "weights of one axis": (FIXED, kernels, "(weight_y * weight_x)", "(weight_x)"),
-    "another kernel near": (FIXED, kernels_geometry, "(CUBIC + 2.0)", "(CUBIC + 2.1)"),
-    "another kernel far": (FIXED, kernels_geometry, "CUBIC * (distance", "-0.5 * (distance"),
-    "gradient without the first border": (FIXED, kernels_backward, "cells == 0,", "cells == -1,"),
-    "gradient without the last border": (FIXED, kernels_backward, "cells == length - 1.0", "cells == length + 1.0"),
-    "tiles a tap away left out": (FIXED, kernels_backward, "0.0 if CUBIC is None else 1.0", "0.0"),
-    "bins a tap above left out": (FIXED, kernels_backward, "(top - reach", "(top - 1.0"),
-    "bins a tap below left out": (FIXED, kernels_backward, "(bottom + reach", "(bottom + 1.0"),
-    "samples a tap away left out": (ADAPTIVE, kernels_backward, "(cells - reach", "(cells - 1.0"),
-    "a sample too few": (ADAPTIVE, kernels_backward, "5 if CUBIC is None else 6", "5"),
+    "tap off by one": (FIXED, FORWARD, "tl.floor(at) + (tap - 1)", "tl.floor(at) + tap"),
+    "taps not clamped": (FIXED, FORWARD, "tl.minimum(tl.maximum(cell, 0.0), length - 1.0).to", "cell.to"),
+    "three rows of taps": (FIXED, FORWARD, "for row in range(4)", "for row in range(3)"),
+    "weights of one axis": (FIXED, FORWARD, "(weight_y * weight_x)", "(weight_x)"),
+    "another kernel near": (FIXED, GEOMETRY, "(CUBIC + 2.0)", "(CUBIC + 2.1)"),
+    "another kernel far": (FIXED, GEOMETRY, "CUBIC * (distance", "-0.5 * (distance"),
+    "gradient without the first border": (FIXED, TAPS, "cells == 0,", "cells == -1,"),
+    "gradient without the last border": (FIXED, TAPS, "cells == length - 1.0", "cells == length + 1.0"),
+    "tiles a tap away left out": (FIXED, TOUCH, "0.0 if CUBIC is None else 1.0", "0.0"),
+    "bins a tap above left out": (FIXED, TOUCH, "(low - reach", "(low - 1.0"),
+    "bins a tap below left out": (FIXED, TOUCH, "(high + reach", "(high + 1.0"),
+    "samples a tap away left out": (ADAPTIVE, BACKWARD, "(cells - reach", "(cells - 1.0"),
+    "a sample too few": (ADAPTIVE, BACKWARD, "5 if CUBIC is None else 6", "5"),
 }  # fmt: skip
 
 
@@ -303,8 +308,8 @@ def test_parity_is_green(device: torch.device, ratio: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_turn_parity_red(name: str, device: torch.device, tmp_path: Path) -> None:
-    ratio, module, old, new = MUTANTS[name]
-    broken = mutant(module, old, new, tmp_path, through=None if module is kernels else kernels)
+    ratio, chain, old, new = MUTANTS[name]
+    broken = mutant(chain[0], old, new, tmp_path, through=chain[1:])
     with pytest.raises(AssertionError):
         parity(broken, device, ratio)
 

@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor
 
 from tests.mutation import mutant
-from tmask_kernels import roi_align, roi_pool
+from tmask_kernels import _triton, roi_align, roi_pool
 from tmask_kernels.ops.roi_pool import kernels, kernels_backward, kernels_geometry
 from tmask_kernels.testing import assert_close, guarded, poisoned_empty, random_boxes
 
@@ -454,7 +454,7 @@ MUTANTS = {
     "no cell of inverted boxes": (kernels_geometry, "- start + 1.0, 1.0)", "- start + 1.0, 0.0)"),
     "bins not rounded up": (kernels_geometry, "tl.ceil((index + 1.0)", "tl.floor((index + 1.0)"),
     "a gradient for each cell": (kernels_backward, "kept[None, None, :] == cells", "kept[None, None, :] >= 0 * cells"),
-    "a box a word": (kernels_backward, "bits ^= lowest", "bits = bits * 0"),
+    "a box a word": (_triton, "bits ^ lowest", "bits * 0"),
     "boxes of another image": (kernels_backward, " & (image == n)", ""),
     "last row of bins left out": (kernels_backward, "tl.ceil(high + slack)", "tl.floor(high - 1.0)"),
     "first bins left out": (kernels_backward, "tl.floor(low - slack)", "tl.ceil(low + slack)"),
@@ -470,9 +470,8 @@ def test_parity_is_green(device: torch.device) -> None:
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_turn_parity_red(name: str, device: torch.device, tmp_path: Path) -> None:
     module, old, new = MUTANTS[name]
-    if module is kernels_geometry:  # which both of the others import
-        broken = mutant(module, old, new, tmp_path, through=kernels)
-    else:
-        broken = mutant(module, old, new, tmp_path, through=None if module is kernels else kernels)
+    # Both of the others import kernels_geometry.
+    through = {kernels: (), _triton: (kernels_backward, kernels)}.get(module, (kernels,))
+    broken = mutant(module, old, new, tmp_path, through=through)
     with pytest.raises(AssertionError):
         parity(broken, device)

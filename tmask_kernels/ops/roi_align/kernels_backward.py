@@ -6,8 +6,7 @@ the order of their index, keeps the sum in registers and writes each gradient on
 spread along x by one small product, [cells of a tile row, bins] x [bins, channels], and along y by a multiply-add for
 each row of the tile; only rows of bins that can reach the tile are read.
 
-Which boxes touch a tile stands in a bit mask that a small launch writes first, one bit a box and tile. Letters as in
-`reference`.
+Which boxes touch a tile stands in the bit mask of `kernels_touch`, written first. Letters as in `reference`.
 """
 
 from __future__ import annotations
@@ -20,37 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import on_device, small_dot
-from tmask_kernels.ops.roi_align.kernels_geometry import (
-    axis,
-    cubic_weight,
-    is_finite,
-    level_index,
-    load_box,
-    of_level,
-    strides_of_level,
-)
+from tmask_kernels._triton import lowest_bit, on_device, small_dot
+from tmask_kernels.ops.roi_align.kernels_geometry import axis, load_box, of_level, strides_of_level, tap_weight
+from tmask_kernels.ops.roi_align.kernels_touch import bins_near, mark_tiles, tile_place
 
-WORD = 32  # boxes a word of the mask
-BLOCK_TILES = 32  # tiles that one program of the mask's launch tests
 MIN_DOT = 16  # the least side of a tl.dot
 
 # Terms of the features' dtype that add up to a float32 weight: their products and sums are then as good as float32.
 WEIGHT_TERMS = {torch.bfloat16: 3, torch.float16: 2}
-
-
-@triton.jit
-def _reach(start, bin_size, bins, length, CUBIC: tl.constexpr):
-    """First and last cell (floats) that the samples of a box can touch along an axis; first > last if none."""
-    more: tl.constexpr = 0.0 if CUBIC is None else 1.0  # a tap on either side
-    end = start + bins * bin_size
-    low, high = tl.minimum(start, end), tl.maximum(start, end)
-    slack = 0.01 + 1e-5 * (tl.abs(low) + tl.abs(high))  # more than rounding can move a sample
-    low, high = low - slack, high + slack
-    outside = (high < -1.0) | (low > length)
-    first = tl.minimum(tl.maximum(tl.floor(low) - more, 0.0), length - 1.0)
-    last = tl.minimum(tl.maximum(tl.floor(high) + 1.0 + more, 0.0), length - 1.0)
-    return tl.where(outside, 1.0, first), tl.where(outside, 0.0, last)
 
 
 @triton.jit
@@ -74,95 +50,8 @@ def _axis_weights(start, bin_size, grid, step, bins, cells, length, SAMPLING_RAT
         at = bin_start + (index + 0.5) * step
         inside = (at >= -1.0) & (at <= length) & (index < grid)
         at = tl.minimum(tl.maximum(at, 0.0), length - 1.0)
-        if CUBIC is None:
-            weight = tl.maximum(1.0 - tl.abs(at - cells), 0.0)
-        else:
-            # The taps beyond a border are of its last cell: one on either side, the others weigh 0.
-            weight = cubic_weight(tl.abs(at - cells), CUBIC)
-            weight += tl.where(cells == 0, cubic_weight(at + 1.0, CUBIC), 0.0)
-            weight += tl.where(cells == length - 1.0, cubic_weight(length - at, CUBIC), 0.0)
-        total += tl.where(inside, weight, 0.0)
+        total += tl.where(inside, tap_weight(at, cells, length, CUBIC), 0.0)
     return total
-
-
-@triton.jit
-def _bin_rows(start, bin_size, top, bottom, bins: tl.constexpr, CUBIC: tl.constexpr):
-    """Rows of bins, first and past the last, that can touch the cells `top` to `bottom`. All of an inverted box."""
-    reach: tl.constexpr = 1.0 if CUBIC is None else 2.0
-    size = tl.where(bin_size > 0, bin_size, 1.0)
-    first = tl.floor((top - reach - start) / size - 0.01)
-    past = tl.floor((bottom + reach - start) / size + 0.01) + 1.0
-    first = tl.where(bin_size > 0, tl.minimum(tl.maximum(first, 0.0), bins), 0.0)
-    past = tl.where(bin_size > 0, tl.minimum(tl.maximum(past, 0.0), bins), bins)
-    return first.to(tl.int32), past.to(tl.int32)
-
-
-@triton.jit(do_not_specialize=["num_images", "boxes_an_image", "num_tiles", "num_words"])
-def _touch_kernel(
-    touch_ptr,  # [N, num_words, num_tiles] int32: bit i of word w is box 32 w + i of the image
-    boxes_ptr,
-    valid_ptr,
-    num_images,
-    boxes_an_image,  # of boxes [K, 5] each image sees all K
-    heights,  # these are floats, which Triton does not compile a new kernel for
-    widths,
-    scales,
-    thresholds,
-    tiles_across,
-    first_tiles,  # of each level
-    num_tiles,
-    num_words,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    NUM_LEVELS: tl.constexpr,
-    SAMPLING_RATIO: tl.constexpr,
-    CUBIC: tl.constexpr,  # None: bilinear
-    ALIGNED: tl.constexpr,
-    PADDED: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-):
-    blocks_t = tl.cdiv(num_tiles, BLOCK_T)
-    n = (tl.program_id(0) // blocks_t // num_words).to(tl.int64)
-    word = tl.program_id(0) // blocks_t % num_words
-    offs = tl.arange(0, 32)
-    box = word * 32 + offs
-    k = tl.where(box < boxes_an_image, box, 0).to(tl.int64)
-    if PADDED:
-        k += n * boxes_an_image
-    x1, y1, x2, y2, image, usable = load_box(boxes_ptr, valid_ptr, k, num_images, boxes_an_image, PADDED, HAS_VALID)
-    level = level_index(x1, y1, x2, y2, thresholds, NUM_LEVELS)
-    H = tl.zeros_like(x1) + of_level(level, heights, NUM_LEVELS)  # [32]
-    W = tl.zeros_like(x1) + of_level(level, widths, NUM_LEVELS)
-    scale = of_level(level, scales, NUM_LEVELS)
-    usable &= (box < boxes_an_image) & (image == n) & (H > 0) & (W > 0)
-    usable &= is_finite(x1 * scale, y1 * scale, x2 * scale, y2 * scale)
-    start_y, bin_h, _, _ = axis(y1, y2, scale, PH, ALIGNED, SAMPLING_RATIO)
-    start_x, bin_w, _, _ = axis(x1, x2, scale, PW, ALIGNED, SAMPLING_RATIO)
-    first_y, last_y = _reach(start_y, bin_h, PH, H, CUBIC)
-    first_x, last_x = _reach(start_x, bin_w, PW, W, CUBIC)
-
-    tile = tl.program_id(0) % blocks_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    tile_level, top, left = _place(tile, tiles_across, first_tiles, TILE_H, TILE_W, NUM_LEVELS)
-    top, left = top.to(tl.float32)[:, None], left.to(tl.float32)[:, None]
-    touches = usable[None, :] & (tile_level[:, None] == level[None, :])  # [BLOCK_T, 32]
-    touches &= (first_y[None, :] <= top + (TILE_H - 1)) & (last_y[None, :] >= top)
-    touches &= (first_x[None, :] <= left + (TILE_W - 1)) & (last_x[None, :] >= left)
-    bits = tl.sum(touches.to(tl.int32) << offs[None, :], 1)
-    tl.store(touch_ptr + (n * num_words + word) * num_tiles + tile, bits, mask=tile < num_tiles)
-
-
-@triton.jit
-def _place(tile, tiles_across, first_tiles, TILE_H: tl.constexpr, TILE_W: tl.constexpr, NUM_LEVELS: tl.constexpr):
-    """Level of a tile, and its first row and column of cells."""
-    level = tile * 0
-    for i in tl.static_range(1, NUM_LEVELS):
-        level += (tile.to(tl.float32) >= first_tiles[i]).to(tl.int32)
-    within = tile - tl.cast(of_level(level, first_tiles, NUM_LEVELS), tl.int32)
-    across = tl.cast(of_level(level, tiles_across, NUM_LEVELS), tl.int32)
-    return level, within // across * TILE_H, within % across * TILE_W
 
 
 @triton.jit(do_not_specialize=["num_images", "boxes_an_image", "num_tiles", "num_words"])
@@ -206,7 +95,7 @@ def _gather_kernel(
     mask_c = offs_c < C
     tile = tl.program_id(0) // blocks_c % num_tiles
     n = (tl.program_id(0) // blocks_c // num_tiles).to(tl.int64)
-    level, top, left = _place(tile, tiles_across, first_tiles, TILE_H, TILE_W, NUM_LEVELS)
+    level, top, left = tile_place(tile, tiles_across, first_tiles, TILE_H, TILE_W, NUM_LEVELS)
     H, W = of_level(level, heights, NUM_LEVELS), of_level(level, widths, NUM_LEVELS)
     scale = of_level(level, scales, NUM_LEVELS)
     offs_y, offs_x = top + tl.arange(0, TILE_H), left + tl.arange(0, TILE_W)
@@ -224,10 +113,7 @@ def _gather_kernel(
         # 32 bits in an int64: no sign to mind.
         bits = tl.load(touch_ptr + (n * num_words + word) * num_tiles + tile).to(tl.int64) & 0xFFFFFFFF
         while bits != 0:
-            lowest = bits & (0 - bits)
-            bits ^= lowest
-            # A power of two is exact as a float, and its exponent is the bit's place.
-            place = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+            place, bits = lowest_bit(bits)
             k = (word * 32 + place).to(tl.int64)
             if PADDED:
                 k += n * boxes_an_image
@@ -239,7 +125,7 @@ def _gather_kernel(
             )  # [TILE_W, BLOCK_PW]
             weights_x = tl.where(mask_pw[None, :], weights_x, 0.0)
             share = 1.0 / tl.maximum(grid_h * grid_w, 1.0)
-            ph, past = _bin_rows(start_y, bin_h, top, top + TILE_H - 1, PH, CUBIC)
+            ph, past = bins_near(start_y, bin_h, top, top + TILE_H - 1, PH, CUBIC)
             while ph < past:
                 row_ptr = out_grad_ptr + k * out_grad_strides[0] + ph.to(tl.int64) * out_grad_strides[2]
                 bins = tl.load(row_ptr + row, mask=row_mask, other=0.0)  # [BLOCK_PW, BLOCK_C]
@@ -294,50 +180,13 @@ def _launch(
 ) -> None:
     """Fill `grads` (one [N, C, H, W] a level, uninitialised) from `out_grad` [K, C, PH, PW]."""
     _, C, PH, PW = out_grad.shape
-    N = grads[0].shape[0]
-    boxes = boxes.contiguous()
     channels_last = all(g.stride(1) == 1 for g in grads)
     tile = pick_gather_tile(C, out_grad.element_size(), channels_last)
-    tiles_across = [triton.cdiv(g.shape[3], tile.width) for g in grads]
-    counts = [triton.cdiv(g.shape[2], tile.height) * across for g, across in zip(grads, tiles_across, strict=True)]
-    first_tiles = [sum(counts[:i]) for i in range(len(counts))]
-    num_tiles = sum(counts)
-    padded = boxes.dim() == 3
-    boxes_an_image = boxes.shape[1] if padded else boxes.shape[0]
-    num_words = triton.cdiv(boxes_an_image, WORD)
-    touch = torch.empty((N, num_words, num_tiles), dtype=torch.int32, device=boxes.device)
-    shared = {
-        "touch_ptr": touch,
-        "boxes_ptr": boxes,
-        "valid_ptr": boxes if valid is None else valid.contiguous().view(torch.uint8),
-        "num_images": N,
-        "boxes_an_image": boxes_an_image,
-        "heights": tuple(float(g.shape[2]) for g in grads),
-        "widths": tuple(float(g.shape[3]) for g in grads),
-        "scales": tuple(float(scale) for scale in scales),
-        "tiles_across": tuple(float(max(across, 1)) for across in tiles_across),
-        "first_tiles": tuple(float(first) for first in first_tiles),
-        "num_tiles": num_tiles,
-        "num_words": num_words,
-        "PH": PH,
-        "PW": PW,
-        "TILE_H": tile.height,
-        "TILE_W": tile.width,
-        "NUM_LEVELS": len(grads),
-        "SAMPLING_RATIO": max(sampling_ratio, 0),
-        "CUBIC": cubic,
-        "ALIGNED": aligned,
-        "PADDED": padded,
-        "HAS_VALID": valid is not None,
-        # A fused coord * scale - 0.5 would round differently from the forward, and an adaptive grid with it.
-        "enable_fp_fusion": False,
-    }
+    shared = mark_tiles(
+        grads, boxes, valid, (PH, PW), (tile.height, tile.width), scales, thresholds, sampling_ratio, aligned, cubic
+    )
     with on_device(out_grad):
-        if touch.numel():
-            _touch_kernel[(N * num_words * triton.cdiv(num_tiles, BLOCK_TILES),)](
-                thresholds=tuple(float(area) for area in thresholds) or (0.0,), BLOCK_T=BLOCK_TILES, **shared
-            )
-        _gather_kernel[(N * num_tiles * triton.cdiv(C, tile.block_c),)](
+        _gather_kernel[(grads[0].shape[0] * shared["num_tiles"] * triton.cdiv(C, tile.block_c),)](
             grad_ptrs=tuple(grads),
             out_grad_ptr=out_grad,
             C=C,

@@ -96,3 +96,16 @@ def cubic_weight(distance, CUBIC: tl.constexpr):
     beyond = tl.minimum(distance - 2.0, 0.0)
     far = CUBIC * (distance - 1.0) * beyond * beyond
     return tl.where(distance <= 1.0, near, far)
+
+
+@triton.jit
+def tap_weight(at, cells, length, CUBIC: tl.constexpr):
+    """Weight of whole-numbered `cells` in samples `at` that are clamped to the map; broadcast together."""
+    if CUBIC is None:
+        weight = tl.maximum(1.0 - tl.abs(at - cells), 0.0)
+    else:
+        # The taps beyond a border are of its last cell: one on either side, the others weigh 0.
+        weight = cubic_weight(tl.abs(at - cells), CUBIC)
+        weight += tl.where(cells == 0, cubic_weight(at + 1.0, CUBIC), 0.0)
+        weight += tl.where(cells == length - 1.0, cubic_weight(length - at, CUBIC), 0.0)
+    return weight

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import on_device
+from tmask_kernels._triton import lowest_bit, on_device
 from tmask_kernels.ops.roi_pool.kernels_geometry import axis, load_cells
 
 WORD = 32  # boxes a word of the mask
@@ -131,10 +131,7 @@ def _gather_kernel(
         # 32 bits in an int64: no sign to mind.
         bits = tl.load(touch_ptr + (n * num_words + word) * num_tiles + tile).to(tl.int64) & 0xFFFFFFFF
         while bits != 0:
-            lowest = bits & (0 - bits)
-            bits ^= lowest
-            # A power of two is exact as a float, and its exponent is the bit's place.
-            place = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+            place, bits = lowest_bit(bits)
             k = (word * 32 + place).to(tl.int64)
             if PADDED:
                 k += n * boxes_an_image
