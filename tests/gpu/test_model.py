@@ -93,6 +93,16 @@ def test_never_waits(mode: str, precision: str, full: bool, device: torch.device
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+def test_roi_pool_of_a_pyramid_never_waits(device: torch.device) -> None:
+    torch.manual_seed(0)
+    model = tmask.build_model("tiny", num_classes=4, roi_extractor={"op": "roi_pool"}, **SMALL).to(device)
+    batch = batch_of(model, False, device)
+    step(model, batch, "bf16", device)  # kernels compile
+    with waiting_is_an_error(device):
+        loss = step(model, batch, "bf16", device)
+    assert loss.isfinite()
+
+
 def assert_nearly_all(got: Tensor, expected: Tensor) -> None:
     """Boxes [N, D, 4] wherever they stand, since scores of random weights nearly tie, and but for a few that a score
     or an overlap at a threshold has moved out."""
@@ -107,10 +117,11 @@ def assert_same_detections(got: Detections, expected: Detections) -> None:
     assert_nearly_all(got.boxes, expected.boxes)
 
 
-def test_equals_the_cpu(device: torch.device) -> None:
+@pytest.mark.parametrize("op", ["roi_align", "roi_pool"])
+def test_equals_the_cpu(op: str, device: torch.device) -> None:
     """A small model in float32, stage by stage, since one box at a threshold would change all that follows."""
     torch.manual_seed(0)
-    model = tmask.build_model("tiny", num_classes=4, **SMALL).eval()
+    model = tmask.build_model("tiny", num_classes=4, roi_extractor={"op": op}, **SMALL).eval()
     images, targets = model.transform(*images_and_targets())
     with torch.no_grad():
         features = model.fpn(list(model.backbone(images.tensor).values()))

@@ -1,0 +1,86 @@
+"""docs/roi-align.md: its tables are current, its figures show what the ops do, and what its text claims holds."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench import roi_align_figures as figures
+from bench.roi_align_figures import COARSE, COARSE_BINS, FINE, PAGE, POOLS, on_photograph, on_ramp, page, rms
+from tmask_kernels import roi_align
+
+ALIGNED = "RoIAlign, `aligned=True`"
+
+
+def test_the_page_is_current() -> None:
+    text = PAGE.read_text()
+    assert page(text) == text, "run python -m bench.roi_align_figures --write"
+
+
+def test_a_stale_page_is_seen() -> None:
+    text = PAGE.read_text()
+    stale = text.replace("| left | 152 |", "| left | 151 |")
+    assert stale != text
+    assert figures.replace_table(stale, "rounding", figures.rounding_table()) == text
+
+
+@pytest.mark.parametrize("ratio", [2, 0], ids=["fixed", "adaptive"])
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
+def test_samples_are_where_the_op_reads(aligned: bool, ratio: int) -> None:
+    """The mean of the map, interpolated at the drawn samples, is the op's output."""
+    cells = figures.feature_map(COARSE)
+    y, x = figures.samples(COARSE_BINS, COARSE, ratio, aligned)
+    at = torch.stack(torch.meshgrid(y.flatten(), x.flatten(), indexing="ij")[::-1], -1)  # [PH * g, PW * g, 2]
+    size = torch.tensor([cells.shape[3], cells.shape[2]])
+    grid = (2 * at / size - 1)[None]
+    read = F.grid_sample(cells, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    expected = F.avg_pool2d(read, (y.shape[1], x.shape[1]))
+    out = roi_align(cells, figures.moved(0), COARSE_BINS, 1 / COARSE, ratio, aligned)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-3)
+
+
+def test_one_winner_lies_in_each_bin_of_roi_pool() -> None:
+    found = figures.rounded(COARSE_BINS, COARSE)
+    inside = torch.einsum("ih,hw,jw->ij", found.rows.float(), found.largest.float(), found.columns.float())
+    assert (inside >= 1).all()
+    covered = torch.einsum("ih,jw->hw", found.rows.float(), found.columns.float())
+    assert not (found.largest & (covered == 0)).any()
+    assert (covered > 1).any(), "bins share cells"
+
+
+def test_bicubic_taps_reproduce_a_parabola_and_bilinear_ones_do_not() -> None:
+    parabola = torch.arange(15.0).square()
+    for name, number, error in (("bicubic", 16, 0.0), ("bilinear", 4, 0.25)):
+        weights = figures.taps(6.0, 5.9, name)  # halfway between cells 5 and 6 along x
+        assert (weights != 0).sum() == number
+        value = (weights.sum(0)[:15] * parabola).sum()
+        torch.testing.assert_close(value, torch.tensor(5.5**2 + error), rtol=0, atol=1e-5)
+
+
+def test_what_the_page_says_of_shifts() -> None:
+    pool, aligned = on_ramp(POOLS["RoIPool"]), on_ramp(POOLS[ALIGNED])
+    middle = pool.got[:, 3, 3]
+    assert len(middle.unique()) == 2, "RoIPool stands still and then jumps"
+    assert float(middle.max() - middle.min()) == 1.0, "by a cell"
+    torch.testing.assert_close(aligned.got, aligned.exact, rtol=0, atol=1e-4)
+    for name, found in ((name, rms(on_photograph(op))) for name, op in POOLS.items()):
+        assert float(found[0]) == 0.0
+        assert float(found[FINE]) < 1e-3, "at a whole cell all are exact"
+        assert float(found[FINE // 2]) > 10 if name == "RoIPool" else float(found.max()) < 3
+
+
+def test_figures_of_the_page_are_committed() -> None:
+    shown = re.findall(r"!\[.*?\]\(images/(.*?)\)", PAGE.read_text(), re.DOTALL)
+    assert shown == ["roi-align-samples.png", "roi-align-shift.png"]
+    assert all((figures.IMAGES / name).stat().st_size < 250_000 for name in shown)
+
+
+@pytest.mark.slow
+def test_figures_are_drawn(tmp_path: Path) -> None:
+    from bench.charts.roi_align import draw
+
+    paths = draw(tmp_path)
+    assert [path.name for path in paths] == ["roi-align-samples.png", "roi-align-shift.png"]
+    assert all(path.stat().st_size > 20_000 for path in paths)
