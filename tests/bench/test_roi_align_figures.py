@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 
 from bench import roi_align_figures as figures
 from bench.roi_align_figures import COARSE, COARSE_BINS, FINE, PAGE, POOLS, on_photograph, on_ramp, page, rms
+from tmask.config import RoIExtractorConfig
+from tmask.presets import model_config
 from tmask_kernels import roi_align
 
 ALIGNED = "RoIAlign, `aligned=True`"
@@ -69,6 +72,12 @@ def test_what_the_page_says_of_shifts() -> None:
         assert float(found[0]) == 0.0
         assert float(found[FINE]) < 1e-3, "at a whole cell all are exact"
         assert float(found[FINE // 2]) > 10 if name == "RoIPool" else float(found.max()) < 3
+
+
+def test_settings_of_the_page_are_settings() -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    config = model_config("tiny", **yaml.safe_load(text)["model"])
+    assert config.roi_extractor == RoIExtractorConfig(interpolation="bicubic", sampling_ratio=2)
 
 
 def test_figures_of_the_page_are_committed() -> None:
