@@ -255,6 +255,14 @@ OP_CHECKS: tuple[OpCheck, ...] = (
         gradients=("features",),
     ),
     OpCheck(
+        name="roi_align (boxes)",  # apart from the first: torchvision has no gradient to them
+        make=_roi_inputs,
+        call=_roi_align,
+        features=("features",),
+        dtypes=FEATURE_DTYPES,
+        gradients=("features", "rois"),
+    ),
+    OpCheck(
         name="multiscale_roi_align",
         make=_pyramid_inputs,
         call=_multiscale_roi_align,

@@ -72,6 +72,26 @@ def test_roi_align(dtype: torch.dtype, layout: torch.memory_format, cubic: float
     assert launched == ["_roi_align_kernel", "_touch_kernel", "_gather_kernel"] * 2
 
 
+@pytest.mark.parametrize(
+    ("dtype", "layout", "cubic"),
+    [(torch.float32, torch.contiguous_format, None), (torch.bfloat16, torch.channels_last, -0.5)],
+    ids=["bilinear", "bicubic"],
+)
+def test_roi_align_boxes(
+    dtype: torch.dtype, layout: torch.memory_format, cubic: float | None, launched: list[str]
+) -> None:
+    kernels = kernels_of("roi_align")
+    maps = [torch.zeros(2, 40, 21 // k, 23 // k, dtype=dtype).contiguous(memory_format=layout) for k in (1, 2, 4, 8)]
+    boxes, valid = torch.rand(2, 6, 4, requires_grad=True), torch.ones(2, 6, dtype=torch.bool)
+    scales, areas = [1 / 4, 1 / 8, 1 / 16, 1 / 32], [1.0, 2.0, 3.0]
+    out = kernels.multiscale_roi_align(maps, boxes, valid, 7, 7, scales, areas, 0, True, cubic)
+    out.backward(torch.ones_like(out))
+    boxes = torch.rand(5, 5, requires_grad=True)
+    out = kernels.multiscale_roi_align(maps[:1], boxes, None, 7, 7, scales[:1], [], 2, False, cubic)
+    out.sum().backward()
+    assert launched == ["_roi_align_kernel", "_box_gradient_kernel"] * 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
 def test_roi_pool(dtype: torch.dtype, layout: torch.memory_format, launched: list[str]) -> None:

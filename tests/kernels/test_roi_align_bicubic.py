@@ -283,8 +283,8 @@ def parity(kernels: ModuleType, device: torch.device, ratio: int) -> None:
 
 FIXED, ADAPTIVE = 2, 0
 MUTANTS = {
-    "tap off by one": (FIXED, FORWARD, "tl.floor(at) + (tap - 1)", "tl.floor(at) + tap"),
-    "taps not clamped": (FIXED, FORWARD, "tl.minimum(tl.maximum(cell, 0.0), length - 1.0).to", "cell.to"),
+    "tap off by one": (FIXED, GEOMETRY, "tl.floor(at) + (tap - 1)", "tl.floor(at) + tap"),
+    "taps not clamped": (FIXED, GEOMETRY, "tl.minimum(tl.maximum(cell, 0.0), length - 1.0).to", "cell.to"),
     "three rows of taps": (FIXED, FORWARD, "for row in range(4)", "for row in range(3)"),
     "weights of one axis": (FIXED, FORWARD, "(weight_y * weight_x)", "(weight_x)"),
     "another kernel near": (FIXED, GEOMETRY, "(CUBIC + 2.0)", "(CUBIC + 2.1)"),

@@ -139,14 +139,16 @@ def test_gradients_of_the_kernels_stay_on_the_gpu() -> None:
     with fake_gpu() as watch:
         maps = [torch.empty(2, 8, 16 // k, 12 // k, dtype=torch.bfloat16, device=CUDA) for k in (1, 2)]
         boxes, valid = torch.empty(2, 5, 4, device=CUDA), torch.empty(2, 5, dtype=torch.bool, device=CUDA)
-        context = SimpleNamespace()
+        boxes.requires_grad_()
+        context = SimpleNamespace(needs_input_grad=([True, True], True))
         context.save_for_backward = lambda *tensors: setattr(context, "saved_tensors", tensors)
         inputs = (maps, boxes, valid, 7, 7, [0.5, 0.25], [64.0], 2, True, None)
         out = roi_align_kernels.multiscale_roi_align(*inputs)
         roi_align_kernels._setup_context(context, inputs, out)
-        gradients, *rest = roi_align_kernels._backward(context, torch.empty_like(out))
+        gradients, to_boxes, *rest = roi_align_kernels._backward(context, torch.empty_like(out))
         assert [(g.shape, g.dtype, g.device) for g in gradients] == [(m.shape, m.dtype, CUDA) for m in maps]
-        assert rest == [None] * 9
+        assert (to_boxes.shape, to_boxes.dtype, to_boxes.device) == (boxes.shape, boxes.dtype, CUDA)
+        assert rest == [None] * 8
         deltas, anchors = torch.empty(2, 9, 4, dtype=torch.bfloat16, device=CUDA), torch.empty(9, 4, device=CUDA)
         inputs = (deltas, anchors, [1.0] * 4, 4.0, None, torch.empty(2, 2, dtype=torch.int64, device=CUDA))
         box_kernels._setup_decode(context, inputs, out)

@@ -5,7 +5,8 @@ One program: one box x one row of bins x a block of channels. It reads the box, 
 where they lie, by their strides; where every level has its channels side by side (channels_last), a thread
 loads 16 bytes of them, and the output is channels_last too.
 
-The backward is in `kernels_backward`. Both are deterministic. Letters as in `reference`.
+The backward is in `kernels_backward` and, to the boxes, in `kernels_boxes`. All are deterministic. Letters as in
+`reference`.
 """
 
 from __future__ import annotations
@@ -20,59 +21,19 @@ from torch import Tensor
 
 from tmask_kernels._triton import on_device
 from tmask_kernels.ops.roi_align import kernels_backward
+from tmask_kernels.ops.roi_align.kernels_boxes import multiscale_roi_align_backward_boxes
 from tmask_kernels.ops.roi_align.kernels_geometry import (
     axis,
-    cubic_weight,
+    clamped,
+    cubic_tap,
     is_finite,
     level_index,
     load_box,
     of_level,
     strides_of_level,
+    taps,
+    window,
 )
-
-
-@triton.jit
-def _window(bin_start, step, grid, length, SAMPLING_RATIO: tl.constexpr):
-    """First sample of a bin to visit, and how many: the adaptive grid of a huge box has most outside the map.
-
-    With an adaptive grid samples are at least half a cell apart (or there is just one), so at most
-    2 * (length + 1) + 1 fall inside [-1, length]; one more on either side absorbs rounding.
-    """
-    if SAMPLING_RATIO > 0:
-        first = tl.zeros_like(bin_start)
-        count = tl.zeros_like(bin_start) + SAMPLING_RATIO
-    else:
-        first = tl.floor((-1.0 - bin_start) / step - 0.5) - 1
-        first = tl.maximum(tl.minimum(first, grid - 1), 0.0)
-        last = tl.ceil((length - bin_start) / step - 0.5) + 1
-        count = tl.maximum(tl.minimum(last, grid - 1) - first + 1, 0.0)
-    return first, count
-
-
-@triton.jit
-def _clamped(at, length):
-    """Samples moved onto the border's cell where they are beyond it, and whether they lie in the map."""
-    inside = (at >= -1.0) & (at <= length)  # false for NaN
-    at = tl.where(inside, at, 0.0)
-    return tl.minimum(tl.maximum(at, 0.0), length - 1.0), inside
-
-
-@triton.jit
-def _taps(at, length):
-    """Cells below and above a sample that is clamped to the map, and the weight of the upper one."""
-    low = tl.floor(at)
-    upper_weight = at - low
-    low = low.to(tl.int32)
-    high = tl.minimum(low + 1, length - 1)
-    return low.to(tl.int64), high.to(tl.int64), upper_weight
-
-
-@triton.jit
-def _cubic_tap(at, tap, length, CUBIC: tl.constexpr):
-    """Cell of tap 0 to 3 of a sample that is clamped to the map, and its weight."""
-    cell = tl.floor(at) + (tap - 1)
-    weight = cubic_weight(tl.abs(at - cell), CUBIC)
-    return tl.minimum(tl.maximum(cell, 0.0), length - 1.0).to(tl.int32).to(tl.int64), weight
 
 
 @triton.jit
@@ -82,10 +43,10 @@ def _add_cubic(tile, base, y, x, H, W, stride_h, stride_w, channels, mask, CUBIC
     Four loads are under way at once, as many as of a bilinear sample.
     """
     for row in range(4):
-        cell_y, weight_y = _cubic_tap(y, row, H, CUBIC)
+        cell_y, weight_y = cubic_tap(y, row, H, CUBIC)
         row_ptr = base + cell_y * stride_h
         for column in tl.static_range(4):
-            cell_x, weight_x = _cubic_tap(x, column, W, CUBIC)
+            cell_x, weight_x = cubic_tap(x, column, W, CUBIC)
             cells = (cell_x * stride_w)[:, None] + channels[None, :]
             value = tl.load(row_ptr + cells, mask=mask, other=0.0).to(tile.dtype)
             # Fusion is off for the sake of the coordinates; a sum may take it.
@@ -151,8 +112,8 @@ def _roi_align_kernel(
     start_x, bin_w, grid_w, step_x = axis(x1, x2, scale, PW, ALIGNED, SAMPLING_RATIO)
     bin_y = start_y + ph.to(ACC) * bin_h
     bin_x = start_x + offs_pw.to(ACC) * bin_w  # [BLOCK_PW]
-    first_y, count_y = _window(bin_y, step_y, grid_h, H, SAMPLING_RATIO)
-    first_x, counts_x = _window(bin_x, step_x, grid_w, W, SAMPLING_RATIO)
+    first_y, count_y = window(bin_y, step_y, grid_h, H, SAMPLING_RATIO)
+    first_x, counts_x = window(bin_x, step_x, grid_w, W, SAMPLING_RATIO)
     num_y = tl.where(usable, count_y, 0.0).to(tl.int32)
     num_x = tl.where(usable, tl.max(tl.where(mask_pw, counts_x, 0.0), 0), 0.0).to(tl.int32)
     share = 1.0 / tl.maximum(tl.where(usable, grid_h * grid_w, 1.0), 1.0)
@@ -161,17 +122,17 @@ def _roi_align_kernel(
     iy = tl.full((), 0, tl.int32)
     while iy < num_y:
         at_y = first_y + iy.to(ACC)
-        y, inside_y = _clamped(bin_y + (at_y + 0.5) * step_y, H)
-        y_low, y_high, ly = _taps(y, H)
+        y, inside_y = clamped(bin_y + (at_y + 0.5) * step_y, H)
+        y_low, y_high, ly = taps(y, H)
         num_x_here = tl.where(inside_y & (at_y < grid_h), num_x, 0)
         row_low, row_high = base + y_low * stride_h, base + y_high * stride_h
         ix = tl.full((), 0, tl.int32)
         while ix < num_x_here:
             at_x = first_x + ix.to(ACC)
-            x, inside_x = _clamped(bin_x + (at_x + 0.5) * step_x, W)
+            x, inside_x = clamped(bin_x + (at_x + 0.5) * step_x, W)
             mask = (inside_x & (at_x < grid_w) & mask_pw)[:, None] & mask_c[None, :]
             if CUBIC is None:
-                x_low, x_high, lx = _taps(x, W)
+                x_low, x_high, lx = taps(x, W)
                 left = (x_low * stride_w)[:, None] + channels[None, :]
                 right = (x_high * stride_w)[:, None] + channels[None, :]
                 lx = lx[:, None]
@@ -304,20 +265,25 @@ def _(features, boxes, valid, pooled_height, pooled_width, scales, thresholds, s
 
 def _setup_context(ctx, inputs, output):
     features, boxes, valid, _, _, *ctx.rest = inputs
-    ctx.save_for_backward(boxes, valid)
+    # The gradient to the features needs none of them, that to the boxes all.
+    ctx.save_for_backward(boxes, valid, *(features if boxes.requires_grad else ()))
     ctx.num_images = features[0].shape[0]
     ctx.heights, ctx.widths = [f.shape[2] for f in features], [f.shape[3] for f in features]
     ctx.channels_last = is_channels_last(features)
 
 
 def _backward(ctx, grad):
-    boxes, valid = ctx.saved_tensors
-    gradients = kernels_backward.multiscale_roi_align_backward(
-        grad, boxes, valid, ctx.num_images, ctx.heights, ctx.widths, ctx.channels_last, *ctx.rest
-    )
+    boxes, valid, *features = ctx.saved_tensors
+    gradients, to_boxes = [None] * len(ctx.heights), None
+    if any(ctx.needs_input_grad[0]):
+        gradients = kernels_backward.multiscale_roi_align_backward(
+            grad, boxes, valid, ctx.num_images, ctx.heights, ctx.widths, ctx.channels_last, *ctx.rest
+        )
+    if ctx.needs_input_grad[1]:
+        to_boxes = multiscale_roi_align_backward_boxes(grad, features, boxes, valid, *ctx.rest)
     # A single map has no thresholds, and autograd takes an empty list for a list of tensors: its gradient is a list.
     no_thresholds = None if ctx.rest[1] else []
-    return gradients, None, None, None, None, None, no_thresholds, None, None, None
+    return gradients, to_boxes, None, None, None, None, no_thresholds, None, None, None
 
 
 multiscale_roi_align.register_autograd(_backward, setup_context=_setup_context)

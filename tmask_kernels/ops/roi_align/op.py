@@ -48,7 +48,7 @@ def roi_align(
     the adaptive grid; with a fixed one, the value at the point or the mirrored crop.
 
     Boxes and sums are fp32 (fp64 for fp64 input); the result has the input's dtype and, on CUDA, its memory format.
-    Differentiable in `input`, and in `boxes` with backend="reference". Not implemented yet: "max".
+    Differentiable in `input` and `boxes`. Not implemented yet: "max".
     Errors: ValueError for a wrong shape, dtype, device or option. Sources: Mask R-CNN (He et al. 2017), section 3;
     Cubic convolution interpolation (Keys 1981).
     """
@@ -171,6 +171,4 @@ def _triton_reasons(features: list[Tensor], boxes: Tensor) -> list[str]:
         reasons.append("float64 features run in the interpreter only")
     if len(features) > MAX_TRITON_LEVELS:
         reasons.append(f"at most {MAX_TRITON_LEVELS} levels")
-    if torch.is_grad_enabled() and boxes.requires_grad:
-        reasons.append("no gradient to the boxes yet")
     return reasons
