@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
 import torch
@@ -19,6 +20,30 @@ DOT_IN_FP32 = tl.constexpr(interpreter_enabled())
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Launch on the device of `tensor`: Triton launches on the current CUDA device, whatever its arguments say."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def unspecialized(numbers: Iterable[int]) -> tuple[int, ...]:
+    """Integers for a tuple argument, to be read with `plain`: 4 n + 3, which is never 1 nor a multiple of 16.
+
+    In a tuple Triton compiles a kernel anew for each pattern of such numbers, whatever `do_not_specialize` says; sizes
+    and strides of the levels of a pyramid have a great many.
+    """
+    return tuple(4 * number + 3 for number in numbers)
+
+
+@triton.jit
+def plain(number):
+    """The int64 that `unspecialized` took."""
+    return tl.cast(number, tl.int64) >> 2
+
+
+@triton.jit
+def of_level(level, values, NUM_LEVELS: tl.constexpr):
+    """The member of a tuple that belongs to a level: numbers or pointers."""
+    value = values[0]
+    for i in tl.static_range(1, NUM_LEVELS):
+        value = tl.where(level >= i, values[i], value)
+    return value
 
 
 @triton.jit

@@ -121,3 +121,37 @@ def test_boxes(size: list[int] | None, launched: list[str]) -> None:
     kernels.decode_boxes(torch.rand(2, 9, 4), anchors, weights, 4.0, None, torch.full((2, 2), 30))
     decode = "_decode_boxes_fwd_kernel"
     assert launched == ["_encode_boxes_kernel", decode, "_decode_boxes_bwd_kernel", decode]
+
+
+def proposal_maps(height: int, width: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    sizes = [(height // k, width // k) for k in (1, 2, 4)]
+    return tuple([torch.zeros(2, channels, *size, dtype=dtype) for size in sizes] for channels in (3, 12))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rpn_proposals(dtype: torch.dtype, launched: list[str]) -> None:
+    """One variant serves all sizes of images: a training draws many, and each level's strides differ with them."""
+    candidates = importlib.import_module("tmask_kernels.ops.boxes.kernels_candidates")
+    select = importlib.import_module("tmask_kernels.ops.boxes.kernels_select")
+    sizes, half_sides, steps = torch.full((2, 2), 30), [4.0, 3.0] * 9, [4.0, 4.0, 8.0, 8.0, 16.0, 16.0]
+    variants = set()
+    for height, width in ((24, 20), (33, 17), (64, 48), (11, 4)):
+        maps = proposal_maps(height, width, dtype)
+        boxes, scores, _ = candidates.rpn_candidates(*maps, sizes, half_sides, steps, 0.0, 50, 4.0, 1.0, 0.1)
+        select.select_best(boxes, scores, torch.zeros(6, 20, dtype=torch.int64), 2, 25, False)
+        kernels = (candidates._rpn_keys_kernel, candidates._rpn_candidates_kernel, select._take_kernel)
+        variants.add(tuple(len(kernel.device_caches[0][0]) for kernel in kernels))
+    one_size = ["_rpn_keys_kernel", "_rpn_candidates_kernel", "_kept_keys_kernel", "_take_kernel"]
+    assert launched == one_size * 4
+    assert len(variants) == 1
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["boxes of each class", "shared boxes"])
+def test_detections(shared: bool, launched: list[str]) -> None:
+    candidates = importlib.import_module("tmask_kernels.ops.boxes.kernels_candidates")
+    select = importlib.import_module("tmask_kernels.ops.boxes.kernels_select")
+    scores, boxes = torch.rand(2, 30, 4)[:, :, 1:], torch.rand(2, 30, 4, 4)[:, :, 1 : 2 if shared else 4]
+    valid, sizes = torch.ones(2, 30, dtype=torch.bool), torch.full((2, 2), 30)
+    boxes, scores, _ = candidates.class_candidates(scores, boxes, valid, sizes, 0.05, 0.01)
+    select.select_best(boxes, scores, torch.zeros(6, 20, dtype=torch.int64), 2, 25, True)
+    assert launched == ["_class_candidates_kernel", "_kept_keys_kernel", "_take_kernel"]

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torchvision.models.detection.roi_heads import RoIHeads
 
+from bench.launches import Count, count_call
 from tests.model.sync import count_blocking
 from tests.mutation import mutant
 from tmask_kernels import detections, padded_nms
-from tmask_kernels.ops.boxes import proposals
-from tmask_kernels.testing import random_boxes
+from tmask_kernels.backend import interpreter_enabled
+from tmask_kernels.ops.boxes import kernels_candidates, proposals
+from tmask_kernels.testing import guarded, poisoned_empty, random_boxes
 
 # The interpreter's numpy warns where padding gives 0 / 0.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -147,22 +149,25 @@ def test_degenerate_sizes(device, backend, count, classes):
     ("old", "new"),
     [
         ("(scores > score_threshold)", "(scores >= 0)"),
-        (">= min_size).all(-1)  # [N, P, Cls or 1]", ">= 0).all(-1)"),
+        ("& _at_least(boxes, min_size) &", "& _at_least(boxes, 0) &"),
         ("& valid[..., None]", ""),
         ("boxes = clip_boxes(boxes.float(), image_sizes)", "boxes = boxes.float()"),
-        ("row = picked // Cls * boxes.shape[2]", "row = picked // Cls"),
-        ("(picked % Cls if boxes.shape[2] > 1 else 0)", "0"),
-        (".view(N, Cls, P).transpose(1, 2)", ""),
-        ("torch.where(best, picked % Cls, 0)", "torch.where(best, picked % Cls + 1, 0)"),
+        ("boxes.expand(N, P, Cls, 4).transpose(1, 2)", "boxes.expand(N, P, Cls, 4)"),
+        ("alive.transpose(1, 2)", "alive"),
+        ("(order % G, order // G) if box_first", "(order // K, order % K) if box_first"),
+        ("ranked = ranked.transpose(1, 2)", "ranked = ranked.flip(1).transpose(1, 2)"),
+        ("F.pad(torch.where(real, segment, 0)", "F.pad(torch.where(real, segment + 1, 0)"),
     ],
-    ids=["score", "size", "valid", "clip", "row", "class box", "order", "label"],
+    ids=["score", "size", "valid", "clip", "class box", "class of valid", "row", "order", "label"],
 )
 def test_a_broken_composition_fails(tmp_path: Path, old, new):
     broken = mutant(proposals, old, new, tmp_path)
 
-    def function(scores, boxes, *, backend, **kwargs):
-        kwargs.setdefault("min_size", 0.01)
-        return broken.detect(scores, boxes, nms=lambda *a, **k: padded_nms(*a, backend="reference", **k), **kwargs)
+    def function(scores, boxes, *, backend, valid, image_sizes, nms_threshold, max_detections, **limits):
+        boxes, scores, alive = broken.class_candidates_reference(scores, boxes, valid, image_sizes, **limits)
+        limit = min(max_detections, boxes.shape[1])
+        kept, _ = padded_nms(boxes, scores, nms_threshold, valid=alive, max_output=limit, backend="reference")
+        return broken.select_best_reference(boxes, scores, kept, 2, max_detections, True)
 
     logits, deltas, rois = inputs()
     boxes = decoded(deltas, rois)[:, :, 1:]
@@ -172,6 +177,101 @@ def test_a_broken_composition_fails(tmp_path: Path, old, new):
         for f in (function, detections)
     )
     assert not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+# --- candidates by the kernel ----------------------------------------------------------------------------------------
+
+
+def check_candidates(module, device, scores, boxes) -> tuple[torch.Tensor, ...]:
+    """The kernel's candidates against the reference's, to the bit."""
+    valid = torch.arange(2 * scores.shape[1]).view(2, -1) % 3 > 0
+    sizes = torch.tensor(IMAGE_SIZES)
+    scores, boxes, valid, sizes = (t.to(device) for t in (scores, boxes, valid, sizes))
+    limits = {"score_threshold": 0.3, "min_size": 15.0}
+    with poisoned_empty():
+        got = module.class_candidates_fwd(scores, boxes, valid, sizes, **limits)
+    expected = proposals.class_candidates_reference(scores, boxes, valid, sizes, **limits)
+    for name, ours, theirs in zip(("boxes", "scores", "valid"), got, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours.nan_to_num(nan=-7.0), theirs.nan_to_num(nan=-7.0)), name
+    return got
+
+
+def candidates_input(dtype=torch.float32, count: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores [2, P, 3] and boxes [2, P, 3, 4], both without their first column, with NaN and infinities."""
+    logits, deltas, rois = inputs(classes=3, count=count)
+    scores, boxes = torch.softmax(logits, -1), decoded(deltas, rois)
+    scores[0, 1], boxes[0, 2, :, 1], boxes[0, 4, :, 2], boxes[1, 5, :, 0] = (
+        float(x) for x in ("nan", "nan", "inf", "-inf")
+    )
+    return guarded(scores.to(dtype))[:, :, 1:], guarded(boxes.to(dtype))[:, :, 1:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_candidates_equal_the_reference(device, dtype):
+    valid = check_candidates(kernels_candidates, device, *candidates_input(dtype))[2]
+    assert valid.any()
+
+
+def test_candidates_of_any_layout(device):
+    scores, boxes = candidates_input(count=130)  # more than a block
+    check_candidates(kernels_candidates, device, scores, boxes[:, :, :1])
+    scores, boxes = scores[:, :10].transpose(1, 2).contiguous().transpose(1, 2), boxes[:, :10]
+    check_candidates(kernels_candidates, device, scores, boxes.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0))
+    # Rows of 6 numbers: a box does not begin at a multiple of 16 bytes.
+    check_candidates(kernels_candidates, device, scores, torch.nn.functional.pad(boxes, (1, 1))[..., 1:5])
+
+
+BROKEN_CANDIDATES = {
+    "score": ("(score > score_threshold)", "(score >= 0)"),
+    "valid": ("(tl.load(valid_ptr + image * P + slot, mask=mask, other=0) != 0) &", "mask &"),
+    "image": ("valid_ptr + image * P + slot", "valid_ptr + slot"),
+    "class": ("label * box_c", "label * 0"),
+    "class of score": ("label * score_c", "label * 0"),
+    "size": ("(x2 - x1 >= min_size)", "(x2 - x1 >= 0)"),
+    "clip": ("at = tl.where(at < 0.0, 0.0, at)", "at = at + 0.0"),
+    "NaN": ("return tl.where(at > limit, limit, at)", "return tl.where(at <= limit, at, limit)"),
+    "row": ("segment * P + slot, mask", "slot, mask"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN_CANDIDATES)
+def test_a_broken_kernel_of_candidates_fails(device, tmp_path: Path, broken):
+    module = mutant(kernels_candidates, *BROKEN_CANDIDATES[broken], tmp_path)
+    with pytest.raises((AssertionError, IndexError)):
+        check_candidates(module, device, *candidates_input())
+
+
+def test_opcheck(device):
+    scores, boxes = (t.to(device) for t in candidates_input())
+    valid, sizes = torch.ones(2, 20, dtype=torch.bool, device=device), torch.tensor(IMAGE_SIZES, device=device)
+    torch.library.opcheck(
+        kernels_candidates.class_candidates, (scores.nan_to_num(), boxes.nan_to_num(), valid, sizes, 0.3, 1.0)
+    )
+
+
+@pytest.mark.skipif(not interpreter_enabled(), reason="counts through Triton's interpreter")
+def test_few_launches():
+    """Around the NMS: the candidates; keys of what is kept, their top-k and the rows taken."""
+    scores, boxes = candidates_input()
+    valid, sizes = torch.ones(2, 20, dtype=torch.bool), torch.tensor(IMAGE_SIZES)
+    whole = count_call(lambda: detections(scores, boxes, valid=valid, image_sizes=sizes, **SETTINGS, backend="triton"))
+    segments = torch.zeros(4, 20, 4), torch.zeros(4, 20)
+    alive = segments[1] > 0
+    nms = count_call(lambda: padded_nms(*segments, 0.5, valid=alive, max_output=20, backend="triton"))
+    assert whole == Count(ops=nms.ops + 1, kernels=nms.kernels + 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_scores_compute_in_float32(device, backend, dtype):
+    logits, deltas, rois = inputs(count=20)
+    scores, boxes = torch.softmax(logits, -1)[..., 1:].to(device, dtype), decoded(deltas, rois)[:, :, 1:].to(device)
+    valid, sizes = torch.ones(2, 20, dtype=torch.bool, device=device), torch.tensor(IMAGE_SIZES, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        got = detections(scores, boxes, valid=valid, image_sizes=sizes, **SETTINGS, backend=backend)
+    expected = detections(scores.float(), boxes, valid=valid, image_sizes=sizes, **SETTINGS, backend=backend)
+    assert (got[3] > 3).all()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("chosen", ["auto", "triton"])

@@ -21,7 +21,7 @@ BLOCK = 128
 
 
 @triton.jit
-def _load4(ptr, rows, mask, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+def load4(ptr, rows, mask, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
     """The four numbers of boxes `rows` [BLOCK], loaded as one tile so that each box is one wide load."""
     tile = tl.load(ptr + rows[:, None] * 4 + tl.arange(0, 4)[None, :], mask=mask[:, None], other=0.0).to(DTYPE)
     even, odd = tl.split(tl.reshape(tile, (BLOCK, 2, 2)))
@@ -31,7 +31,7 @@ def _load4(ptr, rows, mask, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _store4(ptr, rows, mask, first, second, third, fourth, BLOCK: tl.constexpr):
+def store4(ptr, rows, mask, first, second, third, fourth, BLOCK: tl.constexpr):
     tile = tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), (BLOCK, 4))
     offsets = rows[:, None] * 4 + tl.arange(0, 4)[None, :]
     tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=mask[:, None])
@@ -41,7 +41,7 @@ def _store4(ptr, rows, mask, first, second, third, fourth, BLOCK: tl.constexpr):
 def _load_anchor(ptr, rows, mask, d1, d2, stride_0, stride_1, stride_2, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
     """Centre and size of the anchors of output boxes `rows`; strides are in boxes."""
     anchor = rows // d2 // d1 * stride_0 + rows // d2 % d1 * stride_1 + rows % d2 * stride_2
-    x1, y1, x2, y2 = _load4(ptr, anchor, mask, BLOCK, DTYPE)
+    x1, y1, x2, y2 = load4(ptr, anchor, mask, BLOCK, DTYPE)
     width = x2 - x1
     height = y2 - y1
     return x1 + 0.5 * width, y1 + 0.5 * height, width, height
@@ -68,7 +68,7 @@ def _encode_boxes_kernel(
     mask = rows < count
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     ax, ay, aw, ah = _load_anchor(anchors_ptr, rows, mask, d1, d2, stride_0, stride_1, stride_2, BLOCK, DTYPE)
-    x1, y1, x2, y2 = _load4(boxes_ptr, rows, mask, BLOCK, DTYPE)
+    x1, y1, x2, y2 = load4(boxes_ptr, rows, mask, BLOCK, DTYPE)
     bw = x2 - x1
     bh = y2 - y1
     proper = (aw > 0) & (ah > 0) & (bw > 0) & (bh > 0)
@@ -78,15 +78,12 @@ def _encode_boxes_kernel(
     dy = tl.where(proper, wy * (y1 + 0.5 * bh - ay) / ah, 0.0)
     dw = tl.where(proper, ww * tl.log(tl.where(proper, bw, 1.0) / aw), 0.0)
     dh = tl.where(proper, wh * tl.log(tl.where(proper, bh, 1.0) / ah), 0.0)
-    _store4(out_ptr, rows, mask, dx, dy, dw, dh, BLOCK)
+    store4(out_ptr, rows, mask, dx, dy, dw, dh, BLOCK)
 
 
 @triton.jit
-def _decode(deltas_ptr, anchors_ptr, rows, mask, d1, d2, stride_0, stride_1, stride_2, wx, wy, ww, wh, scale_clamp,
-            BLOCK: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Unclipped boxes as centre and half sides, whether they are NaN, and what the gradient needs."""
-    ax, ay, aw, ah = _load_anchor(anchors_ptr, rows, mask, d1, d2, stride_0, stride_1, stride_2, BLOCK, DTYPE)
-    dx, dy, dw, dh = _load4(deltas_ptr, rows, mask, BLOCK, DTYPE)
+def decode_delta(dx, dy, dw, dh, ax, ay, aw, ah, wx, wy, ww, wh, scale_clamp):
+    """Unclipped boxes as centre and half sides, whether they are NaN, and whether their scales are not clamped."""
     bad = (dx != dx) | (dy != dy) | (dw != dw) | (dh != dh)
     x = dx / wx * aw + ax
     y = dy / wy * ah + ay
@@ -95,7 +92,19 @@ def _decode(deltas_ptr, anchors_ptr, rows, mask, d1, d2, stride_0, stride_1, str
     half_w = 0.5 * (tl.exp(tl.minimum(dw, scale_clamp)) * aw)
     half_h = 0.5 * (tl.exp(tl.minimum(dh, scale_clamp)) * ah)
     bad = bad | (x != x) | (y != y)
-    return x, y, half_w, half_h, bad, aw, ah, dw <= scale_clamp, dh <= scale_clamp
+    return x, y, half_w, half_h, bad, dw <= scale_clamp, dh <= scale_clamp
+
+
+@triton.jit
+def _decode(deltas_ptr, anchors_ptr, rows, mask, d1, d2, stride_0, stride_1, stride_2, wx, wy, ww, wh, scale_clamp,
+            BLOCK: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """`decode_delta` of the output boxes `rows`, and the sides of their anchors."""
+    ax, ay, aw, ah = _load_anchor(anchors_ptr, rows, mask, d1, d2, stride_0, stride_1, stride_2, BLOCK, DTYPE)
+    dx, dy, dw, dh = load4(deltas_ptr, rows, mask, BLOCK, DTYPE)
+    x, y, half_w, half_h, bad, free_w, free_h = decode_delta(
+        dx, dy, dw, dh, ax, ay, aw, ah, wx, wy, ww, wh, scale_clamp
+    )
+    return x, y, half_w, half_h, bad, aw, ah, free_w, free_h
 
 
 @triton.jit
@@ -156,7 +165,7 @@ def _decode_boxes_fwd_kernel(
     y1 = tl.where(bad, 0.0, y1)
     x2 = tl.where(bad, 0.0, x2)
     y2 = tl.where(bad, 0.0, y2)
-    _store4(out_ptr, rows, mask, x1, y1, x2, y2, BLOCK)
+    store4(out_ptr, rows, mask, x1, y1, x2, y2, BLOCK)
 
 
 @triton.jit
@@ -191,7 +200,7 @@ def _decode_boxes_bwd_kernel(
         deltas_ptr, anchors_ptr, rows, mask, d1, d2, stride_0, stride_1, stride_2, wx, wy, ww, wh, scale_clamp,
         BLOCK, DTYPE,
     )  # fmt: skip
-    g_x1, g_y1, g_x2, g_y2 = _load4(grad_ptr, rows, mask, BLOCK, DTYPE)
+    g_x1, g_y1, g_x2, g_y2 = load4(grad_ptr, rows, mask, BLOCK, DTYPE)
     if CLIP:
         limit_x, limit_y = _limits(sizes_ptr, rows, mask, rows_per_image, height, width, HAS_SIZES, DTYPE)
         g_x1 = tl.where((x - half_w >= 0) & (x - half_w <= limit_x), g_x1, 0.0)
@@ -202,7 +211,7 @@ def _decode_boxes_bwd_kernel(
     dy = tl.where(bad, 0.0, (g_y1 + g_y2) * ah / wy)
     dw = tl.where(bad | (free_w == 0), 0.0, (g_x2 - g_x1) * half_w / ww)
     dh = tl.where(bad | (free_h == 0), 0.0, (g_y2 - g_y1) * half_h / wh)
-    _store4(grad_deltas_ptr, rows, mask, dx, dy, dw, dh, BLOCK)
+    store4(grad_deltas_ptr, rows, mask, dx, dy, dw, dh, BLOCK)
 
 
 def _anchor_strides(anchors: Tensor, shape: Sequence[int]) -> tuple[Tensor, dict[str, int]]:

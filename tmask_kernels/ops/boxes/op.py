@@ -7,7 +7,6 @@ index rising. Nothing here waits for the device.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -15,8 +14,12 @@ import torch
 from torch import Tensor
 
 from tmask_kernels.backend import resolve, triton_reasons
-from tmask_kernels.ops.boxes.anchors import AnchorSpec
-from tmask_kernels.ops.boxes.proposals import detect, propose
+from tmask_kernels.ops.boxes.anchors import AnchorSpec, level_strides
+from tmask_kernels.ops.boxes.proposals import (
+    class_candidates_reference,
+    rpn_candidates_reference,
+    select_best_reference,
+)
 from tmask_kernels.ops.boxes.reference import Weights, decode_boxes_reference, encode_boxes_reference
 from tmask_kernels.ops.nms.op import backend_reasons, padded_nms
 
@@ -104,22 +107,26 @@ def rpn_proposals(
     """
     _check_levels(objectness, deltas, image_sizes, spec)
     _check_at_least("rpn_proposals", 1, pre_nms_top_n=pre_nms_top_n, post_nms_top_n=post_nms_top_n)
-    chosen = _choose_composite("rpn_proposals", backend, objectness[0])
+    chosen = resolve("rpn_proposals", backend, backend_reasons(objectness[0]), device=objectness[0].device)
+    strides = level_strides(spec, [(x.shape[2], x.shape[3]) for x in objectness], padded_size)
+    limits = {"scale_clamp": SCALE_CLAMP, "min_size": float(min_size), "score_threshold": float(score_threshold)}
     with torch.no_grad():
-        return propose(
-            objectness,
-            deltas,
-            image_sizes,
-            spec,
-            padded_size=padded_size,
-            pre_nms_top_n=pre_nms_top_n,
-            post_nms_top_n=post_nms_top_n,
-            nms_threshold=nms_threshold,
-            min_size=min_size,
-            score_threshold=score_threshold,
-            nms=functools.partial(padded_nms, backend=chosen),
-            decode=functools.partial(_decode_clipped, backend="triton" if chosen == "triton" else "reference"),
+        if chosen == "triton":
+            from tmask_kernels.ops.boxes import kernels_candidates
+
+            half_sides = [side for level in spec.half_sides for pair in level for side in pair]
+            steps = [float(step) for pair in strides for step in pair]
+            candidates = kernels_candidates.rpn_candidates(
+                objectness, deltas, image_sizes, half_sides, steps, spec.offset, pre_nms_top_n, **limits
+            )
+        else:
+            candidates = rpn_candidates_reference(
+                objectness, deltas, image_sizes, spec, strides, top_n=pre_nms_top_n, **limits
+            )
+        boxes, scores, _, counts = _suppress_and_select(
+            candidates, len(image_sizes), nms_threshold, post_nms_top_n, box_first=False, backend=chosen
         )
+        return boxes, scores, counts
 
 
 def detections(
@@ -144,34 +151,44 @@ def detections(
     """
     _check_detections(class_scores, boxes, valid, image_sizes)
     _check_at_least("detections", 1, max_detections=max_detections)
-    chosen = _choose_composite("detections", backend, boxes)
+    chosen = resolve("detections", backend, backend_reasons(boxes), device=boxes.device)
+    limits = {"score_threshold": float(score_threshold), "min_size": float(min_size)}
     with torch.no_grad():
-        return detect(
-            class_scores,
-            boxes,
-            valid=valid,
-            image_sizes=image_sizes,
-            score_threshold=score_threshold,
-            nms_threshold=nms_threshold,
-            max_detections=max_detections,
-            min_size=min_size,
-            nms=functools.partial(padded_nms, backend=chosen),
+        if chosen == "triton":
+            from tmask_kernels.ops.boxes import kernels_candidates
+
+            candidates = kernels_candidates.class_candidates(class_scores, boxes, valid, image_sizes, **limits)
+        else:
+            candidates = class_candidates_reference(class_scores, boxes, valid, image_sizes, **limits)
+        return _suppress_and_select(
+            candidates, len(image_sizes), nms_threshold, max_detections, box_first=True, backend=chosen
         )
 
 
-def _decode_clipped(deltas: Tensor, anchors: Tensor, image_sizes: Tensor, *, backend: str) -> Tensor:
-    return decode_boxes(deltas, anchors, image_size=image_sizes, backend=backend)
+def _suppress_and_select(
+    candidates: tuple[Tensor, Tensor, Tensor],
+    images: int,
+    nms_threshold: float,
+    limit: int,
+    *,
+    box_first: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """NMS of the candidates' segments, then the best `limit` of each image, as `select_best_reference` gives them."""
+    boxes, scores, valid = candidates  # [S, K, 4], [S, K], [S, K]
+    most = min(limit, boxes.shape[1])
+    kept, _ = padded_nms(boxes, scores, nms_threshold, valid=valid, max_output=most, backend=backend)
+    if backend == "triton":
+        from tmask_kernels.ops.boxes import kernels_select
+
+        return kernels_select.select_best(boxes, scores, kept, images, limit, box_first)
+    return select_best_reference(boxes, scores, kept, images, limit, box_first)
 
 
 def _choose(name: str, backend: str | None, reasons: list[str], tensor: Tensor) -> str:
     none: list[str] = []
     ordered = {"triton": reasons, "reference": none} if tensor.is_cuda else {"reference": none, "triton": reasons}
     return resolve(name, backend, ordered, device=tensor.device)
-
-
-def _choose_composite(name: str, backend: str | None, tensor: Tensor) -> str:
-    """The backend that a function built around `padded_nms` hands to it."""
-    return resolve(name, backend, backend_reasons(tensor), device=tensor.device)
 
 
 def _coding_reasons(coded: Tensor, anchors: Tensor) -> list[str]:

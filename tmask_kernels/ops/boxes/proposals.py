@@ -1,147 +1,128 @@
-"""From the RPN's maps to proposals, and from class scores to detections: fixed shapes, no host synchronisation.
+"""From the RPN's maps to proposals, and from class scores to detections, as their definitions read.
 
-Letters: N images, A anchors of a cell, H W side lengths of a map, L levels, K candidates of a level, P proposals,
-Cls foreground classes, D detections, M boxes that one NMS segment may give. Order everywhere: score falling, then index
-rising. All arithmetic is float32 whatever the inputs' dtype.
+Three steps with fixed shapes and no host synchronisation: candidates by segment, NMS of the segments, the best of each
+image. The first and the last stand here; `kernels_candidates` and `kernels_select` are their kernels.
+Letters: N images, A anchors of a cell, H W side lengths of a map, L levels, P proposals, Cls foreground classes, S
+segments (a level or a class of an image), G of one image, K candidates of a segment, M of them that NMS kept, D rows
+taken of an image. Order everywhere: score falling, then index rising. All arithmetic is float32 whatever the inputs'
+dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tmask_kernels.ops.boxes.anchors import AnchorSpec, anchors_at, level_strides
-from tmask_kernels.ops.boxes.reference import clip_boxes
-
-# decode(deltas [N, K, 4], anchors [N, K, 4], image_sizes [N, 2]) -> boxes [N, K, 4], clipped
-Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
+from tmask_kernels.ops.boxes.anchors import AnchorSpec, anchors_at
+from tmask_kernels.ops.boxes.reference import clip_boxes, decode_boxes_reference
 
 
-class PaddedNMS(Protocol):
-    """`tmask_kernels.padded_nms` with its backend chosen."""
-
-    def __call__(
-        self, boxes: Tensor, scores: Tensor, iou_threshold: float, *, valid: Tensor, max_output: int
-    ) -> tuple[Tensor, Tensor]:
-        """Indices [S, max_output], -1 pads, and counts [S]."""
-
-
-def propose(
+def rpn_candidates_reference(
     objectness: Sequence[Tensor],
     deltas: Sequence[Tensor],
     image_sizes: Tensor,
     spec: AnchorSpec,
+    strides: Sequence[tuple[int, int]],
     *,
-    padded_size: tuple[int, int],
-    pre_nms_top_n: int,
-    post_nms_top_n: int,
-    nms_threshold: float,
+    top_n: int,
+    scale_clamp: float,
     min_size: float,
     score_threshold: float,
-    nms: PaddedNMS,
-    decode: Decode,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`rpn_proposals` out of the NMS and the box decoder it is given."""
-    strides = level_strides(spec, [(x.shape[2], x.shape[3]) for x in objectness], padded_size)
-    most = max(min(pre_nms_top_n, x.shape[1:].numel()) for x in objectness)  # K
+    """The best `top_n` of each level: boxes [N * L, K, 4], probabilities [N * L, K], valid [N * L, K] bool.
+
+    objectness [N, A, H, W] and deltas [N, 4A, H, W] a level, image_sizes [N, 2], strides (y, x) a level. A level with
+    fewer than K anchors has zeros behind them. Valid are candidates without NaN, with no side under min_size and a
+    probability of at least score_threshold.
+    """
+    most = max(min(top_n, x.shape[1:].numel()) for x in objectness)  # K
     boxes, scores, valid = [], [], []
     for level, (logits, delta) in enumerate(zip(objectness, deltas, strict=True)):
-        box, score, good = _level_candidates(
-            logits, delta, image_sizes, spec, level, strides[level], pre_nms_top_n, decode
-        )
-        sides = box[..., 2:] - box[..., :2]  # [N, k, 2]
-        good &= (sides >= min_size).all(-1) & (score >= score_threshold)
+        logit, delta, anchors = _level_best(logits, delta, spec, level, strides[level], top_n)
+        box = decode_boxes_reference(delta, anchors, (1.0, 1.0, 1.0, 1.0), scale_clamp, image_sizes)  # [N, k, 4]
+        score = torch.sigmoid(logit)  # [N, k]
+        good = ~(torch.isnan(logit) | torch.isnan(delta).any(-1))  # [N, k]
+        good &= _at_least(box, min_size) & (score >= score_threshold)
         pad = most - score.shape[1]
         boxes.append(F.pad(box, (0, 0, 0, pad)))
         scores.append(F.pad(score, (0, pad)))
         valid.append(F.pad(good, (0, pad)))
-    all_boxes = torch.stack(boxes, 1).flatten(1, 2)  # [N, L * K, 4]
-    all_scores = torch.stack(scores, 1).flatten(1, 2)  # [N, L * K]
-    all_valid = torch.stack(valid, 1).flatten(1, 2)  # [N, L * K]
-    N, L = len(image_sizes), len(strides)
-    kept, _ = nms(
-        all_boxes.view(N * L, most, 4),
-        all_scores.view(N * L, most),
-        nms_threshold,
-        valid=all_valid.view(N * L, most),
-        max_output=min(post_nms_top_n, most),
+    return (
+        torch.stack(boxes, 1).flatten(0, 1),
+        torch.stack(scores, 1).flatten(0, 1),
+        torch.stack(valid, 1).flatten(0, 1),
     )
-    keep = _mark(kept, most).reshape(N, L * most)
-    best, picked, counts = _best(keep, all_scores, post_nms_top_n)
-    picked_boxes = all_boxes.gather(1, picked[..., None].expand(-1, -1, 4))  # [N, P', 4]
-    picked_boxes = torch.where(best[..., None], picked_boxes, 0.0)
-    picked_scores = torch.where(best, all_scores.gather(1, picked), 0.0)  # [N, P']
-    missing = post_nms_top_n - picked.shape[1]
-    return F.pad(picked_boxes, (0, 0, 0, missing)), F.pad(picked_scores, (0, missing)), counts
 
 
-def _level_candidates(
-    logits: Tensor,
-    deltas: Tensor,
-    image_sizes: Tensor,
-    spec: AnchorSpec,
-    level: int,
-    stride: tuple[int, int],
-    top_n: int,
-    decode: Decode,
+def _level_best(
+    logits: Tensor, deltas: Tensor, spec: AnchorSpec, level: int, stride: tuple[int, int], top_n: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best k of one level: boxes [N, k, 4], probabilities [N, k], and whether logit and deltas are numbers."""
+    """The best k of one level: logits [N, k], deltas [N, k, 4] and anchors [N, k, 4]."""
     N, A, _, W = logits.shape
     flat = logits.permute(0, 2, 3, 1).flatten(1)  # [N, H * W * A]
     index = top_indices(flat, min(top_n, flat.shape[1]))  # [N, k]
-    logit = flat.gather(1, index).float()  # [N, k]
     # Only the survivors' deltas are read, whatever the memory layout of the map.
     cell, anchor = index // A, index % A  # [N, k]
     channel = anchor[..., None] * 4 + torch.arange(4, device=index.device)  # [N, k, 4]
     image = torch.arange(N, device=index.device)[:, None, None]  # [N, 1, 1]
     delta = deltas[image, channel, (cell // W)[..., None], (cell % W)[..., None]].float()  # [N, k, 4]
-    boxes = decode(delta, anchors_at(spec, level, index, W, stride), image_sizes)  # [N, k, 4]
-    numbers = ~(torch.isnan(logit) | torch.isnan(delta).any(-1))  # [N, k]
-    return boxes, torch.sigmoid(logit), numbers
+    return flat.gather(1, index).float(), delta, anchors_at(spec, level, index, W, stride)
 
 
-def detect(
+def class_candidates_reference(
     class_scores: Tensor,
     boxes: Tensor,
-    *,
     valid: Tensor,
     image_sizes: Tensor,
+    *,
     score_threshold: float,
-    nms_threshold: float,
-    max_detections: int,
     min_size: float,
-    nms: PaddedNMS,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`detections` out of the NMS it is given; a segment is one class of one image."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Every proposal once a class: boxes [N * Cls, P, 4] clipped to their image, scores and valid [N * Cls, P].
+
+    class_scores [N, P, Cls], boxes [N, P, Cls or 1, 4], valid [N, P], image_sizes [N, 2]. Valid are those of a valid
+    proposal that score over score_threshold and have no side under min_size.
+    """
     N, P, Cls = class_scores.shape
     scores = class_scores.float()
     boxes = clip_boxes(boxes.float(), image_sizes)  # [N, P, Cls or 1, 4]
-    large = ((boxes[..., 2:] - boxes[..., :2]) >= min_size).all(-1)  # [N, P, Cls or 1]
-    alive = (scores > score_threshold) & large & valid[..., None]  # [N, P, Cls]
-    kept, _ = nms(
+    alive = (scores > score_threshold) & _at_least(boxes, min_size) & valid[..., None]  # [N, P, Cls]
+    return (
         boxes.expand(N, P, Cls, 4).transpose(1, 2).reshape(N * Cls, P, 4),
         scores.transpose(1, 2).reshape(N * Cls, P),
-        nms_threshold,
-        valid=alive.transpose(1, 2).reshape(N * Cls, P),
-        max_output=min(max_detections, P),
+        alive.transpose(1, 2).reshape(N * Cls, P),
     )
-    keep = _mark(kept, P).view(N, Cls, P).transpose(1, 2).reshape(N, P * Cls)
-    flat_scores = scores.flatten(1)  # [N, P * Cls]
-    best, picked, counts = _best(keep, flat_scores, max_detections)
-    row = picked // Cls * boxes.shape[2] + (picked % Cls if boxes.shape[2] > 1 else 0)  # [N, D']
-    picked_boxes = boxes.flatten(1, 2).gather(1, row[..., None].expand(-1, -1, 4))  # [N, D', 4]
-    picked_boxes = torch.where(best[..., None], picked_boxes, 0.0)
-    picked_scores = torch.where(best, flat_scores.gather(1, picked), 0.0)  # [N, D']
-    labels = torch.where(best, picked % Cls, 0)  # [N, D']
-    missing = max_detections - picked.shape[1]
+
+
+def select_best_reference(
+    boxes: Tensor, scores: Tensor, kept: Tensor, images: int, limit: int, box_first: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each of N = `images` the best D = `limit` that NMS kept: boxes [N, D, 4], scores, segments [N, D], counts [N].
+
+    boxes [S, K, 4], scores [S, K]; kept [S, M] indexes K, -1 names none. A row comes with its segment 0..G-1 of the
+    image; zeros behind the last. Among equal scores the index decides: segment, then box, or with `box_first` box,
+    then segment.
+    """
+    S, K = scores.shape
+    G = S // max(images, 1)
+    marked = _mark(kept, K).view(images, G, K)
+    ranked = torch.where(marked, scores.reshape(images, G, K), -torch.inf)
+    if box_first:
+        ranked = ranked.transpose(1, 2)
+    order = torch.sort(ranked.flatten(1), dim=1, descending=True, stable=True).indices[:, :limit]  # [N, D']
+    counts = marked.flatten(1).sum(1).clamp(max=limit)  # [N]
+    real = torch.arange(order.shape[1], device=kept.device) < counts[:, None]  # [N, D']
+    segment, box = (order % G, order // G) if box_first else (order // K, order % K)
+    row = segment * K + box  # [N, D'] within the image
+    picked_boxes = boxes.reshape(images, G * K, 4).gather(1, row[..., None].expand(-1, -1, 4))  # [N, D', 4]
+    missing = limit - order.shape[1]
     return (
-        F.pad(picked_boxes, (0, 0, 0, missing)),
-        F.pad(picked_scores, (0, missing)),
-        F.pad(labels, (0, missing)),
+        F.pad(torch.where(real[..., None], picked_boxes, 0.0), (0, 0, 0, missing)),
+        F.pad(torch.where(real, scores.reshape(images, G * K).gather(1, row), 0.0), (0, missing)),
+        F.pad(torch.where(real, segment, 0), (0, missing)),
         counts,
     )
 
@@ -161,17 +142,12 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
     return M - 1 - (keys.topk(k, dim=1).values & 0xFFFFFFFF)
 
 
+def _at_least(boxes: Tensor, min_size: float) -> Tensor:
+    """Whether both sides of boxes [..., 4] have min_size: [...]; false for NaN."""
+    return ((boxes[..., 2:] - boxes[..., :2]) >= min_size).all(-1)
+
+
 def _mark(kept: Tensor, length: int) -> Tensor:
     """Mask [S, length] of the positions that kept [S, M] names; -1 names none."""
     marks = torch.zeros(kept.shape[0], length + 1, dtype=torch.bool, device=kept.device)
     return marks.scatter(1, torch.where(kept < 0, length, kept), True)[:, :length]
-
-
-def _best(keep: Tensor, scores: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `limit` best kept entries of each row of scores [N, X]: which are real and their indices, both
-    [N, min(limit, X)], and counts [N]."""
-    ranked = torch.where(keep, scores, -torch.inf)  # [N, X]
-    picked = torch.sort(ranked, dim=1, descending=True, stable=True).indices[:, :limit]
-    counts = keep.sum(1).clamp(max=limit)  # [N]
-    real = torch.arange(picked.shape[1], device=keep.device) < counts[:, None]
-    return real, picked, counts

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import on_device
+from tmask_kernels._triton import of_level, on_device
 from tmask_kernels.ops.roi_align import kernels_backward
 from tmask_kernels.ops.roi_align.kernels_boxes import multiscale_roi_align_backward_boxes
 from tmask_kernels.ops.roi_align.kernels_geometry import (
@@ -29,7 +29,6 @@ from tmask_kernels.ops.roi_align.kernels_geometry import (
     is_finite,
     level_index,
     load_box,
-    of_level,
     strides_of_level,
     taps,
     window,

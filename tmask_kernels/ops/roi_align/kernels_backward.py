@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import lowest_bit, on_device, small_dot
-from tmask_kernels.ops.roi_align.kernels_geometry import axis, load_box, of_level, strides_of_level, tap_weight
+from tmask_kernels._triton import lowest_bit, of_level, on_device, small_dot
+from tmask_kernels.ops.roi_align.kernels_geometry import axis, load_box, strides_of_level, tap_weight
 from tmask_kernels.ops.roi_align.kernels_touch import bins_near, mark_tiles, tile_place
 
 MIN_DOT = 16  # the least side of a tl.dot

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import on_device
+from tmask_kernels._triton import of_level, on_device
 from tmask_kernels.ops.roi_align.kernels_geometry import (
     axis,
     clamped,
@@ -27,7 +27,6 @@ from tmask_kernels.ops.roi_align.kernels_geometry import (
     is_finite,
     level_index,
     load_box,
-    of_level,
     strides_of_level,
     taps,
     window,

@@ -42,15 +42,6 @@ def level_index(x1, y1, x2, y2, thresholds, NUM_LEVELS: tl.constexpr):
 
 
 @triton.jit
-def of_level(level, values, NUM_LEVELS: tl.constexpr):
-    """The member of a tuple that belongs to a level: numbers or pointers."""
-    value = values[0]
-    for i in tl.static_range(1, NUM_LEVELS):
-        value = tl.where(level >= i, values[i], value)
-    return value
-
-
-@triton.jit
 def strides_of_level(level, strides, NUM_LEVELS: tl.constexpr):
     """(n, c, h, w) of a level, as int64: offsets may pass 2^31."""
     stride_n, stride_c = tl.cast(strides[0][0], tl.int64), tl.cast(strides[0][1], tl.int64)
