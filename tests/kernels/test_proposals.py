@@ -381,9 +381,10 @@ def test_no_images(device, backend):
     assert (boxes.shape, scores.shape, counts.shape) == ((0, 150, 4), (0, 150), (0,))
 
 
-def test_no_gradient_passes(device):
-    logits, deltas = maps()
-    boxes, scores, _ = call([x.requires_grad_() for x in logits], [x.requires_grad_() for x in deltas], device)
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_no_gradient_passes(device, backend):
+    logits, deltas = ([x.requires_grad_() for x in given] for given in maps(grids=TINY))
+    boxes, scores, _ = call(logits, deltas, device, backend)
     assert not boxes.requires_grad
     assert not scores.requires_grad
 

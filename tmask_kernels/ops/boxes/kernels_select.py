@@ -26,8 +26,9 @@ _NAN = tl.constexpr(-(2**31) + 1)  # the rank of a score that is NaN, behind -in
 @triton.jit
 def make_key(score, index):
     """int64 that falls with the score (float32, NaN last), then rises with the index (at least 0, under 2^31)."""
-    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)  # -0 ranks as 0
+    bits = score.to(tl.int32, bitcast=True)
     rank = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # the bits of negative floats rise as they fall
+    rank = tl.where(rank == -1, 0, rank)  # -0 ranks as 0
     rank = tl.where(score != score, _NAN, rank)
     return (rank.to(tl.int64) << 32) - index
 

@@ -32,8 +32,8 @@ def encode_boxes(
     """Deltas (dx, dy, dw, dh) [..., 4] float32 that take anchors [..., 4] to boxes [..., 4] (broadcast).
 
     A pair in which a side is not over 0, as in padding, gives zeros (torchvision: NaN or inf). float64 boxes give
-    float64, though Triton takes the weights in float32. The reference is differentiable; Triton is not and refuses
-    inputs that need a gradient.
+    float64, though Triton takes the weights in float32. What is encoded is a target of training, so Triton has no
+    backward and refuses inputs that need a gradient; the reference is differentiable.
     Errors: ValueError for a last dimension other than 4. Source: R-CNN (2014), appendix C.
     """
     _check_last("encode_boxes", boxes=boxes, anchors=anchors)
