@@ -7,6 +7,7 @@ import torch
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
+from torchvision.ops import clip_boxes_to_image
 
 from bench.launches import Count, count_call
 from tests.model.sync import count_blocking
@@ -42,7 +43,8 @@ def maps(seed: int = 0, grids=GRIDS) -> tuple[list[torch.Tensor], list[torch.Ten
     return logits, deltas
 
 
-def torchvision_proposals(logits, deltas, sizes, settings) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def torchvision_rpn(logits, deltas, sizes, settings):
+    """Its RPN, all its decoded boxes [2, A, 4], its logits [2 * A, 1] and the number of anchors of each level."""
     generator = AnchorGenerator(SIZES, (RATIOS,) * 3)
     top = {"training": settings["pre_nms_top_n"], "testing": settings["pre_nms_top_n"]}
     keep = {"training": settings["post_nms_top_n"], "testing": settings["post_nms_top_n"]}
@@ -51,9 +53,13 @@ def torchvision_proposals(logits, deltas, sizes, settings) -> tuple[list[torch.T
     )
     rpn.min_size = settings["min_size"]
     anchors = generator(ImageList(torch.zeros(2, 3, *PADDED), sizes), logits)
-    counts = [x[0].numel() for x in logits]
     flat_logits, flat_deltas = concat_box_prediction_layers(list(logits), list(deltas))
     boxes = rpn.box_coder.decode(flat_deltas, anchors).view(2, -1, 4)
+    return rpn, boxes, flat_logits, [x[0].numel() for x in logits]
+
+
+def torchvision_proposals(logits, deltas, sizes, settings) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    rpn, boxes, flat_logits, counts = torchvision_rpn(logits, deltas, sizes, settings)
     return rpn.filter_proposals(boxes, flat_logits, sizes, counts)
 
 
@@ -100,14 +106,45 @@ def test_equals_torchvision(device, backend, changes):
         assert not scores[n, count:].any()
 
 
+def candidates_of(logits, deltas, sizes, module, spec, padded_size, top_n, *, by_kernel=False, **limits):
+    """The candidates by `rpn_candidates_reference` of `module`, or by its kernels."""
+    strides = level_strides(spec, [(x.shape[2], x.shape[3]) for x in logits], padded_size)
+    if not by_kernel:
+        return module.rpn_candidates_reference(logits, deltas, sizes, spec, strides, top_n=top_n, **limits)
+    half_sides = [side for level in spec.half_sides for pair in level for side in pair]
+    steps = [float(step) for pair in strides for step in pair]
+    return module.rpn_candidates_fwd(logits, deltas, sizes, half_sides, steps, spec.offset, top_n, **limits)
+
+
+@pytest.mark.parametrize("by_kernel", [False, True], ids=["reference", "triton"])
+def test_candidates_equal_torchvision(device, by_kernel):
+    """The stage before the filters and the NMS: top-k, anchors, decoding, clip."""
+    logits, deltas = maps()
+    rpn, decoded, flat_logits, counts = torchvision_rpn(logits, deltas, IMAGE_SIZES, SETTINGS)
+    flat_logits = flat_logits.view(2, -1)
+    best = rpn._get_top_n_idx(flat_logits, counts)  # [2, 3 * 100], level by level
+    boxes, scores, valid = candidates_of(
+        [x.to(device) for x in logits], [x.to(device) for x in deltas], torch.tensor(IMAGE_SIZES, device=device),
+        kernels_candidates if by_kernel else proposals, SPEC, PADDED, 100, by_kernel=by_kernel,
+        scale_clamp=op.SCALE_CLAMP, min_size=0.0, score_threshold=0.0,
+    )  # fmt: skip
+    assert valid.all()
+    clipped = [clip_boxes_to_image(decoded[n][best[n]], size) for n, size in enumerate(IMAGE_SIZES)]
+    for got, expected in ((boxes, torch.stack(clipped)), (scores, flat_logits.gather(1, best).sigmoid())):
+        got = got.unflatten(0, (2, 3)).flatten(1, 2).cpu()
+        if by_kernel or device.type == "cuda":
+            assert_close(got, expected.double())
+        else:
+            assert torch.equal(got, expected)
+
+
 def composed(module):
     """`rpn_proposals` by the two steps of `module` around the reference's NMS."""
 
     def function(logits, deltas, sizes, *, backend, spec, padded_size, pre_nms_top_n, post_nms_top_n, nms_threshold,
                  **limits):  # fmt: skip
-        strides = level_strides(spec, [x.shape[2:] for x in logits], padded_size)
-        boxes, scores, valid = module.rpn_candidates_reference(
-            logits, deltas, sizes, spec, strides, top_n=pre_nms_top_n, scale_clamp=op.SCALE_CLAMP, **limits
+        boxes, scores, valid = candidates_of(
+            logits, deltas, sizes, module, spec, padded_size, pre_nms_top_n, scale_clamp=op.SCALE_CLAMP, **limits
         )
         limit = min(post_nms_top_n, boxes.shape[1])
         kept, _ = padded_nms(boxes, scores, nms_threshold, valid=valid, max_output=limit, backend="reference")
@@ -174,13 +211,10 @@ def check_candidates(module, device, logits, deltas, spec=SPEC, *, top_n=30, min
     """The kernels' candidates of padded images of 61 x 40 against the reference's: the same boxes in the same order."""
     logits, deltas = [x.to(device) for x in logits], [x.to(device) for x in deltas]
     sizes = torch.tensor([[60, 33], [47, 40]], device=device)[: len(logits[0])]
-    strides = level_strides(spec, [(x.shape[2], x.shape[3]) for x in logits], (61, 40))
     limits = {"scale_clamp": 1.5, "min_size": min_size, "score_threshold": score_threshold}
-    half_sides = [side for level in spec.half_sides for pair in level for side in pair]
-    steps = [float(step) for pair in strides for step in pair]
     with poisoned_empty():
-        got = module.rpn_candidates_fwd(logits, deltas, sizes, half_sides, steps, spec.offset, top_n, **limits)
-    expected = proposals.rpn_candidates_reference(logits, deltas, sizes, spec, strides, top_n=top_n, **limits)
+        got = candidates_of(logits, deltas, sizes, module, spec, (61, 40), top_n, by_kernel=True, **limits)
+    expected = candidates_of(logits, deltas, sizes, proposals, spec, (61, 40), top_n, **limits)
     for name, ours, theirs in zip(("boxes", "scores", "valid"), got, expected, strict=True):
         assert_close(ours, theirs.double() if theirs.is_floating_point() else theirs, name=name)
     return expected
