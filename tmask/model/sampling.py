@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -27,26 +28,32 @@ class Sampler(Protocol):
         ...
 
 
-def sample(positive: Tensor, negative: Tensor, *, size: int, positive_fraction: float) -> Sample:
+def sample(
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    size: int,
+    positive_fraction: float,
+    generator: torch.Generator | None = None,
+) -> Sample:
     """Draw `size` of the candidates of each image, at most ``int(size * positive_fraction)`` of them positive.
 
-    `positive` and `negative` are [N, M] bool. Too few positives are made up for by negatives; too few of both leave
-    slots empty. Draws from torch's default generator of the device; no host synchronisation.
+    `positive` and `negative` are [N, M] bool and disjoint. Every set of positives of the number drawn is as likely as
+    any other, and so are those of negatives. Too few positives are made up for by negatives; too few of both leave
+    slots empty. The draw follows from the state of `generator`, one of the masks' device (None: the default one); no
+    host synchronisation.
     Source: Ren et al. 2015, "Faster R-CNN", section 3.1.3.
     """
-    keys = torch.rand(positive.shape, device=positive.device)
+    keys = torch.rand(positive.shape, device=positive.device, generator=generator)
     max_positive = int(size * positive_fraction)
     positive_index, is_positive = _random_subset(positive, keys, max_positive)  # [N, max_positive]
     negative_index, is_negative = _random_subset(negative, keys, size)  # [N, size]
-    room = size - is_positive.sum(dim=1, keepdim=True)  # [N, 1]
-    is_negative &= torch.arange(is_negative.shape[1], device=positive.device) < room
-
     index = torch.cat([positive_index, negative_index], dim=1)
     chosen = torch.cat([is_positive, is_negative], dim=1)
-    # A stable sort moves the chosen to the front and keeps positives before negatives.
+    missing = max(0, size - index.shape[1])  # few candidates: a static shape
+    index, chosen = F.pad(index, (0, missing)), F.pad(chosen, (0, missing))
+    # A stable sort moves the chosen to the front and keeps positives before negatives; those beyond `size` fall off.
     front = torch.argsort(chosen.to(torch.uint8), dim=1, descending=True, stable=True)[:, :size]
-    missing = size - front.shape[1]  # M below `size`: a static shape
-    front = torch.nn.functional.pad(front, (0, missing))
     slot = torch.arange(size, device=positive.device)
     valid = slot < chosen.sum(dim=1, keepdim=True)
     is_positive_slot = slot < is_positive.sum(dim=1, keepdim=True)
