@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -48,17 +49,11 @@ def test_match_anchors(case: str, mode: str, dtype: str, layout: str, provider: 
     contest(lambda: matching(case))
 
 
-def matching(name: str) -> Contest:
+def matching(name: str, providers: dict[str, Callable[[Given], Call]] | None = None) -> Contest:
     case, size = sized(cast(MatchCase, CASES[name]))
     return Contest(
         inputs=lambda: Given(case, *case.inputs(device())),
-        providers={
-            "triton": ours("triton"),
-            "torchvision": torchvision,
-            "detectron2": detectron2,
-            "compile": compiled,
-            "reference": ours("reference"),
-        },
+        providers=providers or PROVIDERS,
         truth=truth,
         check=check,
         work=case.work(),
@@ -98,6 +93,15 @@ def detectron2(given: Given) -> Call:
     case, anchors, boxes = given
     match = Detectron2Matcher([case.low, case.high], [0, -1, 1], allow_low_quality_matches=True)
     return lambda: [Labelled(*match(pairwise_iou(Boxes(one), Boxes(anchors)))) for one in boxes]
+
+
+PROVIDERS = {
+    "triton": ours("triton"),
+    "torchvision": torchvision,
+    "detectron2": detectron2,
+    "compile": compiled,
+    "reference": ours("reference"),
+}
 
 
 class Labelled(NamedTuple):
@@ -147,3 +151,34 @@ def _truth(case: MatchCase, anchors: Tensor, boxes: Tensor) -> tuple[Tensor, Ten
     unmatched = torch.where(best < case.low, -1, -2)
     assert unsure.float().mean() < UNSURE, "the case has too many ties to compare"
     return torch.where(positive, index, unmatched), best, ~unsure
+
+
+def blocks() -> Contest:
+    """W9 with one provider a number of anchors and warps of a program; `triton` is the launch as it is now."""
+    from tmask_kernels.ops.matcher import kernels
+
+    def launched(block: kernels.Block) -> Callable[[Given], Call]:
+        def call(given: Given) -> Call:
+            run = ours("triton")(given)
+
+            def patched() -> Any:
+                with mock.patch.object(kernels, "pick_block", return_value=block):
+                    return run()
+
+            return patched
+
+        return call
+
+    return matching(
+        "W9",
+        {"triton": ours("triton")}
+        | {
+            f"triton[anchors={anchors},warps={warps}]": launched(kernels.Block(anchors, warps))
+            for anchors in (32, 64, 128, 256, 512, 1024)
+            for warps in (1, 2, 4, 8)
+            if 1 <= anchors / (32 * warps) <= 8  # anchors a thread: some work, and no spills
+        },
+    )
+
+
+SWEEPS: dict[str, Callable[[], Contest]] = {"match_anchors": blocks}

@@ -11,6 +11,7 @@ from torch import Tensor
 from bench.cases import CASES, Case, NMSCase, RoICase, RPNCase, count_touched, rois, sized
 from bench.contest import DTYPES, LAYOUTS, UnavailableError
 from bench.graph import captured
+from bench.ops import matcher as matcher_bench
 from bench.ops import nms as nms_bench
 from bench.ops import proposals as proposals_bench
 from bench.ops import roi_align as roi_align_bench
@@ -252,6 +253,20 @@ def test_a_sweep_launches_the_block_it_names() -> None:
 
     with mock.patch.object(kernels, "padded_nms", launch):
         assert contest.providers["triton[block=128,warps=8]"](given)() == (128, 8)
+
+
+def test_a_sweep_launches_the_anchors_it_names() -> None:
+    from tmask_kernels.ops.matcher import kernels
+
+    contest = matcher_bench.SWEEPS["match_anchors"]()
+    assert len(contest.providers) >= 12
+    given = contest.inputs()
+
+    def launch(*_: object) -> kernels.Block:
+        return kernels.pick_block()
+
+    with mock.patch.object(kernels, "match_anchors", launch):
+        assert contest.providers["triton[anchors=128,warps=2]"](given)() == kernels.Block(128, 2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -110,6 +110,17 @@ def test_padded_nms(grouped: bool, launched: list[str]) -> None:
     assert launched == ["_padded_nms_kernel"]
 
 
+@pytest.mark.parametrize("crowds", [False, True])
+@pytest.mark.parametrize("anchors", [(1, 300, 4), (2, 300, 4), (2, 1, 4)], ids=["shared", "of each image", "one"])
+def test_match_anchors(anchors: tuple[int, int, int], crowds: bool, launched: list[str]) -> None:
+    valid = torch.ones(2, 40, dtype=torch.bool)
+    arguments = torch.rand(anchors), torch.rand(2, 40, 4), valid, valid if crowds else None
+    match = kernels_of("matcher").match_anchors
+    match(*arguments, 0.7, 0.3, True)
+    match(*arguments, 1.0, 0.0, False)
+    assert launched == ["_best_of_gt_kernel", "_match_kernel", "_match_kernel"]
+
+
 @pytest.mark.parametrize("size", [None, [30, 40]], ids=["free", "clipped"])
 def test_boxes(size: list[int] | None, launched: list[str]) -> None:
     kernels = kernels_of("boxes")

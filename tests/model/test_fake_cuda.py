@@ -4,6 +4,7 @@ Fake tensors find what a CPU cannot show: a constant made on the CPU, a copy fro
 graph cannot capture), a mix of devices, and any read of a value.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -34,11 +35,15 @@ class _Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.elsewhere: set[str] = set()
-        self.ops: set[str] = set()
+        self.calls: Counter[str] = Counter()
+
+    @property
+    def ops(self) -> set[str]:
+        return set(self.calls)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.ops.add(func.overloadpacket.__name__)
+        self.calls[func.overloadpacket.__name__] += 1
         for tensor in pytree.tree_leaves((args, kwargs, out)):
             if isinstance(tensor, Tensor) and tensor.device != CUDA:
                 self.elsewhere.add(f"{func}: {tensor.device}")
@@ -81,6 +86,7 @@ def test_everything_stays_on_the_gpu(mode: str, convention: str) -> None:
     expected = {"multiscale_roi_align", "rpn_candidates", "padded_nms", "select_best"}
     expected |= {"decode_boxes", "class_candidates"} if mode == "inference" else set()
     assert watch.ops >= expected, "auto takes the kernels on a GPU"
+    assert watch.calls["match_anchors"] == (2 if mode == "train" else 0), "anchors, then RoIs, to the ground truth"
     assert not watch.ops & {"padded_nms_reference"}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tmask_kernels.backend import resolve
+from tmask_kernels.backend import resolve, triton_reasons
 from tmask_kernels.ops.matcher.reference import match_anchors_reference
 
 
@@ -28,7 +28,7 @@ def match_anchors(
     ground truth; else -2, ignored. With allow_low_quality every anchor that reaches the best IoU of some ground truth
     is matched too, to its own best ground truth. A best of 0 never matches (torchvision lets it). An unmatched anchor
     with over 0.7 of its area inside one crowd is ignored. An IoU of 0 / 0 is 0. Float32; not differentiable; memory
-    O(N A); no host synchronisation.
+    O(N (A + G)); no host synchronisation.
 
     Errors: ValueError for shapes or dtypes that do not fit, or unless 0 <= low <= high <= 1.
     Source: Faster R-CNN (Ren et al. 2015), section 3.1.2.
@@ -36,10 +36,17 @@ def match_anchors(
     _check(anchors, gt_boxes, gt_valid, gt_crowd)
     if not 0 <= low <= high <= 1:
         raise ValueError(f"match_anchors: low, high: expected 0 <= low <= high <= 1, got {low}, {high}")
-    resolve("match_anchors", backend, {"reference": []}, device=gt_boxes.device)
+    reasons: dict[str, list[str]] = {"reference": [], "triton": triton_reasons(anchors, gt_boxes)}
+    if gt_boxes.is_cuda:
+        reasons = {"triton": reasons["triton"], "reference": []}
+    chosen = resolve("match_anchors", backend, reasons, device=gt_boxes.device)
     if anchors.ndim == 2:
         anchors = anchors[None]
     anchors, gt_boxes = anchors.detach().float(), gt_boxes.detach().float()
+    if chosen == "triton":
+        from tmask_kernels.ops.matcher import kernels
+
+        return kernels.match_anchors(anchors, gt_boxes, gt_valid, gt_crowd, high, low, allow_low_quality)
     if torch.compiler.is_compiling():
         return _match_anchors_traced(anchors, gt_boxes, gt_valid, gt_crowd, high, low, allow_low_quality)
     return match_anchors_reference(anchors, gt_boxes, gt_valid, gt_crowd, high, low, allow_low_quality)

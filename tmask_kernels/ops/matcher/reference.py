@@ -1,7 +1,7 @@
 """Matching anchors to ground truth. Letters: N images, A anchors, G ground-truth boxes (padded), g of them at a time.
 
 Two passes over the ground truth, since the best IoU that a box gets is known only after all anchors; the second
-recomputes every IoU by the same operations, so equal means bit-equal. Memory O(N A).
+recomputes every IoU by the same operations, so equal means bit-equal. Memory O(N (A + G)).
 """
 
 from __future__ import annotations
