@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import on_device
+from tmask_kernels._triton import lowest_bit, on_device
 from tmask_kernels.ops.matcher.reference import BACKGROUND, CROWD_COVER, IGNORED
 
 _BACKGROUND, _IGNORED, _CROWD_COVER = tl.constexpr(BACKGROUND), tl.constexpr(IGNORED), tl.constexpr(CROWD_COVER)
@@ -61,14 +61,6 @@ def _to_bits(flags):
 
 
 @triton.jit
-def _take_first(bits):
-    """The place of the lowest bit, and the bits without it."""
-    lowest = bits & (0 - bits)
-    # A power of two is exact as a float, and its exponent is the bit's place.
-    return (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127, bits ^ lowest
-
-
-@triton.jit
 def _intersection(x1, y1, x2, y2, box_ptr):
     """Area of the overlap of anchors [BLOCK] and one box, and the area of that box."""
     bx1, by1, bx2, by2 = tl.load(box_ptr), tl.load(box_ptr + 1), tl.load(box_ptr + 2), tl.load(box_ptr + 3)
@@ -109,7 +101,7 @@ def _best_of_gt_kernel(
         valid = tl.load(valid_ptr + rows, mask=mask, other=0) != 0
         bits = _to_bits(_reaches(gt_ptr, rows, mask, left, top, right, bottom) & valid)
         while bits != 0:
-            place, bits = _take_first(bits)
+            place, bits = lowest_bit(bits)
             iou = _iou(x1, y1, x2, y2, gt_ptr + (first + place) * 4)
             best = tl.max(iou.to(tl.int32, bitcast=True), 0)  # of integers one instruction
             tl.atomic_max(best_ptr + first + place, best, mask=best > 0, sem="relaxed")
@@ -152,7 +144,7 @@ def _match_kernel(
         reaches = _reaches(gt_ptr, rows, mask, left, top, right, bottom)
         bits = _to_bits(reaches & valid)
         while bits != 0:
-            place, bits = _take_first(bits)
+            place, bits = lowest_bit(bits)
             iou = _iou(x1, y1, x2, y2, gt_ptr + (first + place) * 4)
             better = iou > best  # the first of equals
             best = tl.where(better, iou, best)
@@ -162,7 +154,7 @@ def _match_kernel(
         if HAS_CROWD:
             bits = _to_bits(reaches & (tl.load(crowd_ptr + rows, mask=mask, other=0) != 0))
             while bits != 0:
-                place, bits = _take_first(bits)
+                place, bits = lowest_bit(bits)
                 inter, _ = _intersection(x1, y1, x2, y2, gt_ptr + (first + place) * 4)
                 # An anchor inverted on one axis has a negative area, and overlaps nothing.
                 covered |= (inter > _CROWD_COVER * ((x2 - x1) * (y2 - y1))) & (inter > 0)
