@@ -57,7 +57,8 @@ def test_every_row_passes_on_a_gpu(name: str, device: torch.device) -> None:
 
 
 def test_feature_ops_are_checked_in_three_dtypes_both_ways() -> None:
-    for name in ("roi_align", "roi_pool", "multiscale_roi_align", "sigmoid_focal_loss", "mask_bce"):
+    losses = ("sigmoid_focal_loss", "softmax_focal_loss", "mask_bce")
+    for name in ("roi_align", "roi_pool", "multiscale_roi_align", *losses):
         assert BY_NAME[name].dtypes == FEATURE_DTYPES
         assert BY_NAME[name].gradients
 

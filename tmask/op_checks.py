@@ -218,6 +218,14 @@ def _sigmoid_focal_loss(x: Inputs, backend: str) -> Tensor:
     return K.sigmoid_focal_loss(x["logits"], x["targets"], backend=backend)
 
 
+def _softmax_focal_inputs() -> Inputs:
+    return {"logits": 3 * _normal(29, 7), "labels": torch.arange(29) % 7}
+
+
+def _softmax_focal_loss(x: Inputs, backend: str) -> Tensor:
+    return K.softmax_focal_loss(x["logits"], x["labels"], backend=backend)
+
+
 def _mask_bce_inputs() -> Inputs:
     classes, valid = torch.tensor([0, 2, 1, 2, 0]), torch.tensor([True, True, False, True, True])
     return {"logits": 3 * _normal(5, 3, 14, 14), "targets": _uniform(5, 14, 14), "classes": classes, "valid": valid}
@@ -292,6 +300,14 @@ OP_CHECKS: tuple[OpCheck, ...] = (
         name="sigmoid_focal_loss",
         make=_focal_inputs,
         call=_sigmoid_focal_loss,
+        features=("logits",),
+        dtypes=FEATURE_DTYPES,
+        gradients=("logits",),
+    ),
+    OpCheck(
+        name="softmax_focal_loss",
+        make=_softmax_focal_inputs,
+        call=_softmax_focal_loss,
         features=("logits",),
         dtypes=FEATURE_DTYPES,
         gradients=("logits",),

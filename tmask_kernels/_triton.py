@@ -80,3 +80,22 @@ def small_dot(weights, values, TERMS: tl.constexpr, ACC: tl.constexpr):
         else:
             product = tl.dot(term, values, product, input_precision="ieee", out_dtype=ACC)
     return product
+
+
+@triton.jit
+def sigmoids(x):
+    """sigmoid(x) and sigmoid(-x), the smaller of them to full relative precision too."""
+    small = tl.exp(-tl.abs(x))
+    larger = 1.0 / (1.0 + small)
+    smaller = small * larger
+    return tl.where(x >= 0, larger, smaller), tl.where(x >= 0, smaller, larger)
+
+
+@triton.jit
+def cross_entropy_with_logits(x, t):
+    """max(x, 0) - x t + log(1 + exp(-|x|)): the entropy of targets t in 0..1 under sigmoid(x)."""
+    small = tl.exp(-tl.abs(x))
+    whole = 1.0 + small
+    # log(whole) belongs to a rounded sum; this ratio mends it (Goldberg 1991, theorem 4).
+    ratio = small / tl.where(whole == 1.0, 1.0, whole - 1.0)
+    return tl.maximum(x, 0.0) - x * t + tl.where(whole == 1.0, small, tl.log(whole) * ratio)

@@ -166,3 +166,25 @@ def test_detections(shared: bool, launched: list[str]) -> None:
     boxes, scores, _ = candidates.class_candidates(scores, boxes, valid, sizes, 0.05, 0.01)
     select.select_best(boxes, scores, torch.zeros(6, 20, dtype=torch.int64), 2, 25, True)
     assert launched == ["_class_candidates_kernel", "_kept_keys_kernel", "_take_kernel"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("gamma", [2.0, 1.5])
+def test_sigmoid_focal_loss(dtype: torch.dtype, reduction: str, gamma: float, launched: list[str]) -> None:
+    logits = torch.zeros(3, 7, dtype=dtype, requires_grad=True)
+    for targets in (torch.zeros(3, 7), torch.zeros(3, 7, dtype=torch.bool)):
+        loss = kernels_of("focal_loss").sigmoid_focal_loss(logits, targets, 0.25, gamma, reduction)
+        loss.backward(torch.ones_like(loss))
+    assert launched == ["_focal_fwd_kernel", "_focal_bwd_kernel"] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_mask_bce(dtype: torch.dtype, layout: torch.memory_format, launched: list[str]) -> None:
+    logits = torch.zeros(5, 3, 28, 28, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+    classes, valid = torch.zeros(5, dtype=torch.int64), torch.ones(5, dtype=torch.bool)
+    for targets in (torch.zeros(5, 28, 28), torch.zeros(5, 28, 56, dtype=torch.bool)[:, :, ::2].transpose(1, 2)):
+        loss, _ = kernels_of("mask_bce").mask_bce(logits, classes, targets, valid)
+        loss.backward(torch.ones_like(loss))
+    assert launched == ["_mask_bce_fwd_kernel", "_mask_bce_bwd_kernel"] * 2

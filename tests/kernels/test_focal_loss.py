@@ -1,23 +1,56 @@
-"""sigmoid_focal_loss against torchvision's and the closed form of its gradient."""
+"""sigmoid_focal_loss and softmax_focal_loss: torchvision's values, the closed form of the gradient, edges, mutants."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch import Tensor
 
-from tmask_kernels import sigmoid_focal_loss
-from tmask_kernels.testing import assert_close
+from tests.mutation import mutant
+from tmask_kernels import _triton, sigmoid_focal_loss, softmax_focal_loss
+from tmask_kernels.ops.focal_loss import kernels
+from tmask_kernels.testing import assert_close, guarded, poisoned_empty
 
-SETTINGS = [(0.25, 2.0), (-1.0, 2.0), (0.5, 0.0), (-1.0, 0.0), (0.9, 0.5), (0.0, 1.0)]
+BACKENDS = ("reference", "triton")
+# Off, on, and at both ends; gammas with a kernel of their own and without. All are float32 numbers.
+SETTINGS = [(0.25, 2.0), (-1.0, 2.0), (0.5, 0.0), (-1.0, 0.0), (0.75, 0.5), (0.0, 1.0), (1.0, 3.75)]
+REDUCTIONS = ("none", "mean", "sum")
+HALVES = [torch.float16, torch.bfloat16]
 
 
-def logits_and_targets(device, kind: str, shape=(37, 5)):
-    x = (torch.randn(*shape, dtype=torch.float64) * 4).to(device)
-    t = torch.rand(*shape, dtype=torch.float64).to(device)
-    return x, t if kind == "soft" else (t > 0.7).double()
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
-def closed_form_gradient(x, t, alpha, gamma):
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three programs that each walk several blocks of 16, the last of them not whole."""
+    monkeypatch.setattr(kernels, "BLOCK", 16)
+    monkeypatch.setattr(kernels, "MAX_PROGRAMS", 3)
+
+
+def logits_and_targets(
+    device: torch.device, shape: tuple[int, ...] = (37, 5), dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Logits, and targets of which a third are 0, a third 1 and the others between."""
+    x = (torch.randn(shape, dtype=torch.float64) * 4).to(device, dtype)
+    t = (torch.rand(shape, device=device) * 3 - 1).clamp(0, 1)
+    return guarded(x).requires_grad_(), guarded(t)
+
+
+def torchvisions(x: Tensor, t: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    """torchvision's loss in float64 on the same rounded inputs, and the leaf to read its gradient from."""
+    exact = x.detach().double().requires_grad_()
+    return torchvision.ops.sigmoid_focal_loss(exact, t.double(), *settings), exact
+
+
+def closed_form_gradient(x: Tensor, t: Tensor, alpha: float, gamma: float) -> Tensor:
     """d FL / dx for p_t in (0, 1), as derived in the op's README."""
     p = x.sigmoid()
     pt = p * t + (1 - p) * (1 - t)
@@ -26,84 +59,238 @@ def closed_form_gradient(x, t, alpha, gamma):
     return weight * ((p - t) * (1 - pt) ** gamma - gamma * (1 - pt) ** (gamma - 1) * ce * (2 * t - 1) * p * (1 - p))
 
 
-@pytest.mark.parametrize("kind", ["hard", "soft"])
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize(("alpha", "gamma"), SETTINGS, ids=str)
-def test_equals_torchvision(device, kind, reduction, alpha, gamma):
-    x, t = logits_and_targets(device, kind)
-    theirs = torchvision.ops.sigmoid_focal_loss(x, t, alpha, gamma, reduction)
-    assert_close(sigmoid_focal_loss(x, t, alpha, gamma, reduction), theirs)
-    single = sigmoid_focal_loss(x.float(), t.float(), alpha, gamma, reduction)
-    assert single.dtype == torch.float32
-    assert_close(
-        single, torchvision.ops.sigmoid_focal_loss(x.float().double(), t.float().double(), alpha, gamma, reduction)
-    )
+def check(loss: Callable[..., Tensor], x: Tensor, t: Tensor, *settings: Any) -> None:
+    """Value and gradient of `loss` are torchvision's."""
+    expected, exact = torchvisions(x, t, *settings)
+    with poisoned_empty():
+        got = loss(x, t, *settings)
+    assert got.dtype == (x.dtype if settings[2] == "none" else torch.float32)
+    assert_close(got, expected)
+    upstream = torch.randn_like(got)
+    with poisoned_empty():
+        (gradient,) = torch.autograd.grad(got, x, upstream)
+    (want,) = torch.autograd.grad(expected, exact, upstream.double())
+    assert gradient.dtype == x.dtype
+    # A mean's gradient is small: the power of two that brings the largest above 1 rounds nothing.
+    scale = 2.0 ** want.abs().max().log2().floor()
+    assert_close((gradient.double() / scale).to(x.dtype), want / scale, name="gradient")
 
 
-@pytest.mark.parametrize("kind", ["hard", "soft"])
+# Against torchvision and the closed form
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(("alpha", "gamma"), SETTINGS, ids=str)
-def test_gradient_equals_the_closed_form(device, kind, alpha, gamma):
-    x, t = logits_and_targets(device, kind)
-    x.requires_grad_()
-    sigmoid_focal_loss(x, t, alpha, gamma, "sum").backward()
-    assert_close(x.grad, closed_form_gradient(x.detach(), t, alpha, gamma))
+def test_equals_torchvision(backend: str, device: torch.device, reduction: str, alpha: float, gamma: float) -> None:
+    x, t = logits_and_targets(device)
+    check(lambda *args: sigmoid_focal_loss(*args, backend=backend), x, t, alpha, gamma, reduction)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_halves_are_within_a_unit_of_rounding(
+    backend: str, device: torch.device, dtype: torch.dtype, reduction: str
+) -> None:
+    x, t = logits_and_targets(device, dtype=dtype)
+    check(lambda *args: sigmoid_focal_loss(*args, backend=backend), x, t, 0.25, 2.0, reduction)
+
+
+@pytest.mark.parametrize(("alpha", "gamma"), SETTINGS, ids=str)
+def test_gradient_equals_the_closed_form(backend: str, device: torch.device, alpha: float, gamma: float) -> None:
+    if backend == "triton" and device.type == "cuda":
+        pytest.skip("float64 runs in the interpreter only")
+    x, t = logits_and_targets(device, (4, 5), torch.float64)
+    loss = sigmoid_focal_loss(x, t.double(), alpha, gamma, "sum", backend=backend)
+    assert_close(torch.autograd.grad(loss, x)[0], closed_form_gradient(x.detach(), t.double(), alpha, gamma))
     assert torch.autograd.gradcheck(
-        lambda a, b: sigmoid_focal_loss(a, b, alpha, gamma), (x[:3], t[:3].requires_grad_())
+        lambda x: sigmoid_focal_loss(x, t.double(), alpha, gamma, backend=backend), x, fast_mode=backend == "triton"
     )
 
 
-def test_no_weight_and_no_focus_is_cross_entropy(device):
-    x, t = logits_and_targets(device, "soft")
-    assert_close(sigmoid_focal_loss(x, t, -1, 0), F.binary_cross_entropy_with_logits(x, t, reduction="none"))
+def test_the_reference_gives_a_gradient_to_targets(device: torch.device) -> None:
+    x, t = logits_and_targets(device, (3, 5), dtype=torch.float64)
+    assert torch.autograd.gradcheck(sigmoid_focal_loss, (x, t.double().requires_grad_()))
+    with pytest.raises(ValueError, match="the Triton backward gives no gradient to targets"):
+        sigmoid_focal_loss(x, t.double().requires_grad_(), backend="triton")
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_no_weight_and_no_focus_is_cross_entropy(backend: str, device: torch.device, reduction: str) -> None:
+    x, t = logits_and_targets(device)
+    got = sigmoid_focal_loss(x, t, -1, 0, reduction, backend=backend)
+    expected = F.binary_cross_entropy_with_logits(x, t, reduction=reduction)
+    assert_close(got, expected.double())
+    (gradient,), (want,) = (torch.autograd.grad(loss.sum(), x) for loss in (got, expected))
+    assert_close(gradient, want.double())
+
+
+def test_the_documented_scenario(backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100,000 easy negatives at p_t = 0.99 beside 10 hard positives at 0.1: the tables of the op's README."""
+    if device.type == "cpu":
+        monkeypatch.setattr(kernels, "BLOCK", 32_768)  # few programs for the interpreter
+    easy, hard = torch.full((100_000,), -4.59512), torch.full((10,), -2.19722)  # log(0.01 / 0.99), log(0.1 / 0.9)
+    x = torch.cat([easy, hard]).to(device).requires_grad_()
+    t = (torch.arange(100_010, device=device) >= 100_000).float()
+
+    def share_of_easy(alpha: float, gamma: float) -> tuple[float, float]:
+        """Of the loss, and of the gradient's magnitude."""
+        loss = sigmoid_focal_loss(x, t, alpha, gamma, backend=backend)
+        gradient = torch.autograd.grad(loss.sum(), x)[0].abs()
+        return tuple(float(v[:100_000].sum() / v.sum()) for v in (loss.detach(), gradient))  # type: ignore[return-value]
+
+    assert share_of_easy(-1, 0) == pytest.approx((0.978, 0.991), abs=1e-3)
+    assert share_of_easy(0.25, 2.0) == pytest.approx((0.016, 0.075), abs=1e-3)
+    assert share_of_easy(0.25, 2.0)[0] < 0.05
+
+
+# Shapes, strides, dtypes, reductions
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(), (1,), (16,), (97,), (3, 5, 7), (48, 2)], ids=str)
+def test_any_shape(device: torch.device, shape: tuple[int, ...], reduction: str) -> None:
+    x, t = logits_and_targets(device, shape)
+    check(lambda *args: sigmoid_focal_loss(*args, backend="triton"), x, t, 0.25, 0.5, reduction)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize(
+    ("layout", "targets"),
+    [("channels_last", "alike"), ("permuted", "otherwise"), ("sliced", "spread"), ("expanded", "alike")],
+)
+def test_any_strides(device: torch.device, layout: str, targets: str, reduction: str) -> None:
+    def lay(x: Tensor) -> Tensor:  # [2, 3, 4, 6]
+        return {
+            "channels_last": lambda: x.contiguous(memory_format=torch.channels_last),
+            "permuted": lambda: x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+            "sliced": lambda: x.repeat(1, 2, 1, 3)[:, ::2, :, 1::3],
+            "expanded": lambda: x[:1, :, :1].expand(2, -1, 4, -1),
+        }[layout]()
+
+    x, t = logits_and_targets(device, (2, 3, 4, 6))
+    x, t = lay(x.detach()).requires_grad_(), {"alike": lay(t), "otherwise": t, "spread": t[:1].expand_as(t)}[targets]
+    check(lambda *args: sigmoid_focal_loss(*args, backend="triton"), x, t, 0.25, 2.0, reduction)
+    out = sigmoid_focal_loss(x, t, backend="triton")
+    assert out.stride() == (x.stride() if layout in ("channels_last", "permuted") else (72, 24, 6, 1))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_what_lies_alike_is_not_copied(
+    device: torch.device, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, t = (v.contiguous(memory_format=layout) for v in logits_and_targets(device, (2, 3, 4, 6)))
+    monkeypatch.setattr(Tensor, "copy_", None)
+    monkeypatch.setattr(Tensor, "contiguous", None)
+    # A loss that is summed afterwards hands back one number spread over all losses, which is read as one.
+    loss = sigmoid_focal_loss(x, t, backend="triton").sum()
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert gradient.stride() == x.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float64, torch.bfloat16], ids=str)
+def test_targets_of_any_dtype(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    x, t = logits_and_targets(device)
+    t = t.round()
+    expected = sigmoid_focal_loss(x, t, backend="reference")
+    assert_close(sigmoid_focal_loss(x, t.to(dtype), backend=backend), expected.double())
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 5.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_extreme_logits_stay_finite(device, dtype, gamma):
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_extreme_logits_stay_finite(backend: str, device: torch.device, dtype: torch.dtype, gamma: float) -> None:
     x = torch.tensor([-1e4, -100.0, -30.0, 0.0, 30.0, 100.0, 1e4], dtype=dtype, device=device)
     x = x.repeat(3, 1).requires_grad_()
     t = torch.tensor([0.0, 0.4, 1.0], device=device)[:, None].expand(3, 7)
-    loss = sigmoid_focal_loss(x, t, gamma=gamma)
-    loss.float().sum().backward()
+    loss = sigmoid_focal_loss(x, t, gamma=gamma, backend=backend)
+    (gradient,) = torch.autograd.grad(loss.float().sum(), x)
     assert loss.dtype == dtype
-    assert loss.isfinite().all()
-    assert x.grad.isfinite().all()
+    exact = x.detach().double().requires_grad_()
+    expected = sigmoid_focal_loss(exact, t.to(dtype=torch.float64), gamma=gamma, backend="reference")
+    assert_close(loss, expected)
+    assert_close(gradient, torch.autograd.grad(expected.sum(), exact)[0], name="gradient")
     # A logit far on the wrong side costs its distance, far on the right side nothing.
     assert loss[2, 0].item() == pytest.approx(2500, rel=5e-3)
     assert loss[0, 0].item() == 0
 
 
-def test_a_confident_positive_keeps_its_small_loss(device):
+@pytest.mark.parametrize("gamma", [2.0, 2.5])
+def test_a_confident_positive_keeps_its_small_loss(backend: str, device: torch.device, gamma: float) -> None:
     """1 - sigmoid(x) would round to 0 in float32 at x = 20; the loss is exp(-3 x), as e^-60 is still a float32."""
-    x = torch.tensor([20.0], device=device)
-    expected = torchvision.ops.sigmoid_focal_loss(x.double(), torch.ones_like(x).double(), -1, 2.0)
-    got = sigmoid_focal_loss(x, torch.ones_like(x), -1, 2.0)
-    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert got.item() > 0
+    x = torch.tensor([20.0], device=device, requires_grad=True)
+    expected, exact = torchvisions(x, torch.ones_like(x), -1, gamma)
+    got = sigmoid_focal_loss(x, torch.ones_like(x), -1, gamma, backend=backend)
+    assert got.item() == pytest.approx(expected.item(), rel=3e-5, abs=0)
+    if backend == "triton":  # PyTorch's sigmoid(x) - 1 rounds to 0
+        (gradient,), (want,) = torch.autograd.grad(got, x), torch.autograd.grad(expected, exact)
+        assert gradient.item() == pytest.approx(want.item(), rel=3e-5, abs=0)
 
 
-def test_halves_reduce_in_float32(device):
-    x = torch.zeros(100_000, dtype=torch.float16, device=device)
-    total = sigmoid_focal_loss(x, torch.ones_like(x), -1, 0, "sum")
+def test_halves_reduce_in_float32(backend: str, device: torch.device) -> None:
+    x = torch.zeros(10_000, dtype=torch.float16, device=device)
+    total = sigmoid_focal_loss(x, torch.ones_like(x), -1, 0, "sum", backend=backend)
     assert total.dtype == torch.float32
-    assert total.item() == pytest.approx(100_000 * 0.6931472, rel=1e-5)
+    assert total.item() == pytest.approx(10_000 * 0.6931472, rel=1e-5)
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_empty_input_keeps_the_graph(device, reduction):
+@pytest.mark.usefixtures("small_blocks")
+def test_sums_and_gradients_have_the_same_bits_again(device: torch.device) -> None:
+    x, t = logits_and_targets(device, (333,))
+
+    def run() -> tuple[Tensor, Tensor]:
+        loss = sigmoid_focal_loss(x, t, reduction="sum", backend="triton")
+        return loss, torch.autograd.grad(loss, x)[0]
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = run(), run()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_empty_input_keeps_the_graph(backend: str, device: torch.device, reduction: str) -> None:
     x = torch.zeros(0, 4, device=device, requires_grad=True)
-    loss = sigmoid_focal_loss(x, torch.zeros(0, 4, device=device), reduction=reduction)
+    loss = sigmoid_focal_loss(x, torch.zeros(0, 4, device=device), reduction=reduction, backend=backend)
     loss.sum().backward()
+    assert loss.shape == ((0, 4) if reduction == "none" else ())
     assert not loss.any()
+    assert x.grad is not None
     assert x.grad.shape == (0, 4)
 
 
-def test_traces_without_a_graph_break(device):
-    x, t = logits_and_targets(device, "hard")
-    compiled = torch.compile(
-        lambda a, b: sigmoid_focal_loss(a, b, reduction="mean"), fullgraph=True, backend="aot_eager"
+# Tracing, errors
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_compiles_whole(backend: str, device: torch.device, reduction: str) -> None:
+    x, t = logits_and_targets(device)
+    compiled = torch.compile(sigmoid_focal_loss, fullgraph=True, backend="aot_eager")
+    got, expected = (f(x, t, reduction=reduction, backend=backend) for f in (compiled, sigmoid_focal_loss))
+    assert_close(got, expected.double())
+    (gradient,), (want,) = (torch.autograd.grad(loss.sum(), x) for loss in (got, expected))
+    assert_close(gradient, want.double())
+
+
+@pytest.mark.parametrize(
+    ("layout", "reduction"), [("contiguous", "mean"), ("channels_last", "none"), ("sliced", "sum")]
+)
+def test_opcheck(device: torch.device, layout: str, reduction: str) -> None:
+    x = torch.randn(2, 3, 4, 5, device=device)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "sliced":
+        x = x[:, ::2]
+    t = torch.rand(x.shape, device=device)
+    torch.library.opcheck(kernels.sigmoid_focal_loss, (x.requires_grad_(), t, 0.25, 2.0, reduction))
+    upstream = torch.randn(x.shape if reduction == "none" else (), device=device)
+    torch.library.opcheck(
+        kernels.sigmoid_focal_loss_backward,
+        (upstream, x.detach(), t, 0.25, 2.0, reduction),
+        test_utils=("test_schema", "test_faketensor"),
     )
-    assert_close(compiled(x, t), sigmoid_focal_loss(x, t, reduction="mean"))
 
 
 @pytest.mark.parametrize(
@@ -111,13 +298,153 @@ def test_traces_without_a_graph_break(device):
     [
         ({"inputs": torch.zeros(2, 3, dtype=torch.int64)}, "inputs: expected a floating point dtype"),
         ({"targets": torch.zeros(3)}, r"targets: expected the shape of inputs \(2, 3\), got \(3,\)"),
+        ({"targets": torch.zeros(2, 3, device="meta")}, "targets: expected the device of inputs cpu, got meta"),
         ({"alpha": 1.5}, "alpha: expected 0..1"),
         ({"gamma": -1.0}, "gamma: expected at least 0, got -1.0"),
         ({"reduction": "max"}, "reduction: expected 'none', 'mean' or 'sum', got 'max'"),
-        ({"backend": "triton"}, "backend='triton' does not exist"),
+        ({"backend": "torchvision"}, "backend='torchvision' does not exist"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
-def test_wrong_arguments_are_named(change, message):
+def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sigmoid_focal_loss(**{"inputs": torch.zeros(2, 3), "targets": torch.zeros(2, 3), **change})
+
+
+# Softmax
+
+
+def softmax_inputs(device: torch.device, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    logits = (torch.randn(11, 3, 5, dtype=torch.float64) * 3).to(device, dtype).requires_grad_()
+    return logits, torch.randint(5, (11, 3)).to(device)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(("alpha", "gamma"), SETTINGS, ids=str)
+def test_softmax_follows_the_definition(device: torch.device, alpha: float, gamma: float, reduction: str) -> None:
+    x, y = softmax_inputs(device)
+    p = x.softmax(-1).gather(-1, y[..., None])[..., 0]
+    weight = torch.where(y > 0, alpha, 1 - alpha) if alpha >= 0 else 1.0
+    expected = -weight * (1 - p) ** gamma * p.log()
+    expected = {"none": expected, "mean": expected.mean(), "sum": expected.sum()}[reduction]
+    got = softmax_focal_loss(x, y, alpha, gamma, reduction)
+    assert_close(got, expected)
+    (gradient,), (want,) = (torch.autograd.grad(loss.sum(), x) for loss in (got, expected))
+    assert_close(gradient, want)
+    assert torch.autograd.gradcheck(
+        lambda x: softmax_focal_loss(x, y[:2], alpha, gamma), x[:2].detach().requires_grad_()
+    )
+
+
+def test_softmax_without_focus_is_cross_entropy(backend: str, device: torch.device) -> None:
+    x, y = softmax_inputs(device, torch.float32)
+    got = softmax_focal_loss(x, y, gamma=0, reduction="mean", backend=backend)
+    assert_close(got, F.cross_entropy(x.double().flatten(0, 1), y.flatten()))
+
+
+def test_softmax_of_two_classes_is_the_sigmoid_of_their_difference(backend: str, device: torch.device) -> None:
+    x = torch.randn(40, 2, device=device)
+    y = torch.randint(2, (40,), device=device)
+    expected = sigmoid_focal_loss((x[:, 1] - x[:, 0]).double(), y, 0.25, 2.0, backend="reference")
+    assert_close(softmax_focal_loss(x, y, 0.25, 2.0, backend=backend), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_softmax_of_extreme_logits_stays_finite(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    x = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4], [0.0, 0.0, 0.0]], dtype=dtype, device=device)
+    x.requires_grad_()
+    for label in range(3):
+        y = torch.full((3,), label, device=device)
+        loss = softmax_focal_loss(x, y, backend=backend)
+        (gradient,) = torch.autograd.grad(loss.float().sum(), x)
+        exact = x.detach().double().requires_grad_()
+        expected = softmax_focal_loss(exact, y, backend="reference")
+        assert_close(loss, expected)
+        assert_close(gradient, torch.autograd.grad(expected.sum(), exact)[0])
+
+
+def test_softmax_of_nothing_keeps_the_graph(backend: str, device: torch.device) -> None:
+    x = torch.zeros(0, 4, device=device, requires_grad=True)
+    y = torch.zeros(0, dtype=torch.int64, device=device)
+    loss = softmax_focal_loss(x, y, reduction="mean", backend=backend)
+    loss.backward()
+    assert loss.item() == 0
+
+
+def test_softmax_compiles_whole(backend: str, device: torch.device) -> None:
+    x, y = softmax_inputs(device, torch.float32)
+    compiled = torch.compile(softmax_focal_loss, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x, y, backend=backend), softmax_focal_loss(x, y, backend=backend).double())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputs": torch.zeros(2, 1)}, r"inputs: expected floating point \[..., C\], C > 1"),
+        ({"labels": torch.zeros(2)}, r"labels: expected int64 \(2,\), got torch.float32 \(2,\)"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, r"labels: expected int64 \(2,\)"),
+        ({"alpha": 1.5}, "alpha: expected 0..1"),
+        ({"gamma": -1.0}, "gamma: expected at least 0"),
+        ({"reduction": "max"}, "reduction: expected"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_wrong_softmax_arguments_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        softmax_focal_loss(**{"inputs": torch.zeros(2, 3), "labels": torch.zeros(2, dtype=torch.int64), **change})
+
+
+# Mutants: each must turn the parity check red
+
+
+def parity(kernels: ModuleType, device: torch.device) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "BLOCK", 32)
+        patch.setattr(kernels, "MAX_PROGRAMS", 2)
+        x, t = logits_and_targets(device, (10, 7))
+        # Where log(1 + e) and e differ by the rounding of 1 + e alone, the entropy is small: it stands for itself.
+        far = torch.full((1, 7), 12.0, device=device, requires_grad=True)
+        for settings in ((0.25, 2.0, "none"), (0.25, 3.75, "sum"), (0.75, 1.0, "mean"), (-1.0, 0.0, "none")):
+            check(kernels.sigmoid_focal_loss, x, t, *settings)
+        got = kernels.sigmoid_focal_loss(far, torch.ones_like(far), -1.0, 0.0, "none")
+        assert_close(got * 1e5, 1e5 * torchvisions(far, torch.ones_like(far), -1.0, 0.0)[0])
+
+
+MUTANTS = {
+    "a tail that is not masked": (kernels, "mask=offs < count, other=other", "mask=offs < count + 5, other=other"),
+    "a loss of the padding": (kernels, "tl.constexpr(-1e4)", "tl.constexpr(-3.0)"),
+    "a store past the end": (kernels, "values, mask=offs < count)", "values)"),
+    "blocks left out": (kernels, "            total += loss\n", "            total = loss\n"),
+    "a sum for a mean": (kernels, "partial /= count.to(ACC)", "partial /= 1.0"),
+    "a gradient of the sum for the mean": (kernels, "upstream /= count.to(ACC)", "upstream /= 1.0"),
+    "no weight": (kernels, "weight = alpha * t + (1.0 - alpha) * (1.0 - t)", "weight = t * 0 + alpha"),
+    "a square for any gamma": (kernels, "power = tl.exp2(gamma * tl.log2(miss))", "power = miss * miss"),
+    "slope of a square": (kernels, "miss * miss, 2.0 * miss", "miss * miss, miss"),
+    "slope of any gamma": (kernels, "slope = gamma * (power / miss)", "slope = power / miss"),
+    "soft targets as hard ones": (kernels, "too_low = p * (1.0 - t), q * t", "too_low = p * (t < 0.5), q * (t >= 0.5)"),
+    "p_t for 1 - p_t": (kernels, "_power(p * (1.0 - t) + q * t,", "_power(p * t + q * (1.0 - t),"),
+    "no focus in the gradient": (kernels, "* (2.0 * t - 1.0)", "* 0.0"),
+    "p - t negated": (kernels, "(too_high - too_low)", "(too_low - too_high)"),
+    "one upstream for all": (kernels, "not any(upstream.stride())", "True"),
+    "sigmoids swapped": (_triton, "tl.where(x >= 0, larger, smaller), tl", "tl.where(x < 0, larger, smaller), tl"),
+    "log of a rounded sum": (_triton, "tl.log(whole) * ratio)", "tl.log(whole))"),
+    "no entropy of the far side": (_triton, "tl.maximum(x, 0.0) - x * t", "0.0 - x * t"),
+}  # fmt: skip
+
+
+def test_parity_is_green(device: torch.device) -> None:
+    parity(kernels, device)
+
+
+# A few of each kind in the quick set.
+QUICK = ("a loss of the padding", "blocks left out", "slope of any gamma", "p - t negated", "log of a rounded sum")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MUTANTS]
+)
+def test_mutants_turn_parity_red(name: str, device: torch.device, tmp_path: Path) -> None:
+    module, old, new = MUTANTS[name]
+    broken = mutant(module, old, new, tmp_path, through=() if module is kernels else (kernels,))
+    with pytest.raises(AssertionError):
+        parity(broken, device)

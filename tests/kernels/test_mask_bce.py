@@ -1,108 +1,203 @@
 """mask_bce against the plain statement: pick the channel, drop the rows, average."""
 
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from tests.mutation import mutant
-from tmask_kernels import mask_bce
-from tmask_kernels.ops.mask_bce import reference
-from tmask_kernels.testing import assert_close
+from tmask_kernels import _triton, mask_bce
+from tmask_kernels.ops.mask_bce import kernels, reference
+from tmask_kernels.testing import assert_close, guarded, poisoned_empty
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
-def inputs(device, k=7, channels=4, side=5):
-    logits = torch.randn(k, channels, side, side, dtype=torch.float64, device=device) * 3
+@pytest.fixture(params=["reference", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def inputs(
+    device: torch.device, k: int = 7, channels: int = 4, side: int = 5, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits = (torch.randn(k, channels, side, side, dtype=torch.float64) * 3).to(device, dtype)
     classes = torch.randint(0, channels, (k,), device=device)
-    targets = torch.rand(k, side, side, dtype=torch.float64, device=device)
+    targets = torch.rand(k, side, side, device=device)
     valid = torch.arange(k, device=device) % 3 != 1
-    return logits, classes, targets, valid
+    return guarded(logits), classes, guarded(targets), valid
 
 
-def check(device, function):
+def check(function: Callable[..., Tensor], logits: Tensor, classes: Tensor, targets: Tensor, valid: Tensor) -> None:
     """Value and gradient of `function` (called as mask_bce) are those of torch's loss on the rows that count."""
-    logits, classes, targets, valid = inputs(device)
-    logits.requires_grad_()
-    loss = function(logits, classes, targets, valid=valid)
-    (grad,) = torch.autograd.grad(loss, logits)
-    rows = valid.nonzero()[:, 0]
-    expected = F.binary_cross_entropy_with_logits(logits[rows, classes[rows]], targets[rows])
-    (expected_grad,) = torch.autograd.grad(expected, logits)
+    logits = logits.detach().requires_grad_()
+    with poisoned_empty():
+        loss = function(logits, classes, targets, valid=valid)
+    exact, rows = logits.detach().double().requires_grad_(), valid.nonzero()[:, 0]
+    expected = F.binary_cross_entropy_with_logits(exact[rows, classes[rows]], targets[rows].double())
     assert loss.shape == ()
+    assert loss.dtype == torch.promote_types(logits.dtype, torch.float32)
     assert_close(loss, expected)
-    assert_close(grad, expected_grad)
-    own = F.one_hot(classes, logits.shape[1]).bool() & valid[:, None]
+    upstream = torch.tensor(-3.0, dtype=loss.dtype, device=loss.device)
+    with poisoned_empty():
+        (grad,) = torch.autograd.grad(loss, logits, upstream)
+    (want,) = torch.autograd.grad(expected, exact, upstream.double())
+    assert grad.dtype == logits.dtype
+    scale = 2.0 ** want.abs().max().log2().floor()  # rounds nothing
+    assert_close((grad.double() / scale).to(logits.dtype), want / scale, name="gradient")
+    own = F.one_hot(classes.where(valid, 0), logits.shape[1]).bool() & valid[:, None]
     assert (grad[~own] == 0).all()
     assert (grad[own] != 0).all()
 
 
-def test_equals_torch_on_the_valid_rows_and_channels(device):
-    check(device, mask_bce)
+def by(backend: str) -> Callable[..., Tensor]:
+    return lambda *args, **kwargs: mask_bce(*args, **kwargs, backend=backend)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equals_torch_on_the_valid_rows_and_channels(
+    backend: str, device: torch.device, dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    if dtype == torch.float64 and backend == "triton" and device.type == "cuda":
+        pytest.skip("float64 runs in the interpreter only")
+    logits, *others = inputs(device, dtype=dtype)
+    check(by(backend), logits.contiguous(memory_format=layout), *others)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("torch.where(valid, classes, 0)", "torch.zeros_like(classes)"),
-        ("valid.sum()", "torch.tensor(len(valid))"),
-        ("torch.where(keep, loss, 0)", "loss"),
-    ],
-    ids=["channel", "denominator", "invalid rows"],
+    ("k", "channels", "side"), [(1, 1, 1), (3, 2, 16), (2, 1, 28), (2, 3, 28), (1, 2, 40)], ids=str
 )
-def test_a_broken_reference_fails(tmp_path: Path, old, new):
-    broken = mutant(reference, old, new, tmp_path).mask_bce_reference
+def test_sizes(device: torch.device, k: int, channels: int, side: int, layout: torch.memory_format) -> None:
+    """Blocks that end within a channel, channels that end within a block, maps of more than one block."""
+    logits, *others = inputs(device, k, channels, side)
+    check(by("triton"), logits.contiguous(memory_format=layout), *others)
 
-    def function(logits, classes, targets, *, valid):
-        return broken(logits, classes, targets, valid)
 
-    with pytest.raises(AssertionError):
-        check(torch.device("cpu"), function)
+def test_any_strides(backend: str, device: torch.device) -> None:
+    """Read where they lie: maps with gaps, columns before rows, targets and flags of all RoIs from one."""
+    logits, classes, targets, valid = inputs(device)
+    views = {
+        "gaps": logits.repeat(1, 2, 1, 2)[:, ::2, :, 1::2],
+        "transposed": logits.transpose(2, 3),
+        "expanded": logits[:1].expand_as(logits),
+    }
+    for name, view in views.items():
+        check(
+            by(backend),
+            view,
+            classes,
+            targets.transpose(1, 2) if name == "gaps" else targets[:1].expand(7, 5, 5),
+            valid,
+        )
+    check(by(backend), logits, classes.repeat(2)[::2], targets, valid[:1].expand(7))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.float64], ids=str)
+def test_targets_of_any_dtype(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    logits, classes, targets, valid = inputs(device)
+    check(by(backend), logits, classes, targets.round().to(dtype), valid)
+
+
+def test_more_rois_than_are_counted_at_a_time(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "BLOCK_K", 4)
+    check(by("triton"), *inputs(device, k=11, side=2))
 
 
 @pytest.mark.parametrize("k", [0, 4], ids=["no roi", "none valid"])
-def test_nothing_valid_gives_zero_with_a_graph(device, k):
+def test_nothing_valid_gives_zero_with_a_graph(backend: str, device: torch.device, k: int) -> None:
     logits, classes, targets, _ = inputs(device, k=k)
     logits.requires_grad_()
-    loss = mask_bce(logits, classes, targets, valid=torch.zeros(k, dtype=torch.bool, device=device))
+    valid = torch.zeros(k, dtype=torch.bool, device=device)
+    loss = mask_bce(logits, classes, targets, valid=valid, backend=backend)
     assert loss.item() == 0
-    loss.backward()
-    assert logits.grad.shape == logits.shape
-    assert not logits.grad.any()
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.shape == logits.shape
+    assert not gradient.any()
 
 
-def test_rows_that_are_not_valid_may_hold_anything(device):
+def test_rows_that_are_not_valid_may_hold_anything(backend: str, device: torch.device) -> None:
     logits, classes, targets, valid = inputs(device)
-    expected = mask_bce(logits, classes, targets, valid=valid)
+    expected = mask_bce(logits, classes, targets, valid=valid, backend=backend)
     logits[~valid], targets[~valid], classes[~valid] = float("nan"), float("inf"), -9
+    check(by(backend), logits, classes, targets, valid)
+    assert torch.equal(mask_bce(logits, classes, targets, valid=valid, backend=backend), expected)
+
+
+@pytest.mark.parametrize("channel", [-1, 4, 2**40])
+def test_a_channel_that_does_not_exist_gives_nan(backend: str, device: torch.device, channel: int) -> None:
+    logits, classes, targets, valid = inputs(device)
+    classes[3] = channel
     logits.requires_grad_()
-    loss = mask_bce(logits, classes, targets, valid=valid)
-    loss.backward()
-    assert torch.equal(loss, expected)
-    assert (logits.grad[~valid] == 0).all()
-    assert logits.grad.isfinite().all()
+    loss = mask_bce(logits, classes, targets, valid=valid, backend=backend)
+    assert loss.isnan()
+    assert not torch.autograd.grad(loss, logits)[0][3].nan_to_num(0.0).any()
 
 
-def test_class_agnostic_masks_have_one_channel(device):
-    logits, _, targets, valid = inputs(device, channels=1)
-    loss = mask_bce(logits, torch.zeros(7, dtype=torch.int64, device=device), targets, valid=valid)
-    assert_close(loss, F.binary_cross_entropy_with_logits(logits[valid][:, 0], targets[valid]))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_computes_in_float32(device, dtype):
+def test_extreme_logits_stay_finite(backend: str, device: torch.device) -> None:
     logits, classes, targets, valid = inputs(device)
-    logits = logits.to(dtype)
+    check(by(backend), logits.sign() * 1e4, classes, targets.clamp(0.1, 0.9), valid)
+
+
+def test_autocast_changes_nothing(backend: str, device: torch.device) -> None:
+    arguments = inputs(device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        loss = mask_bce(logits, classes, targets.float(), valid=valid)
-    assert loss.dtype == torch.float32
-    assert_close(loss, mask_bce(logits.double(), classes, targets.float().double(), valid=valid))
+        check(by(backend), *arguments)
 
 
-def test_traces_without_a_graph_break(device):
-    logits, classes, targets, valid = inputs(device)
-    compiled = torch.compile(lambda *a: mask_bce(*a[:3], valid=a[3]), fullgraph=True, backend="aot_eager")
-    assert_close(compiled(logits, classes, targets, valid), mask_bce(logits, classes, targets, valid=valid))
+def test_gives_the_same_bits_again(device: torch.device) -> None:
+    logits, classes, targets, valid = inputs(device, k=30)
+    logits.requires_grad_()
+
+    def run() -> tuple[Tensor, Tensor]:
+        loss = mask_bce(logits, classes, targets, valid=valid, backend="triton")
+        return loss, torch.autograd.grad(loss, logits)[0]
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = run(), run()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("chosen", ["reference", "triton"])
+def test_gradcheck(device: torch.device, chosen: str) -> None:
+    if device.type == "cuda" and chosen == "triton":
+        pytest.skip("float64 runs in the interpreter only")
+    logits, *others, valid = inputs(device, k=3, side=2, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda x: mask_bce(x, *others, valid=valid, backend=chosen), logits.requires_grad_(), fast_mode=True
+    )
+
+
+def test_compiles_whole(backend: str, device: torch.device) -> None:
+    compiled = torch.compile(mask_bce, fullgraph=True, backend="aot_eager")
+    logits, *others, valid = inputs(device)
+    logits.requires_grad_()
+    got, expected = (f(logits, *others, valid=valid, backend=backend) for f in (compiled, mask_bce))
+    assert_close(got, expected.double())
+    (gradient,), (want,) = (torch.autograd.grad(loss, logits) for loss in (got, expected))
+    assert_close(gradient, want.double())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_opcheck(device: torch.device, layout: torch.memory_format) -> None:
+    logits, classes, targets, valid = inputs(device, k=3)
+    logits = logits.contiguous(memory_format=layout)
+    torch.library.opcheck(kernels.mask_bce, (logits.requires_grad_(), classes, targets, valid))
+    numbers = torch.tensor(2.0, device=device), torch.tensor([0.1], device=device)
+    torch.library.opcheck(
+        kernels.mask_bce_backward,
+        (*numbers, logits.detach(), classes, targets, valid),
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,12 +207,14 @@ def test_traces_without_a_graph_break(device):
         ({"logits": torch.zeros(2, 0, 5, 5)}, "logits: expected at least one channel"),
         ({"classes": torch.zeros(2)}, r"classes: expected int64 \[2\], got torch.float32"),
         ({"targets": torch.zeros(2, 1, 5, 5)}, r"targets: expected shape \[2, 5, 5\]"),
+        ({"targets": torch.zeros(2, 5, 5, device="meta")}, "expected all tensors on one device, got cpu, meta"),
         ({"valid": torch.zeros(2)}, r"valid: expected bool \[2\], got torch.float32"),
         ({"backend": "torchvision"}, "backend='torchvision' does not exist"),
+        ({"backend": "triton", "targets": torch.zeros(2, 5, 5, requires_grad=True)}, "gives no gradient to targets"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
-def test_wrong_arguments_are_named(change, message):
+def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
     arguments = {
         "logits": torch.zeros(2, 3, 5, 5),
         "classes": torch.zeros(2, dtype=torch.int64),
@@ -126,3 +223,66 @@ def test_wrong_arguments_are_named(change, message):
     }
     with pytest.raises(ValueError, match=message):
         mask_bce(**{**arguments, **change})
+
+
+# Mutants: each must turn the parity check red
+
+
+def parity(module: ModuleType, device: torch.device) -> None:
+    """More RoIs than are counted at a time, runs that cut channels, both layouts, an unknown channel."""
+    if module.__name__.startswith("mutant") and hasattr(module, "mask_bce_reference"):
+        check(lambda *args, valid: module.mask_bce_reference(*args, valid), *inputs(device))
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BLOCK_K", 4)
+        patch.setattr(module, "BLOCK_GRAD", 16)
+        patch.setattr(module, "MAX_BLOCK", 16)
+
+        def function(*args: Tensor, valid: Tensor) -> Tensor:
+            return module.mask_bce(*args, valid)[0]  # type: ignore[no-any-return]
+
+        logits, classes, targets, valid = inputs(device, channels=3)
+        classes[:4] = torch.tensor([2, 7, 0, 1])
+        check(function, logits, classes, targets, valid)
+        check(function, logits.contiguous(memory_format=torch.channels_last).transpose(2, 3), classes, targets, valid)
+        classes[0] = 3
+        assert function(logits, classes, targets, valid=valid).isnan()
+
+
+MUTANTS = {
+    "reference: channel": (reference, "torch.where(valid & known, classes, 0)", "torch.zeros_like(classes)"),
+    "reference: denominator": (reference, "valid.sum()", "torch.tensor(len(valid))"),
+    "reference: invalid rows": (reference, "torch.where(keep, loss, 0)", "loss"),
+    "all RoIs counted": (kernels, "other=0).to(tl.int32)", "other=0).to(tl.int32) * 0 + 1"),
+    "the first RoIs counted": (kernels, "first += BLOCK_K", "first += K"),
+    "first channel": (kernels, "tl.where(known, channel, 0) * logits_strides[1]", "0 * logits_strides[1]"),
+    "invalid rows summed": (kernels, "mask = (offs < M * M) & valid & known", "mask = (offs < M * M) & known"),
+    "pixels past the map": (kernels, "mask = (offs < M * M) & valid & known", "mask = (offs <= M * M) & valid & known"),
+    "no nan of an unknown channel": (kernels, 'float("nan")', "0.0"),
+    "rows at the stride of columns": (kernels, "to(tl.int64) * stride_h", "to(tl.int64) * stride_w"),
+    "gradient of invalid rows": (kernels, " & (tl.load(valid_ptr + k) != 0)", ""),
+    "channels that end within a run": (kernels, "(start + BLOCK > channel * (M * M))", "(start >= channel * (M * M))"),
+    "a run further": (kernels, "(start < (channel + 1) * (M * M))", "(start < channel * (M * M))"),
+    "gradient of the next channel too": (kernels, "own = (pixel >= 0) & (pixel < M * M)", "own = pixel >= 0"),
+    "channels_last as contiguous": (kernels, "offs % C == channel, offs // C", "offs // M // M == channel, offs"),
+    "soft targets as hard ones": (kernels, "(p * (1.0 - t) - q * t)", "(p * (t < 0.5) - q * (t >= 0.5))"),
+    "no upstream": (kernels, "tl.load(upstream_ptr).to(ACC) * tl.load(share_ptr)", "tl.load(share_ptr)"),
+    "a run past the RoI": (kernels, "mask=offs < elements", "mask=offs <= elements"),
+    "sigmoids swapped": (_triton, "tl.where(x >= 0, larger, smaller), tl", "tl.where(x < 0, larger, smaller), tl"),
+}  # fmt: skip
+# A few of each kind in the quick set.
+QUICK = ("reference: denominator", "first channel", "channels that end within a run", "channels_last as contiguous")
+
+
+def test_parity_is_green(device: torch.device) -> None:
+    parity(kernels, device)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MUTANTS]
+)
+def test_mutants_turn_parity_red(name: str, device: torch.device, tmp_path: Path) -> None:
+    module, old, new = MUTANTS[name]
+    broken = mutant(module, old, new, tmp_path, through=(kernels,) if module is _triton else ())
+    with pytest.raises(AssertionError):
+        parity(broken, device)

@@ -1,11 +1,11 @@
-"""Focal loss on sigmoid logits."""
+"""Focal loss on sigmoid logits, and on softmax logits."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from tmask_kernels.backend import resolve
+from tmask_kernels.backend import resolve, triton_reasons
 from tmask_kernels.ops.focal_loss.reference import sigmoid_focal_loss_reference
 
 
@@ -27,7 +27,8 @@ def sigmoid_focal_loss(
     least; the mean of nothing is 0).
 
     Computed in float32 (float64 for float64 logits), finite with finite gradients for logits up to 1e4 in magnitude.
-    Differentiable in both tensors. Errors: ValueError for wrong shapes, dtypes, names, alpha > 1, gamma < 0.
+    A sum is taken in a fixed order. Differentiable in the logits, once by Triton; in the targets by the reference.
+    Errors: ValueError for wrong shapes, dtypes, devices, names, alpha > 1, gamma < 0.
     Source: Lin et al., Focal Loss for Dense Object Detection, 2017; signature and values of
     `torchvision.ops.sigmoid_focal_loss`.
     """
@@ -35,16 +36,81 @@ def sigmoid_focal_loss(
         raise ValueError(f"inputs: expected a floating point dtype, got {inputs.dtype}")
     if targets.shape != inputs.shape:
         raise ValueError(f"targets: expected the shape of inputs {tuple(inputs.shape)}, got {tuple(targets.shape)}")
+    _check_options(alpha, gamma, reduction)
+    if targets.device != inputs.device:
+        raise ValueError(f"targets: expected the device of inputs {inputs.device}, got {targets.device}")
+    triton = _triton_reasons(inputs, targets)
+    ordered: dict[str, list[str]] = {"triton": triton, "reference": []}
+    if inputs.device.type != "cuda":
+        ordered = {"reference": [], "triton": triton}
+    if resolve("sigmoid_focal_loss", backend, ordered, device=inputs.device) == "triton":
+        from tmask_kernels.ops.focal_loss import kernels
+
+        return kernels.sigmoid_focal_loss(inputs, targets, float(alpha), float(gamma), reduction)
+    dtype = torch.promote_types(inputs.dtype, torch.float32)
+    with torch.autocast(inputs.device.type, enabled=False):
+        loss = sigmoid_focal_loss_reference(inputs.to(dtype), targets.to(dtype), alpha, gamma)
+    return _reduced(loss, reduction, inputs.dtype)
+
+
+def softmax_focal_loss(
+    inputs: Tensor,
+    labels: Tensor,
+    alpha: float = -1.0,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Softmax cross-entropy that easy examples hardly enter: -alpha_t (1 - p_y)^gamma log p_y.
+
+    inputs: logits [..., C] of at least two classes, floating point. labels: [...] int64, the class y of each row; 0 is
+    the background. p = softmax(inputs). alpha: weight of the foreground in 0..1, the background's is 1 - alpha; below
+    0, the default, turns it off: it is meant for a flood of negatives, which a sampler of RoIs has stemmed already.
+    gamma: at least 0; 0 is cross-entropy. reduction: ``"none"`` (shape of `labels`, dtype of `inputs`), ``"mean"``
+    (over rows; of nothing 0) or ``"sum"`` (scalar, float32 at least).
+
+    Computed in float32 (float64 for float64 logits), finite with finite gradients for logits up to 1e4 in magnitude.
+    Differentiable in the logits. Errors: ValueError for wrong shapes, dtypes, devices, names, alpha > 1, gamma < 0.
+    Source: Lin et al., Focal Loss for Dense Object Detection, 2017, equation 5, with the softmax of the own class for
+    p_t (the paper leaves it at the remark that the loss extends to many classes).
+    """
+    if inputs.dim() < 1 or inputs.shape[-1] < 2 or not inputs.is_floating_point():
+        raise ValueError(f"inputs: expected floating point [..., C], C > 1, got {inputs.dtype} {tuple(inputs.shape)}")
+    if labels.shape != inputs.shape[:-1] or labels.dtype != torch.int64:
+        expected = f"int64 {tuple(inputs.shape[:-1])}"
+        raise ValueError(f"labels: expected {expected}, got {labels.dtype} {tuple(labels.shape)}")
+    _check_options(alpha, gamma, reduction)
+    x, own = inputs.to(torch.promote_types(inputs.dtype, torch.float32)), labels[..., None]
+    # By how much the own class leads all others together: its sigmoid is the softmax of the class.
+    others = x.scatter(-1, own, -torch.inf)
+    most = others.detach().amax(-1, keepdim=True)  # taken out, or the sum's gradient suffers from large logits
+    lead = (x.gather(-1, own) - most).squeeze(-1) - (others - most).logsumexp(-1)
+    loss = sigmoid_focal_loss(lead, torch.ones_like(lead), -1.0, gamma, backend=backend)
+    if alpha >= 0:
+        loss = loss * torch.where(labels > 0, alpha, 1 - alpha)
+    return _reduced(loss, reduction, inputs.dtype)
+
+
+def _check_options(alpha: float, gamma: float, reduction: str) -> None:
     if not alpha <= 1:
         raise ValueError(f"alpha: expected 0..1, or below 0 for no weighting, got {alpha}")
     if not gamma >= 0:
         raise ValueError(f"gamma: expected at least 0, got {gamma}")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
-    resolve("sigmoid_focal_loss", backend, {"reference": []}, device=inputs.device)
-    dtype = torch.promote_types(inputs.dtype, torch.float32)
-    with torch.autocast(inputs.device.type, enabled=False):
-        loss = sigmoid_focal_loss_reference(inputs.to(dtype), targets.to(dtype), alpha, gamma)
+
+
+def _reduced(loss: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
     if reduction == "none":
-        return loss.to(inputs.dtype)
+        return loss.to(dtype)
     return loss.sum() / max(1, loss.numel()) if reduction == "mean" else loss.sum()
+
+
+def _triton_reasons(inputs: Tensor, targets: Tensor) -> list[str]:
+    reasons = triton_reasons(inputs, targets)
+    if inputs.dtype == torch.float64 and inputs.is_cuda:
+        reasons.append("float64 runs in the interpreter only")
+    if torch.is_grad_enabled() and targets.requires_grad:
+        reasons.append("the Triton backward gives no gradient to targets")
+    return reasons

@@ -5,19 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tmask_kernels.backend import resolve
+from tmask_kernels.backend import resolve, triton_reasons
 from tmask_kernels.ops.mask_bce.reference import mask_bce_reference
+
+INT32_LIMIT = 2**31
 
 
 def mask_bce(logits: Tensor, classes: Tensor, targets: Tensor, *, valid: Tensor, backend: str | None = None) -> Tensor:
     """Binary cross-entropy of each RoI's own channel, mean over the pixels of the valid RoIs.
 
     logits: [K, C, M, M] floating point. classes: [K] int64, the channel of each RoI, 0..C-1 (all 0 for class-agnostic
-    masks); whatever stands in rows that are not valid is not read. targets: [K, M, M], 0..1. valid: [K] bool.
-    Returns a scalar, float32 (float64 for float64 logits); 0 with a graph when no RoI is valid.
+    masks); whatever stands in rows that are not valid is not read. targets: [K, M, M], 0..1, any dtype. valid: [K]
+    bool. Any strides. Returns a scalar, float32 (float64 for float64 logits); 0 with a graph when no RoI is valid, NaN
+    when a valid one names a channel that does not exist.
 
-    Differentiable in the logits; other channels and rows that are not valid get a gradient of exactly 0. No sync.
-    Errors: ValueError for wrong shapes and dtypes. Source: He et al., Mask R-CNN, 2017, section 3.
+    Differentiable in the logits, once by Triton; other channels and rows that are not valid get a gradient of exactly
+    0. Summed in a fixed order, without a synchronisation. Errors: ValueError for wrong shapes, dtypes and devices.
+    Source: He et al., Mask R-CNN, 2017, section 3.
     """
     if logits.dim() != 4 or logits.shape[2] != logits.shape[3] or not logits.is_floating_point():
         raise ValueError(f"logits: expected floating point [K, C, M, M], got {logits.dtype} {tuple(logits.shape)}")
@@ -30,7 +34,28 @@ def mask_bce(logits: Tensor, classes: Tensor, targets: Tensor, *, valid: Tensor,
         raise ValueError(f"targets: expected shape [{k}, {side}, {side}], got {tuple(targets.shape)}")
     if valid.shape != (k,) or valid.dtype != torch.bool:
         raise ValueError(f"valid: expected bool [{k}], got {valid.dtype} {tuple(valid.shape)}")
-    resolve("mask_bce", backend, {"reference": []}, device=logits.device)
+    where = {str(t.device) for t in (logits, classes, targets, valid)}
+    if len(where) > 1:
+        raise ValueError(f"logits: expected all tensors on one device, got {', '.join(sorted(where))}")
+    triton = _triton_reasons(logits, targets)
+    ordered: dict[str, list[str]] = {"triton": triton, "reference": []}
+    if logits.device.type != "cuda":
+        ordered = {"reference": [], "triton": triton}
+    if resolve("mask_bce", backend, ordered, device=logits.device) == "triton":
+        from tmask_kernels.ops.mask_bce import kernels
+
+        return kernels.mask_bce(logits, classes, targets, valid)[0]
     dtype = torch.promote_types(logits.dtype, torch.float32)
     with torch.autocast(logits.device.type, enabled=False):
         return mask_bce_reference(logits, classes, targets.to(dtype), valid)
+
+
+def _triton_reasons(logits: Tensor, targets: Tensor) -> list[str]:
+    reasons = triton_reasons(logits)
+    if logits.dtype == torch.float64 and logits.is_cuda:
+        reasons.append("float64 runs in the interpreter only")
+    if logits.shape[1] * logits.shape[2] ** 2 >= INT32_LIMIT:
+        reasons.append("serves up to 2^31 - 1 logits a RoI")
+    if torch.is_grad_enabled() and targets.requires_grad:
+        reasons.append("the Triton backward gives no gradient to targets")
+    return reasons
