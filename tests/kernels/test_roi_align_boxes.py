@@ -78,7 +78,7 @@ def test_on_a_ramp_the_mean_follows_the_centre(backend: str, interpolation: Any,
     y, x = torch.meshgrid(torch.arange(9.0, device=device), torch.arange(11.0, device=device), indexing="ij")
     ramp = (3 * y - 5 * x)[None, None]
     boxes = torch.tensor([[[5.3, 6.1, 14.2, 12.9]]], device=device, requires_grad=True)
-    out = roi_align(ramp, boxes, (2, 3), 0.5, 2, True, interpolation=interpolation, backend=backend)
+    out = roi_align(ramp, boxes, (1, 3), 0.5, 2, True, interpolation=interpolation, backend=backend)
     (gradient,) = torch.autograd.grad(out.mean(), boxes)
     assert_close(gradient, torch.tensor([[[-1.25, 0.75, -1.25, 0.75]]], device=device))
 
@@ -112,8 +112,9 @@ def test_bicubic_equals_the_truth(device: torch.device, sampling_ratio: int, ali
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("dtype", "channels_last"), [(torch.float16, True), (torch.bfloat16, True), (torch.float64, False)], ids=str
+)
 def test_dtypes_of_the_features(dtype: torch.dtype, channels_last: bool, device: torch.device) -> None:
     if dtype == torch.float64 and device.type == "cuda":
         pytest.skip("float64 runs in the interpreter only")
@@ -200,7 +201,7 @@ def test_short_boxes_that_are_not_aligned(sampling_ratio: int, device: torch.dev
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN boxes in the interpreter
 @pytest.mark.parametrize(
     ("sampling_ratio", "aligned"),
-    [GRIDS[1], GRIDS[2], *(pytest.param(*g.values, id=g.id, marks=pytest.mark.slow) for g in (GRIDS[0], GRIDS[3]))],
+    [GRIDS[1], *(pytest.param(*g.values, id=g.id, marks=pytest.mark.slow) for g in (GRIDS[0], GRIDS[2], GRIDS[3]))],
 )
 def test_odd_boxes(sampling_ratio: int, aligned: bool, device: torch.device) -> None:
     """Outside, inverted, larger than the image: as the reference. Not finite: exactly 0, also beside a NaN upstream."""
@@ -235,10 +236,10 @@ def test_forms_of_boxes_agree(backend: str, device: torch.device) -> None:
     features = [x.detach() for x in maps(device)]
     padded = some_boxes(device)
     valid = torch.tensor([[True, True], [False, True]], device=device)
-    weights = torch.randn(4, 3, 2, 2, device=device)
+    weights = torch.randn(4, 3, 1, 1, device=device)
 
     def gradient(boxes: Any, leaves: list[Tensor], **options: Any) -> list[Tensor]:
-        out = multiscale_roi_align(features, boxes, 2, SCALES, **PYRAMID, **options, backend=backend)
+        out = multiscale_roi_align(features, boxes, 1, SCALES, **PYRAMID, **options, backend=backend)
         return list(torch.autograd.grad(out, leaves, weights))
 
     (expected,) = gradient(padded, [padded])
@@ -291,7 +292,8 @@ def test_gradcheck(interpolation: Any, sampling_ratio: int, aligned: bool, devic
             feature, boxes, size, 1.0, sampling_ratio, aligned, interpolation=interpolation, backend="triton"
         )
 
-    assert torch.autograd.gradcheck(run, (feature, boxes.contiguous().requires_grad_()))
+    # Along random directions, which takes a few calls in place of one for each number.
+    assert torch.autograd.gradcheck(run, (feature, boxes.contiguous().requires_grad_()), fast_mode=True)
 
 
 def test_features_are_kept_only_for_the_boxes(device: torch.device) -> None:
@@ -320,7 +322,7 @@ def test_only_what_is_needed_is_computed(needed: str, device: torch.device, monk
 
 def test_the_same_bits_twice(device: torch.device) -> None:
     """And no refusal in deterministic mode."""
-    features, boxes = maps(device), some_boxes(device)
+    features, boxes = maps(device), some_boxes(device, P=1)
     torch.use_deterministic_algorithms(True)
     try:
         out = multiscale_roi_align(features, boxes, 3, SCALES, **PYRAMID, backend="triton")
