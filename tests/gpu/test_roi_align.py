@@ -103,8 +103,7 @@ def test_equals_torchvision(name: str, dtype: torch.dtype, full: bool, device: t
         assert_close(got, want, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "layout"), [(torch.float32, "nchw"), (torch.bfloat16, "nhwc")], ids=str)
 @pytest.mark.parametrize("name", ["W1", "W2", "W3-bicubic", "W4-ratio2"])
 def test_gradient_to_the_boxes(name: str, dtype: torch.dtype, layout: str, full: bool, device: torch.device) -> None:
     """Against the reference in float64, 64 boxes; the same bits again.
