@@ -6,6 +6,7 @@ strides, numbers that specialise) into a signature. Here it runs on a driver tha
 
 import importlib
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -188,3 +189,17 @@ def test_mask_bce(dtype: torch.dtype, layout: torch.memory_format, launched: lis
         loss, _ = kernels_of("mask_bce").mask_bce(logits, classes, targets, valid)
         loss.backward(torch.ones_like(loss))
     assert launched == ["_mask_bce_fwd_kernel", "_mask_bce_bwd_kernel"] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("convention", ["detectron2", "torchvision"])
+def test_paste_masks(dtype: torch.dtype, convention: str, launched: list[str]) -> None:
+    """Run lengths are written by the second launch of their kernel, here of the changes that the first left: none."""
+    masks, boxes = torch.zeros(3, 28, 28, dtype=dtype), torch.rand(3, 4)
+    for output in ("bool", "packed", "probability"):
+        kernels_of("paste_masks").paste_masks(masks, boxes, 17, 41, 0.5, output, convention)
+    with mock.patch.object(torch, "empty", torch.zeros):
+        importlib.import_module("tmask_kernels.ops.paste_masks.kernels_runs").paste_runs(
+            masks, boxes, 17, 41, 0.5, convention
+        )
+    assert launched == ["_paste_kernel"] * 3 + ["_runs_kernel"] * 2

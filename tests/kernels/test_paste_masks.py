@@ -88,14 +88,17 @@ def test_probabilities_equal_the_original(device, convention, side, size):
     ("old", "new", "convention"),
     [
         ("pixel + 0.5 - low", "pixel - low", "detectron2"),
-        ("* side - 0.5)", "* (side - 1))", "detectron2"),
+        ("_divide(side, extent) - 0.5", "_divide(side - 1, extent)", "detectron2"),
         ("first, last = (centre - half).trunc(), ", "first, last = (centre - half).floor(), ", "torchvision"),
         ("last - first + 1", "last - first", "torchvision"),
         ("((side + 2) / side)", "1", "torchvision"),
         ("- 1.5", "- 0.5", "torchvision"),
         ("& (pixel <= last)", "& (pixel < last)", "torchvision"),
+        ("first + 1, first)", "first, first)", "detectron2"),
+        ("coordinate - cell", "cell - coordinate + 1", "detectron2"),
+        ("F.pad(masks, (1, 1, 1, 1))", "F.pad(masks[None], (1, 1, 1, 1), mode='replicate')[0]", "detectron2"),
     ],
-    ids=["centre", "corners", "floor", "end", "growth", "ring", "last pixel"],
+    ids=["centre", "corners", "floor", "end", "growth", "ring", "last pixel", "one cell", "weights", "border"],
 )
 def test_a_broken_reference_fails(tmp_path: Path, old, new, convention):
     broken = mutant(reference, old, new, tmp_path).paste_masks_reference
@@ -164,7 +167,7 @@ def test_run_lengths_of_shapes_with_long_and_short_runs(coco_mask, bits):
     columns = torch.from_numpy(several.transpose(0, 2, 1).copy())
     nothing = np.zeros(len(several), dtype=np.int64)
     runs = rle._runs(columns, nothing, nothing, height)
-    strings = rle._strings(*rle._counts(*runs, len(several), height * width))
+    strings = rle.strings(*rle._counts(*runs, len(several), height * width))
     theirs = coco_mask.encode(np.asfortranarray(several.transpose(1, 2, 0).astype(np.uint8)))
     assert strings == [item["counts"].decode() for item in theirs]
 
@@ -225,7 +228,7 @@ def test_works_under_inference_mode_on_tensors_with_a_graph(device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"masks": torch.zeros(2, 1, 28, 28)}, r"masks: expected floating point \[K, M, M\]"),
+        ({"masks": torch.zeros(2, 1, 28, 28)}, r"masks: expected floating point \[K, M, M\] with M >= 1"),
         ({"masks": torch.zeros(2, 28, 28, dtype=torch.bool)}, "masks: expected floating point"),
         ({"boxes": torch.zeros(3, 4)}, r"boxes: expected floating point \[2, 4\], got torch.float32 \(3, 4\)"),
         ({"image_size": (0, 5)}, r"image_size: expected \(height, width\) of at least 1, got \(0, 5\)"),
@@ -233,7 +236,7 @@ def test_works_under_inference_mode_on_tensors_with_a_graph(device):
         ({"threshold": 50}, "threshold: expected in"),
         ({"output": "png"}, "output: expected .* got 'png'"),
         ({"convention": "coco"}, "convention: expected 'detectron2' or 'torchvision', got 'coco'"),
-        ({"backend": "triton"}, "backend='triton' does not exist"),
+        ({"masks": torch.zeros(2, 28, 28).double(), "backend": "triton"}, "computes in float32"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )

@@ -7,10 +7,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from tmask_kernels.backend import resolve
+from tmask_kernels.backend import resolve, triton_reasons
 from tmask_kernels.ops.paste_masks.reference import paste_masks_reference
-from tmask_kernels.ops.paste_masks.rle import paste_rle
+from tmask_kernels.ops.paste_masks.rle import paste_rle, strings
 from tmask_kernels.packed import WORD
+
+MAX_PIXELS = 2**30  # of an image in the kernels, which count its pixels in int32
 
 
 @overload
@@ -74,34 +76,60 @@ def paste_masks(
     output: ``"probability"`` [K, H, W] float32 (float64 for float64 masks), 0 outside the box; ``"bool"`` [K, H, W];
     ``"packed"`` [K, H, ceil(W / 32)] int32, as `pack_masks` of the bools; ``"rle"`` a list of K dicts
     ``{"size": [H, W], "counts": str}``, COCO's compressed run lengths, which `pycocotools.mask.decode` turns into the
-    bools. The dense outputs need no sync; ``rle`` reads from the device and does not trace.
+    bools. The dense outputs need no sync; ``rle`` reads from the device (twice, by Triton) and does not trace.
 
     convention: ``"detectron2"`` samples at pixel centres, zeros beyond the mask, inside where value >= threshold; a box
     with no area (or inverted) has no pixel. ``"torchvision"`` grows the mask by a ring of zeros, cuts the grown box to
     integers and resizes (`torchvision.models.detection.roi_heads.paste_masks_in_image`), inside where
-    value > threshold, the comparison of its examples. Values agree with theirs up to float32 rounding. A NaN box has
-    no pixel.
+    value > threshold, the comparison of its examples. Values agree with theirs up to float32 rounding, and those of all
+    backends bit for bit. A box with a NaN or an infinite corner has no pixel.
 
     Not differentiable; computed in float32 or float64 under autocast too. Errors: ValueError for wrong shapes, dtypes,
     names and thresholds.
     """
     _check(masks, boxes, image_size, threshold, output, convention)
-    resolve("paste_masks", backend, {"reference": []}, device=masks.device)
-    masks = masks.detach().to(torch.promote_types(masks.dtype, torch.float32))
-    boxes = boxes.detach().to(torch.promote_types(boxes.dtype, torch.float32))
+    triton, height, width = _triton_reasons(masks, boxes, image_size), image_size[0], image_size[1]
+    if masks.device.type == "cuda":
+        reasons: dict[str, list[str]] = {"triton": triton, "reference": []}
+    else:
+        reasons = {"reference": [], "triton": triton}
+    chosen = resolve("paste_masks", backend, reasons, device=masks.device)
+    masks, boxes = masks.detach(), boxes.detach().to(torch.promote_types(boxes.dtype, torch.float32))
+    if logits or chosen == "reference":
+        masks = masks.to(torch.promote_types(masks.dtype, torch.float32))
     if logits:
         masks = masks.sigmoid()
+    if chosen == "triton" and output == "rle":
+        from tmask_kernels.ops.paste_masks.kernels_runs import paste_runs
+
+        runs = paste_runs(masks, boxes, height, width, threshold, convention)
+        return [{"size": [height, width], "counts": counts} for counts in strings(*runs)]
+    if chosen == "triton":
+        from tmask_kernels.ops.paste_masks import kernels
+
+        return kernels.paste_masks(masks, boxes, height, width, threshold, output, convention)
     if output == "rle":
         with torch.autocast(masks.device.type, enabled=False):
             return paste_rle(masks, boxes, image_size, threshold, convention=convention)
-    return _paste(masks, boxes, image_size[0], image_size[1], threshold, output, convention)
+    return _paste(masks, boxes, height, width, threshold, output, convention)
+
+
+def _triton_reasons(masks: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> list[str]:
+    reasons = triton_reasons(masks, boxes)
+    if torch.float64 in (masks.dtype, boxes.dtype):
+        reasons.append("computes in float32, not float64")
+    if image_size[0] * image_size[1] > MAX_PIXELS:
+        reasons.append("serves images of up to 2^30 pixels")
+    return reasons
 
 
 def _check(
     masks: Tensor, boxes: Tensor, image_size: tuple[int, int], threshold: float, output: str, convention: str
 ) -> None:
-    if masks.dim() != 3 or masks.shape[1] != masks.shape[2] or not masks.is_floating_point():
-        raise ValueError(f"masks: expected floating point [K, M, M], got {masks.dtype} {tuple(masks.shape)}")
+    if masks.dim() != 3 or not 1 <= masks.shape[1] == masks.shape[2] or not masks.is_floating_point():
+        raise ValueError(
+            f"masks: expected floating point [K, M, M] with M >= 1, got {masks.dtype} {tuple(masks.shape)}"
+        )
     if boxes.shape != (len(masks), 4) or not boxes.is_floating_point():
         got = f"{boxes.dtype} {tuple(boxes.shape)}"
         raise ValueError(f"boxes: expected floating point [{len(masks)}, 4], got {got}")

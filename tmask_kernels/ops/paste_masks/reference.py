@@ -1,4 +1,4 @@
-"""Pasting in plain PyTorch: two matrix products an instance.
+"""Pasting in plain PyTorch: interpolation along x, then along y.
 
 Letters: K instances, M mask side, H W image size, L pixels of one image axis.
 """
@@ -6,6 +6,7 @@ Letters: K instances, M mask side, H W image size, L pixels of one image axis.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tmask_kernels.packed import WORD, pack_masks
@@ -46,11 +47,27 @@ def resample(masks: Tensor, boxes: Tensor, y: Tensor, x: Tensor, convention: str
     masks [K, M, M], boxes [K, 4]; y [H] or [K, H] and x [W] or [K, W] are pixel indices as floats. -> [K, H, W]
     """
     side = masks.shape[-1]
-    # Matrix products of float32 may run in TF32 on a GPU, which moves the outline; float64 never does.
-    dtype = torch.float64 if masks.is_cuda else masks.dtype
-    wy = _weights(mask_coordinates(boxes[:, 1], boxes[:, 3], y, side, convention), side).to(dtype)  # [K, H, M]
-    wx = _weights(mask_coordinates(boxes[:, 0], boxes[:, 2], x, side, convention), side).to(dtype)  # [K, W, M]
-    return (wy @ masks.to(dtype) @ wx.mT).to(masks.dtype)
+    ringed = F.pad(masks, (1, 1, 1, 1))  # [K, M + 2, M + 2]: cells beyond the mask are 0
+    columns = _between(ringed.mT, mask_coordinates(boxes[:, 0], boxes[:, 2], x, side, convention))  # [K, W, M + 2]
+    return _between(columns.mT, mask_coordinates(boxes[:, 1], boxes[:, 3], y, side, convention))
+
+
+def _between(rows: Tensor, coordinate: Tensor) -> Tensor:
+    """Linear interpolation between rows: [K, M + 2, N], row m + 1 of which is cell m, at [K, L] -> [K, L, N].
+
+    Products and sums are rounded one by one, so that kernels can give the same bits.
+    """
+    count, ringed, _ = rows.shape
+    reached = (coordinate > -1) & (coordinate < ringed - 2)  # false for NaN
+    coordinate = torch.where(reached, coordinate, -1)  # the ring itself, with weight 1
+    cell = coordinate.floor()
+    weight = (coordinate - cell).to(rows.dtype)[..., None]
+    first = (cell.long() + 1 + ringed * torch.arange(count, device=rows.device)[:, None]).flatten()  # [K * L]
+    second = torch.where(reached.flatten(), first + 1, first)
+    flat = rows.reshape(count * ringed, -1)
+    shape = (*coordinate.shape, flat.shape[1])
+    low, high = flat.index_select(0, first).view(shape), flat.index_select(0, second).view(shape)
+    return low.mul_(1 - weight).add_(high.mul_(weight))
 
 
 def mask_coordinates(low: Tensor, high: Tensor, pixel: Tensor, side: int, convention: str) -> Tensor:
@@ -61,21 +78,20 @@ def mask_coordinates(low: Tensor, high: Tensor, pixel: Tensor, side: int, conven
     low, high = low[:, None], high[:, None]
     if convention == "detectron2":
         extent = high - low
-        return ((pixel + 0.5 - low) / extent * side - 0.5).masked_fill(~(extent > 0), float("nan"))
+        coordinate = (pixel + 0.5 - low) * _divide(side, extent) - 0.5
+        return coordinate.masked_fill(~((extent > 0) & (extent < torch.inf)), float("nan"))
     # torchvision: one cell of zeros around the mask, the box grown with it and cut to integers, ends included.
     half = (high - low) * 0.5 * ((side + 2) / side)
     centre = (high + low) * 0.5
     first, last = (centre - half).trunc(), (centre + half).trunc()
     extent = last - first + 1  # pixels
-    coordinate = (pixel - first + 0.5) * ((side + 2) / extent) - 1.5
+    coordinate = (pixel + 0.5 - first) * _divide(side + 2, extent) - 1.5
     return coordinate.masked_fill(~((pixel >= first) & (pixel <= last)), float("nan"))
 
 
-def _weights(coordinate: Tensor, side: int) -> Tensor:
-    """Bilinear weight of each cell at each coordinate, zeros beyond the mask: [K, L] -> [K, L, M]."""
-    cell = torch.arange(side, dtype=coordinate.dtype, device=coordinate.device)
-    near = 1 - (coordinate[..., None] - cell).abs()
-    return torch.where(near > 0, near, 0)  # a NaN gives 0
+def _divide(number: int, by: Tensor) -> Tensor:
+    """Rounded once; `number / by` multiplies by a reciprocal."""
+    return torch.full_like(by, number) / by
 
 
 def is_inside(value: Tensor, threshold: float, convention: str) -> Tensor:

@@ -8,6 +8,7 @@ Letters: K instances, M mask side, H W image size, h w size of a crop, R runs of
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def paste_rle(
         inside = is_inside(value, threshold, convention).mT.cpu()  # [k, w, h]
         owner, start, length = _runs(inside, top[chunk], left[chunk], height)
         counts, per_mask = _counts(owner, start, length, len(chunk), height * width)
-        for k, string in zip(chunk, _strings(counts, per_mask), strict=True):
+        for k, string in zip(chunk, strings(counts, per_mask), strict=True):
             results[k] = {"size": [height, width], "counts": string}
     return results
 
@@ -115,26 +116,29 @@ def _counts(owner: Integers, start: Integers, length: Integers, num_masks: int, 
     return counts, per_mask
 
 
-def _strings(counts: Integers, per_mask: Integers) -> list[str]:
-    """COCO's compressed string of each mask; `per_mask` [K] counts each of `counts` [C]."""
-    offset = np.cumsum(per_mask) - per_mask
-    position = np.arange(len(counts)) - np.repeat(offset, per_mask)  # index of a count inside its mask
+def strings(counts: npt.NDArray[Any], per_mask: Integers) -> list[str]:
+    """COCO's compressed string of each mask; `per_mask` [K] counts each (one at least) of `counts` [C], int32 or 64."""
+    ends = np.cumsum(per_mask)
     value = counts.copy()
-    later = np.flatnonzero(position > 2)
-    value[later] -= counts[later - 2]
+    value[2:] -= counts[:-2]
+    for place in range(3):  # the first three counts of a mask stand for themselves
+        index = (ends - per_mask + place)[per_mask > place]
+        value[index] = counts[index]
 
-    characters, present = [], []
-    more = np.ones(len(value), dtype=bool)
-    while more.any():
-        group = value & 0x1F
-        value = value >> 5
-        present.append(more)
-        # The fifth bit is the sign: the rest is all sign bits when nothing more needs saying.
-        more = more & np.where(group & 0x10, value != -1, value != 0)
-        characters.append((group | np.where(more, 0x20, 0)) + 48)
-    if not present:
-        return []
-    is_there = np.stack(present, axis=1)  # [C, groups]
-    text = np.stack(characters, axis=1)[is_there].astype(np.uint8).tobytes().decode("ascii")
-    ends = np.cumsum(is_there.sum(axis=1))[np.cumsum(per_mask) - 1]  # a mask has at least one count
-    return [text[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    # A group holds five bits, the highest of the last one is the sign.
+    size = np.where(value < 0, ~value, value)
+    groups = np.ones(len(value), dtype=np.int64)
+    limit, largest = 1 << 4, size.max(initial=0)
+    while limit <= largest:
+        groups += size >= limit
+        limit <<= 5
+    stop = np.cumsum(groups)
+    text = np.empty(groups.sum(), dtype=np.uint8)
+    slot = stop - groups
+    while len(value):
+        more = groups > 1
+        text[slot] = (value & 0x1F) + 48 + 0x20 * more
+        rest = np.flatnonzero(more)
+        slot, value, groups = slot[rest] + 1, value[rest] >> 5, groups[rest] - 1
+    joined, cuts = text.tobytes().decode("ascii"), [0, *stop[ends - 1].tolist()]
+    return [joined[a:b] for a, b in itertools.pairwise(cuts)]
