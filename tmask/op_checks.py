@@ -97,12 +97,24 @@ def _padded_nms(x: Inputs, backend: str) -> tuple[Tensor, ...]:
     return K.padded_nms(x["boxes"], x["scores"], 0.5, valid=x["valid"], max_output=40, backend=backend)
 
 
+def _long_nms_inputs() -> Inputs:
+    return {"boxes": _boxes(300, 100.0, min_size=12.0).view(2, 150, 4), "scores": _uniform(2, 150)}
+
+
+def _long_nms(x: Inputs, backend: str) -> tuple[Tensor, ...]:
+    return K.padded_nms(x["boxes"], x["scores"], 0.5, max_output=150, backend=backend)
+
+
 def _nms(x: Inputs, backend: str) -> Tensor:
     return K.nms(x["boxes"][0], x["scores"][0], 0.5, backend=backend)
 
 
 def _batched_nms(x: Inputs, backend: str) -> Tensor:
     return K.batched_nms(x["boxes"][0], x["scores"][0], x["classes"], 0.5, backend=backend)
+
+
+def _soft_nms(x: Inputs, backend: str) -> tuple[Tensor, ...]:
+    return K.soft_nms(x["boxes"][0], x["scores"][0], backend=backend)
 
 
 def _coding_inputs() -> Inputs:
@@ -281,6 +293,8 @@ OP_CHECKS: tuple[OpCheck, ...] = (
     OpCheck(name="nms", make=_nms_inputs, call=_nms),
     OpCheck(name="batched_nms", make=_nms_inputs, call=_batched_nms),
     OpCheck(name="padded_nms", make=_nms_inputs, call=_padded_nms),
+    OpCheck(name="padded_nms (long segments)", make=_long_nms_inputs, call=_long_nms),
+    OpCheck(name="soft_nms", make=_nms_inputs, call=_soft_nms),
     OpCheck(name="encode_boxes", make=_coding_inputs, call=_encode_boxes, features=("boxes", "anchors")),
     OpCheck(
         name="decode_boxes",

@@ -12,7 +12,7 @@ from tmask_kernels.ops.focal_loss.op import sigmoid_focal_loss, softmax_focal_lo
 from tmask_kernels.ops.mask_bce.op import mask_bce
 from tmask_kernels.ops.mask_targets.op import mask_targets
 from tmask_kernels.ops.matcher.op import match_anchors
-from tmask_kernels.ops.nms.op import batched_nms, nms, padded_nms
+from tmask_kernels.ops.nms.op import batched_nms, nms, padded_nms, soft_nms
 from tmask_kernels.ops.paste_masks.op import paste_masks
 from tmask_kernels.ops.roi_align.op import multiscale_roi_align, roi_align
 from tmask_kernels.ops.roi_pool.op import roi_pool
@@ -44,6 +44,7 @@ __all__ = [
     "roi_pool",
     "rpn_proposals",
     "sigmoid_focal_loss",
+    "soft_nms",
     "softmax_focal_loss",
     "unpack_masks",
     "use_backend",

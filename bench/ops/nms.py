@@ -6,7 +6,9 @@ Greedy NMS has one answer: a box is kept if and only if no kept box before it ov
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, NamedTuple, cast
 from unittest import mock
 
@@ -15,7 +17,7 @@ import torchvision
 from torch import Tensor
 
 from bench.cases import CASES, NMSCase, Segments, sized
-from bench.contest import Call, Contest, NotBuiltError
+from bench.contest import Call, Contest
 from bench.graph import captured
 from bench.machine import device
 from bench.timing import median, time_in_turn
@@ -28,7 +30,6 @@ from tmask_kernels.ops.nms.reference import box_iou
 FUSED = 1e-6
 PAIRS = 2**25  # IoUs of one chunk: 128 MiB
 ALL_PAIRS = 2**33  # beyond so many IoUs a seeded part of the boxes is checked: at a million boxes
-LARGE = 200_000  # one program walks a whole segment: from here on it would take half a minute and more
 
 
 class Given(NamedTuple):
@@ -135,8 +136,6 @@ def ours(backend: str) -> Callable[[Given], Call]:
 def ours_list(backend: str) -> Callable[[Given], Call]:
     def call(given: Given) -> Call:
         boxes, scores = given.segments.boxes[0], given.segments.scores[0]
-        if backend == "triton" and len(boxes) > LARGE:
-            raise NotBuiltError(f"no kernel for a segment of {len(boxes):,} boxes yet: one program would walk them all")
         return lambda: nms(boxes, scores, given.case.threshold, backend=backend)
 
     return call
@@ -190,27 +189,15 @@ LIST_PROVIDERS = {
 }
 
 
-def blocks() -> Contest:
-    """W5 with one provider a block size and number of warps of the kernel; `triton` is the launch as it is now."""
+def segments() -> Contest:
+    """W6, a program a segment, with one provider a block size and number of warps; `triton` is the launch as it is."""
     from tmask_kernels.ops.nms import kernels
 
-    def launched(block: int, warps: int) -> Callable[[Given], Call]:
-        def call(given: Given) -> Call:
-            run = ours("triton")(given)
-
-            def patched() -> Any:
-                with mock.patch.multiple(kernels, BLOCK=block, NUM_WARPS=warps):
-                    return run()
-
-            return patched
-
-        return call
-
     return suppression(
-        "W5",
+        "W6",
         {"triton": ours("triton")}
         | {
-            f"triton[block={block},warps={warps}]": launched(block, warps)
+            f"triton[block={block},warps={warps}]": patched(kernels, BLOCK=block, NUM_WARPS=warps)
             for block in (16, 32, 64, 128, 256)
             for warps in (1, 2, 4, 8, 16, 32)
             if 1 <= block * block / (32 * warps) <= 128  # IoUs a thread: some work, and a compilation that ends
@@ -218,4 +205,53 @@ def blocks() -> Contest:
     )
 
 
-SWEEPS: dict[str, Callable[[], Contest]] = {"nms": blocks}
+def steps(case: str) -> Callable[[], Contest]:
+    """A case of long segments, with one provider a launch of its steps; `triton` is the launch as it is."""
+
+    def contest() -> Contest:
+        from tmask_kernels.ops.nms import kernels, kernels_blocks
+
+        def provider(launch: kernels_blocks.Launch) -> Callable[[Given], Call]:
+            run = functools.partial(kernels_blocks.padded_nms_blocks, launch=launch)
+            return patched(kernels, padded_nms_blocks=run)
+
+        launches = [
+            kernels_blocks.Launch(step=step, tile=tile, programs=programs, num_warps=warps)
+            for step in (256, 512, 1024)
+            for tile in (32, 64, 128)
+            for programs in (128, 256, 512)
+            for warps in (4, 8, 16, 32)
+            # IoUs of a thread, and words of bits in its registers.
+            if 1 <= tile**2 / (32 * warps) <= 32 and step**2 / 32 / (32 * warps) <= 64
+        ]
+        return suppression(
+            case, {"triton": ours("triton")} | {f"triton[{_words(one)}]": provider(one) for one in launches}
+        )
+
+    return contest
+
+
+def _words(launch: Any) -> str:
+    return ",".join(f"{name}={value}" for name, value in asdict(launch).items())
+
+
+def patched(module: Any, **values: Any) -> Callable[[Given], Call]:
+    """Our kernel with other values of what `module` holds."""
+
+    def call(given: Given) -> Call:
+        run = ours("triton")(given)
+
+        def launched() -> Any:
+            with mock.patch.multiple(module, **values):
+                return run()
+
+        return launched
+
+    return call
+
+
+SWEEPS: dict[str, Callable[[], Contest]] = {
+    "nms": segments,
+    "nms-levels": steps("W5"),
+    "nms-list": steps("W7-10k"),
+}

@@ -269,6 +269,22 @@ def test_a_sweep_launches_the_anchors_it_names() -> None:
         assert contest.providers["triton[anchors=128,warps=2]"](given)() == kernels.Block(128, 2)
 
 
+@pytest.mark.parametrize("name", ["nms-levels", "nms-list"])
+def test_a_sweep_launches_the_steps_it_names(name: str) -> None:
+    from tmask_kernels.ops.nms import kernels, kernels_blocks
+
+    contest = nms_bench.SWEEPS[name]()
+    assert len(contest.providers) >= 12
+    given = contest.inputs()
+
+    def launch(*_: object) -> object:
+        return kernels.strategy(1, 1000).keywords["launch"]  # type: ignore[attr-defined]
+
+    with mock.patch.object(kernels, "padded_nms", launch):
+        call = contest.providers["triton[step=512,tile=32,programs=128,num_warps=8]"](given)
+        assert call() == kernels_blocks.Launch(step=512, tile=32, programs=128, num_warps=8)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_features_have_the_dtype_and_layout(dtype: str, layout: str) -> None:

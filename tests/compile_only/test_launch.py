@@ -105,10 +105,22 @@ def test_roi_pool(dtype: torch.dtype, layout: torch.memory_format, launched: lis
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_padded_nms(grouped: bool, launched: list[str]) -> None:
-    groups = torch.zeros(3, 70, dtype=torch.int64) if grouped else None
-    kernels_of("nms").padded_nms(torch.rand(3, 70, 4), torch.rand(3, 70), torch.full((3,), 0.5), None, groups, 20)
-    assert launched == ["_padded_nms_kernel"]
+@pytest.mark.parametrize("scores", [torch.float32, torch.bfloat16], ids=str)
+def test_padded_nms(grouped: bool, scores: torch.dtype, launched: list[str]) -> None:
+    run = kernels_of("nms").padded_nms
+    for K, kernels in ((70, ["_padded_nms_kernel"]), (1100, ["_step_kernel"] * 2)):
+        groups = torch.zeros(3, K, dtype=torch.int64) if grouped else None
+        valid = torch.ones(K, 3, dtype=torch.bool).T if grouped else None
+        run(torch.rand(3, K, 4), torch.rand(3, K, dtype=scores), torch.full((3,), 0.5), valid, groups, 20)
+        assert launched == ["_sorted_kernel", *kernels]
+        launched.clear()
+
+
+@pytest.mark.parametrize("gaussian", [False, True])
+def test_soft_nms(gaussian: bool, launched: list[str]) -> None:
+    kernels = importlib.import_module("tmask_kernels.ops.nms.kernels_soft")
+    kernels.soft_nms(torch.rand(70, 4), torch.rand(70), gaussian, 0.3, 0.5, 0.001)
+    assert launched == ["_soft_nms_kernel"]
 
 
 @pytest.mark.parametrize("crowds", [False, True])

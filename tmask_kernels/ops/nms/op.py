@@ -9,11 +9,17 @@ None is differentiable.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from tmask_kernels.backend import resolve, triton_reasons
-from tmask_kernels.ops.nms.reference import SortedSegments, box_iou, padded_nms_reference, sort_segments
+from tmask_kernels.ops.nms.cpu import padded_nms_torchvision
+from tmask_kernels.ops.nms.reference import padded_nms_reference
+from tmask_kernels.ops.nms.soft_reference import soft_nms_reference
 
 
 def padded_nms(
@@ -57,7 +63,7 @@ def nms(
     _check_boxes("nms", boxes, scores, ("K",))
     limit = _limit("nms", max_output, len(scores))
     indices, counts = _padded_nms("nms", boxes[None], scores[None], iou_threshold, None, None, limit, backend)
-    return _first(indices[0], counts[0])
+    return _first(counts, indices[0])[0]
 
 
 def batched_nms(
@@ -82,7 +88,50 @@ def batched_nms(
     limit = _limit("batched_nms", max_output, len(scores))
     groups = idxs.long()[None]  # [1, K]
     indices, counts = _padded_nms("batched_nms", boxes[None], scores[None], iou_threshold, None, groups, limit, backend)
-    return _first(indices[0], counts[0])
+    return _first(counts, indices[0])[0]
+
+
+def soft_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    *,
+    method: Literal["linear", "gaussian"] = "linear",
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    score_threshold: float = 1e-3,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Take boxes by falling score; each lowers the scores of those that are left by its IoU with them.
+
+    boxes [K, 4] xyxy, scores [K] -> indices int64 [n], new scores float32 [n], both falling by new score. A score is
+    multiplied by 1 - IoU where the IoU is strictly over `iou_threshold` ("linear"), or by exp(-IoU^2 / sigma)
+    ("gaussian"). Taking ends at `score_threshold`: less is dropped, and so is NaN. Equal scores are taken by rising
+    index; boxes that neither remove nor are removed in `nms` neither lower nor are lowered. The host waits once, for n.
+
+    Errors: ValueError for a wrong shape, dtype or method, an iou_threshold outside 0..1, a sigma that is not positive,
+    a score_threshold that is negative. Backends: triton, one program: for up to some thousand boxes; reference.
+    Source: Bodla et al. 2017, equations 2 and 3, with its threshold strict.
+    """
+    _check_boxes("soft_nms", boxes, scores, ("K",))
+    if method not in ("linear", "gaussian"):
+        raise ValueError(f"soft_nms: method: expected 'linear' or 'gaussian', got {method!r}")
+    if not 0 <= iou_threshold <= 1:
+        raise ValueError(f"soft_nms: iou_threshold: expected a number in 0..1, got {iou_threshold}")
+    if not 0 < sigma < math.inf:
+        raise ValueError(f"soft_nms: sigma: expected a positive number, got {sigma}")
+    if not 0 <= score_threshold < math.inf:
+        raise ValueError(f"soft_nms: score_threshold: expected a number of at least 0, got {score_threshold}")
+    reasons = {name: why for name, why in backend_reasons(boxes).items() if name != "torchvision"}
+    args = boxes.detach(), scores.detach(), method == "gaussian", iou_threshold, sigma, score_threshold
+    if resolve("soft_nms", backend, reasons, device=boxes.device) == "triton":
+        from tmask_kernels.ops.nms import kernels_soft
+
+        indices, taken, count = kernels_soft.soft_nms(*args)
+    else:
+        reference = _soft_nms_traced if torch.compiler.is_compiling() else soft_nms_reference
+        indices, taken, count = reference(*args)
+    indices, taken = _first(count, indices, taken)
+    return indices, taken
 
 
 def _padded_nms(
@@ -103,7 +152,7 @@ def _padded_nms(
 
         return kernels.padded_nms(boxes, scores, thresholds, valid, groups, max_output)
     if backend == "torchvision":
-        return _padded_nms_torchvision(boxes, scores, thresholds, valid, groups, max_output)
+        return padded_nms_torchvision(boxes, scores, thresholds, valid, groups, max_output)
     if torch.compiler.is_compiling():
         return _padded_nms_traced(boxes, scores, thresholds, valid, groups, max_output)
     return padded_nms_reference(boxes, scores, thresholds, valid, groups, max_output)
@@ -125,52 +174,19 @@ def _(
     return boxes.new_empty(S, max_output, dtype=torch.int64), boxes.new_empty(S, dtype=torch.int64)
 
 
-def _padded_nms_torchvision(
-    boxes: Tensor, scores: Tensor, thresholds: Tensor, valid: Tensor | None, groups: Tensor | None, max_output: int
-) -> tuple[Tensor, Tensor]:
-    """torchvision's CPU kernel on the valid rows of one segment after another. CPU only, so reading values is free."""
-    segments = sort_segments(boxes, scores, valid)
-    S, K = scores.shape
-    ramp = torch.arange(K, 0, -1, dtype=torch.float32)  # [K] scores of boxes that are already sorted
-    sorted_groups = None if groups is None else groups.gather(1, segments.order)  # [S, K]
-    numbers = segments.suppresses.sum(1).tolist()
-    alive = segments.alive.sum(1).tolist()
-    indices = torch.full((S, max_output), -1, dtype=torch.int64)
-    counts = [0] * S
-    for s, threshold in enumerate(thresholds.tolist()):
-        if not alive[s]:
-            continue
-        group = None if sorted_groups is None else sorted_groups[s]
-        kept = _keep_torchvision(segments.boxes[s, : numbers[s]], ramp, group, threshold)
-        if alive[s] > numbers[s]:
-            kept = torch.cat([kept, _unordered_kept(segments, s, kept, group, threshold)])
-        kept = kept[:max_output]
-        counts[s] = len(kept)
-        indices[s, : counts[s]] = segments.order[s][kept]
-    return indices, torch.tensor(counts, dtype=torch.int64)
+@torch.library.custom_op("tmask::soft_nms_reference", mutates_args=())
+def _soft_nms_traced(
+    boxes: Tensor, scores: Tensor, gaussian: bool, iou_threshold: float, sigma: float, score_threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return soft_nms_reference(boxes, scores, gaussian, iou_threshold, sigma, score_threshold)
 
 
-def _keep_torchvision(boxes: Tensor, ramp: Tensor, group: Tensor | None, threshold: float) -> Tensor:
-    """Positions that survive among sorted boxes [n, 4], rising."""
-    from torchvision.ops import nms as torchvision_nms
-
-    n = len(boxes)
-    if group is None:
-        return torchvision_nms(boxes, ramp[:n], threshold)
-    keep = torch.zeros(n, dtype=torch.bool)
-    for value in group[:n].unique():
-        rows = (group[:n] == value).nonzero()[:, 0]
-        keep[rows[torchvision_nms(boxes[rows], ramp[: len(rows)], threshold)]] = True
-    return keep.nonzero()[:, 0]
-
-
-def _unordered_kept(segments: SortedSegments, s: int, kept: Tensor, group: Tensor | None, threshold: float) -> Tensor:
-    """Boxes of segment s whose score is NaN and that no kept box removes."""
-    rows = (segments.alive[s] & ~segments.suppresses[s]).nonzero()[:, 0]  # [n]
-    over = box_iou(segments.boxes[s, rows, None], segments.boxes[s, kept]) > threshold  # [n, kept]
-    if group is not None:
-        over &= group[rows, None] == group[kept]
-    return rows[~over.any(1)]
+@_soft_nms_traced.register_fake
+def _(
+    boxes: Tensor, scores: Tensor, gaussian: bool, iou_threshold: float, sigma: float, score_threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    indices = scores.new_empty(scores.shape, dtype=torch.int64)
+    return indices, scores.new_empty(scores.shape, dtype=torch.float32), indices.new_empty(1)
 
 
 def backend_reasons(boxes: Tensor) -> dict[str, list[str]]:
@@ -226,18 +242,21 @@ def _limit(name: str, max_output: int | None, count: int) -> int:
     return min(max_output, count)
 
 
-def _first(indices: Tensor, count: Tensor) -> Tensor:
-    """The first `count` entries of indices [M]: the one place where the host waits, since the length is asked for."""
+def _first(count: Tensor, *rows: Tensor) -> list[Tensor]:
+    """The first `count` [1] of each of `rows`: the one place where the host waits, since the length is asked for."""
     if torch.compiler.is_compiling():
-        return _first_traced(indices, count)
-    return indices[: int(count)]
+        return _first_traced(count, rows)
+    length = int(count)
+    return [tensor[:length] for tensor in rows]
 
 
 @torch.library.custom_op("tmask::first_rows", mutates_args=())
-def _first_traced(indices: Tensor, count: Tensor) -> Tensor:
-    return indices[: int(count)].clone()
+def _first_traced(count: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
+    length = int(count)
+    return [tensor[:length].clone() for tensor in rows]
 
 
 @_first_traced.register_fake
-def _(indices: Tensor, count: Tensor) -> Tensor:
-    return indices.new_empty(torch.library.get_ctx().new_dynamic_size())
+def _(count: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
+    length = torch.library.get_ctx().new_dynamic_size()
+    return [tensor.new_empty(length) for tensor in rows]

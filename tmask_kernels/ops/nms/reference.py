@@ -22,18 +22,23 @@ class SortedSegments(NamedTuple):
     suppresses: Tensor  # [S, K] bool: alive and with a score that is a number
 
 
-def sort_segments(boxes: Tensor, scores: Tensor, valid: Tensor | None) -> SortedSegments:
-    """Sort boxes [S, K, 4] by scores [S, K]; `valid` [S, K] bool marks the slots that hold a box (None: all)."""
+def sort_order(scores: Tensor, valid: Tensor | None) -> Tensor:
+    """Positions [S, K] int64 by falling score, ties by rising index; NaN and what is not `valid` stands last."""
     real = ~torch.isnan(scores)  # [S, K]
     if valid is not None:
         real = real & valid
     # Ascending by the negated score, since a descending sort would put NaN first. The NaN is written anew because a
     # negated one carries a sign bit, by which a radix sort may place it before all numbers.
-    order = torch.sort(torch.where(real, -scores, torch.nan), dim=1, stable=True).indices  # [S, K]
+    return torch.sort(torch.where(real, -scores, torch.nan), dim=1, stable=True).indices
+
+
+def sort_segments(boxes: Tensor, scores: Tensor, valid: Tensor | None) -> SortedSegments:
+    """Sort boxes [S, K, 4] by scores [S, K]; `valid` [S, K] bool marks the slots that hold a box (None: all)."""
+    order = sort_order(scores, valid)  # [S, K]
     boxes = boxes.float().gather(1, order[..., None].expand(-1, -1, 4))  # [S, K, 4]
-    suppresses = real.gather(1, order)  # [S, K]
-    alive = torch.ones_like(real) if valid is None else valid.gather(1, order)  # [S, K]
-    return SortedSegments(order, boxes, alive, suppresses)
+    suppresses = ~torch.isnan(scores.gather(1, order))  # [S, K]
+    alive = torch.ones_like(suppresses) if valid is None else valid.gather(1, order)  # [S, K]
+    return SortedSegments(order, boxes, alive, suppresses & alive)
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,245 @@
+"""soft_nms: hand-made answers, a plain loop in Python, edges one by one, mutants."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.test_nms import INF, NAN, UNIT, crowded, distinct_scores
+from tests.model.sync import count_blocking
+from tests.mutation import mutant
+from tmask_kernels import nms, soft_nms
+from tmask_kernels.ops.nms import kernels_soft, op, soft_reference
+from tmask_kernels.testing import guarded, poisoned_empty
+
+# The interpreter's numpy warns where the rules for NaN and inf are at work.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+HALF = [0.0, 0.0, 10.0, 5.0]  # IoU 0.5 with UNIT
+FAR = [50.0, 0.0, 60.0, 10.0]
+
+
+@pytest.fixture(params=["reference", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def loop(
+    boxes: Tensor, scores: Tensor, method: str, iou_threshold: float, sigma: float, score_threshold: float
+) -> tuple[list[int], list[float]]:
+    """Soft-NMS in Python's floats."""
+    left = dict(enumerate(scores.tolist()))
+    rows, indices, taken = boxes.double().tolist(), [], []
+    while left:
+        best = max(left, key=lambda i: (left[i], -i))
+        if left[best] < score_threshold:
+            break
+        indices.append(best)
+        taken.append(left.pop(best))
+        a = rows[best]
+        for i in left:
+            b = rows[i]
+            inter = max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+            iou = inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter)
+            if method == "gaussian":
+                left[i] *= math.exp(-iou * iou / sigma)
+            elif iou > iou_threshold:
+                left[i] *= 1 - iou
+    return indices, taken
+
+
+@pytest.mark.parametrize("method", ["linear", "gaussian"])
+@pytest.mark.parametrize("settings", [(0.3, 0.5, 1e-3), (0.0, 0.1, 0.0), (0.6, 3.0, 0.2)], ids=str)
+def test_equals_the_loop(
+    method: Any, settings: tuple[float, float, float], backend: str, device: torch.device, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(kernels_soft, "BLOCK", 32)
+    iou_threshold, sigma, score_threshold = settings
+    boxes, scores = crowded(70), distinct_scores(70)
+    indices, taken = soft_nms(
+        boxes.to(device), scores.to(device), method=method, iou_threshold=iou_threshold, sigma=sigma,
+        score_threshold=score_threshold, backend=backend,
+    )  # fmt: skip
+    expected, expected_scores = loop(boxes, scores, method, *settings)
+    assert indices.dtype == torch.int64
+    assert taken.dtype == torch.float32
+    # Scores that rounding moves past each other are far below these.
+    n = sum(score > 1e-3 for score in expected_scores)
+    assert n > 10
+    assert indices[:n].tolist() == expected[:n]
+    torch.testing.assert_close(taken[:n].cpu(), torch.tensor(expected_scores[:n]), rtol=1e-4, atol=0)
+    assert len(indices) == len(taken) == len(expected) or score_threshold == 0
+
+
+EDGES: dict[str, tuple[list[list[float]], list[float], list[int], list[float]]] = {
+    # boxes, scores, taken at a threshold of 0.5 and a score of 0.05 by linear decay, their new scores
+    "lowered by IoU": ([UNIT, HALF, FAR], [0.75, 0.5, 0.25], [0, 1, 2], [0.75, 0.5, 0.25]),  # a tie with 0.5
+    "over the threshold": ([UNIT, [0.0, 0.0, 10.0, 7.5], FAR], [0.75, 0.5, 0.25], [0, 2, 1], [0.75, 0.25, 0.125]),
+    "duplicates are dropped": ([UNIT, UNIT, FAR], [0.5, 0.75, 0.25], [1, 2], [0.75, 0.25]),
+    "equal scores by rising index": ([FAR, UNIT, UNIT], [0.5, 0.5, 0.5], [0, 1], [0.5, 0.5]),
+    "below the score": ([UNIT, FAR], [0.75, 0.01], [0], [0.75]),
+    "just the score": ([UNIT, FAR], [0.75, 0.0625], [0, 1], [0.75, 0.0625]),
+    "none": ([UNIT, FAR], [0.01, -1.0], [], []),
+    "NaN score": ([UNIT, UNIT, FAR], [NAN, 0.5, NAN], [1], [0.5]),
+    "infinite scores": ([UNIT, UNIT, FAR], [INF, INF, -INF], [0], [INF]),
+    "NaN coordinate": ([[0.0, NAN, 10.0, 10.0], UNIT, UNIT], [0.75, 0.5, 0.25], [0, 1], [0.75, 0.5]),
+    "NaN coordinate below": ([UNIT, [NAN, 0.0, 10.0, 10.0]], [0.75, 0.5], [0, 1], [0.75, 0.5]),
+    "inf coordinate": ([[0.0, 0.0, INF, 10.0], UNIT], [0.75, 0.5], [0, 1], [0.75, 0.5]),
+    "all inf": ([[-INF, -INF, INF, INF]] * 2, [0.75, 0.5], [0, 1], [0.75, 0.5]),
+    "zero area": ([[5.0, 5.0, 5.0, 5.0]] * 2, [0.75, 0.5], [0, 1], [0.75, 0.5]),
+    "inverted": ([[10.0, 10.0, 0.0, 0.0]] * 2 + [UNIT], [0.75, 0.5, 0.25], [0, 1, 2], [0.75, 0.5, 0.25]),
+    "negative coordinates": ([[-20.0, -20.0, -10.0, -10.0], [-20.0, -20.0, -10.0, -12.5]], [0.75, 0.5], [0, 1],
+                             [0.75, 0.125]),
+}  # fmt: skip
+EDGES["one that is lowered lowers with its own"] = (
+    [[0.0, 0.0, 16.0, 1.0], [0.0, 0.0, 12.0, 1.0], FAR], [1.0, 0.5, 0.25], [0, 2, 1], [1.0, 0.25, 0.125],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("edge", EDGES.values(), ids=EDGES.keys())
+def test_edges(edge: tuple[Any, Any, Any, Any], backend: str, device: torch.device) -> None:
+    boxes, scores, indices, taken = edge
+    args = torch.tensor(boxes, device=device), torch.tensor(scores, device=device)
+    got = soft_nms(*args, iou_threshold=0.5, score_threshold=0.0625, backend=backend)
+    assert got[0].tolist() == indices
+    assert got[1].tolist() == taken
+
+
+def test_gaussian_lowers_below_the_threshold_too(backend: str, device: torch.device) -> None:
+    args = torch.tensor([UNIT, HALF], device=device), torch.tensor([0.75, 0.5], device=device)
+    _, taken = soft_nms(*args, method="gaussian", sigma=0.5, iou_threshold=1.0, backend=backend)
+    torch.testing.assert_close(taken.cpu(), torch.tensor([0.75, 0.5 * math.exp(-0.5)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_other_dtypes_compute_in_float32(dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    boxes, scores = crowded(40).to(device, dtype), distinct_scores(40).to(device, dtype)
+    got = soft_nms(boxes, scores, backend=backend)
+    expected = soft_nms(boxes.float(), scores.float(), backend="reference")
+    assert got[0].equal(expected[0])
+    assert got[1].equal(expected[1])
+
+
+@pytest.mark.parametrize("method", ["linear", "gaussian"])
+def test_empty(method: Any, backend: str, device: torch.device) -> None:
+    indices, taken = soft_nms(
+        torch.empty(0, 4, device=device), torch.empty(0, device=device), method=method, backend=backend
+    )
+    assert (indices.tolist(), taken.tolist()) == ([], [])
+
+
+def test_begins_with_the_best_and_keeps_what_nms_keeps(backend: str, device: torch.device) -> None:
+    """Boxes that nothing overlaps by more than the threshold keep their scores."""
+    boxes, scores = crowded(60).to(device), (distinct_scores(60) + 0.01).to(device)
+    kept = nms(boxes, scores, 0.0, backend="reference")
+    alone = torch.stack([(soft_reference.box_iou(boxes[i], boxes) > 0).sum() == 1 for i in kept])
+    indices, taken = soft_nms(boxes, scores, iou_threshold=0.0, score_threshold=0.0, backend=backend)
+    assert indices[0] == scores.argmax()
+    assert (taken.diff() <= 0).all()
+    assert sorted(indices.tolist()) == list(range(60))
+    for i in kept[alone]:
+        assert taken[indices == i] == scores[i]
+
+
+# --- the kernel ------------------------------------------------------------------------------------------------------
+
+
+def check_soft(module: Any, device: torch.device) -> None:
+    """The kernel of `module` against the reference: linear bit for bit, several blocks."""
+    boxes, scores = torch.cat([crowded(50), torch.tensor([UNIT, HALF, FAR, [NAN] * 4]) - 128.0]), distinct_scores(54)
+    boxes[7] = boxes[6]
+    scores[10:20] = scores[40]
+    scores[[5, 6, 7, 50, 51, 52]] = torch.tensor([NAN, INF, INF, 1.0, 0.5, 0.03125])
+    for gaussian in (False, True):
+        args = guarded(boxes.to(device)), guarded(scores.to(device)), gaussian, 0.5, 0.5, 0.03125
+        with poisoned_empty():
+            got = module.soft_nms(*args)
+        expected = soft_reference.soft_nms_reference(*args)
+        assert expected[2] < 53
+        assert got[0].equal(expected[0])
+        assert got[2].equal(expected[2])
+        if gaussian:
+            torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=0)
+        else:
+            assert got[1].equal(expected[1])
+
+
+def test_kernel_equals_reference_behind_guard_bands(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels_soft, "BLOCK", 32)
+    check_soft(kernels_soft, device)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("iou > iou_threshold", "iou >= iou_threshold"),
+        ("1.0 - iou, 1.0)", "iou, 1.0)"),
+        ("iou * iou", "iou"),
+        ("top > best_score", "top >= best_score"),
+        ("tl.min(tl.where(score == top, rows, K), axis=0)", "tl.max(tl.where(score == top, rows, 0), axis=0)"),
+        ("(rows == last) | ", ""),
+        ("best_score >= score_threshold", "best_score > score_threshold"),
+        ("mask=mask, other=-float", "mask=mask, other=float"),
+        ("count += running.to(tl.int32)", "count += 1"),
+    ],
+    ids=["tie", "decay", "gaussian", "block", "index", "taken", "score", "end", "count"],
+)
+def test_a_broken_kernel_fails(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str
+) -> None:
+    broken = mutant(kernels_soft, old, new, tmp_path)
+    monkeypatch.setattr(broken, "BLOCK", 32)
+    with pytest.raises(AssertionError):
+        check_soft(broken, device)
+
+
+# --- tracing, waits, errors ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gaussian", [False, True])
+def test_opcheck(device: torch.device, gaussian: bool) -> None:
+    args = crowded(12).to(device), distinct_scores(12).to(device), gaussian, 0.3, 0.5, 0.1
+    for custom in (kernels_soft.soft_nms, op._soft_nms_traced):
+        torch.library.opcheck(custom, args)
+
+
+def test_compiles_where_dynamic_shapes_are_allowed(backend: str, device: torch.device) -> None:
+    def whole(boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        indices, taken = soft_nms(boxes * 2, scores, backend=backend)
+        return boxes[indices] * taken[:, None], taken
+
+    args = crowded(20).to(device), distinct_scores(20).to(device)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        got = torch.compile(whole, fullgraph=True, backend="aot_eager")(*args)
+    for ours, expected in zip(got, whole(*args), strict=True):
+        assert ours.equal(expected)
+
+
+def test_waits_once(device: torch.device) -> None:
+    with count_blocking() as found:
+        soft_nms(crowded(12).to(device), distinct_scores(12).to(device), backend="reference")
+    assert found == {"_local_scalar_dense": 1, "Tensor.__int__": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"boxes": torch.zeros(3, 3)}, r"boxes: expected float \[K, 4\]"),
+        ({"scores": torch.zeros(2)}, r"scores: expected float \[3\]"),
+        ({"method": "hard"}, "method: expected 'linear' or 'gaussian', got 'hard'"),
+        ({"iou_threshold": 1.5}, r"iou_threshold: expected a number in 0\.\.1, got 1.5"),
+        ({"sigma": 0.0}, "sigma: expected a positive number, got 0.0"),
+        ({"sigma": NAN}, "sigma: expected a positive number, got nan"),
+        ({"score_threshold": -1.0}, "score_threshold: expected a number of at least 0, got -1.0"),
+        ({"score_threshold": NAN}, "score_threshold: expected a number of at least 0, got nan"),
+        ({"backend": "torchvision"}, "does not exist for this op"),
+    ],
+    ids=["boxes", "scores", "method", "iou_threshold", "sigma", "sigma NaN", "score", "score NaN", "backend"],
+)
+def test_wrong_arguments(changes: dict[str, Any], message: str) -> None:
+    arguments = {"boxes": torch.zeros(3, 4), "scores": torch.zeros(3)} | changes
+    with pytest.raises(ValueError, match=message):
+        soft_nms(arguments.pop("boxes"), arguments.pop("scores"), **arguments)

@@ -1,0 +1,126 @@
+"""Boxes in the order in which NMS takes them, in Triton. Letters: S segments, K boxes of a segment.
+
+The sort is PyTorch's; one launch then gathers boxes, states and groups, whatever the strides of the caller's tensors.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tmask_kernels._triton import on_device
+from tmask_kernels.ops.nms.reference import sort_order
+
+BLOCK = 256
+
+# What a slot holds: no box (or one that is removed), one that removes nothing (its score is NaN), or a box.
+NO_BOX = tl.constexpr(0)
+HARMLESS = tl.constexpr(1)
+BOX = tl.constexpr(2)
+
+
+class SortedBoxes(NamedTuple):
+    """Contiguous, by falling score, ties by rising index, then NaN scores and, anywhere among these, empty slots."""
+
+    order: Tensor  # [S, K] int64: position in the caller's tensors
+    boxes: Tensor  # [S, K, 4] float32
+    state: Tensor  # [S, K] int8: NO_BOX, HARMLESS or BOX
+    groups: Tensor | None  # [S, K] int64: two boxes meet only if theirs are equal
+
+
+@triton.jit
+def load_boxes(ptr, rows, mask):
+    """Coordinates of boxes `rows`, NaN where masked: such a box overlaps nothing."""
+    x1 = tl.load(ptr + rows * 4, mask=mask, other=float("nan"))
+    y1 = tl.load(ptr + rows * 4 + 1, mask=mask, other=float("nan"))
+    x2 = tl.load(ptr + rows * 4 + 2, mask=mask, other=float("nan"))
+    y2 = tl.load(ptr + rows * 4 + 3, mask=mask, other=float("nan"))
+    return x1, y1, x2, y2
+
+
+@triton.jit
+def store_kept(ptr, rows, x1, y1, x2, y2, state, mask):
+    """Write boxes to a list of kept ones. A harmless one gets a coordinate that overlaps nothing."""
+    tl.store(ptr + rows * 4, tl.where(state == BOX, x1, float("nan")), mask=mask)
+    tl.store(ptr + rows * 4 + 1, y1, mask=mask)
+    tl.store(ptr + rows * 4 + 2, x2, mask=mask)
+    tl.store(ptr + rows * 4 + 3, y2, mask=mask)
+
+
+@triton.jit(do_not_specialize=["K", "slots"])
+def _sorted_kernel(
+    sorted_boxes_ptr,  # [S, K, 4] float32
+    state_ptr,  # [S, K] int8
+    sorted_groups_ptr,  # [S, K] int64, only with groups
+    order_ptr,  # [S, K] int64
+    boxes_ptr,  # [S, K, 4], and the rest [S, K], of any strides
+    scores_ptr,
+    valid_ptr,  # bool, only if HAS_VALID
+    groups_ptr,  # int64, only with groups
+    box_strides,
+    score_strides,
+    valid_strides,
+    group_strides,
+    K,
+    slots,  # S K
+    HAS_VALID: tl.constexpr,
+    HAS_GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = slot < slots
+    segment = slot // K
+    row = tl.load(order_ptr + slot, mask=mask, other=0)
+    score = tl.load(scores_ptr + segment * score_strides[0] + row * score_strides[1], mask=mask, other=0.0)
+    state = tl.where(score == score, BOX, HARMLESS)
+    if HAS_VALID:
+        valid = tl.load(valid_ptr + segment * valid_strides[0] + row * valid_strides[1], mask=mask, other=0)
+        state = tl.where(valid != 0, state, NO_BOX)
+    tl.store(state_ptr + slot, state.to(tl.int8), mask=mask)
+    if HAS_GROUPS:
+        group = tl.load(groups_ptr + segment * group_strides[0] + row * group_strides[1], mask=mask, other=0)
+        tl.store(sorted_groups_ptr + slot, group, mask=mask)
+    side = tl.arange(0, 4)[None, :]
+    source = boxes_ptr + (segment * box_strides[0] + row * box_strides[1])[:, None] + side * box_strides[2]
+    box = tl.load(source, mask=mask[:, None], other=0.0).to(tl.float32)
+    tl.store(sorted_boxes_ptr + slot[:, None] * 4 + side, box, mask=mask[:, None])
+
+
+def sort_boxes(boxes: Tensor, scores: Tensor, valid: Tensor | None, groups: Tensor | None) -> SortedBoxes:
+    """Sort boxes [S, K, 4] by scores [S, K], as `reference.sort_segments` does; S and K are not 0."""
+    S, K = scores.shape
+    order = sort_order(scores, valid).contiguous()  # that of a transposed tensor of scores is transposed too
+    out = SortedBoxes(
+        order=order,
+        boxes=torch.empty((S, K, 4), dtype=torch.float32, device=boxes.device),
+        state=torch.empty((S, K), dtype=torch.int8, device=boxes.device),
+        groups=None if groups is None else torch.empty((S, K), dtype=torch.int64, device=boxes.device),
+    )
+    # Tensors that are not there are never read; any of the same type serves.
+    valid_or_any = scores.new_empty((1, 1), dtype=torch.bool) if valid is None else valid
+    groups_or_any = order if groups is None else groups
+    with on_device(boxes):
+        _sorted_kernel[(triton.cdiv(S * K, BLOCK),)](
+            sorted_boxes_ptr=out.boxes,
+            state_ptr=out.state,
+            sorted_groups_ptr=order if out.groups is None else out.groups,
+            order_ptr=order,
+            boxes_ptr=boxes,
+            scores_ptr=scores,
+            valid_ptr=valid_or_any,
+            groups_ptr=groups_or_any,
+            box_strides=boxes.stride(),
+            score_strides=scores.stride(),
+            valid_strides=valid_or_any.stride(),
+            group_strides=groups_or_any.stride(),
+            K=K,
+            slots=S * K,
+            HAS_VALID=valid is not None,
+            HAS_GROUPS=groups is not None,
+            BLOCK=BLOCK,
+        )
+    return out
