@@ -811,7 +811,7 @@ GROUPS = {"Data": FILES, "Settings": SETTINGS, "Checkpoints": CHECKPOINTS, "Benc
 
 @dataclass(frozen=True)
 class PythonCase:
-    """`code` is evaluated with `tmask`, `torch`, a `model` of 3 classes, an `image` [3, 40, 50] and its `target`."""
+    """`code` is evaluated with `tmask`, `tmask_kernels`, `torch`, a `model` of 3 classes, an `image` [3, 40, 50] and its `target`."""
 
     what: str
     code: str
@@ -889,4 +889,19 @@ PYTHON = [
         "data/annotations.json: 1 of 3 images do not exist, first data/images/000000.png (image id 1)",
     ),
     PythonCase("checkpoint that does not exist", 'load_model("nowhere.pt")', "checkpoint nowhere.pt: no such file"),
+    PythonCase(
+        "IoU threshold above 1",
+        "tmask_kernels.nms(torch.zeros(3, 4), torch.zeros(3), 1.5)",
+        "nms: iou_threshold: expected a number in 0..1, got 1.5",
+    ),
+    PythonCase(
+        "fewer scores than boxes",
+        "tmask_kernels.soft_nms(torch.zeros(3, 4), torch.zeros(2))",
+        "soft_nms: scores: expected float [3], got torch.float32 [2]",
+    ),
+    PythonCase(
+        "unknown soft-NMS method",
+        'tmask_kernels.soft_nms(torch.zeros(3, 4), torch.zeros(3), method="hard")',
+        "soft_nms: method: expected 'linear' or 'gaussian', got 'hard'",
+    ),
 ]

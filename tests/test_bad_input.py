@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import tmask
+import tmask_kernels
 from tests.bad_inputs import (
     ACCEPTED,
     CHECKPOINT,
@@ -92,7 +93,8 @@ def test_it_is_told_in_one_line(case: Case, folder: Path, capfd: pytest.CaptureF
 def test_it_is_a_value_error_in_python(case: PythonCase, folder: Path) -> None:
     torch.manual_seed(0)
     FIRST.unlink()
-    names: dict[str, Any] = {"tmask": tmask, "torch": torch, "CocoDataset": CocoDataset, "load_model": load_model}
+    names: dict[str, Any] = {"tmask": tmask, "tmask_kernels": tmask_kernels, "torch": torch}
+    names |= {"CocoDataset": CocoDataset, "load_model": load_model}
     if case.code.startswith("model"):
         names["model"] = tmask.build_model("tiny", 3, min_size=32, max_size=64, fpn_channels=8)
     names["image"] = torch.rand(3, 40, 50)

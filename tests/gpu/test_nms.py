@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.cases import CASES, NMSCase
 from tests.gpu.tools import assert_same_bits, need_cuda, need_memory, peak_bytes, recorded, waiting_is_an_error
-from tmask_kernels import batched_nms, nms, padded_nms
+from tmask_kernels import batched_nms, nms, padded_nms, soft_nms
 from tmask_kernels.ops.boxes.proposals import top_indices
 from tmask_kernels.ops.nms.reference import box_iou, sort_segments
 from tmask_kernels.testing import random_boxes
@@ -31,7 +31,9 @@ def case_of(name: str, full: bool) -> NMSCase:
     if full:
         return case
     small = case.small()
-    return dataclasses.replace(small, lengths=tuple(min(n, 100) for n in small.lengths[-3:]))
+    # Segments of 140 boxes and more are taken in steps.
+    few = 140 if case.kind == "list" else 100
+    return dataclasses.replace(small, lengths=tuple(min(n, few) for n in small.lengths[-3:]))
 
 
 def assert_greedy(boxes: Tensor, scores: Tensor, valid: Tensor, kept: Tensor, threshold: float, limit: int) -> None:
@@ -133,6 +135,23 @@ def test_replays_from_a_graph(name: str, full: bool, device: torch.device) -> No
     assert_same_bits(replay(), expected)
     with waiting_is_an_error(device):
         call()
+
+
+@pytest.mark.parametrize("method", ["linear", "gaussian"])
+def test_soft_nms_equals_the_reference(method: str, full: bool, device: torch.device) -> None:
+    case = case_of("W7-1k", full)
+    (boxes,), (scores,), _ = case.inputs(device)
+    settings = {"method": method, "score_threshold": 0.01}
+    indices, taken = soft_nms(boxes, scores, backend="triton", **settings)
+    expected, expected_scores = soft_nms(boxes, scores, backend="reference", **settings)
+    assert len(indices) > 20
+    if method == "linear":
+        assert_same_bits((indices, taken), (expected, expected_scores))
+        return
+    # By the rounding of `exp` neighbours may change places, and the last be dropped.
+    assert abs(len(taken) - len(expected_scores)) <= 2
+    n = min(len(taken), len(expected_scores))
+    torch.testing.assert_close(taken[:n], expected_scores[:n], rtol=1e-4, atol=0)
 
 
 def test_memory_is_linear(full: bool, device: torch.device) -> None:

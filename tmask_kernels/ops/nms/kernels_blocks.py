@@ -210,7 +210,7 @@ def padded_nms_blocks(
         for start in range(0, K, launch.step):
             chunks = triton.cdiv(min(launch.step, K - start), launch.tile)
             most = chunks + triton.cdiv(min(start, M), launch.tile)  # tiles before a chunk
-            splits = max(1, min(launch.programs // (S * chunks), most))
+            splits = min(triton.cdiv(launch.programs, S * chunks), most)
             _step_kernel[(S * chunks * splits,)](
                 indices_ptr=indices,
                 counts_ptr=counts,
