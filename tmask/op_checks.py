@@ -71,6 +71,10 @@ def _bicubic(x: Inputs, backend: str) -> Tensor:
     return K.roi_align(x["features"], x["rois"], 7, 0.25, 2, True, interpolation="bicubic", backend=backend)
 
 
+def _max(x: Inputs, backend: str) -> Tensor:
+    return K.roi_align(x["features"], x["rois"], 4, 0.25, 2, True, reduction="max", backend=backend)
+
+
 def _pyramid_inputs() -> Inputs:
     boxes = torch.stack([_boxes(6, 120.0, seed=1, min_size=8.0), _boxes(6, 120.0, seed=2, min_size=8.0)])  # [2, 6, 4]
     levels = {"p2": _normal(2, 5, 31, 31), "p3": _normal(2, 5, 16, 16, seed=1), "p4": _normal(2, 5, 8, 8, seed=2)}
@@ -270,6 +274,14 @@ OP_CHECKS: tuple[OpCheck, ...] = (
         name="roi_align (bicubic)",
         make=_roi_inputs,
         call=_bicubic,
+        features=("features",),
+        dtypes=FEATURE_DTYPES,
+        gradients=("features",),
+    ),
+    OpCheck(
+        name="roi_align (max)",
+        make=_roi_inputs,
+        call=_max,
         features=("features",),
         dtypes=FEATURE_DTYPES,
         gradients=("features",),

@@ -95,6 +95,25 @@ def test_roi_align_boxes(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_roi_align_max(dtype: torch.dtype, layout: torch.memory_format, launched: list[str]) -> None:
+    kernels = importlib.import_module("tmask_kernels.ops.roi_align.kernels_max")
+    maps = [
+        torch.zeros(2, 40, 21 // k, 23 // k, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+        for k in (1, 2)
+    ]
+    boxes, valid = torch.rand(2, 6, 4), torch.ones(2, 6, dtype=torch.bool)
+    rest = (7, 7, [1 / 4, 1 / 8], [1.0])
+    out, _ = kernels.multiscale_roi_align_max(maps, boxes, valid, *rest, 0, True, None, True)
+    out.backward(torch.ones_like(out))
+    out, _ = kernels.multiscale_roi_align_max(maps, boxes, valid, *rest, 2, True, -0.5, True)
+    out.backward(torch.ones_like(out))
+    kernels.multiscale_roi_align_max(maps[:1], torch.rand(5, 5), None, 7, 7, [0.25], [], 2, False, None, False)
+    both_ways = ["_roi_align_max_kernel", "_touch_kernel", "_max_gather_kernel"]
+    assert launched == [*both_ways, *both_ways, "_roi_align_max_kernel"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
 def test_roi_pool(dtype: torch.dtype, layout: torch.memory_format, launched: list[str]) -> None:
     kernels = kernels_of("roi_pool")
     feature = torch.zeros(2, 40, 21, 23, dtype=dtype).contiguous(memory_format=layout).requires_grad_()

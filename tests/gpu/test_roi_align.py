@@ -1,5 +1,6 @@
 """RoIAlign at full size on a GPU: the reference in float64, torchvision's CUDA op, memory, more than 2^31 elements."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -41,7 +42,7 @@ def case_of(name: str, full: bool) -> RoICase:
 def pool(case: RoICase, features: list[Tensor], boxes: Tensor, backend: str = "triton") -> Tensor:
     return multiscale_roi_align(
         features, boxes, case.pooled, case.scales, sampling_ratio=case.sampling_ratio, aligned=case.aligned,
-        level_convention="torchvision", interpolation=case.interpolation, backend=backend,
+        level_convention="torchvision", interpolation=case.interpolation, reduction=case.reduction, backend=backend,
     )  # fmt: skip
 
 
@@ -56,7 +57,7 @@ def random_like(out: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["W1", "W2", "W3-bicubic", "W4-ratio2", "W4-ratio0"])
+@pytest.mark.parametrize("name", ["W1", "W2", "W3-bicubic", "W3-max", "W4-ratio2", "W4-ratio0"])
 def test_equals_the_reference(name: str, dtype: torch.dtype, layout: str, full: bool, device: torch.device) -> None:
     case = case_of(name, full)
     features, boxes = make(case, dtype, layout, device)
@@ -71,7 +72,9 @@ def test_equals_the_reference(name: str, dtype: torch.dtype, layout: str, full: 
         zip(gradients, torch.autograd.grad(expected, exact, upstream.double()), strict=True)
     ):
         assert got.dtype == dtype
-        assert_close(got, want, tolerance=FULL_TOLERANCES[dtype], name=f"gradient of level {level}")
+        # Of two samples that differ by less than float32 tells apart either may be the largest: a few in a million.
+        tolerance = FULL_TOLERANCES[dtype] if case.reduction == "mean" else Tolerance(max=math.inf, rms=0.01)
+        assert_close(got, want, tolerance=tolerance, name=f"gradient of level {level}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)  # torchvision's op has no bfloat16

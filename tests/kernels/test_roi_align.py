@@ -474,7 +474,7 @@ def test_invalid_boxes_take_no_gradient() -> None:
         ({"valid": torch.ones(2, 4, dtype=torch.bool)}, r"valid: expected bool \[N, P\]"),
         ({"valid": torch.ones(2, 3)}, r"valid: expected bool \[N, P\]"),
         ({"output_size": (0, 2)}, "output_size: expected at least 1 x 1"),
-        ({"reduction": "max"}, "reduction: 'max' is not implemented yet"),
+        ({"reduction": "min"}, "reduction: expected one of mean, max, got .min."),
         ({"interpolation": "nearest"}, "interpolation: expected one of"),
         ({"interpolation": "bicubic", "cubic_coeff": math.nan}, "cubic_coeff: expected a finite number, got nan"),
         ({"input": torch.zeros(2, 3, 8)}, "features: expected"),

@@ -23,6 +23,7 @@ from tmask.model import losses, roi_heads
 from tmask.op_checks import OP_CHECKS, OpCheck
 from tmask_kernels.ops.boxes import kernels as box_kernels
 from tmask_kernels.ops.roi_align import kernels as roi_align_kernels
+from tmask_kernels.ops.roi_align import kernels_max as roi_align_max_kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*using the reference backend on CUDA")
 
@@ -157,6 +158,11 @@ def test_gradients_of_the_kernels_stay_on_the_gpu() -> None:
         assert [(g.shape, g.dtype, g.device) for g in gradients] == [(m.shape, m.dtype, CUDA) for m in maps]
         assert (to_boxes.shape, to_boxes.dtype, to_boxes.device) == (boxes.shape, boxes.dtype, CUDA)
         assert rest == [None] * 8
+        context.mark_non_differentiable = context.set_materialize_grads = lambda _: None
+        out, index = roi_align_max_kernels.multiscale_roi_align_max(*inputs, True)
+        roi_align_max_kernels._setup_context(context, (*inputs, True), (out, index))
+        gradients, *_ = roi_align_max_kernels._backward(context, torch.empty_like(out), None)
+        assert [(g.shape, g.dtype, g.device) for g in gradients] == [(m.shape, m.dtype, CUDA) for m in maps]
         deltas, anchors = torch.empty(2, 9, 4, dtype=torch.bfloat16, device=CUDA), torch.empty(9, 4, device=CUDA)
         inputs = (deltas, anchors, [1.0] * 4, 4.0, None, torch.empty(2, 2, dtype=torch.int64, device=CUDA))
         box_kernels._setup_decode(context, inputs, out)

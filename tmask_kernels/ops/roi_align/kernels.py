@@ -12,7 +12,7 @@ The backward is in `kernels_backward` and, to the boxes, in `kernels_boxes`. All
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -36,7 +36,7 @@ from tmask_kernels.ops.roi_align.kernels_geometry import (
 
 
 @triton.jit
-def _add_cubic(tile, base, y, x, H, W, stride_h, stride_w, channels, mask, CUBIC: tl.constexpr):
+def add_cubic(tile, base, y, x, H, W, stride_h, stride_w, channels, mask, CUBIC: tl.constexpr):
     """Add to `tile` [BLOCK_PW, BLOCK_C] a bicubic sample of each bin, at y and x [BLOCK_PW], a row of taps at a time.
 
     Four loads are under way at once, as many as of a bilinear sample.
@@ -141,7 +141,7 @@ def _roi_align_kernel(
                 v11 = tl.load(row_high + right, mask=mask, other=0.0).to(ACC)
                 tile += (1.0 - ly) * ((1.0 - lx) * v00 + lx * v01) + ly * ((1.0 - lx) * v10 + lx * v11)
             else:
-                tile = _add_cubic(tile, base, y, x, H, W, stride_h, stride_w, channels, mask, CUBIC)
+                tile = add_cubic(tile, base, y, x, H, W, stride_h, stride_w, channels, mask, CUBIC)
             ix += 1
         iy += 1
     tl.store(out_ptrs, (tile * share).to(out_ptr.dtype.element_ty), mask=out_mask)
@@ -166,7 +166,8 @@ def pick_tile(C: int, PW: int, channels_last: bool) -> Tile:
     return Tile(block_pw, block_c, num_warps=max(1, min(4, 4 * block_pw * block_c // elements)))
 
 
-def _launch(
+def launch(
+    kernel: triton.JITFunction,
     out: Tensor,
     features: Sequence[Tensor],
     boxes: Tensor,
@@ -176,18 +177,18 @@ def _launch(
     sampling_ratio: int,
     aligned: bool,
     cubic: float | None,
+    **more: Any,
 ) -> None:
-    """Fill `out` [K, C, PH, PW] from `features` (one [N, C, H, W] a level)."""
+    """Fill `out` [K, C, PH, PW], which has elements, from `features` (one [N, C, H, W] a level, of which one has).
+
+    kernel: that of the mean, or another with `more` arguments.
+    """
     K, C, PH, PW = out.shape
-    if not out.numel() or not any(f.numel() for f in features):
-        out.zero_()
-        return
     boxes = boxes.contiguous()
     channels_last = all(f.stride(1) == 1 for f in features)
     tile = pick_tile(C, PW, channels_last)
-    grid = (K * triton.cdiv(C, tile.block_c) * PH,)
     with on_device(out):
-        _roi_align_kernel[grid](
+        kernel[(K * triton.cdiv(C, tile.block_c) * PH,)](
             out_ptr=out,
             feature_ptrs=tuple(features),
             boxes_ptr=boxes,
@@ -217,6 +218,7 @@ def _launch(
             num_warps=tile.num_warps,
             # A fused coord * scale - 0.5 would round differently from the reference, and an adaptive grid with it.
             enable_fp_fusion=False,
+            **more,
         )
 
 
@@ -229,7 +231,7 @@ def is_channels_last(features: Sequence[Tensor]) -> bool:
     return all(f.stride(1) == 1 and f.shape[1] > 1 for f in features)
 
 
-def _empty_out(features: Sequence[Tensor], boxes: Tensor, height: int, width: int) -> Tensor:
+def empty_out(features: Sequence[Tensor], boxes: Tensor, height: int, width: int) -> Tensor:
     num_boxes = boxes.shape[0] * (boxes.shape[1] if boxes.dim() == 3 else 1)
     shape = (num_boxes, features[0].shape[1], height, width)
     like = features[0]
@@ -252,14 +254,16 @@ def multiscale_roi_align(
     cubic: float | None,
 ) -> Tensor:
     """Pool boxes [N, P, 4] (fp32, valid [N, P] bool) or [K, 5]: [K, C, PH, PW]. Arguments as in `reference`."""
-    out = _empty_out(features, boxes, pooled_height, pooled_width)
-    _launch(out, features, boxes, valid, scales, thresholds, sampling_ratio, aligned, cubic)
-    return out
+    out = empty_out(features, boxes, pooled_height, pooled_width)
+    if out.numel() and any(f.numel() for f in features):
+        launch(_roi_align_kernel, out, features, boxes, valid, scales, thresholds, sampling_ratio, aligned, cubic)
+        return out
+    return out.zero_()
 
 
 @multiscale_roi_align.register_fake
 def _(features, boxes, valid, pooled_height, pooled_width, scales, thresholds, sampling_ratio, aligned, cubic):
-    return _empty_out(features, boxes, pooled_height, pooled_width)
+    return empty_out(features, boxes, pooled_height, pooled_width)
 
 
 def _setup_context(ctx, inputs, output):

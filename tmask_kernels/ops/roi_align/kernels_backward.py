@@ -220,7 +220,7 @@ def multiscale_roi_align_backward(
     cubic: float | None,
 ) -> list[Tensor]:
     """Gradient of `multiscale_roi_align` to each level [N, C, H, W], summed in fp32, in the dtype of `out_grad`."""
-    grads = _empty_gradients(out_grad, num_images, heights, widths, channels_last)
+    grads = empty_gradients(out_grad, num_images, heights, widths, channels_last)
     if any(g.numel() for g in grads):
         _launch(grads, out_grad, boxes, valid, scales, thresholds, sampling_ratio, aligned, cubic)
     return grads
@@ -231,10 +231,10 @@ def _(
     out_grad, boxes, valid, num_images, heights, widths, channels_last, scales, thresholds, sampling_ratio, aligned,
     cubic,
 ):  # fmt: skip
-    return _empty_gradients(out_grad, num_images, heights, widths, channels_last)
+    return empty_gradients(out_grad, num_images, heights, widths, channels_last)
 
 
-def _empty_gradients(
+def empty_gradients(
     out_grad: Tensor, num_images: int, heights: Sequence[int], widths: Sequence[int], channels_last: bool
 ) -> list[Tensor]:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format

@@ -85,7 +85,8 @@ def window(bin_start, step, grid, length, SAMPLING_RATIO: tl.constexpr):
     """First sample of a bin to visit, and how many: the adaptive grid of a huge box has most outside the map.
 
     With an adaptive grid samples are at least half a cell apart (or there is just one), so at most
-    2 * (length + 1) + 1 fall inside [-1, length]; one more on either side absorbs rounding.
+    2 * (length + 1) + 1 fall inside [-1, length]; one more on either side absorbs rounding. So one of the samples
+    beyond a border is visited, if there are any.
     """
     if SAMPLING_RATIO > 0:
         first = tl.zeros_like(bin_start)
@@ -155,3 +156,12 @@ def cubic_slope(at, tap, CUBIC: tl.constexpr):
     far = CUBIC * (3.0 * distance - 4.0) * (distance - 2.0)
     slope = tl.where(distance <= 1.0, near, far)
     return tl.where(offset < 0, -slope, slope)
+
+
+@triton.jit
+def samples_a_row(SAMPLING_RATIO: tl.constexpr):
+    """Numbers that the indices of kept samples leave for a row of a bin's samples: row x this + column.
+
+    The window of an adaptive grid has at most 2 * length + 5 rows and columns, which leaves 16 bits for either.
+    """
+    return SAMPLING_RATIO if SAMPLING_RATIO > 0 else 65536

@@ -14,8 +14,11 @@ from tmask_kernels.ops._boxes_input import boxes_as_tensor, check_features, chec
 from tmask_kernels.ops._levels import level_thresholds
 from tmask_kernels.ops.roi_align.cpu import multiscale_roi_align_cpu
 from tmask_kernels.ops.roi_align.reference import multiscale_roi_align_reference
+from tmask_kernels.ops.roi_align.reference_max import multiscale_roi_align_max_reference
 
 MAX_TRITON_LEVELS = 5
+# The row and the column of the sample that an adaptive grid keeps have 15 and 16 bits, for two samples a cell.
+MAX_ADAPTIVE_SIDE = 16_000
 
 
 def roi_align(
@@ -32,7 +35,7 @@ def roi_align(
     cubic_coeff: float = -0.5,
     backend: str | None = None,
 ) -> Tensor:
-    """Average samples of a feature map in each bin of each box: [K, C, PH, PW].
+    """Average samples of a feature map in each bin of each box, or keep the largest: [K, C, PH, PW].
 
     input [N, C, H, W], fp16, bf16, fp32 or fp64, contiguous or channels_last. boxes, xyxy in image pixels: [K, 5] with
     the image's index first, a list of N tensors [L, 4], or [N, P, 4] with `valid` [N, P] bool (then K = N * P).
@@ -48,7 +51,10 @@ def roi_align(
     the adaptive grid; with a fixed one, the value at the point or the mirrored crop.
 
     Boxes and sums are fp32 (fp64 for fp64 input); the result has the input's dtype and, on CUDA, its memory format.
-    Differentiable in `input` and `boxes`. Not implemented yet: "max".
+    reduction: "max" keeps the largest sample of a bin in place of the mean; a sample outside counts as 0 there too, a
+    NaN wins. Its gradient goes to the cells of that sample, the first of equals; to none where it lies outside.
+    Differentiable in `input` and `boxes`; in the boxes of "max" with backend="reference" alone, which cannot be traced
+    where the grid of "max" is adaptive.
     Errors: ValueError for a wrong shape, dtype, device or option. Sources: Mask R-CNN (He et al. 2017), section 3;
     Cubic convolution interpolation (Keys 1981).
     """
@@ -117,24 +123,28 @@ def _roi_align(
     boxes = boxes.to(torch.float64 if features[0].dtype == torch.float64 else torch.float32)
 
     device = features[0].device
-    reasons: dict[str, list[str]] = {"reference": []}
-    torchvision, triton = _torchvision_reasons(features, boxes, traced, cubic), _triton_reasons(features, boxes)
+    is_max, adaptive = reduction == "max", sampling_ratio <= 0
+    torchvision = _torchvision_reasons(features, boxes, traced, is_max, cubic)
+    triton = _triton_reasons(features, boxes, is_max, adaptive)
+    reference = ["the adaptive grid of max is searched as far as the data say, which cannot be traced"]
+    reference = reference if is_max and adaptive and traced else []
     if device.type == "cuda":
-        reasons = {"triton": triton, "reference": [], "torchvision": torchvision}
+        reasons = {"triton": triton, "reference": reference, "torchvision": torchvision}
     else:
-        reasons = {"torchvision": torchvision, "reference": [], "triton": triton}
+        reasons = {"torchvision": torchvision, "reference": reference, "triton": triton}
     chosen = resolve(op, backend, reasons, device=device)
-    if chosen == "triton":
-        from tmask_kernels.ops.roi_align import kernels
-
-        return kernels.multiscale_roi_align(
-            features, boxes, valid, size[0], size[1], scales, thresholds, sampling_ratio, aligned, cubic
-        )
     if chosen == "torchvision":
         return multiscale_roi_align_cpu(features, boxes, valid, size, scales, sampling_ratio, aligned, thresholds)
-    return multiscale_roi_align_reference(
-        features, boxes, valid, size, scales, sampling_ratio, aligned, thresholds, cubic
-    )
+    if chosen == "reference":
+        pool = multiscale_roi_align_max_reference if is_max else multiscale_roi_align_reference
+        return pool(features, boxes, valid, size, scales, sampling_ratio, aligned, thresholds, cubic)
+    from tmask_kernels.ops.roi_align import kernels, kernels_max
+
+    shared = (features, boxes, valid, size[0], size[1], scales, thresholds, sampling_ratio, aligned, cubic)
+    if is_max:
+        keep_index = torch.is_grad_enabled() and any(f.requires_grad for f in features)
+        return kernels_max.multiscale_roi_align_max(*shared, keep_index)[0]
+    return kernels.multiscale_roi_align(*shared)
 
 
 def _check_options(size: tuple[int, int], reduction: str, interpolation: str, cubic_coeff: float) -> None:
@@ -146,14 +156,16 @@ def _check_options(size: tuple[int, int], reduction: str, interpolation: str, cu
     ):
         if got not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {got!r}")
-    if reduction == "max":
-        raise ValueError("reduction: 'max' is not implemented yet, expected 'mean'")
     if not math.isfinite(cubic_coeff):
         raise ValueError(f"cubic_coeff: expected a finite number, got {cubic_coeff}")
 
 
-def _torchvision_reasons(features: list[Tensor], boxes: Tensor, traced: bool, cubic: float | None) -> list[str]:
+def _torchvision_reasons(
+    features: list[Tensor], boxes: Tensor, traced: bool, is_max: bool, cubic: float | None
+) -> list[str]:
     reasons = []
+    if is_max:
+        reasons.append("has no max of samples")
     if cubic is not None:
         reasons.append("has no bicubic interpolation")
     if features[0].device.type != "cpu":
@@ -165,10 +177,14 @@ def _torchvision_reasons(features: list[Tensor], boxes: Tensor, traced: bool, cu
     return reasons
 
 
-def _triton_reasons(features: list[Tensor], boxes: Tensor) -> list[str]:
+def _triton_reasons(features: list[Tensor], boxes: Tensor, is_max: bool, adaptive: bool) -> list[str]:
     reasons = triton_reasons(features[0], boxes)
     if features[0].dtype == torch.float64 and features[0].device.type == "cuda":
         reasons.append("float64 features run in the interpreter only")
     if len(features) > MAX_TRITON_LEVELS:
         reasons.append(f"at most {MAX_TRITON_LEVELS} levels")
+    if is_max and adaptive and max(max(f.shape[2:]) for f in features) > MAX_ADAPTIVE_SIDE:
+        reasons.append(f"max of an adaptive grid: maps of at most {MAX_ADAPTIVE_SIDE} cells a side")
+    if is_max and torch.is_grad_enabled() and boxes.requires_grad:
+        reasons.append("no gradient to the boxes of max")
     return reasons

@@ -100,6 +100,13 @@ def is_finite(boxes: Tensor) -> Tensor:
     return torch.isfinite(box_sizes(boxes.detach())).all(-1)
 
 
+def in_cells(boxes: Tensor, scale: float, aligned: bool) -> tuple[Tensor, Tensor]:
+    """Start and size [..., 2], x y in cells, of boxes [..., 4] in pixels."""
+    corners = boxes * scale - (0.5 if aligned else 0.0)
+    size = corners[..., 2:] - corners[..., :2]
+    return corners[..., :2], size if aligned else size.clamp(min=1.0)
+
+
 def box_levels(boxes: Tensor, level_thresholds: list[float]) -> Tensor:
     """Level index of boxes [..., 4], int64 [...]: how many thresholds the area reaches. Inverted boxes: level 0."""
     sides = box_sizes(boxes.detach())
@@ -123,10 +130,7 @@ def _pool(
     N, C, H, W = feature.shape
     P = boxes.shape[1]
     PH, PW = output_size
-    corners = boxes * scale - (0.5 if aligned else 0.0)
-    start, size = corners[..., :2], corners[..., 2:] - corners[..., :2]  # [N, P, 2] x, y in cells
-    if not aligned:
-        size = size.clamp(min=1.0)
+    start, size = in_cells(boxes, scale, aligned)  # [N, P, 2] x, y
     weight_x = axis_weights(start[..., 0], size[..., 0], PW, W, sampling_ratio, cubic=cubic)  # [N, P, PW, W]
     weight_y = axis_weights(start[..., 1], size[..., 1], PH, H, sampling_ratio, cubic=cubic)  # [N, P, PH, H]
     rows = feature.permute(0, 2, 1, 3).reshape(N, H, C * W)
