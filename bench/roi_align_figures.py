@@ -70,6 +70,9 @@ POOLS: dict[str, Pool] = {
     "RoIPool": roi_pool,
     "RoIAlign, `aligned=False`": lambda f, b, size, scale: roi_align(f, b, size, scale),
     "RoIAlign, `aligned=True`": lambda f, b, size, scale: roi_align(f, b, size, scale, aligned=True),
+    "RoIAlign, `aligned=True`, max": lambda f, b, size, scale: roi_align(
+        f, b, size, scale, aligned=True, reduction="max", backend="reference"
+    ),
     "RoIAlign, `aligned=True`, bicubic": lambda f, b, size, scale: roi_align(
         f, b, size, scale, aligned=True, interpolation="bicubic", backend="reference"
     ),

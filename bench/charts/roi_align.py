@@ -13,8 +13,8 @@ from bench import roi_align_figures as data
 from bench.charts.style import GREY, STYLE
 
 # Colour-blind safe (Okabe and Ito 2008).
-BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-LINES = dict(zip(data.POOLS, (VERMILION, PURPLE, BLUE, GREEN), strict=True))
+BLUE, VERMILION, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
+LINES = dict(zip(data.POOLS, (VERMILION, PURPLE, BLUE, ORANGE, GREEN), strict=True))
 
 DPI = 150
 COLOURS = 256  # of the written files: a photograph in all of them takes four times the bytes
@@ -183,8 +183,8 @@ def shifts() -> Any:
     """Three panels: the ramp, one bin of the photograph, and the difference from the exact shift over all bins."""
     from matplotlib import pyplot
 
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(9, 3.3))
-    figure.subplots_adjust(left=0.055, right=0.985, bottom=0.28, top=0.92, wspace=0.3)
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(9, 3.5))
+    figure.subplots_adjust(left=0.055, right=0.985, bottom=0.32, top=0.925, wspace=0.3)
     shift = (torch.arange(data.FINE + 1) / data.FINE).numpy()
     for name, pool in data.POOLS.items():
         colour, label = LINES[name], name.replace("`", "")
@@ -208,5 +208,5 @@ def shifts() -> Any:
         ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "1/4", "1/2", "3/4", "1"])
         ax.grid(color="#E4E4E4", linewidth=0.7)
         ax.set_axisbelow(True)
-    figure.legend(loc="lower center", ncols=4, frameon=False, bbox_to_anchor=(0.5, 0.0), fontsize=9)
+    figure.legend(loc="lower center", ncols=3, frameon=False, bbox_to_anchor=(0.5, 0.0), fontsize=9)
     return figure

@@ -10,7 +10,6 @@ from torch import Tensor
 import tmask
 from tests.model.conftest import SMALL
 from tests.model.sync import count_blocking
-from tmask.model import roi_heads
 from tmask.structures import Detections, ImageBatch, Targets
 from tmask_kernels import multiscale_roi_align, use_backend
 from tmask_kernels.testing import random_boxes
@@ -23,6 +22,7 @@ EXTRACTORS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "fixed ratio": ({"sampling_ratio": 2}, {"sampling_ratio": 2}),
     "unaligned": ({"aligned": False}, {"sampling_ratio": 0, "aligned": False}),
     "bicubic": ({"interpolation": "bicubic"}, {"sampling_ratio": 0, "interpolation": "bicubic"}),
+    "max": ({"reduction": "max", "sampling_ratio": 2}, {"reduction": "max", "sampling_ratio": 2}),
     "roi_pool": ({"op": "roi_pool"}, None),
 }
 
@@ -88,7 +88,7 @@ def test_both_heads_get_what_the_extractor_reads(name: str, batch: tuple[ImageBa
     assert found.counts.sum() > 0
 
 
-@pytest.mark.parametrize("name", ["bicubic", "roi_pool"])
+@pytest.mark.parametrize("name", ["bicubic", "max", "roi_pool"])
 def test_every_extractor_trains_without_waiting(name: str, batch: tuple[ImageBatch, Targets]) -> None:
     model = model_of(name)
     with use_backend("reference"), count_blocking() as found:
@@ -102,15 +102,6 @@ def test_every_extractor_trains_without_waiting(name: str, batch: tuple[ImageBat
         assert parameter.grad.isfinite().all(), key
     for part in (model.backbone, model.fpn, model.roi_heads.box_head, model.roi_heads.mask_head):
         assert all(p.grad.any() for p in part.parameters() if p.dim() > 1)
-
-
-def test_the_reduction_is_handed_to_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(roi_heads, "multiscale_roi_align", lambda *args, **options: calls.append(options))
-    for reduction in ("mean", "max"):
-        model = tmask.build_model("tiny", num_classes=4, roi_extractor={"reduction": reduction}, **SMALL)
-        model.roi_heads.extractor([], torch.zeros(1, 1, 4), torch.ones(1, 1, dtype=torch.bool), 7)
-    assert [options["reduction"] for options in calls] == ["mean", "max"]
 
 
 def test_convention_decides_what_is_not_set() -> None:
