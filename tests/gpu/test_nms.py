@@ -137,6 +137,27 @@ def test_replays_from_a_graph(name: str, full: bool, device: torch.device) -> No
         call()
 
 
+@pytest.mark.parametrize("name", ["W5", "W7-10k"])
+def test_the_result_does_not_depend_on_which_program_is_last(name: str, full: bool, device: torch.device) -> None:
+    case = case_of(name, full)
+    boxes, scores, valid = case.inputs(device)
+    first, *others = [
+        padded_nms(boxes, scores, case.threshold, valid=valid, max_output=case.boxes, backend="triton")
+        for _ in range(100 if full else 2)
+    ]
+    for other in others:
+        assert_same_bits(other, first)
+
+
+def test_a_chain_of_removals(full: bool, device: torch.device) -> None:
+    """Each box removes the next, so every second is kept: as many rounds inside a step as it has boxes."""
+    count = 5_000 if full else 150
+    left = torch.arange(count, device=device)[:, None] * 4.0
+    boxes = torch.cat([left, left * 0, left + 10, left * 0 + 10], 1)
+    scores = torch.linspace(1, 0.5, count, device=device)
+    assert_same_bits(nms(boxes, scores, 0.4, backend="triton"), torch.arange(0, count, 2, device=device))
+
+
 @pytest.mark.parametrize("method", ["linear", "gaussian"])
 def test_soft_nms_equals_the_reference(method: str, full: bool, device: torch.device) -> None:
     case = case_of("W7-1k", full)
