@@ -469,6 +469,18 @@ SETTINGS = [
         "--model.convention: roi_sampling_ratio: expected at least 0, got -1",
         code=2,
     ),
+    Case(
+        "unknown loss",
+        "train --model.losses.box iou",
+        "--model.losses.box: expected 'giou'?, got iou",
+        code=2,
+    ),
+    Case(
+        "impossible prior of a focal loss",
+        "train --model.losses.rpn_objectness focal --model.losses.focal_prior 1",
+        "--model.losses: focal_prior: expected in (0, 1), got 1.0",
+        code=2,
+    ),
     Case("wrong type", "train --train.steps many", "--train.steps: expected a whole number, got many", code=2),
     Case(
         "wrong type in the config file",

@@ -12,6 +12,7 @@ from tmask.config import (
     CONVENTIONS,
     Convention,
     DataConfig,
+    LossConfig,
     ModelConfig,
     RoIExtractorConfig,
     TrainConfig,
@@ -31,8 +32,9 @@ FIELDS = {
         rpn_post_nms_top_n_train rpn_post_nms_top_n_test rpn_nms_threshold rpn_min_size rpn_score_threshold
         roi_extractor box_pool_size box_head_dim box_fg_iou box_bg_iou box_batch_size box_positive_fraction
         box_score_threshold box_nms_threshold max_detections mask_pool_size mask_head_channels mask_head_layers
-        loss_rpn_objectness loss_rpn_box loss_classifier loss_box loss_mask""",
+        losses loss_rpn_objectness loss_rpn_box loss_classifier loss_box loss_mask""",
     RoIExtractorConfig: """op reduction interpolation sampling_ratio aligned level_convention""",
+    LossConfig: """rpn_objectness rpn_box classifier box focal_alpha focal_gamma focal_prior""",
 }
 
 
@@ -109,6 +111,12 @@ def test_the_two_conventions_differ_and_are_named() -> None:
         (RoIExtractorConfig, {"op": "roi_pool", "aligned": True}, "aligned: expected None, as roi_pool has no such"),
         (ModelConfig, {"roi_extractor": "roi_pool"}, "roi_extractor: expected a RoIExtractorConfig, got 'roi_pool'"),
         (ModelConfig, {"roi_extractor": {"opp": 1}}, "roi_extractor: unknown RoIExtractorConfig setting 'opp'"),
+        (LossConfig, {"rpn_objectness": "focl"}, "rpn_objectness: expected 'focal'?, got 'focl'"),
+        (LossConfig, {"box": "iou"}, "box: expected 'giou'?, got 'iou'"),
+        (LossConfig, {"focal_alpha": 1.5}, "focal_alpha: expected 0..1, or below 0 for no weights, got 1.5"),
+        (LossConfig, {"focal_gamma": -1.0}, "focal_gamma: expected at least 0, got -1.0"),
+        (LossConfig, {"focal_prior": 1.0}, "focal_prior: expected in (0, 1), got 1.0"),
+        (LossConfig, {"focal_gamma": 1.0}, "focal_gamma: expected 2.0, as neither rpn_objectness nor classifier is"),
         (ModelConfig, {"num_classes": 1}, "num_classes: expected at least 2 (background and one class), got 1"),
         (ModelConfig, {"num_classes": 3.0}, "num_classes: expected a whole number, got 3.0"),
         (ModelConfig, {"num_classes": True}, "num_classes: expected a whole number, got True"),

@@ -11,6 +11,7 @@ from tmask.model.backbone import ResNet, load_backbone, warn_if_random_and_froze
 from tmask.model.box_head import BoxHead
 from tmask.model.detector import MaskRCNN
 from tmask.model.fpn import FPN
+from tmask.model.losses import Focal
 from tmask.model.mask_head import MaskHead
 from tmask.model.roi_heads import RoIExtractor, RoIHeads
 from tmask.model.rpn import RPN, TopN
@@ -102,7 +103,14 @@ def _rpn(config: ModelConfig) -> RPN:
         nms_threshold=config.rpn_nms_threshold,
         min_size=config.rpn_min_size,
         score_threshold=config.rpn_score_threshold,
+        focal=_focal(config) if config.losses.rpn_objectness == "focal" else None,
+        box_loss=config.losses.rpn_box,
     )
+
+
+def _focal(config: ModelConfig) -> Focal:
+    own = config.losses
+    return Focal(alpha=own.focal_alpha, gamma=own.focal_gamma, prior=own.focal_prior)
 
 
 def _roi_extractor(config: ModelConfig) -> RoIExtractor:
@@ -119,6 +127,7 @@ def _roi_extractor(config: ModelConfig) -> RoIExtractor:
 
 
 def _roi_heads(config: ModelConfig) -> RoIHeads:
+    by_sigmoid = config.losses.classifier == "sigmoid_focal"
     return RoIHeads(
         extractor=_roi_extractor(config),
         box_head=BoxHead(
@@ -126,6 +135,8 @@ def _roi_heads(config: ModelConfig) -> RoIHeads:
             pool_size=config.box_pool_size,
             hidden=config.box_head_dim,
             num_classes=config.num_classes,
+            background=not by_sigmoid,
+            class_bias=_focal(config).bias if by_sigmoid else 0.0,
         ),
         mask_head=MaskHead(
             in_channels=config.fpn_channels,
@@ -143,4 +154,7 @@ def _roi_heads(config: ModelConfig) -> RoIHeads:
         nms_threshold=config.box_nms_threshold,
         max_detections=config.max_detections,
         mask_targets=config.convention.mask_targets,
+        class_loss=config.losses.classifier,
+        box_loss=config.losses.box,
+        focal=_focal(config),
     )

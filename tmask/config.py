@@ -16,6 +16,7 @@ from tmask.checks import check_fields, nearest, require
 BackboneName = Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101"]
 NormName = Literal["bn", "frozen_bn", "gn"]
 ConventionName = Literal["detectron2", "torchvision"]
+BoxLossName = Literal["smooth_l1", "giou", "diou", "ciou"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,32 @@ class RoIExtractorConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Which losses the detector learns by; their weights are ModelConfig's ``loss_...``."""
+
+    # Focal: of all anchors, none drawn, over the number of positives; rpn_batch_size and its fraction are not used.
+    rpn_objectness: Literal["bce", "focal"] = "bce"
+    rpn_box: BoxLossName = "smooth_l1"  # the others: 1 - IoU of the decoded box, with a penalty
+    # sigmoid_focal: a classifier without background, over the number of positives, sigmoid scores in inference.
+    classifier: Literal["softmax", "softmax_focal", "sigmoid_focal"] = "softmax"
+    box: BoxLossName = "smooth_l1"
+    focal_alpha: float = 0.25  # weight of positives in a sigmoid loss, 1 - alpha of negatives; below 0: no weights
+    focal_gamma: float = 2.0  # 0: cross-entropy
+    focal_prior: float = 0.01  # probability of an object that a sigmoid loss begins with
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(self.focal_alpha <= 1, "focal_alpha", "0..1, or below 0 for no weights", self.focal_alpha)
+        require(self.focal_gamma >= 0, "focal_gamma", "at least 0", self.focal_gamma)
+        require(0 < self.focal_prior < 1, "focal_prior", "in (0, 1)", self.focal_prior)
+        if self.rpn_objectness == "bce" and self.classifier == "softmax":
+            for item in dataclasses.fields(self):
+                name, value = item.name, getattr(self, item.name)
+                expected = f"{item.default!r}, as neither rpn_objectness nor classifier is focal"
+                require(not name.startswith("focal_") or value == item.default, name, expected, value)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The detector. Defaults are the published Mask R-CNN R50-FPN; sizes are pixels of the resized image."""
 
@@ -146,7 +173,8 @@ class ModelConfig:
     mask_head_channels: int = 256
     mask_head_layers: int = 4
 
-    # Loss weights
+    # Losses and their weights
+    losses: LossConfig = field(default_factory=LossConfig)
     loss_rpn_objectness: float = 1.0
     loss_rpn_box: float = 1.0
     loss_classifier: float = 1.0

@@ -99,6 +99,15 @@ def test_roi_pool_stays_on_the_gpu(mode: str) -> None:
     assert not watch.ops & {"multiscale_roi_align"}
 
 
+@pytest.mark.parametrize("mode", ["train", "inference"])
+@pytest.mark.parametrize(("classifier", "box"), [("sigmoid_focal", "ciou"), ("softmax_focal", "giou")])
+def test_focal_and_iou_losses_stay_on_the_gpu(mode: str, classifier: str, box: str) -> None:
+    losses = {"rpn_objectness": "focal", "rpn_box": "diou", "classifier": classifier, "box": box}
+    watch = run(mode, losses=losses)
+    assert not watch.elsewhere
+    assert ("sigmoid_focal_loss" in watch.ops) == (mode == "train")
+
+
 def test_a_constant_of_the_cpu_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     real = losses._masked_sum
     monkeypatch.setattr(losses, "_masked_sum", lambda values, mask: real(values, mask) * torch.tensor(1.0))

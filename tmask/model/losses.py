@@ -1,51 +1,160 @@
-"""The five losses of Mask R-CNN: L = L_rpn_cls + L_rpn_box + L_cls + L_box + L_mask. Each gives a float32 scalar.
+"""The losses of RPN and box head; that of the masks is `tmask_kernels.mask_bce`. Each gives a float32 scalar.
 
-All work on fixed-size samples with a validity mask, so no shape depends on data. Letters: N images, S sampled slots,
-R RoIs (N * S), C classes with background.
+All work on fixed-size samples with a validity mask, so no shape depends on data. Letters: N images, S slots (sampled,
+or all anchors), C classes with background.
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tmask_kernels import decode_boxes, encode_boxes, sigmoid_focal_loss, softmax_focal_loss
+
 SMOOTH_L1_BETA = 1 / 9  # where the box loss turns from quadratic to linear, as in torchvision and py-faster-rcnn
+IOU_EPSILON = 1e-7  # in the denominators, as in torchvision
+FAR_NEGATIVE = -1e4  # a logit whose focal loss is exactly 0 beside a target of 0, and so is its gradient
+
+Weights = tuple[float, float, float, float]
+BoxLoss = Literal["smooth_l1", "giou", "diou", "ciou"]
+ClassLoss = Literal["softmax", "softmax_focal", "sigmoid_focal"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Focal:
+    """The focal loss of Lin et al. 2017: `alpha` weighs positives (1 - alpha negatives; below 0: neither), `gamma`
+    holds down what is easy, `prior` is the probability of an object that a sigmoid classifier begins with.
+    """
+
+    alpha: float
+    gamma: float
+    prior: float
+
+    @property
+    def bias(self) -> float:
+        """Of the classifier, so that it begins at the prior: with 0 the many negatives would swamp the first steps."""
+        return -math.log((1 - self.prior) / self.prior)
 
 
 def rpn_losses(
-    objectness: Tensor, deltas: Tensor, target_deltas: Tensor, positive: Tensor, valid: Tensor
+    objectness: Tensor,
+    deltas: Tensor,
+    anchors: Tensor,
+    matched: Tensor,
+    positive: Tensor,
+    valid: Tensor,
+    *,
+    focal: Focal | None,
+    box_loss: BoxLoss,
 ) -> tuple[Tensor, Tensor]:
-    """Objectness and box loss of the sampled anchors.
+    """Objectness and box loss of the anchors in `valid`, of which `positive` also learn boxes.
 
-    objectness [N, S] logits, deltas and target_deltas [N, S, 4], positive and valid [N, S] bool. Both losses are
-    divided by the number of sampled anchors of the batch. Source: Ren et al. 2015, equation 1.
+    objectness [N, S] logits; deltas, anchors and the ground truth `matched` [N, S, 4]; positive and valid [N, S] bool.
+    Without `focal` binary cross-entropy, and both losses are divided by the number of valid anchors (Ren et al. 2015,
+    equation 1); with it both are divided by the number of positive ones (Lin et al. 2017, section 4.1).
     """
-    num_sampled = valid.sum().clamp(min=1)
-    entropy = F.binary_cross_entropy_with_logits(objectness.float(), positive.float(), reduction="none")
-    box = _smooth_l1(deltas, target_deltas)
-    return _masked_sum(entropy, valid) / num_sampled, _masked_sum(box, positive) / num_sampled
+    count = (valid if focal is None else positive).sum().clamp(min=1)
+    if focal is None:
+        entropy = F.binary_cross_entropy_with_logits(objectness.float(), positive.float(), reduction="none")
+        loss = _masked_sum(entropy, valid)
+    else:
+        loss = _focal_sum(objectness, positive, valid, focal)
+    box = _box_regression(box_loss, deltas, anchors, matched, positive, (1.0, 1.0, 1.0, 1.0))
+    return loss / count, _masked_sum(box, positive) / count
 
 
 def box_losses(
-    class_logits: Tensor, deltas: Tensor, labels: Tensor, target_deltas: Tensor, positive: Tensor, valid: Tensor
+    class_logits: Tensor,
+    deltas: Tensor,
+    labels: Tensor,
+    rois: Tensor,
+    matched: Tensor,
+    positive: Tensor,
+    valid: Tensor,
+    *,
+    class_loss: ClassLoss,
+    focal: Focal | None,
+    box_loss: BoxLoss,
+    weights: Weights,
 ) -> tuple[Tensor, Tensor]:
     """Classification and box loss of the sampled RoIs.
 
-    class_logits [N, S, C], deltas [N, S, C, 4], labels [N, S] (0 background), target_deltas [N, S, 4]. Only the four
-    deltas of the RoI's own class enter the box loss. Both are divided by the number of sampled RoIs of the batch.
+    class_logits [N, S, C], without the background's column [N, S, C - 1] for sigmoid_focal; deltas [N, S, C, 4]; labels
+    [N, S] (0 background); rois and the ground truth `matched` [N, S, 4]. Only the four deltas of the RoI's own class
+    enter the box loss. Both are divided by the number of sampled RoIs of the batch, sigmoid_focal by that of positives.
     Source: Girshick 2015, "Fast R-CNN", equations 1-3.
     """
-    num_sampled = valid.sum().clamp(min=1)
-    entropy = F.cross_entropy(class_logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+    sampled = valid.sum().clamp(min=1)
+    if class_loss == "sigmoid_focal":
+        assert focal is not None
+        classes = torch.arange(1, class_logits.shape[-1] + 1, device=labels.device)
+        of_class = labels[..., None] == classes  # [N, S, C - 1]
+        loss = _focal_sum(class_logits, of_class, valid[..., None], focal) / positive.sum().clamp(min=1)
+    elif class_loss == "softmax_focal":
+        assert focal is not None
+        loss = _masked_sum(softmax_focal_loss(class_logits.float(), labels, gamma=focal.gamma), valid) / sampled
+    else:
+        entropy = F.cross_entropy(class_logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+        loss = _masked_sum(entropy, valid.flatten()) / sampled
     own = deltas.gather(2, labels[:, :, None, None].expand(-1, -1, 1, 4)).squeeze(2)  # [N, S, 4]
-    box = _smooth_l1(own, target_deltas)
-    return _masked_sum(entropy, valid.flatten()) / num_sampled, _masked_sum(box, positive) / num_sampled
+    box = _box_regression(box_loss, own, rois, matched, positive, weights)
+    return loss, _masked_sum(box, positive) / sampled
 
 
-def _smooth_l1(deltas: Tensor, target: Tensor) -> Tensor:
-    """Smooth L1 summed over the four deltas: [N, S, 4] to [N, S]."""
-    return F.smooth_l1_loss(deltas.float(), target, beta=SMOOTH_L1_BETA, reduction="none").sum(dim=-1)
+def class_probabilities(class_logits: Tensor, class_loss: ClassLoss) -> Tensor:
+    """Probabilities of the foreground classes [..., C - 1], by the activation that `class_loss` trains."""
+    if class_loss == "sigmoid_focal":
+        return class_logits.float().sigmoid()
+    return class_logits.float().softmax(dim=-1)[..., 1:]
+
+
+def _focal_sum(logits: Tensor, targets: Tensor, valid: Tensor, focal: Focal) -> Tensor:
+    logits = torch.where(valid, logits, FAR_NEGATIVE)
+    return sigmoid_focal_loss(logits, targets & valid, focal.alpha, focal.gamma, "sum")
+
+
+def _box_regression(
+    kind: BoxLoss, deltas: Tensor, anchors: Tensor, matched: Tensor, positive: Tensor, weights: Weights
+) -> Tensor:
+    """Loss of each box: [N, S, 4] to [N, S]. Smooth L1 of the deltas, or `iou_loss` of the decoded boxes."""
+    if kind == "smooth_l1":
+        target = encode_boxes(matched, anchors, weights)
+        return F.smooth_l1_loss(deltas.float(), target, beta=SMOOTH_L1_BETA, reduction="none").sum(dim=-1)
+    boxes = decode_boxes(deltas.float(), anchors, weights=weights)
+    # Of a box without area the ratio of sides is 0 / 0, whose gradient no later mask takes away.
+    unit = (torch.arange(4, device=boxes.device) >= 2).to(boxes.dtype)
+    own = positive[..., None]
+    return iou_loss(kind, torch.where(own, boxes, unit), torch.where(own, matched, unit))
+
+
+def iou_loss(kind: BoxLoss, boxes: Tensor, target: Tensor) -> Tensor:
+    """1 - IoU and a penalty that has a gradient where boxes do not meet: boxes [..., 4] to [...].
+
+    giou: the share of the box around both that neither fills (Rezatofighi et al. 2019). diou: the squared distance of
+    the centres over the diagonal of the box around both; ciou: and the difference of the ratios of sides (Zheng et al.
+    2020, whose factor alpha is held constant). torchvision's values; its own functions select boxes by value, for which
+    the host has to wait.
+    """
+    low, high = torch.minimum(boxes, target), torch.maximum(boxes, target)
+    overlap = (low[..., 2:] - high[..., :2]).clamp(min=0).prod(-1)
+    side, target_side = boxes[..., 2:] - boxes[..., :2], target[..., 2:] - target[..., :2]
+    union = side.prod(-1) + target_side.prod(-1) - overlap
+    iou = overlap / (union + IOU_EPSILON)
+    around = high[..., 2:] - low[..., :2]  # sides of the box around both
+    if kind == "giou":
+        return 1 - iou + (around.prod(-1) - union) / (around.prod(-1) + IOU_EPSILON)
+    apart = (boxes[..., :2] + boxes[..., 2:] - target[..., :2] - target[..., 2:]) / 2
+    loss = 1 - iou + apart.square().sum(-1) / (around.square().sum(-1) + IOU_EPSILON)
+    if kind == "diou":
+        return loss
+    angles = [torch.atan(sides[..., 0] / sides[..., 1]) for sides in (target_side, side)]
+    ratio = 4 / math.pi**2 * (angles[0] - angles[1]).square()
+    return loss + (ratio / (1 - iou + ratio + IOU_EPSILON)).detach() * ratio
 
 
 def _masked_sum(values: Tensor, mask: Tensor) -> Tensor:

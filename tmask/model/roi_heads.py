@@ -14,13 +14,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tmask.model.losses import box_losses
+from tmask.model.losses import BoxLoss, ClassLoss, Focal, box_losses, class_probabilities
 from tmask.model.sampling import Sampler, sample, take_rows
 from tmask.structures import Detections, ImageBatch, Proposals, SampledRois, Targets
 from tmask_kernels import (
     decode_boxes,
     detections,
-    encode_boxes,
     mask_bce,
     mask_targets,
     match_anchors,
@@ -74,7 +73,8 @@ class RoIHeads(nn.Module):
 
     `fg_iou`, `bg_iou`: a RoI is positive at or above the first, negative below the second. `batch_size` RoIs an image
     enter the losses, at most `positive_fraction` of them positive. `mask_targets` names the convention of the
-    28 x 28 targets. `sampler` draws the RoIs.
+    28 x 28 targets. `sampler` draws the RoIs. `class_loss` and `box_loss` name the box head's losses; `focal` has the
+    parameters of a focal one.
     """
 
     def __init__(
@@ -94,6 +94,9 @@ class RoIHeads(nn.Module):
         max_detections: int,
         mask_targets: str,
         sampler: Sampler = sample,
+        class_loss: ClassLoss = "softmax",
+        box_loss: BoxLoss = "smooth_l1",
+        focal: Focal | None = None,
     ) -> None:
         super().__init__()
         self.extractor = extractor
@@ -105,6 +108,7 @@ class RoIHeads(nn.Module):
         self.max_detections = max_detections
         self.mask_targets = mask_targets
         self.sampler = sampler
+        self.class_loss, self.box_loss, self.focal = class_loss, box_loss, focal
 
     def losses(
         self, features: Sequence[Tensor], proposals: Proposals, images: ImageBatch, targets: Targets, *, compact: bool
@@ -117,9 +121,14 @@ class RoIHeads(nn.Module):
             class_logits,
             deltas,
             rois.labels,
-            encode_boxes(matched, rois.boxes, BOX_CODE_WEIGHTS),
+            rois.boxes,
+            matched,
             rois.positive,
             rois.valid,
+            class_loss=self.class_loss,
+            focal=self.focal,
+            box_loss=self.box_loss,
+            weights=BOX_CODE_WEIGHTS,
         )
         mask_loss = self._mask_loss(features, rois, images, targets, compact=compact)
         return {"loss_classifier": classifier_loss, "loss_box_reg": box_loss, "loss_mask": mask_loss}
@@ -131,9 +140,8 @@ class RoIHeads(nn.Module):
         valid = proposals.valid()
         class_logits, deltas = self._box_branch(features, proposals.boxes, valid)
         boxes = decode_boxes(deltas.float(), proposals.boxes[:, :, None], weights=BOX_CODE_WEIGHTS)  # [N, P, C, 4]
-        probabilities = class_logits.float().softmax(dim=-1)  # [N, P, C]
         boxes, scores, labels, counts = detections(
-            probabilities[:, :, 1:],
+            class_probabilities(class_logits, self.class_loss),  # [N, P, C - 1]
             boxes[:, :, 1:],
             valid=valid,
             image_sizes=images.sizes,
@@ -142,7 +150,7 @@ class RoIHeads(nn.Module):
             max_detections=self.max_detections,
         )
         found = torch.arange(boxes.shape[1], device=boxes.device) < counts[:, None]  # [N, D]
-        # The background column was left out above: column 0 is label 1. Padding stays 0.
+        # The scores have no column of the background: column 0 is label 1. Padding stays 0.
         labels = torch.where(found, labels + 1, 0)
         masks = self._mask_probabilities(features, boxes, labels, found, compact=compact)
         return Detections(boxes, scores, labels, counts, masks)

@@ -12,16 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tmask.model.losses import rpn_losses
+from tmask.model.losses import BoxLoss, Focal, rpn_losses
 from tmask.model.sampling import Sampler, sample, take_rows
 from tmask.structures import ImageBatch, Proposals, Targets
-from tmask_kernels import AnchorSpec, encode_boxes, make_anchors, match_anchors, rpn_proposals
+from tmask_kernels import AnchorSpec, make_anchors, match_anchors, rpn_proposals
 
 
 class RPNHead(nn.Module):
-    """A 3x3 convolution shared by all levels, then objectness and box deltas for the A anchors of each cell."""
+    """A 3x3 convolution shared by all levels, then objectness and box deltas for the A anchors of each cell.
 
-    def __init__(self, channels: int, num_anchors: int) -> None:
+    `objectness_bias`: what the objectness begins with.
+    """
+
+    def __init__(self, channels: int, num_anchors: int, *, objectness_bias: float = 0.0) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.objectness = nn.Conv2d(channels, num_anchors, 1)
@@ -31,6 +34,7 @@ class RPNHead(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
+        nn.init.constant_(self.objectness.bias, objectness_bias)  # type: ignore[arg-type]
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """[N, C, H, W] each to logits [N, A, H, W] each and deltas [N, 4A, H, W] each."""
@@ -50,7 +54,8 @@ class RPN(nn.Module):
 
     `fg_iou`, `bg_iou`: an anchor is positive at or above the first, negative below the second. `batch_size` anchors
     an image enter the loss, at most `positive_fraction` of them positive. `pre_nms_top_n` is a level's limit,
-    `post_nms_top_n` an image's. `min_size` in pixels. `sampler` draws the anchors of the losses.
+    `post_nms_top_n` an image's. `min_size` in pixels. `sampler` draws the anchors of the losses. With `focal` the
+    objectness learns from all anchors by that loss, and nothing is drawn. `box_loss` is that of positive anchors.
     """
 
     def __init__(
@@ -68,15 +73,22 @@ class RPN(nn.Module):
         min_size: float,
         score_threshold: float,
         sampler: Sampler = sample,
+        focal: Focal | None = None,
+        box_loss: BoxLoss = "smooth_l1",
     ) -> None:
         super().__init__()
-        self.head = RPNHead(channels, len(anchors.sizes[0]) * len(anchors.aspect_ratios))
+        self.head = RPNHead(
+            channels,
+            len(anchors.sizes[0]) * len(anchors.aspect_ratios),
+            objectness_bias=0.0 if focal is None else focal.bias,
+        )
         self.anchors = anchors
         self.fg_iou, self.bg_iou = fg_iou, bg_iou
         self.batch_size, self.positive_fraction = batch_size, positive_fraction
         self.pre_nms_top_n, self.post_nms_top_n = pre_nms_top_n, post_nms_top_n
         self.nms_threshold, self.min_size, self.score_threshold = nms_threshold, min_size, score_threshold
         self.sampler = sampler
+        self.focal, self.box_loss = focal, box_loss
 
     def forward(
         self, features: Sequence[Tensor], images: ImageBatch, targets: Targets | None
@@ -113,19 +125,25 @@ class RPN(nn.Module):
             low=self.bg_iou,
             allow_low_quality=True,
         )  # [N, T]
-        chosen = self.sampler(
-            matches >= 0, matches == -1, size=self.batch_size, positive_fraction=self.positive_fraction
-        )  # [N, S]
-
         # Anchors run by level, row, column, then anchor of the cell; the maps hold the anchor before the cell.
         logits = torch.cat([x.permute(0, 2, 3, 1).flatten(1) for x in objectness], dim=1)  # [N, T]
         flat = torch.cat([x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4) for x in deltas], dim=1)  # [N, T, 4]
-        matched = take_rows(targets.boxes, matches.gather(1, chosen.rows).clamp(min=0))  # [N, S, 4]
+        if self.focal is None:
+            chosen = self.sampler(
+                matches >= 0, matches == -1, size=self.batch_size, positive_fraction=self.positive_fraction
+            )  # [N, S]
+            logits, flat, anchors = logits.gather(1, chosen.rows), take_rows(flat, chosen.rows), anchors[chosen.rows]
+            matches, positive, valid = matches.gather(1, chosen.rows), chosen.positive, chosen.valid
+        else:
+            anchors, positive, valid = anchors.expand_as(flat), matches >= 0, matches >= -1  # -2 is ignored
         objectness_loss, box_loss = rpn_losses(
-            logits.gather(1, chosen.rows),
-            take_rows(flat, chosen.rows),
-            encode_boxes(matched, anchors[chosen.rows]),
-            chosen.positive,
-            chosen.valid,
+            logits,
+            flat,
+            anchors,
+            take_rows(targets.boxes, matches.clamp(min=0)),
+            positive,
+            valid,
+            focal=self.focal,
+            box_loss=self.box_loss,
         )
         return {"loss_objectness": objectness_loss, "loss_rpn_box_reg": box_loss}

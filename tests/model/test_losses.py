@@ -1,0 +1,325 @@
+"""The losses that the config names are the ones executed, on the right anchors and RoIs, with the right divisor."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+
+import tmask
+from tests.model.conftest import SMALL, images_and_targets
+from tests.model.sync import count_blocking
+from tmask.model import losses, roi_heads
+from tmask.model.losses import FAR_NEGATIVE, Focal, box_losses, class_probabilities, rpn_losses
+from tmask.structures import ImageBatch, Targets
+from tmask_kernels import decode_boxes, sigmoid_focal_loss, use_backend
+from tmask_kernels.testing import assert_close, random_boxes
+
+NAMES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg")
+# Setting, the functions it must call (of tmask.model.losses or torch), and the loss that they make.
+CHOICES = [
+    ({}, F, "binary_cross_entropy_with_logits", "loss_objectness"),
+    ({}, F, "cross_entropy", "loss_classifier"),
+    ({"rpn_objectness": "focal"}, losses, "sigmoid_focal_loss", "loss_objectness"),
+    ({"classifier": "sigmoid_focal"}, losses, "sigmoid_focal_loss", "loss_classifier"),
+    ({"classifier": "softmax_focal"}, losses, "softmax_focal_loss", "loss_classifier"),
+    *[
+        ({field: name}, losses, "iou_loss", loss)
+        for field, loss in (("rpn_box", "loss_rpn_box_reg"), ("box", "loss_box_reg"))
+        for name in ("giou", "diou", "ciou")
+    ],
+]
+THEIRS = {
+    "giou": torchvision.ops.generalized_box_iou_loss,
+    "diou": torchvision.ops.distance_box_iou_loss,
+    "ciou": torchvision.ops.complete_box_iou_loss,
+}
+FOCAL = Focal(alpha=0.25, gamma=2.0, prior=0.01)
+
+
+def build(**chosen: Any) -> tmask.MaskRCNN:
+    torch.manual_seed(0)
+    return tmask.build_model("tiny", num_classes=4, losses=chosen, **SMALL)
+
+
+def training_losses(model: tmask.MaskRCNN) -> dict[str, Tensor]:
+    images, targets = model.transform(*images_and_targets())
+    torch.manual_seed(1)  # the draws
+    return model.train().forward_padded(images, targets)
+
+
+@contextmanager
+def tripled(where: Any, name: str) -> Iterator[list[Any]]:
+    """Inside the block a function gives three times what it gives. Yields the first argument of each call."""
+    real, seen = getattr(where, name), []
+
+    def thrice(first: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(first)
+        return 3 * real(first, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(where, name, thrice)
+        yield seen
+
+
+@pytest.mark.parametrize(
+    ("chosen", "where", "function", "loss"), CHOICES, ids=[f"{c or 'default'}-{f}" for c, _, f, _ in CHOICES]
+)
+def test_the_chosen_loss_is_the_one_executed(chosen: dict[str, str], where: Any, function: str, loss: str) -> None:
+    """Tripling the chosen function triples its loss and no other, and moves nothing of the model without the choice."""
+    model = build(**chosen)
+    plain = training_losses(model)
+    with tripled(where, function) as seen:
+        changed = training_losses(model)
+        calls = list(seen)
+        default = training_losses(build())
+    assert plain[loss] > 0
+    for name in plain:
+        # The mask loss is binary cross-entropy too on a CPU.
+        if name in NAMES:
+            assert_close(changed[name], plain[name].double() * (3 if name == loss else 1), name=name)
+    assert torch.isfinite(torch.stack(list(plain.values()))).all()
+    if function == "iou_loss":
+        assert calls == list(chosen.values())
+    if chosen:
+        unchanged = training_losses(build())
+        assert all(torch.equal(default[name], unchanged[name]) for name in unchanged)
+
+
+def test_a_chosen_loss_replaces_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Tensor:
+        raise AssertionError("the default loss, or the sampler of anchors, was called")
+
+    model = build(rpn_objectness="focal", rpn_box="ciou", classifier="sigmoid_focal", box="giou")
+    model.rpn.sampler = refuse
+    for name in ("cross_entropy", "smooth_l1_loss"):
+        monkeypatch.setattr(F, name, refuse)
+    sum(training_losses(model).values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+# RPN
+
+
+def rpn_inputs() -> dict[str, Tensor]:
+    kind = torch.arange(40).view(2, 20) % 5  # 0 positive, 1 ignored, the others negative
+    anchors = random_boxes(40, height=60, width=60, min_size=8).view(2, 20, 4)
+    return {
+        "objectness": torch.randn(2, 20).requires_grad_(),
+        "deltas": (0.1 * torch.randn(2, 20, 4)).requires_grad_(),
+        "anchors": anchors,
+        "matched": anchors + torch.randn(2, 20, 4),
+        "positive": kind == 0,
+        "valid": kind != 1,
+    }
+
+
+def test_focal_objectness_is_of_all_anchors_over_the_positives() -> None:
+    x = rpn_inputs()
+    x["objectness"].data[0, 1] = torch.inf  # ignored
+    loss, box = rpn_losses(**x, focal=FOCAL, box_loss="smooth_l1")
+    used = x["valid"].nonzero(as_tuple=True)
+    expected = torchvision.ops.sigmoid_focal_loss(x["objectness"][used], x["positive"][used].float(), reduction="sum")
+    assert_close(loss, expected.double() / 8)
+    (gradient,), (want,) = (torch.autograd.grad(value, x["objectness"]) for value in (loss, expected / 8))
+    assert_close(gradient, want.double())
+    plain, plain_box = rpn_losses(**x, focal=None, box_loss="smooth_l1")
+    entropy = F.binary_cross_entropy_with_logits(x["objectness"][used], x["positive"][used].float())
+    assert_close(plain, entropy.double())
+    assert_close(box * 8, plain_box.double() * 32)
+
+
+def test_far_negatives_have_no_loss_and_no_gradient() -> None:
+    for gamma in (0.0, 0.5, 2.0):
+        x = torch.full((3,), FAR_NEGATIVE, requires_grad=True)
+        for backend in ("reference", "triton"):
+            loss = sigmoid_focal_loss(x, torch.zeros(3), -1.0, gamma, "sum", backend=backend)
+            assert loss == 0
+            assert not torch.autograd.grad(loss, x)[0].any()
+
+
+def test_focal_objectness_learns_from_every_anchor_but_the_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the model: the gradient of each logit says whether its anchor took part."""
+    model, seen = build(rpn_objectness="focal"), {}
+
+    def watch(logits: Tensor, *args: Any, **kwargs: Any) -> Any:
+        logits.retain_grad()
+        seen.update(logits=logits, positive=args[3], valid=args[4])
+        return rpn_losses(logits, *args, **kwargs)
+
+    monkeypatch.setattr("tmask.model.rpn.rpn_losses", watch)
+    training_losses(model)["loss_objectness"].backward()
+    gradient = seen["logits"].grad
+    assert seen["valid"].shape == gradient.shape
+    assert seen["valid"].sum() > 10 * model.rpn.batch_size
+    assert not seen["valid"].all()
+    assert seen["positive"].any()
+    assert torch.equal(gradient != 0, seen["valid"])
+
+
+# Box head
+
+
+def head_inputs(columns: int = 4) -> dict[str, Tensor]:
+    labels = torch.tensor([[1, 3, 0, 0, 2, 0]])
+    rois = random_boxes(6, height=60, width=60, min_size=8)[None]
+    return {
+        "class_logits": torch.randn(1, 6, columns).requires_grad_(),
+        "deltas": (0.1 * torch.randn(1, 6, 4, 4)).requires_grad_(),
+        "labels": labels,
+        "rois": rois,
+        "matched": rois + torch.randn(1, 6, 4),
+        "positive": labels > 0,
+        "valid": torch.tensor([[True] * 5 + [False]]),
+    }
+
+
+WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+
+
+def test_sigmoid_focal_has_no_background_and_divides_by_positives() -> None:
+    x = head_inputs(columns=3)
+    loss, _ = box_losses(**x, class_loss="sigmoid_focal", focal=FOCAL, box_loss="smooth_l1", weights=WEIGHTS)
+    hot = torch.tensor([[1, 0, 0], [0, 0, 1], [0, 0, 0], [0, 0, 0], [0, 1, 0.0]])
+    expected = torchvision.ops.sigmoid_focal_loss(x["class_logits"][0, :5], hot, reduction="sum") / 3
+    assert_close(loss, expected.double())
+    assert not torch.autograd.grad(loss, x["class_logits"])[0][0, 5].any()
+
+
+def test_softmax_focal_is_a_mean_over_sampled_rois() -> None:
+    x = head_inputs()
+    loss, _ = box_losses(**x, class_loss="softmax_focal", focal=FOCAL, box_loss="smooth_l1", weights=WEIGHTS)
+    p = x["class_logits"][0, :5].softmax(-1)[torch.arange(5), x["labels"][0, :5]]
+    assert_close(loss, (-((1 - p) ** 2) * p.log()).mean().double())
+    entropy = Focal(alpha=-1, gamma=0, prior=0.01)
+    plain, _ = box_losses(**x, class_loss="softmax", focal=None, box_loss="smooth_l1", weights=WEIGHTS)
+    same, _ = box_losses(**x, class_loss="softmax_focal", focal=entropy, box_loss="smooth_l1", weights=WEIGHTS)
+    assert_close(same, plain.double())
+
+
+@pytest.mark.parametrize("kind", ["giou", "diou", "ciou"])
+def test_box_losses_are_torchvisions_of_the_decoded_boxes(kind: str) -> None:
+    x = head_inputs()
+    x["rois"][0, 5] = 0  # an empty slot
+    x["matched"][0, 2:4] = 0  # background of an image without ground truth
+    _, box = box_losses(**x, class_loss="softmax", focal=None, box_loss=kind, weights=WEIGHTS)
+    theirs = THEIRS[kind]
+    rows = [0, 1, 4]
+    own = x["deltas"][0, rows, x["labels"][0, rows]]
+    boxes = decode_boxes(own, x["rois"][0, rows], weights=WEIGHTS)
+    expected = theirs(boxes, x["matched"][0, rows], reduction="sum") / 5
+    assert_close(box, expected.double())
+    (gradient,), (want,) = (torch.autograd.grad(value, x["deltas"]) for value in (box, expected))
+    assert_close(gradient, want.double())
+    assert torch.equal(gradient.flatten(3).any(-1)[0].nonzero()[:, 0], torch.tensor(rows))
+
+
+def test_no_positives_give_finite_losses_with_a_graph() -> None:
+    for kind in ("smooth_l1", "giou", "diou", "ciou"):
+        x, y = rpn_inputs(), head_inputs(columns=3)
+        for values in (x, y):
+            values["positive"][:], values["matched"][:] = False, 0
+        y["labels"][:] = 0
+        found = [
+            *rpn_losses(**x, focal=FOCAL, box_loss=kind),
+            *box_losses(**y, class_loss="sigmoid_focal", focal=FOCAL, box_loss=kind, weights=WEIGHTS),
+        ]
+        assert found[0] > 0
+        assert found[1] == found[3] == 0
+        leaves = [x["objectness"], x["deltas"], y["class_logits"], y["deltas"]]
+        for gradient in torch.autograd.grad(sum(found), leaves):
+            assert gradient.isfinite().all()
+
+
+# Prior and inference
+
+
+def test_the_prior_is_where_a_sigmoid_classifier_begins() -> None:
+    model = build(rpn_objectness="focal", classifier="sigmoid_focal", focal_prior=0.02)
+    assert_close(model.rpn.head.objectness.bias.sigmoid(), torch.full((3,), 0.02, dtype=torch.float64))
+    assert_close(model.roi_heads.box_head.classifier.bias.sigmoid(), torch.full((3,), 0.02, dtype=torch.float64))
+    for other in (build(), build(classifier="softmax_focal")):
+        assert not other.rpn.head.objectness.bias.any()
+        assert not other.roi_heads.box_head.classifier.bias.any()
+        assert len(other.roi_heads.box_head.classifier.bias) == 4
+
+
+@pytest.mark.parametrize("classifier", ["softmax", "softmax_focal", "sigmoid_focal"])
+def test_scores_are_of_the_activation_that_was_trained(classifier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(**({} if classifier == "softmax" else {"classifier": classifier})).eval()
+    seen: dict[str, Tensor] = {}
+    model.roi_heads.box_head.classifier.register_forward_hook(lambda layer, x, out: seen.update(logits=out))
+    real = roi_heads.detections
+
+    def detections(scores: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen["scores"] = scores
+        return real(scores, *args, **kwargs)
+
+    monkeypatch.setattr(roi_heads, "detections", detections)
+    images, _ = model.transform(images_and_targets()[0], None)
+    with torch.no_grad():
+        found = model.forward_padded(images)
+    logits = seen["logits"].double()
+    expected = logits.sigmoid() if classifier == "sigmoid_focal" else logits.softmax(-1)[:, 1:]
+    assert_close(seen["scores"].flatten(0, 1), expected)
+    assert found.counts.sum() > 0
+    assert set(found.labels[found.scores > 0].tolist()) <= {1, 2, 3}
+    assert class_probabilities(seen["logits"], classifier).shape[-1] == 3
+
+
+@pytest.mark.parametrize("kind", [pytest.param("giou", marks=pytest.mark.slow), "ciou"])
+def test_losses_compile_whole(kind: str) -> None:
+    x, y = rpn_inputs(), head_inputs(columns=3)
+
+    def run() -> list[Tensor]:
+        return [
+            *rpn_losses(**x, focal=FOCAL, box_loss=kind),
+            *box_losses(**y, class_loss="sigmoid_focal", focal=FOCAL, box_loss=kind, weights=WEIGHTS),
+        ]
+
+    torch.compiler.reset()
+    for got, expected in zip(torch.compile(run, fullgraph=True, backend="aot_eager")(), run(), strict=True):
+        assert_close(got, expected.double())
+
+
+@pytest.mark.parametrize(("classifier", "box"), [("sigmoid_focal", "ciou"), ("softmax_focal", "diou")])
+def test_the_model_trains_without_waiting(classifier: str, box: str, batch: tuple[ImageBatch, Targets]) -> None:
+    model = build(rpn_objectness="focal", rpn_box="giou", classifier=classifier, box=box)
+    with use_backend("reference"), count_blocking() as found:
+        losses = model.forward_padded(*batch)
+        torch.stack(list(losses.values())).sum().backward()  # type: ignore[union-attr]
+        with torch.no_grad():
+            model.eval().forward_padded(batch[0])
+    assert not found
+
+
+def test_it_learns() -> None:
+    """A few steps of everything focal bring its losses down."""
+    model = build(rpn_objectness="focal", rpn_box="giou", classifier="sigmoid_focal", box="ciou").train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    totals = []
+    for _ in range(12):
+        loss = sum(training_losses(model).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        totals.append(loss.item())
+    assert totals[-1] < 0.6 * totals[0]
+
+
+@pytest.mark.parametrize("kind", ["giou", "diou", "ciou"])
+def test_iou_losses_are_torchvisions_wherever_boxes_lie(kind: str) -> None:
+    """Apart, touching, one in the other, equal: values and gradients."""
+    boxes = random_boxes(60, height=40, width=40, min_size=2, max_size=25).double()
+    target = random_boxes(60, height=40, width=40, min_size=2, max_size=25, seed=1).double()
+    boxes[0] = target[0]
+    boxes[1] = target[1] + 0.25 * (target[1, 2:] - target[1, :2]).min() * torch.tensor([1, 1, -1, -1])
+    boxes.requires_grad_()
+    got, expected = losses.iou_loss(kind, boxes, target), THEIRS[kind](boxes, target)
+    assert_close(got, expected)
+    (gradient,), (want,) = (torch.autograd.grad(loss[1:].sum(), boxes) for loss in (got, expected))
+    assert_close(gradient, want)
