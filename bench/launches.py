@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -90,7 +90,18 @@ def counting() -> Iterator[Count]:
     def launch(self: Any, *args: Any, **kwargs: Any) -> None:
         count.kernels += 1
 
-    with mock.patch.object(GridExecutor, "__call__", launch), _Counter(count):
+    def waiting(read: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            count.waits += 1
+            return read(self, *args, **kwargs)
+
+        return counted
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(GridExecutor, "__call__", launch))
+        for name in ("cpu", "tolist"):  # no operator shows them on a CPU, where they copy nothing
+            stack.enter_context(mock.patch.object(torch.Tensor, name, waiting(getattr(torch.Tensor, name))))
+        stack.enter_context(_Counter(count))
         yield count
 
 

@@ -205,13 +205,13 @@ def _detections(x: Inputs, backend: str) -> tuple[Tensor, ...]:
 
 
 def _paste_inputs() -> Inputs:
-    boxes = torch.tensor([[3.2, 4.1, 30.7, 28.4], [-5.0, -3.5, 12.0, 50.0], [20.0, 20.0, 21.5, 60.0]])
+    boxes = torch.tensor([[3.2, 1.1, 30.7, 9.4], [-5.0, -3.5, 12.0, 20.0], [20.0, 7.0, 21.5, 30.0]])
     return {"masks": _uniform(3, 28, 28), "boxes": boxes}
 
 
 def _paste(output: str) -> Callable[[Inputs, str], Any]:
     def call(x: Inputs, backend: str) -> Any:
-        return K.paste_masks(x["masks"], x["boxes"], (37, 41), output=output, backend=backend)
+        return K.paste_masks(x["masks"], x["boxes"], (13, 41), output=output, backend=backend)
 
     return call
 
@@ -320,6 +320,7 @@ OP_CHECKS: tuple[OpCheck, ...] = (
     OpCheck(name="detections", make=_detection_inputs, call=_detections),
     OpCheck(name="paste_masks (probability)", make=_paste_inputs, call=_paste("probability"), features=("masks",)),
     OpCheck(name="paste_masks (bool)", make=_paste_inputs, call=_paste("bool")),
+    OpCheck(name="paste_masks (packed)", make=_paste_inputs, call=_paste("packed")),
     OpCheck(name="paste_masks (rle)", make=_paste_inputs, call=_paste("rle")),
     OpCheck(name="mask_targets", make=_mask_target_inputs, call=_mask_targets, features=("boxes",)),
     OpCheck(

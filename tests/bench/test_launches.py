@@ -25,6 +25,7 @@ def test_waits_are_seen() -> None:
     assert count_call(lambda: SCORES[SCORES > 0.5]).waits == 1
     assert count_call(lambda: SCORES[torch.tensor([0, 1])]).waits == 0
     assert count_call(lambda: torch.nonzero(SCORES)).waits == 1
+    assert count_call(lambda: (SCORES.cpu(), SCORES.tolist())) == Count(waits=2)
 
 
 def test_kernels_are_counted_and_do_not_run() -> None:

@@ -36,9 +36,11 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ordinary(device: torch.device) -> tuple[Tensor, Tensor]:
     """Masks [4, 5, 5] between NaN and boxes: inside, past every border, full height, smaller than a pixel."""
-    boxes = [[3.3, 1.2, 14.9, 7.4], [-6.0, -3.0, 41.0, 13.5], [20.2, -4.0, 23.1, 12.0], [30.3, 4.6, 30.9, 4.9]]
+    boxes = [[3.3, 1.2, 14.9, 7.4], [-6.0, -3.0, 41.0, 13.5], [20.45, -4.0, 22.05, 12.0], [30.3, 4.2, 30.9, 4.9]]
     masks = torch.rand(4, 5, 5, device=device)
+    masks[1, 2:, 3:] = 1  # the last pixels, beside the next mask's first
     masks[2] = 1  # its runs go on from column to column
+    masks[3] = 0.5  # the threshold itself
     return guarded(masks), guarded(torch.tensor(boxes, device=device))
 
 
@@ -117,7 +119,7 @@ def test_masks_with_nan_and_infinity(device: torch.device, output: str) -> None:
     check_same(masks, boxes[:2], SIZE, output, "detectron2")
 
 
-@pytest.mark.parametrize("output", ["probability", "rle"])
+@pytest.mark.parametrize("output", ["probability", pytest.param("rle", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_is_read_as_it_is(device: torch.device, dtype: torch.dtype, output: str) -> None:
     masks, boxes = ordinary(device)
