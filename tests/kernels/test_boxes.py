@@ -349,7 +349,12 @@ def test_encode_by_triton_refuses_a_gradient(device):
 
 
 @pytest.mark.parametrize(
-    "image_size", [None, (50, 80), torch.tensor([[50, 80], [40, 30]])], ids=["free", "one", "each"]
+    "image_size",
+    [
+        pytest.param(None, id="free", marks=pytest.mark.slow),
+        pytest.param((50, 80), id="one", marks=pytest.mark.slow),
+        pytest.param(torch.tensor([[50, 80], [40, 30]]), id="each"),
+    ],
 )
 def test_opcheck_and_compile(device, image_size):
     deltas, anchors = torch.randn(2, 9, 4, device=device), random_boxes(9, height=60, width=90).to(device)

@@ -22,12 +22,12 @@ BACKENDS = ("reference", "torchvision", "triton")
 SCALES = [1 / 4, 1 / 8, 1 / 16]
 SIDE = 150.0  # pixels; its levels are 37 x 41, 18 x 20 and 9 x 10 cells
 
-# (sampling_ratio, aligned): the two published conventions, then the other two.
-GRIDS = [
-    pytest.param(2, False, id="fixed"),
-    pytest.param(0, True, id="adaptive-aligned"),
-    pytest.param(3, True, id="fixed3-aligned"),
-    pytest.param(-1, False, id="adaptive"),
+# (sampling_ratio, aligned): the two published conventions, then the other two, which interpreted kernels leave to the
+# slow tests.
+ALL_GRIDS = {"fixed": (2, False), "adaptive-aligned": (0, True), "fixed3-aligned": (3, True), "adaptive": (-1, False)}
+EACH_GRID = [pytest.param(*grid, id=name) for name, grid in ALL_GRIDS.items()]
+GRIDS = EACH_GRID[:2] + [
+    pytest.param(*grid, id=name, marks=pytest.mark.slow) for name, grid in list(ALL_GRIDS.items())[2:]
 ]
 
 
@@ -150,7 +150,7 @@ def brute_force(
     return out / max(gh * gw, 1)
 
 
-@pytest.mark.parametrize(("sampling_ratio", "aligned"), GRIDS)
+@pytest.mark.parametrize(("sampling_ratio", "aligned"), EACH_GRID)
 @pytest.mark.parametrize(
     "box",
     [[1.3, 2.1, 9.4, 11.9], [-9.3, -7.1, 40.2, 33.3], [3.2, 3.1, 3.9, 3.7], [-300.5, 2.0, 251.0, 14.0]],
@@ -166,7 +166,7 @@ def test_reference_follows_the_definition(box: list[float], sampling_ratio: int,
 # Against torchvision, and against the reference in float64
 
 
-@pytest.mark.parametrize(("sampling_ratio", "aligned"), GRIDS)
+@pytest.mark.parametrize(("sampling_ratio", "aligned"), EACH_GRID)
 @pytest.mark.parametrize("size", [(7, 7), (3, 5), (1, 1)], ids=str)
 def test_reference_equals_torchvision(sampling_ratio: int, aligned: bool, size: tuple[int, int]) -> None:
     feature = torch.randn(2, 5, 37, 41, dtype=torch.float64, requires_grad=True)
@@ -207,7 +207,15 @@ def test_a_single_map_equals_the_truth_both_ways(backend: str, device: torch.dev
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.float16, marks=pytest.mark.slow),
+        torch.bfloat16,
+        pytest.param(torch.float64, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_dtypes(backend: str, device: torch.device, dtype: torch.dtype, channels_last: bool) -> None:
     if dtype == torch.float64 and device.type == "cuda" and backend == "triton":
@@ -257,7 +265,7 @@ def test_odd_boxes(backend: str, device: torch.device, sampling_ratio: int, alig
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of overflows in the interpreter
-@pytest.mark.parametrize(("sampling_ratio", "aligned"), GRIDS)
+@pytest.mark.parametrize(("sampling_ratio", "aligned"), EACH_GRID)
 def test_boxes_that_overflow_once_scaled_give_zeros(
     backend: str, device: torch.device, sampling_ratio: int, aligned: bool
 ) -> None:
@@ -435,7 +443,7 @@ def test_autocast_keeps_fp32(backend: str, device: torch.device) -> None:
 # Gradients of the reference
 
 
-@pytest.mark.parametrize(("sampling_ratio", "aligned"), GRIDS)
+@pytest.mark.parametrize(("sampling_ratio", "aligned"), EACH_GRID)
 def test_reference_gradcheck(sampling_ratio: int, aligned: bool) -> None:
     features = [torch.randn(1, 2, 12 >> i, 10 >> i, dtype=torch.float64, requires_grad=True) for i in range(2)]
     boxes = torch.tensor([[[3.3, 4.1, 21.7, 17.2], [-5.2, 8.4, 15.9, 50.3]]], dtype=torch.float64, requires_grad=True)
@@ -634,7 +642,13 @@ def test_parity_is_green(device: torch.device) -> None:
     parity(kernels, device)
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+# One of each module; `make test-slow` breaks the rest.
+FAST = {"wrong level", "swapped sizes", "gradient not shared", "tiles beside the box left out", "a box a word"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in MUTANTS]
+)
 def test_mutants_turn_parity_red(name: str, device: torch.device, tmp_path: Path) -> None:
     chain, old, new = MUTANTS[name]
     broken = mutant(chain[0], old, new, tmp_path, through=chain[1:])

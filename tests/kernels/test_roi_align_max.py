@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.test_roi_align import GRIDS, check_forward_and_backward, truth
+from tests.kernels.test_roi_align import EACH_GRID, GRIDS, check_forward_and_backward, truth
 from tests.kernels.test_roi_align_bicubic import sample as cubic_sample
 from tests.mutation import mutant
 from tmask_kernels import multiscale_roi_align, roi_align
@@ -88,7 +88,7 @@ def brute_force(feature: Tensor, box: list[float], bins: int, ratio: int, aligne
     return torch.stack(found).view(bins, bins, -1).permute(2, 0, 1)
 
 
-@pytest.mark.parametrize(("ratio", "aligned"), GRIDS)
+@pytest.mark.parametrize(("ratio", "aligned"), EACH_GRID)
 @INTERPOLATIONS
 def test_reference_follows_the_definition(interpolation: str, ratio: int, aligned: bool) -> None:
     feature = torch.randn(2, 4, 5, dtype=torch.float64)

@@ -378,6 +378,7 @@ def test_losses_of_real_images_at_full_size(real_data: Any) -> None:
         torch.testing.assert_close(ours[name], loss, rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow  # the comparison itself is not; this shows that it can fail
 @pytest.mark.parametrize("broken", ["convention", "norm_eps", "anchor", "nms"])
 def test_the_comparison_can_fail(pair: Pair, broken: str) -> None:
     """A setting of another library, or one constant off, is seen."""
