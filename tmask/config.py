@@ -110,11 +110,12 @@ class LossConfig:
         require(self.focal_alpha <= 1, "focal_alpha", "0..1, or below 0 for no weights", self.focal_alpha)
         require(self.focal_gamma >= 0, "focal_gamma", "at least 0", self.focal_gamma)
         require(0 < self.focal_prior < 1, "focal_prior", "in (0, 1)", self.focal_prior)
-        if self.rpn_objectness == "bce" and self.classifier == "softmax":
-            for item in dataclasses.fields(self):
-                name, value = item.name, getattr(self, item.name)
-                expected = f"{item.default!r}, as neither rpn_objectness nor classifier is focal"
-                require(not name.startswith("focal_") or value == item.default, name, expected, value)
+        by_sigmoid = self.rpn_objectness == "focal" or self.classifier == "sigmoid_focal"
+        used = {"focal_gamma": by_sigmoid or self.classifier == "softmax_focal"}
+        used |= {"focal_alpha": by_sigmoid, "focal_prior": by_sigmoid}
+        for item in dataclasses.fields(self):
+            value, expected = getattr(self, item.name), f"{item.default!r}, as no chosen loss takes it"
+            require(used.get(item.name, True) or value == item.default, item.name, expected, value)
 
 
 @dataclass(frozen=True, kw_only=True)

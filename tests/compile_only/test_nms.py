@@ -97,7 +97,7 @@ def _gather(name: str, *, optional: bool) -> Case:
             loads=max(1, slots // 2) + slots * (2 + 2 * optional),
         )
 
-    two = ("i32", "=1")
+    two = ("i32", "i32")
     return Case(
         name=name,
         kernel=kernels_sort._sorted_kernel,

@@ -478,8 +478,14 @@ def test_opcheck_compile_and_no_waiting(device, backend):
         ({"low": 0.8}, "expected 0 <= low <= high <= 1"),
         ({"high": 1.2}, "expected 0 <= low <= high <= 1"),
         ({"backend": "torchvision"}, "does not exist for this op"),
+        (
+            {"anchors": torch.zeros(5, 4, dtype=torch.int64)},
+            "anchors: expected a floating point dtype, got torch.int64",
+        ),
+        ({"anchors": torch.zeros(5, 4, device="meta")}, "anchors: expected device cpu, got meta"),
+        ({"gt_valid": torch.zeros(2, 3, dtype=torch.bool, device="meta")}, "gt_valid: expected device cpu, got meta"),
     ],
-    ids=["boxes", "anchors", "valid", "crowd", "order", "range", "backend"],
+    ids=["boxes", "anchors", "valid", "crowd", "order", "range", "backend", "dtype", "device", "device of valid"],
 )
 def test_wrong_arguments(changes, message):
     arguments = {"anchors": torch.zeros(5, 4), "gt_boxes": torch.zeros(2, 3, 4),

@@ -75,12 +75,13 @@ def call(logits, deltas, device, backend=None, function=rpn_proposals, **changes
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"nms_threshold": 0.3, "post_nms_top_n": 40},
-        {"pre_nms_top_n": 10_000, "post_nms_top_n": 3000, "min_size": 20.0},
-        {"score_threshold": 0.9},
+        pytest.param({}, id="plain"),
+        pytest.param({"nms_threshold": 0.3, "post_nms_top_n": 40}, id="few"),
+        pytest.param(
+            {"pre_nms_top_n": 10_000, "post_nms_top_n": 3000, "min_size": 20.0}, id="all", marks=pytest.mark.slow
+        ),
+        pytest.param({"score_threshold": 0.9}, id="scores"),
     ],
-    ids=["plain", "few", "all", "scores"],
 )
 def test_equals_torchvision(device, backend, changes, monkeypatch):
     if backend == "torchvision" and device.type == "cuda":

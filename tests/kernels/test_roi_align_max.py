@@ -528,3 +528,12 @@ def test_mutants_of_the_reference(
     monkeypatch.setattr(op, "multiscale_roi_align_max_reference", broken.multiscale_roi_align_max_reference)
     with pytest.raises(AssertionError):
         check_first_of_equals(device, 0, True)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of a division by the step of a zero-size box
+def test_a_zero_size_box_on_the_border_takes_no_gradient(device: torch.device) -> None:
+    feature = torch.randn(1, 2, 4, 4, device=device, requires_grad=True)
+    box = torch.tensor([[0, 1.0, -0.5, 3.0, -0.5]], device=device)  # its samples are at y = -1
+    out = roi_align(feature, box, 2, 1.0, -1, True, reduction="max", backend="triton")
+    (gradient,) = torch.autograd.grad(out.sum(), feature)
+    assert not gradient.any()

@@ -323,3 +323,25 @@ def test_iou_losses_are_torchvisions_wherever_boxes_lie(kind: str) -> None:
     assert_close(got, expected)
     (gradient,), (want,) = (torch.autograd.grad(loss[1:].sum(), boxes) for loss in (got, expected))
     assert_close(gradient, want)
+
+
+@pytest.mark.parametrize("kind", ["giou", "diou", "ciou"])
+def test_iou_losses_ask_no_values(kind: losses.BoxLoss) -> None:
+    """The gradient of a product over a dimension would, on a device alone: its zeros are counted on the host."""
+    boxes = torch.rand(3, 4, requires_grad=True)
+    names, todo = set(), [losses.iou_loss(kind, boxes, torch.rand(3, 4)).grad_fn]
+    while todo:
+        node = todo.pop()
+        names.add(type(node).__name__)
+        todo += [parent for parent, _ in node.next_functions if parent is not None]
+    assert "MulBackward0" in names
+    assert not {name for name in names if name.startswith("Prod")}
+
+
+@pytest.mark.parametrize("kind", ["giou", "diou", "ciou"])
+def test_boxes_without_area_have_a_finite_gradient(kind: losses.BoxLoss) -> None:
+    flat = torch.tensor([[0.0, 5, 10, 5], [5, 0, 5, 10], [5, 5, 5, 5]], requires_grad=True)
+    loss = losses.iou_loss(kind, flat, torch.tensor([[0.0, 0, 10, 10]]).expand(3, 4))
+    (gradient,) = torch.autograd.grad(loss.sum(), flat)
+    assert loss.isfinite().all()
+    assert gradient.isfinite().all()

@@ -97,7 +97,7 @@ def _calibrate(model: Any, images: list[Tensor]) -> None:
     heads.box_predictor.cls_score.weight *= 1.5 / scores.std()
 
 
-@pytest.fixture(scope="module", params=["generated", "coco-mini"])
+@pytest.fixture(scope="module", params=["generated", pytest.param("coco-mini", marks=pytest.mark.slow)])
 def pair(request: pytest.FixtureRequest) -> Pair:
     if request.param == "generated":
         return make_pair(*generated(), **SMALL)

@@ -141,20 +141,28 @@ def iou_loss(kind: BoxLoss, boxes: Tensor, target: Tensor) -> Tensor:
     the host has to wait.
     """
     low, high = torch.minimum(boxes, target), torch.maximum(boxes, target)
-    overlap = (low[..., 2:] - high[..., :2]).clamp(min=0).prod(-1)
+    overlap = _area((low[..., 2:] - high[..., :2]).clamp(min=0))
     side, target_side = boxes[..., 2:] - boxes[..., :2], target[..., 2:] - target[..., :2]
-    union = side.prod(-1) + target_side.prod(-1) - overlap
+    union = _area(side) + _area(target_side) - overlap
     iou = overlap / (union + IOU_EPSILON)
     around = high[..., 2:] - low[..., :2]  # sides of the box around both
     if kind == "giou":
-        return 1 - iou + (around.prod(-1) - union) / (around.prod(-1) + IOU_EPSILON)
+        area = _area(around)
+        return 1 - iou + (area - union) / (area + IOU_EPSILON)
     apart = (boxes[..., :2] + boxes[..., 2:] - target[..., :2] - target[..., 2:]) / 2
     loss = 1 - iou + apart.square().sum(-1) / (around.square().sum(-1) + IOU_EPSILON)
     if kind == "diou":
         return loss
-    angles = [torch.atan(sides[..., 0] / sides[..., 1]) for sides in (target_side, side)]
+    # A side may round to 0, where the ratio has no gradient.
+    angles = [torch.atan(w / h) for w, h in (s.clamp(min=IOU_EPSILON).unbind(-1) for s in (target_side, side))]
     ratio = 4 / math.pi**2 * (angles[0] - angles[1]).square()
     return loss + (ratio / (1 - iou + ratio + IOU_EPSILON)).detach() * ratio
+
+
+def _area(sides: Tensor) -> Tensor:
+    """Sides [..., 2] to [...]. Not by `prod`, whose gradient counts the zeros, on the host."""
+    w, h = sides.unbind(-1)
+    return w * h
 
 
 def _masked_sum(values: Tensor, mask: Tensor) -> Tensor:

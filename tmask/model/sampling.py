@@ -39,9 +39,9 @@ def sample(
     """Draw `size` of the candidates of each image, at most ``int(size * positive_fraction)`` of them positive.
 
     `positive` and `negative` are [N, M] bool and disjoint. Every set of positives of the number drawn is as likely as
-    any other, and so are those of negatives. Too few positives are made up for by negatives; too few of both leave
-    slots empty. The draw follows from the state of `generator`, one of the masks' device (None: the default one); no
-    host synchronisation.
+    any other, but for ties of float32 keys, and so are those of negatives. Too few positives are made up for by
+    negatives; too few of both leave slots empty. The draw follows from the state of `generator`, one of the masks'
+    device (None: the default one); no host synchronisation.
     Source: Ren et al. 2015, "Faster R-CNN", section 3.1.3.
     """
     keys = torch.rand(positive.shape, device=positive.device, generator=generator)

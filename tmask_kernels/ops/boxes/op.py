@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tmask_kernels.backend import resolve, triton_reasons
+from tmask_kernels.ops._checks import check_device
 from tmask_kernels.ops.boxes.anchors import AnchorSpec, level_strides
 from tmask_kernels.ops.boxes.proposals import (
     class_candidates_reference,
@@ -241,12 +242,14 @@ def _check_levels(
     N = len(image_sizes)
     if image_sizes.shape != (N, 2):
         raise ValueError(f"rpn_proposals: image_sizes: expected shape [N, 2], got {list(image_sizes.shape)}")
+    check_device("rpn_proposals", objectness[0].device, image_sizes=image_sizes)
     for level, (logits, delta, A) in enumerate(zip(objectness, deltas, spec.anchors_per_cell(), strict=True)):
         H, W = logits.shape[-2:]
         for argument, tensor, channels in (("objectness", logits, A), ("deltas", delta, 4 * A)):
             if tensor.shape != (N, channels, H, W):
                 expected = f"shape {[N, channels, H, W]}"
                 raise ValueError(f"rpn_proposals: {argument}[{level}]: expected {expected}, got {list(tensor.shape)}")
+            check_device("rpn_proposals", objectness[0].device, **{f"{argument}[{level}]": tensor})
 
 
 def _check_detections(class_scores: Tensor, boxes: Tensor, valid: Tensor, image_sizes: Tensor) -> None:
@@ -259,3 +262,4 @@ def _check_detections(class_scores: Tensor, boxes: Tensor, valid: Tensor, image_
         raise ValueError(f"detections: valid: expected bool {[N, P]}, got {valid.dtype} {list(valid.shape)}")
     if image_sizes.shape != (N, 2):
         raise ValueError(f"detections: image_sizes: expected {[N, 2]}, got {list(image_sizes.shape)}")
+    check_device("detections", boxes.device, class_scores=class_scores, valid=valid, image_sizes=image_sizes)

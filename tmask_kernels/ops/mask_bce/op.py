@@ -8,7 +8,7 @@ from torch import Tensor
 from tmask_kernels.backend import resolve, triton_reasons
 from tmask_kernels.ops.mask_bce.reference import mask_bce_reference
 
-INT32_LIMIT = 2**31
+INT32_LIMIT = 2**31 - 4096  # and a block beyond
 
 
 def mask_bce(logits: Tensor, classes: Tensor, targets: Tensor, *, valid: Tensor, backend: str | None = None) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tmask_kernels.backend import resolve, triton_reasons
+from tmask_kernels.ops._checks import check_device
 from tmask_kernels.ops.matcher.reference import match_anchors_reference
 
 
@@ -86,6 +87,10 @@ def _check(anchors: Tensor, gt_boxes: Tensor, gt_valid: Tensor, gt_crowd: Tensor
     N, G, _ = gt_boxes.shape
     if anchors.ndim not in (2, 3) or anchors.shape[-1] != 4 or (anchors.ndim == 3 and len(anchors) != N):
         raise ValueError(f"match_anchors: anchors: expected [A, 4] or [{N}, A, 4], got {list(anchors.shape)}")
+    for name, boxes in (("anchors", anchors), ("gt_boxes", gt_boxes)):
+        if not boxes.dtype.is_floating_point:
+            raise ValueError(f"match_anchors: {name}: expected a floating point dtype, got {boxes.dtype}")
+    check_device("match_anchors", gt_boxes.device, anchors=anchors, gt_valid=gt_valid, gt_crowd=gt_crowd)
     for name, mask in (("gt_valid", gt_valid), ("gt_crowd", gt_crowd)):
         if mask is not None and (mask.shape != (N, G) or mask.dtype != torch.bool):
             raise ValueError(f"match_anchors: {name}: expected bool {[N, G]}, got {mask.dtype} {list(mask.shape)}")

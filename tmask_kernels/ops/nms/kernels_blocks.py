@@ -124,7 +124,7 @@ def _decide(
     )  # [STEP, STEP // 32]
     # Bits of the box itself and of later ones do not count: only so is there one fixed point, and an end.
     own_word = words[None, :] == place[:, None] // 32
-    bits = tl.where(own_word, bits & ((1 << (place[:, None] % 32)) - 1), bits)
+    bits = tl.where(own_word, bits & (0x7FFFFFFF >> (31 - place[:, None] % 32)), bits)
     keep = alive
     changed = tl.max(alive, axis=0)
     while changed > 0:

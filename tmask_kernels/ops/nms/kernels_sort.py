@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import on_device
+from tmask_kernels._triton import on_device, plain, unspecialized
 from tmask_kernels.ops.nms.reference import sort_order
 
 BLOCK = 256
@@ -51,6 +51,12 @@ def store_kept(ptr, rows, x1, y1, x2, y2, state, mask):
     tl.store(ptr + rows * 4 + 3, y2, mask=mask)
 
 
+@triton.jit
+def _offset(segment, row, strides):
+    """Of rows in segments; strides as `unspecialized` gives them."""
+    return segment * plain(strides[0]) + row * plain(strides[1])
+
+
 @triton.jit(do_not_specialize=["K", "slots"])
 def _sorted_kernel(
     sorted_boxes_ptr,  # [S, K, 4] float32
@@ -61,7 +67,7 @@ def _sorted_kernel(
     scores_ptr,
     valid_ptr,  # bool, only if HAS_VALID
     groups_ptr,  # int64, only with groups
-    box_strides,
+    box_strides,  # these as `unspecialized` gives them, but the last of a box: 1 is to be seen
     score_strides,
     valid_strides,
     group_strides,
@@ -75,17 +81,17 @@ def _sorted_kernel(
     mask = slot < slots
     segment = slot // K
     row = tl.load(order_ptr + slot, mask=mask, other=0)
-    score = tl.load(scores_ptr + segment * score_strides[0] + row * score_strides[1], mask=mask, other=0.0)
+    score = tl.load(scores_ptr + _offset(segment, row, score_strides), mask=mask, other=0.0)
     state = tl.where(score == score, BOX, HARMLESS)
     if HAS_VALID:
-        valid = tl.load(valid_ptr + segment * valid_strides[0] + row * valid_strides[1], mask=mask, other=0)
+        valid = tl.load(valid_ptr + _offset(segment, row, valid_strides), mask=mask, other=0)
         state = tl.where(valid != 0, state, NO_BOX)
     tl.store(state_ptr + slot, state.to(tl.int8), mask=mask)
     if HAS_GROUPS:
-        group = tl.load(groups_ptr + segment * group_strides[0] + row * group_strides[1], mask=mask, other=0)
+        group = tl.load(groups_ptr + _offset(segment, row, group_strides), mask=mask, other=0)
         tl.store(sorted_groups_ptr + slot, group, mask=mask)
     side = tl.arange(0, 4)[None, :]
-    source = boxes_ptr + (segment * box_strides[0] + row * box_strides[1])[:, None] + side * box_strides[2]
+    source = boxes_ptr + _offset(segment, row, box_strides)[:, None] + side * box_strides[2]
     box = tl.load(source, mask=mask[:, None], other=0.0).to(tl.float32)
     tl.store(sorted_boxes_ptr + slot[:, None] * 4 + side, box, mask=mask[:, None])
 
@@ -113,10 +119,10 @@ def sort_boxes(boxes: Tensor, scores: Tensor, valid: Tensor | None, groups: Tens
             scores_ptr=scores,
             valid_ptr=valid_or_any,
             groups_ptr=groups_or_any,
-            box_strides=boxes.stride(),
-            score_strides=scores.stride(),
-            valid_strides=valid_or_any.stride(),
-            group_strides=groups_or_any.stride(),
+            box_strides=(*unspecialized(boxes.stride()[:2]), boxes.stride(2)),
+            score_strides=unspecialized(scores.stride()),
+            valid_strides=unspecialized(valid_or_any.stride()),
+            group_strides=unspecialized(groups_or_any.stride()),
             K=K,
             slots=S * K,
             HAS_VALID=valid is not None,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tmask_kernels.backend import resolve, triton_reasons
+from tmask_kernels.ops._checks import check_device
 from tmask_kernels.ops.nms.cpu import padded_nms_torchvision
 from tmask_kernels.ops.nms.reference import padded_nms_reference
 from tmask_kernels.ops.nms.soft_reference import soft_nms_reference
@@ -44,6 +45,7 @@ def padded_nms(
     if valid is not None and (valid.shape != scores.shape or valid.dtype != torch.bool):
         expected = f"bool {list(scores.shape)}"
         raise ValueError(f"padded_nms: valid: expected {expected}, got {valid.dtype} {list(valid.shape)}")
+    check_device("padded_nms", boxes.device, valid=valid)
     _check_max_output("padded_nms", max_output)
     return _padded_nms("padded_nms", boxes, scores, iou_threshold, valid, None, max_output, backend)
 
@@ -85,6 +87,7 @@ def batched_nms(
     if idxs.shape != scores.shape or idxs.dtype.is_floating_point or idxs.dtype.is_complex:
         expected = f"integer {list(scores.shape)}"
         raise ValueError(f"batched_nms: idxs: expected {expected}, got {idxs.dtype} {list(idxs.shape)}")
+    check_device("batched_nms", boxes.device, idxs=idxs)
     limit = _limit("batched_nms", max_output, len(scores))
     groups = idxs.long()[None]  # [1, K]
     indices, counts = _padded_nms("batched_nms", boxes[None], scores[None], iou_threshold, None, groups, limit, backend)
@@ -213,7 +216,8 @@ def _thresholds(name: str, iou_threshold: float | Tensor, boxes: Tensor) -> Tens
     if isinstance(iou_threshold, Tensor):
         if iou_threshold.shape not in ((S,), ()):
             raise ValueError(f"{name}: iou_threshold: expected a float or shape [{S}], got {list(iou_threshold.shape)}")
-        return iou_threshold.detach().to(boxes.device, torch.float32).expand(S)
+        check_device(name, boxes.device, iou_threshold=iou_threshold)  # to move it would be a wait
+        return iou_threshold.detach().float().expand(S)
     if not 0 <= iou_threshold <= 1:
         raise ValueError(f"{name}: iou_threshold: expected a number in 0..1, got {iou_threshold}")
     return torch.full((S,), iou_threshold, dtype=torch.float32, device=boxes.device)
@@ -226,8 +230,7 @@ def _check_boxes(name: str, boxes: Tensor, scores: Tensor, letters: tuple[str, .
     if scores.shape != boxes.shape[:-1] or not scores.dtype.is_floating_point:
         expected = f"float {list(boxes.shape[:-1])}"
         raise ValueError(f"{name}: scores: expected {expected}, got {scores.dtype} {list(scores.shape)}")
-    if scores.device != boxes.device:
-        raise ValueError(f"{name}: scores: expected device {boxes.device}, got {scores.device}")
+    check_device(name, boxes.device, scores=scores)
 
 
 def _check_max_output(name: str, max_output: int) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tmask_kernels.backend import resolve, triton_reasons
+from tmask_kernels.ops._checks import check_device
 from tmask_kernels.ops.paste_masks.reference import paste_masks_reference
 from tmask_kernels.ops.paste_masks.rle import paste_rle, strings
 from tmask_kernels.packed import WORD
@@ -133,6 +134,7 @@ def _check(
     if boxes.shape != (len(masks), 4) or not boxes.is_floating_point():
         got = f"{boxes.dtype} {tuple(boxes.shape)}"
         raise ValueError(f"boxes: expected floating point [{len(masks)}, 4], got {got}")
+    check_device("paste_masks", masks.device, boxes=boxes)
     if len(image_size) != 2 or min(image_size) < 1:
         raise ValueError(f"image_size: expected (height, width) of at least 1, got {image_size}")
     if not 0 < threshold <= 1:

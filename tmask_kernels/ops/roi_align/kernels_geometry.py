@@ -92,6 +92,7 @@ def window(bin_start, step, grid, length, SAMPLING_RATIO: tl.constexpr):
         first = tl.zeros_like(bin_start)
         count = tl.zeros_like(bin_start) + SAMPLING_RATIO
     else:
+        step = tl.where(step != 0, step, 1.0)  # 0 / 0 would be NaN
         first = tl.floor((-1.0 - bin_start) / step - 0.5) - 1
         first = tl.maximum(tl.minimum(first, grid - 1), 0.0)
         last = tl.ceil((length - bin_start) / step - 0.5) + 1

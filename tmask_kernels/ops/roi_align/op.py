@@ -19,6 +19,8 @@ from tmask_kernels.ops.roi_align.reference_max import multiscale_roi_align_max_r
 MAX_TRITON_LEVELS = 5
 # The row and the column of the sample that an adaptive grid keeps have 15 and 16 bits, for two samples a cell.
 MAX_ADAPTIVE_SIDE = 16_000
+# Tiles of 2 x 2 cells, whose numbers float32 must hold.
+MAX_CELLS_OF_MAX = 2**25
 
 
 def roi_align(
@@ -185,6 +187,8 @@ def _triton_reasons(features: list[Tensor], boxes: Tensor, is_max: bool, adaptiv
         reasons.append(f"at most {MAX_TRITON_LEVELS} levels")
     if is_max and adaptive and max(max(f.shape[2:]) for f in features) > MAX_ADAPTIVE_SIDE:
         reasons.append(f"max of an adaptive grid: maps of at most {MAX_ADAPTIVE_SIDE} cells a side")
+    if is_max and sum(f.shape[2] * f.shape[3] for f in features) > MAX_CELLS_OF_MAX:
+        reasons.append(f"max: maps of at most {MAX_CELLS_OF_MAX} cells in all")
     if is_max and torch.is_grad_enabled() and boxes.requires_grad:
         reasons.append("no gradient to the boxes of max")
     return reasons
