@@ -105,7 +105,7 @@ SEGMENT_MUTANTS = {
 BLOCK_MUTANTS = {
     "tie with list": ("over = iou > threshold\n", "over = iou >= threshold\n"),
     "tie in step": ("over = (iou > threshold) &", "over = (iou >= threshold) &"),
-    "neighbour": ("% 32)) - 1), bits)", "% 32)) - 1) // 2, bits)"),
+    "neighbour": ("bits & (0x7FFFFFFF >>", "bits & (0x3FFFFFFF >>"),
     "NaN score in step": ("& (state_i[None, :] == BOX)", "& (state_i[None, :] > 0)"),
     "own tile": ("while some & (first <= chunk):", "while some & (first < chunk):"),
     "tiles of a step": ("        first += splits\n", "        first += splits + 1\n"),
