@@ -231,6 +231,7 @@ def test_works_under_inference_mode_on_tensors_with_a_graph(device):
         ({"masks": torch.zeros(2, 1, 28, 28)}, r"masks: expected floating point \[K, M, M\] with M >= 1"),
         ({"masks": torch.zeros(2, 28, 28, dtype=torch.bool)}, "masks: expected floating point"),
         ({"boxes": torch.zeros(3, 4)}, r"boxes: expected floating point \[2, 4\], got torch.float32 \(3, 4\)"),
+        ({"boxes": torch.zeros(2, 4, device="meta")}, "boxes: expected device cpu, got meta"),
         ({"image_size": (0, 5)}, r"image_size: expected \(height, width\) of at least 1, got \(0, 5\)"),
         ({"threshold": 0.0}, r"threshold: expected in \(0, 1\], got 0.0"),
         ({"threshold": 50}, "threshold: expected in"),

@@ -493,8 +493,20 @@ def test_nothing_waits(device):
         ({"image_sizes": lambda x: x[0]}, r"image_sizes: expected shape \[N, 2\]"),
         ({"post_nms_top_n": lambda x: 0}, "post_nms_top_n: expected at least 1"),
         ({"nms_threshold": lambda x: 2.0}, "iou_threshold: expected a number in"),
+        ({"image_sizes": lambda x: x.to("meta")}, "image_sizes: expected device cpu, got meta"),
+        ({"deltas": lambda x: [*x[:2], x[2].to("meta")]}, r"deltas\[2\]: expected device cpu, got meta"),
     ],
-    ids=["levels", "delta levels", "anchors", "deltas", "sizes", "count", "threshold"],
+    ids=[
+        "levels",
+        "delta levels",
+        "anchors",
+        "deltas",
+        "sizes",
+        "count",
+        "threshold",
+        "device of sizes",
+        "device of deltas",
+    ],
 )
 def test_wrong_arguments(changes, message):
     logits, deltas = maps()

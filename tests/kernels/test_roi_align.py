@@ -481,6 +481,10 @@ def test_invalid_boxes_take_no_gradient() -> None:
         ({"boxes": torch.tensor([[-1.0, 0, 0, 1, 1]])}, r"image indices in 0\.\.1, got -1"),
         ({"valid": torch.ones(2, 4, dtype=torch.bool)}, r"valid: expected bool \[N, P\]"),
         ({"valid": torch.ones(2, 3)}, r"valid: expected bool \[N, P\]"),
+        (
+            {"valid": torch.ones(2, 3, dtype=torch.bool, device="meta")},
+            "valid: expected the features' device cpu, got meta",
+        ),
         ({"output_size": (0, 2)}, "output_size: expected at least 1 x 1"),
         ({"reduction": "min"}, "reduction: expected one of mean, max, got .min."),
         ({"interpolation": "nearest"}, "interpolation: expected one of"),

@@ -408,8 +408,17 @@ def test_gradient_is_deterministic(device: torch.device) -> None:
         ({"backend": "torchvision"}, "torchvision.*has no max of samples"),
         ({"boxes": torch.ones(1, 1, 4, requires_grad=True), "backend": "triton"}, "triton.*no gradient to the boxes"),
         ({"input": torch.zeros(1, 1, 1, op.MAX_ADAPTIVE_SIDE + 1), "backend": "triton"}, "triton.*at most 16000 cells"),
+        (
+            {
+                "input": torch.zeros(1, 1, 5793, 5793, device="meta"),
+                "boxes": torch.ones(1, 1, 4, device="meta"),
+                "sampling_ratio": 2,
+                "backend": "triton",
+            },
+            "triton.*at most 33554432 cells in all",
+        ),
     ],
-    ids=["torchvision", "boxes", "large"],
+    ids=["torchvision", "boxes", "large", "many cells"],
 )
 def test_backends_that_cannot(change: dict[str, Any], message: str) -> None:
     arguments = {"input": torch.zeros(1, 1, 4, 4), "boxes": torch.ones(1, 1, 4), "output_size": 2} | change

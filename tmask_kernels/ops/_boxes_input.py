@@ -45,6 +45,8 @@ def boxes_as_tensor(feature: Tensor, boxes: Tensor | Sequence[Tensor], valid: Te
             f"valid: expected bool [N, P] with boxes [N, P, 4], got {valid.dtype} {tuple(valid.shape)} "
             f"with boxes {tuple(boxes.shape)}"
         )
+    if valid is not None and valid.device != feature.device:
+        raise ValueError(f"valid: expected the features' device {feature.device}, got {valid.device}")
     return boxes
 
 
