@@ -1,0 +1,48 @@
+"""The comparison of run lengths with whole masks tells when they differ."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import mask_evaluation
+from tests.engine.predictions import CATEGORIES, make_model
+from tmask.config import TrainConfig
+from tmask.data.shapes import write_shapes
+from tmask.engine.checkpoint import FORMAT, KEYS, VERSION, save_checkpoint
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    model = make_model()
+    content: dict[str, Any] = dict.fromkeys(KEYS)
+    content |= {"format": FORMAT, "version": VERSION, "model": model.state_dict(), "categories": CATEGORIES}
+    training = TrainConfig(batch_size=2, precision="fp32")
+    content |= {"model_config": dataclasses.asdict(model.config), "train_config": dataclasses.asdict(training)}
+    save_checkpoint(tmp_path / "a.pt", content)
+    images, annotations = write_shapes(tmp_path / "shapes", num_images=3, seed=0, size=64)
+    return ["--checkpoint", str(tmp_path / "a.pt"), "--images", str(images), "--annotations", str(annotations)]
+
+
+def test_both_paths_give_the_same(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert mask_evaluation.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "3 images, 15 detections, 0 masks differ"
+    assert lines[1] == "largest whole masks of one image: 0.0 MB"  # 5 masks of 64 x 64 bytes
+    assert any(line.startswith("segm/AP75 ") and line.endswith("the same") for line in lines)
+
+
+def test_one_other_pixel_is_told(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(masks: torch.Tensor) -> list[dict[str, Any]]:
+        masks = masks.clone()
+        masks[0, -1, -1] ^= True
+        return encode(masks)
+
+    encode = mask_evaluation.encode
+    monkeypatch.setattr(mask_evaluation, "encode", spoilt)
+    assert mask_evaluation.main(arguments) == 1
+    assert "15 detections, 3 masks differ" in capsys.readouterr().out
