@@ -12,8 +12,10 @@ from tmask.model.box_head import BoxHead
 from tmask.model.detector import MaskRCNN
 from tmask.model.fpn import FPN
 from tmask.model.losses import Focal
+from tmask.model.mask_branch import MaskBranch
 from tmask.model.mask_head import MaskHead
-from tmask.model.roi_heads import RoIExtractor, RoIHeads
+from tmask.model.roi_extractor import RoIExtractor
+from tmask.model.roi_heads import RoIHeads
 from tmask.model.rpn import RPN, TopN
 from tmask.model.transform import ImageTransform
 from tmask.presets import model_config
@@ -128,8 +130,9 @@ def _roi_extractor(config: ModelConfig) -> RoIExtractor:
 
 def _roi_heads(config: ModelConfig) -> RoIHeads:
     by_sigmoid = config.losses.classifier == "sigmoid_focal"
+    extractor = _roi_extractor(config)
     return RoIHeads(
-        extractor=_roi_extractor(config),
+        extractor=extractor,
         box_head=BoxHead(
             channels=config.fpn_channels,
             pool_size=config.box_pool_size,
@@ -144,8 +147,10 @@ def _roi_heads(config: ModelConfig) -> RoIHeads:
             num_layers=config.mask_head_layers,
             num_classes=config.num_classes,
         ),
+        mask_branch=MaskBranch(
+            extractor=extractor, pool_size=config.mask_pool_size, targets=config.convention.mask_targets
+        ),
         box_pool_size=config.box_pool_size,
-        mask_pool_size=config.mask_pool_size,
         fg_iou=config.box_fg_iou,
         bg_iou=config.box_bg_iou,
         batch_size=config.box_batch_size,
@@ -153,7 +158,6 @@ def _roi_heads(config: ModelConfig) -> RoIHeads:
         score_threshold=config.box_score_threshold,
         nms_threshold=config.box_nms_threshold,
         max_detections=config.max_detections,
-        mask_targets=config.convention.mask_targets,
         class_loss=config.losses.classifier,
         box_loss=config.losses.box,
         focal=_focal(config),

@@ -1,0 +1,50 @@
+"""RoI extractor: features of boxes, read from the pyramid. Letters: N images, P boxes an image, C channels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tmask_kernels import multiscale_roi_align, pyramid_levels, roi_pool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoIExtractor:
+    """How RoI features are read from the pyramid: arguments of `multiscale_roi_align`, or `roi_pool` of each level."""
+
+    strides: tuple[int, ...]  # pixels per cell of each level, finest first
+    op: Literal["roi_align", "roi_pool"] = "roi_align"
+    aligned: bool  # as the next three, of roi_align alone
+    sampling_ratio: int
+    reduction: Literal["mean", "max"] = "mean"
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    level_convention: str
+
+    def __call__(self, features: Sequence[Tensor], boxes: Tensor, valid: Tensor, output_size: int) -> Tensor:
+        """Levels [N, C, H, W], boxes [N, P, 4], valid [N, P] to [N * P, C, output_size, output_size]."""
+        scales = [1 / stride for stride in self.strides]
+        if self.op == "roi_pool":
+            # Every box is pooled from its own level and is 0 from the others.
+            levels = pyramid_levels(boxes, scales, level_convention=self.level_convention)  # [N, P]
+            pooled = [
+                roi_pool(feature, boxes, output_size, scale, valid=valid & (levels == level))
+                for level, (feature, scale) in enumerate(zip(features, scales, strict=True))
+            ]
+            return functools.reduce(torch.add, pooled)
+        return multiscale_roi_align(
+            features,
+            boxes,
+            output_size,
+            scales,
+            valid=valid,
+            sampling_ratio=self.sampling_ratio,
+            aligned=self.aligned,
+            level_convention=self.level_convention,
+            reduction=self.reduction,
+            interpolation=self.interpolation,
+        )
