@@ -8,6 +8,7 @@ from tmask_kernels.backend import use_backend
 from tmask_kernels.ops._levels import pyramid_levels
 from tmask_kernels.ops.boxes.anchors import AnchorSpec, make_anchors
 from tmask_kernels.ops.boxes.op import decode_boxes, detections, encode_boxes, rpn_proposals
+from tmask_kernels.ops.decode_keypoints.op import decode_keypoints
 from tmask_kernels.ops.focal_loss.op import sigmoid_focal_loss, softmax_focal_loss
 from tmask_kernels.ops.mask_bce.op import mask_bce
 from tmask_kernels.ops.mask_targets.op import mask_targets
@@ -28,6 +29,7 @@ __all__ = [
     "RoIPool",
     "batched_nms",
     "decode_boxes",
+    "decode_keypoints",
     "detections",
     "encode_boxes",
     "make_anchors",

@@ -1,0 +1,56 @@
+"""Keypoints from the heat maps of a keypoint head. Letters as in reference.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tmask_kernels.backend import resolve
+from tmask_kernels.ops._checks import check_device
+from tmask_kernels.ops.decode_keypoints.reference import decode_keypoints_reference
+
+
+def decode_keypoints(
+    heatmaps: Tensor, boxes: Tensor, valid: Tensor | None = None, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Resize each heat map to its box and find its largest pixel: xy [N, D, K, 2] and scores [N, D, K].
+
+    heatmaps [N, D, K, H, W]: logits, fp16, bf16, fp32 or fp64, of K keypoints of each of D boxes an image. boxes
+    [N, D, 4]: xyxy in pixels. valid [N, D] bool: which slots hold a box; None: all.
+
+    A box w x h, sides of at least 1, has a grid of ceil(w) x ceil(h) pixels, to which the map is resized as by
+    `F.interpolate(mode="bicubic", align_corners=False)`. xy is the centre of the largest pixel, (i + 0.5) w / ceil(w) +
+    x1 in x, float32; of equal pixels the first in row-major order. scores are the values there, float32 (float64 for
+    float64 maps). Both are what torchvision's `heatmaps_to_keypoints` gives. detectron2's score is relative to the
+    map's softmax: ``(scores - heatmaps.flatten(3).logsumexp(3)).exp()``.
+
+    A side of more than 16,384 pixels has a grid of so many, each larger than a pixel. A box that is not valid or that
+    has a coordinate or side that is NaN or infinite gives zeros. A map with a cell that is NaN, infinite or beyond 1e37
+    gives xy 0 and the score NaN.
+
+    Not differentiable. On CUDA it makes no synchronisation, except float64 maps, which the reference serves. Errors:
+    ValueError for a wrong shape, dtype or device. Sources: He et al., Mask R-CNN, 2017, section 5; Keys, 1981.
+    """
+    if heatmaps.dim() != 5 or min(heatmaps.shape[3:]) < 1 or not heatmaps.is_floating_point():
+        got = f"{heatmaps.dtype} {tuple(heatmaps.shape)}"
+        raise ValueError(f"heatmaps: expected floating point [N, D, K, H, W] with H, W >= 1, got {got}")
+    slots = tuple(heatmaps.shape[:2])
+    if boxes.shape != (*slots, 4) or not boxes.is_floating_point():
+        raise ValueError(f"boxes: expected floating point {(*slots, 4)}, got {boxes.dtype} {tuple(boxes.shape)}")
+    if valid is not None and (valid.shape != slots or valid.dtype != torch.bool):
+        raise ValueError(f"valid: expected bool {slots}, got {valid.dtype} {tuple(valid.shape)}")
+    check_device("decode_keypoints", heatmaps.device, boxes=boxes, valid=valid)
+    resolve("decode_keypoints", backend, {"reference": []}, device=heatmaps.device)
+    return _decode_keypoints(heatmaps.detach(), boxes.detach().float(), valid)
+
+
+# One node of a compiled graph: the reference reads the size of each box.
+@torch.library.custom_op("tmask::decode_keypoints_reference", mutates_args=())
+def _decode_keypoints(heatmaps: Tensor, boxes: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    return decode_keypoints_reference(heatmaps, boxes, valid)
+
+
+@_decode_keypoints.register_fake
+def _(heatmaps: Tensor, boxes: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(heatmaps.dtype, torch.float32)
+    return boxes.new_empty((*heatmaps.shape[:3], 2)), heatmaps.new_empty(heatmaps.shape[:3], dtype=dtype)
