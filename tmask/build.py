@@ -130,9 +130,8 @@ def _roi_extractor(config: ModelConfig) -> RoIExtractor:
 
 def _roi_heads(config: ModelConfig) -> RoIHeads:
     by_sigmoid = config.losses.classifier == "sigmoid_focal"
-    extractor = _roi_extractor(config)
     return RoIHeads(
-        extractor=extractor,
+        extractor=_roi_extractor(config),
         box_head=BoxHead(
             channels=config.fpn_channels,
             pool_size=config.box_pool_size,
@@ -147,9 +146,7 @@ def _roi_heads(config: ModelConfig) -> RoIHeads:
             num_layers=config.mask_head_layers,
             num_classes=config.num_classes,
         ),
-        mask_branch=MaskBranch(
-            extractor=extractor, pool_size=config.mask_pool_size, targets=config.convention.mask_targets
-        ),
+        mask_branch=MaskBranch(pool_size=config.mask_pool_size, targets=config.convention.mask_targets),
         box_pool_size=config.box_pool_size,
         fg_iou=config.box_fg_iou,
         bg_iou=config.box_bg_iou,

@@ -7,6 +7,7 @@ with background.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -85,7 +86,8 @@ class RoIHeads(nn.Module):
         )
         slots = max(1, int(self.batch_size * self.positive_fraction))  # positives stand in the first slots
         positives = SampledRois(*(field[:, :slots] for field in rois))
-        mask_loss = self.mask_branch.loss(self.mask_head, features, positives, images, targets, compact=compact)
+        pool = functools.partial(self.extractor, features)
+        mask_loss = self.mask_branch.loss(pool, self.mask_head, positives, images, targets, compact=compact)
         return {"loss_classifier": classifier_loss, "loss_box_reg": box_loss, "loss_mask": mask_loss}
 
     def detect(
@@ -107,7 +109,8 @@ class RoIHeads(nn.Module):
         found = torch.arange(boxes.shape[1], device=boxes.device) < counts[:, None]  # [N, D]
         # The scores have no column of the background: column 0 is label 1. Padding stays 0.
         labels = torch.where(found, labels + 1, 0)
-        masks = self.mask_branch.masks(self.mask_head, features, boxes, labels, found, compact=compact)
+        pool = functools.partial(self.extractor, features)
+        masks = self.mask_branch.masks(pool, self.mask_head, boxes, labels, found, compact=compact)
         return Detections(boxes, scores, labels, counts, masks)
 
     def sample_rois(self, proposals: Proposals, targets: Targets) -> SampledRois:
