@@ -98,14 +98,15 @@ def run_demo(config: DemoConfig, *, device: torch.device) -> dict[str, float]:
     return result.metrics
 
 
-def make_data(folder: Path, *, num_images: int, seed: int, size: int) -> tuple[Path, Path]:
+def make_data(folder: Path, *, num_images: int, seed: int, size: int, variant: str = "mixed") -> tuple[Path, Path]:
     """Shapes as a COCO data set in `folder`: the images folder and the annotation file.
 
     Reused if it is complete and of the same settings and version of the generator.
     """
     from tmask.data.shapes import GENERATOR_VERSION, write_shapes
 
-    wanted: dict[str, Any] = {"num_images": num_images, "seed": seed, "size": size, "generator": GENERATOR_VERSION}
+    drawn: dict[str, Any] = {"num_images": num_images, "seed": seed, "size": size, "variant": variant}
+    wanted = {**drawn, "generator": GENERATOR_VERSION}
     mark = folder / _MARK
     if mark.is_file():
         found = json.loads(mark.read_text(encoding="utf-8"))
@@ -113,7 +114,7 @@ def make_data(folder: Path, *, num_images: int, seed: int, size: int) -> tuple[P
         if found == wanted and annotations.is_file() and len(list(images.iterdir())) >= num_images:
             return images, annotations
     mark.unlink(missing_ok=True)
-    images, annotations = (Path(path) for path in write_shapes(folder, num_images=num_images, seed=seed, size=size))
+    images, annotations = (Path(path) for path in write_shapes(folder, **drawn))
     places = {"images": str(images.relative_to(folder)), "annotations": str(annotations.relative_to(folder))}
     mark.write_text(json.dumps(wanted | places), encoding="utf-8")
     return images, annotations

@@ -3,6 +3,7 @@
 What makes it a test of instance segmentation and not of colour: the class shows in the outline alone (colour and
 texture are drawn independently of it), shapes turn freely, differ fivefold in size and hide parts of one another.
 Image `index` of a set depends on (seed, index) only, so any part of a set can be made anywhere, bit for bit.
+Variants: "mixed" is that set; "crossed" has thin shapes that fill the same box in pairs (`tmask.data.crossed`).
 Letters: S image side, K shapes of an image, h w size of the window a shape is drawn in.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +19,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tmask.data import crossed
+
 Floats = npt.NDArray[np.float64]
 Bytes = npt.NDArray[np.uint8]
 Bools = npt.NDArray[np.bool_]
 
 CLASSES = ("disc", "square", "triangle", "star", "ring")
+VARIANTS = {"mixed": CLASSES, "crossed": crossed.CLASSES}  # and the classes of each
 
 # Raise by one with every change that gives other pixels, masks or files for the same arguments: kept pictures of
 # another version are drawn anew.
@@ -47,7 +51,7 @@ class ShapesImage(NamedTuple):
     """One image with its shapes, from back to front."""
 
     image: Bytes  # [S, S, 3]
-    labels: npt.NDArray[np.int64]  # [K], 1..len(CLASSES)
+    labels: npt.NDArray[np.int64]  # [K], 1..number of classes
     masks: Bools  # [K, S, S], the visible pixels
     full_areas: npt.NDArray[np.int64]  # [K], pixels of the whole shape inside the image
 
@@ -65,16 +69,18 @@ class _Shape:
         return slice(self.top, self.top + h), slice(self.left, self.left + w)
 
 
-def draw_image(seed: int, index: int, size: int = 128) -> ShapesImage:
+def draw_image(seed: int, index: int, size: int = 128, variant: str = "mixed") -> ShapesImage:
     """Image `index` of the set `seed`, `size` pixels a side. The same arguments give the same bytes.
 
-    Errors: ValueError for a negative seed or index, or a size below MIN_IMAGE_SIZE.
+    Errors: ValueError for an unknown variant, a negative seed or index, or a size below MIN_IMAGE_SIZE.
     """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
     for name, value, least in (("seed", seed, 0), ("index", index, 0), ("size", size, MIN_IMAGE_SIZE)):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
     rng = np.random.default_rng((seed, index))
-    shapes, owner = _place(rng, size)
+    shapes, owner = _place(rng, size, _candidates if variant == "mixed" else _crossing)
     canvas, ground_colour = _ground(rng, size)
     for shape in shapes:
         window = shape.window()
@@ -86,7 +92,9 @@ def draw_image(seed: int, index: int, size: int = 128) -> ShapesImage:
     return ShapesImage(image, labels, owner == np.arange(len(shapes))[:, None, None], areas)
 
 
-def write_shapes(folder: str | Path, *, num_images: int, seed: int, size: int = 128) -> tuple[Path, Path]:
+def write_shapes(
+    folder: str | Path, *, num_images: int, seed: int, size: int = 128, variant: str = "mixed"
+) -> tuple[Path, Path]:
     """Write a COCO data set: ``images/*.png`` and ``annotations.json`` (masks as compressed RLE) under `folder`.
 
     Returns both paths. Takes about 3 ms an image. Errors: ValueError for num_images < 1 and those of `draw_image`.
@@ -101,7 +109,7 @@ def write_shapes(folder: str | Path, *, num_images: int, seed: int, size: int = 
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in range(num_images):
-        drawn = draw_image(seed, index, size)
+        drawn = draw_image(seed, index, size, variant)
         name = f"{index:06d}.png"
         # Level 1 is three times as fast as the default and a tenth larger.
         Image.fromarray(drawn.image).save(images_folder / name, compress_level=1)
@@ -119,18 +127,23 @@ def write_shapes(folder: str | Path, *, num_images: int, seed: int, size: int = 
                     "iscrowd": 0,
                 }
             )
-    categories = [{"id": label, "name": name} for label, name in enumerate(CLASSES, start=1)]
+    categories = [{"id": label, "name": name} for label, name in enumerate(VARIANTS[variant], start=1)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     annotation_file.write_text(json.dumps(content), encoding="utf-8")
     return images_folder, annotation_file
 
 
-def _place(rng: np.random.Generator, size: int) -> tuple[list[_Shape], npt.NDArray[np.int64]]:
-    """Shapes from back to front, and which of them each pixel shows ([S, S], -1 the ground)."""
+def _place(
+    rng: np.random.Generator, size: int, candidates: Callable[..., Iterator[_Shape]]
+) -> tuple[list[_Shape], npt.NDArray[np.int64]]:
+    """Shapes from back to front, and which of them each pixel shows ([S, S], -1 the ground).
+
+    `candidates(rng, size, shapes)` gives the places that are tried for the next one.
+    """
     shapes: list[_Shape] = []
     owner = np.full((size, size), -1)
     for _ in range(int(rng.integers(MIN_SHAPES, MAX_SHAPES + 1))):
-        for candidate in _candidates(rng, size, shapes):
+        for candidate in candidates(rng, size, shapes):
             covered = owner[candidate.window()][candidate.inside]
             hidden = np.bincount(covered[covered >= 0], minlength=len(shapes))
             visible = np.bincount(owner[owner >= 0], minlength=len(shapes)) - hidden
@@ -155,6 +168,19 @@ def _candidates(rng: np.random.Generator, size: int, shapes: list[_Shape]) -> It
             reach = (max(other.cover.shape) + side) / 2
             corner = np.clip(centre - side / 2 + rng.uniform(-reach, reach, size=2), low, high)
         yield _rasterise(label, side, rng.uniform(0, 2 * math.pi), corner, size)
+
+
+def _crossing(rng: np.random.Generator, size: int, shapes: list[_Shape]) -> Iterator[_Shape]:
+    """Up to `_TRIES` random shapes of variant "crossed": every second one may cross the one before it."""
+    partner = None
+    if len(shapes) % 2 == 1 and rng.random() < crossed.CROSSING:
+        last = shapes[-1]  # inside the image, so its window is whole: a pixel wider than its box on either side
+        h, w = last.cover.shape
+        partner = last.label, np.array([last.top + h / 2, last.left + w / 2]), max(h, w) - 2.5
+    for _ in range(_TRIES):
+        stroke = crossed.random_stroke(rng, size, partner)
+        top, left, cover = crossed.rasterise(stroke, size)
+        yield _Shape(stroke.label, top, left, cover, cover >= 0.5)
 
 
 def _rasterise(label: int, side: float, angle: float, corner: Floats, size: int) -> _Shape:
