@@ -1,4 +1,4 @@
-"""The command line: ``tmask train | eval | predict | demo | validate | info | bench``, a file each.
+"""The command line: ``tmask train | eval | predict | demo | validate | info | bench | ablate``, a file each.
 
 Each command has its own parser, built when it is called.
 Exit codes: 0 done; 1 the run failed; 2 the command line or a config file is wrong; 130 interrupted (143 by SIGTERM).
@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from tmask.checks import nearest
+from tmask.cli.ablate import ablate_command
 from tmask.cli.bench import bench_command
 from tmask.cli.common import UsageError, fail, one_line
 from tmask.cli.demo import demo_command
@@ -30,6 +31,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "validate": validate_command,
     "info": info_command,
     "bench": bench_command,
+    "ablate": ablate_command,
 }
 
 

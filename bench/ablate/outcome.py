@@ -1,0 +1,90 @@
+"""What the folder of a table holds so far, as one JSON result."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.ablate.plan import Plan, Run
+from tmask.engine.log import read_log
+from tmask.engine.report import LOG_NAME
+from tmask.engine.run import METRICS_NAME
+from tmask.engine.train import CHECKPOINT_NAME
+
+VERSION = 1
+TRAIN_LOG = "train.log"  # what the training said, in the folder of a run
+FAILED = "failed.txt"  # why it failed; gone as soon as it is tried again
+DONE, BROKEN, BEGUN, WAITING = "done", "failed", "begun", "waiting"
+
+
+def state(run: Run) -> str:
+    """How far a run is. It is done once it has metrics, which a training writes last and whole."""
+    if (run.folder / METRICS_NAME).is_file():
+        return DONE
+    if (run.folder / FAILED).is_file():
+        return BROKEN
+    return BEGUN if (run.folder / CHECKPOINT_NAME).is_file() else WAITING
+
+
+def result(plan: Plan, machine: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the table and what each run has come to. Figures are COCO's, 0..1."""
+    return {
+        "version": VERSION,
+        "table": plan.name,
+        "setting": "small" if plan.coco is None else "full",
+        "machine": machine,
+        "seeds": plan.seeds,
+        "settings": _shared(plan),
+        "runs": [_run(run, plan) for run in plan.runs()],
+    }
+
+
+def _shared(plan: Plan) -> dict[str, Any]:
+    """The setting as its file has it: what it changes of its preset."""
+    setting = plan.setting
+    groups = {"model": setting.model, "train": setting.train, "data": setting.data}
+    changed = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
+    shapes = vars(setting.shapes) if setting.shapes else None
+    return {"preset": setting.preset, "shapes": shapes, "changed": json.loads(json.dumps(changed))}
+
+
+def _run(run: Run, plan: Plan) -> dict[str, Any]:
+    found: dict[str, Any] = {"variant": run.variant, "seed": run.seed, "state": state(run)}
+    if found["state"] == DONE:
+        metrics = json.loads((run.folder / METRICS_NAME).read_text(encoding="utf-8"))
+        found["metrics"] = {name: value for name, value in metrics.items() if name.count("/") == 1}  # not each class's
+        found["minutes"] = training_minutes(run.folder)
+    if found["state"] == BROKEN:
+        found["reason"] = (run.folder / FAILED).read_text(encoding="utf-8").strip()
+        found["log"] = str((run.folder / TRAIN_LOG).relative_to(plan.out))
+    return found
+
+
+def training_minutes(folder: Path) -> float | None:
+    """The time of a run's steps, also of one that went on after a break; none without a log."""
+    seconds, before = 0.0, 0
+    for row in log_rows(folder):
+        seconds += row["seconds_per_step"] * (row["step"] - before)
+        before = row["step"]
+    return round(seconds / 60, 2) if before else None
+
+
+def log_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a run's log that tell of steps."""
+    path = folder / LOG_NAME
+    if path.is_file():
+        yield from (row for row in read_log(path) if "seconds_per_step" in row)
+
+
+def machine() -> dict[str, Any]:
+    """What the table is trained on."""
+    import torch
+
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"CPU, {len(os.sched_getaffinity(0))} cores"
+    return {"device": device, "torch": torch.__version__}

@@ -1,0 +1,29 @@
+"""The settings that most tables share."""
+
+from __future__ import annotations
+
+from bench.ablate.table import Drawn, Setting
+
+MASK_RCNN = "He et al., Mask R-CNN (2017), COCO"
+
+_TRAINING = {"steps": 1200, "batch_size": 8, "lr": 1e-3, "checkpoint_every": 100}  # the demo's
+
+# The shapes of the demo.
+MIXED = Setting(
+    preset="tiny",
+    shapes=Drawn(variant="mixed", train_images=2000, val_images=200, size=128),
+    train=_TRAINING,
+    data={"num_workers": 0},
+)
+
+# Pairs of thin shapes fill the same box: a mask is wrong wherever a head cannot say which of the two is meant. No
+# flips, which would turn the classes into one another.
+CROSSED = Setting(
+    preset="tiny",
+    shapes=Drawn(variant="crossed", train_images=2000, val_images=200, size=128),
+    train=_TRAINING,
+    data={"num_workers": 0, "hflip": 0.0},
+)
+
+# The published schedule on one GPU: 90,000 steps of 16 images.
+R50_FPN = Setting(preset="r50_fpn")

@@ -1,0 +1,48 @@
+"""``tmask ablate``: the ablations of the checkout, which the installed package does not hold."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tmask.checks import nearest
+from tmask.cli import bench
+from tmask.cli.common import UsageError, check_out, device_of, make_parser, parse, usage
+
+
+def ablate_command(argv: list[str]) -> int:
+    """Train the variants of a published table with several seeds: did its direction come out?"""
+    parser = make_parser("ablate", ablate_command)
+    parser.add_argument("name", type=str, help=f"the table: {', '.join(table_names())}")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant; more may be added later")
+    parser.add_argument("--out", type=str | None, default=None, help="folder of the table; else runs/ablate/NAME")
+    parser.add_argument(
+        "--coco", type=str | None, default=None,
+        help="folder of COCO 2017: trains R50 at full size, for a GPU; else a tiny model on drawn shapes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--backbone_weights", type=str | None, default=None, help="with --coco: torchvision's ImageNet weights"
+    )
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--background", action="store_true", help="go on without this terminal")
+    args = parse(parser, argv)
+    if not (bench.ROOT / "bench" / "ablate" / "__main__.py").is_file():
+        raise ValueError("the ablations are in tmask's source, not in the installed package: run it in a checkout")
+    if args.name not in table_names():
+        raise UsageError(f"unknown table {args.name!r}: expected {nearest(args.name, table_names())}")
+    if args.seeds < 1:
+        raise UsageError(f"--seeds: expected at least 1, got {args.seeds}")
+    device = usage(lambda: device_of(args.device))
+    out = Path(args.out or Path("runs", "ablate", args.name))
+    check_out(out)
+    command = [sys.executable, "-m", "bench.ablate", args.name, "--seeds", str(args.seeds), "--out", str(out.resolve())]
+    for name in ("coco", "backbone_weights"):
+        path = getattr(args, name)
+        command += [f"--{name}", str(Path(path).resolve())] if path is not None else []
+    command += ["--background"] if args.background else ["--with_parent"]
+    return bench.run(command, bench.environment(device))
+
+
+def table_names() -> list[str]:
+    """The names of the tables; none from a wheel."""
+    return sorted(path.stem for path in (bench.ROOT / "bench" / "ablate" / "tables").glob("[!_]*.py"))
