@@ -34,6 +34,7 @@ COMMANDS = {
     "eval": f"--checkpoint {CHECKPOINT} --images {IMAGES} --annotations {FILE} --device cpu",
     "predict": f"--checkpoint {CHECKPOINT} --images {IMAGES} --out out --device cpu",
     "bench": "--device cpu",
+    "ablate": "--device cpu --out out",
 }
 
 
@@ -790,6 +791,8 @@ ELSEWHERE = {
     "test_faults_of_a_mask_are_found_on_opening_and_name_the_annotation",
     "every field of a config": "tests/test_config.py::test_wrong_values_name_field_expected_and_got",
     "any error in a loader's worker": "tests/data/test_loader.py::test_an_error_is_the_same_from_a_worker",
+    "folders and data of an ablation": "tests/bench/test_ablate.py::"
+    "test_more_seeds_may_be_added_but_nothing_else_changed",
     "targets and images of the model": "tests/model/test_transform.py::test_bad_targets_are_named",
 }
 
@@ -818,7 +821,26 @@ BENCHMARKS = [
     Case("result that is a folder", "bench --json data", "--json data: expected a file, got a folder", code=2),
 ]
 
-GROUPS = {"Data": FILES, "Settings": SETTINGS, "Checkpoints": CHECKPOINTS, "Benchmarks": BENCHMARKS}
+ABLATIONS = [
+    Case("unknown table, nearly right", "ablate focl", "unknown table 'focl': expected 'focal'?", code=2),
+    Case("no seed", "ablate focal --seeds 0", "--seeds: expected at least 1, got 0", code=2),
+    Case("seeds that are no number", "ablate focal --seeds two", "--seeds: expected a whole number, got two", code=2),
+    Case("COCO that is not there", "ablate focal --coco nowhere", "--coco: no such folder: nowhere", code=2),
+    Case(
+        "table that would lie in a file",
+        f"ablate focal --out {FILE}",
+        f"--out {FILE}: expected a folder, but {FILE} is a file",
+        code=2,
+    ),
+]
+
+GROUPS = {
+    "Data": FILES,
+    "Settings": SETTINGS,
+    "Checkpoints": CHECKPOINTS,
+    "Benchmarks": BENCHMARKS,
+    "Ablations": ABLATIONS,
+}
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def draw(table: Table, result: dict[str, Any], file: BinaryIO) -> None:
         about = "  ".join(part for part in (_about(result), left) if part)
         figure.text(0.015, 1 - 0.5 / height, about, fontsize=7, color=GREY, va="center")
         bottom = (0.2 * lines + 0.7) / height
-        axes = figure.add_axes((0.23, bottom, 0.62, ROW * count / height))
+        axes = figure.add_axes((0.23, bottom, 0.59, ROW * count / height))
         _rows(axes, table, result)
         for number, claim in enumerate(table.claims):
             found = verdict(result, claim)

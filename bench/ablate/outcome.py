@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.ablate.plan import Plan, Run
+from bench.ablate.table import Setting, Variant
 from tmask.engine.log import read_log
 from tmask.engine.report import LOG_NAME
 from tmask.engine.run import METRICS_NAME
@@ -43,12 +44,17 @@ def result(plan: Plan, machine: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shared(plan: Plan) -> dict[str, Any]:
-    """The setting as its file has it: what it changes of its preset."""
+    """What the runs have in common and in what they differ, as the file of the table has it."""
     setting = plan.setting
-    groups = {"model": setting.model, "train": setting.train, "data": setting.data}
-    changed = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
     shapes = vars(setting.shapes) if setting.shapes else None
-    return {"preset": setting.preset, "shapes": shapes, "changed": json.loads(json.dumps(changed))}
+    variants = {name: _changed(variant) for name, variant in plan.table.variants.items()}
+    return {"preset": setting.preset, "shapes": shapes, "changed": _changed(setting), "variants": variants}
+
+
+def _changed(part: Setting | Variant) -> dict[str, Any]:
+    groups = {"model": part.model, "train": part.train, "data": part.data}
+    changed = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
+    return json.loads(json.dumps(changed))  # as a file gives it back: lists for tuples
 
 
 def _run(run: Run, plan: Plan) -> dict[str, Any]:

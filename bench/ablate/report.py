@@ -133,10 +133,9 @@ def _settings(table: Table, result: Result) -> Iterator[str]:
         )
     else:
         yield "Data: COCO 2017."
-    for variant in table.variants.values():
-        groups = {"model": variant.model, "train": variant.train, "data": variant.data}
-        own = [f"`{g}.{name}` {json.dumps(value)}" for g, part in groups.items() for name, value in part.items()]
-        yield f"{variant.label}: {', '.join(own) or 'as it is'}."
+    for variant, own in shared["variants"].items():
+        words = [f"`{name}` {json.dumps(value)}" for name, value in own.items()]
+        yield f"{table.variants[variant].label}: {', '.join(words) or 'as it is'}."
     minutes = [run["minutes"] for run in result["runs"] if run.get("minutes") is not None]
     if minutes:
         machine = result["machine"]

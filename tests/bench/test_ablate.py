@@ -15,6 +15,7 @@ import pytest
 import tmask
 from bench.ablate import __main__ as main
 from bench.ablate import plan as plans
+from bench.ablate import publish
 from bench.ablate import table as tables
 from bench.ablate.chart import draw
 from bench.ablate.plan import Plan, check_data, check_folder
@@ -192,7 +193,8 @@ def result(**states: Any) -> dict[str, Any]:
         elif value is not None:
             run |= {"state": "done", "metrics": {"segm/AP75": value[0], "bbox/AP": value[1]}, "minutes": value[2]}
         runs.append(run)
-    settings = {"preset": "tiny", "shapes": vars(SETTING.shapes), "changed": {"train.steps": 4}}
+    variants = {"pool": {"model.roi_extractor": {"op": "roi_pool"}}, "align": {}}
+    settings = {"preset": "tiny", "shapes": vars(SETTING.shapes), "changed": {"train.steps": 4}, "variants": variants}
     machine = {"device": "CPU, 2 cores", "torch": "2.11.0"}
     return {"setting": "small", "machine": machine, "seeds": 2, "settings": settings, "runs": runs}
 
@@ -237,3 +239,35 @@ def test_charts_of_whole_partial_and_empty_tables_are_drawn(tmp_path: Path) -> N
         sizes.append((tmp_path / f"{name}.png").read_bytes())
     assert all(size.startswith(b"\x89PNG") for size in sizes)
     assert len(set(sizes)) == 3
+
+
+def test_the_page_is_made_of_the_results_in_the_repository() -> None:
+    text = publish.PAGE.read_text(encoding="utf-8")
+    assert publish.page(text) == text, "write it anew: python -m bench.ablate.publish"
+
+
+def test_a_result_is_published_with_its_chart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(tables, "names", lambda: ["pooling"])
+    monkeypatch.setattr(tables, "load", lambda name: TABLE)
+    monkeypatch.setattr(publish, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(publish, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(publish.page, "__defaults__", (tmp_path / "results",))
+    (tmp_path / "page.md").write_text(f"before\n{publish.BEGIN}\nold\n{publish.END}\nafter\n")
+    assert publish.main([]) == 0
+    text = (tmp_path / "page.md").read_text()
+    assert "## Pool or align\n\n`tmask ablate pooling`\n\nWhy.\n\n**Not measured yet.** Published (A paper):" in text
+    assert "- RoIPool: 23.6" in text
+    found = {"version": 1, "table": "pooling", **WHOLE}
+    (tmp_path / "result.json").write_text(json.dumps(found))
+    assert publish.main([str(tmp_path)]) == 0
+    text = (tmp_path / "page.md").read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert markdown(TABLE, WHOLE, chart="images/ablate_pooling.png") in text
+    assert (tmp_path / "images" / "ablate_pooling.png").is_file()
+    assert json.loads((tmp_path / "results" / "pooling.json").read_text()) == found
+    found["settings"] = {**found["settings"], "variants": {"pool": {}}}
+    (tmp_path / "result.json").write_text(json.dumps(found))
+    assert publish.main([str(tmp_path)]) == 2
+    assert "expected the variants pool, align: run the table again" in capsys.readouterr().err

@@ -32,6 +32,8 @@ def ablate_command(argv: list[str]) -> int:
         raise UsageError(f"unknown table {args.name!r}: expected {nearest(args.name, table_names())}")
     if args.seeds < 1:
         raise UsageError(f"--seeds: expected at least 1, got {args.seeds}")
+    if args.coco is not None and not Path(args.coco).is_dir():
+        raise UsageError(f"--coco: no such folder: {args.coco}")
     device = usage(lambda: device_of(args.device))
     out = Path(args.out or Path("runs", "ablate", args.name))
     check_out(out)

@@ -7,15 +7,15 @@ TABLE = Table(
     title="Cross-entropy or focal loss",
     about="Focal loss was made for one-stage detectors, whose background outnumbers objects a thousandfold. The RPN "
     "and the sampled RoIs of a two-stage one have been balanced already, so little is expected here.",
-    source="Lin et al., Focal Loss for Dense Object Detection (2017), COCO, a one-stage detector: box AP",
+    source="Lin et al., Focal Loss for Dense Object Detection (2017), COCO, a one-stage detector",
     metrics=("bbox/AP", "bbox/AP75", "segm/AP"),
     variants={
-        "ce": Variant(label="cross-entropy", published="31.1"),
+        "ce": Variant(label="cross-entropy", published="31.1 box AP"),
         "focal_rpn": Variant(label="focal in the RPN", model={"losses": {"rpn_objectness": "focal"}}),
         "focal_box": Variant(label="focal in the box head", model={"losses": {"classifier": "softmax_focal"}}),
         "focal_both": Variant(
             label="focal in both",
-            published="34.0",
+            published="34.0 box AP",
             model={"losses": {"rpn_objectness": "focal", "classifier": "softmax_focal"}},
         ),
     },

@@ -1,0 +1,77 @@
+"""Results of tables into docs/ablations.md.
+
+    python -m bench.ablate.publish [FOLDER ...]
+
+FOLDER is that of a table (``runs/ablate/NAME``): its result goes to bench/ablate/results and its chart to docs/images.
+The page is made of what is there, so without a folder it is only written anew.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.ablate import table as tables
+from bench.ablate.chart import draw
+from bench.ablate.outcome import VERSION
+from bench.ablate.report import RESULT, markdown
+from bench.rows import ROOT
+from tmask.engine.files import replace_text, replacing
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = ROOT / "docs" / "ablations.md"
+BEGIN, END = "<!-- ablate:begin -->", "<!-- ablate:end -->"
+
+
+def page(text: str, results: Path = RESULTS) -> str:
+    """`text` with what stands between its marks made anew. Errors: ValueError if the marks are missing."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"docs/ablations.md: expected {BEGIN} and {END}")
+    blocks = [_section(name, results / f"{name}.json") for name in tables.names()]
+    return f"{before}{BEGIN}\n{chr(10).join(blocks)}{END}{after}"
+
+
+def _section(name: str, path: Path) -> str:
+    table = tables.load(name)
+    head = f"## {table.title}\n\n`tmask ablate {name}`\n\n"
+    if path.is_file():
+        return head + markdown(table, load(path), chart=f"images/ablate_{name}.png")
+    rows = [f"- {variant.label}: {variant.published or 'no figure'}" for variant in table.variants.values()]
+    published = "\n".join([f"Published ({table.source}):", "", *rows])
+    return f"{head}{table.about}\n\n**Not measured yet.** {published}\n"
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A result that its table can show. Errors: ValueError."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if found.get("version") != VERSION or found["table"] not in tables.names():
+        raise ValueError(f"{path}: expected a result of version {VERSION} of one of {', '.join(tables.names())}")
+    variants = tables.load(found["table"]).variants
+    if list(found["settings"]["variants"]) != list(variants):
+        raise ValueError(f"{path}: expected the variants {', '.join(variants)}: run the table again")
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Take the results of some folders over and write the page; gives the exit code."""
+    try:
+        for folder in arguments:
+            result = load(Path(folder) / RESULT)
+            name = result["table"]
+            replace_text(RESULTS / f"{name}.json", json.dumps(result, indent=1) + "\n")
+            with replacing(PAGE.parent / "images" / f"ablate_{name}.png") as file:
+                draw(tables.load(name), result, file)
+        replace_text(PAGE, page(PAGE.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        print(f"bench.ablate.publish: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
