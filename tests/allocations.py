@@ -1,10 +1,13 @@
 """What a piece of code allocates, counted below PyTorch's operators, on any device."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,3 +42,24 @@ def allocated(*known: Tensor) -> Iterator[list[int]]:
     sizes: list[int] = []
     with _Allocations(sizes, known):
         yield sizes
+
+
+class Peak:
+    """Filled when its block ends."""
+
+    bytes: int = 0
+
+
+@contextmanager
+def peak_allocated() -> Iterator[Peak]:
+    """The most bytes of the CPU that PyTorch held at once for what is made inside the block, temporaries included."""
+    peak = Peak()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
+        yield peak
+    changes, events = [], list(prof.profiler.kineto_results.experimental_event_tree())
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            changes.append((event.start_time_ns, event.extra_fields.alloc_size))
+    peak.bytes = max(itertools.accumulate(size for _, size in sorted(changes)), default=0)

@@ -21,8 +21,8 @@ from tmask.config import (
 from tmask.presets import PRESETS, TRAIN_PRESETS, model_config
 
 FIELDS = {
-    DataConfig: """train_images train_annotations val_images val_annotations hflip vflip num_workers
-        aspect_grouping""",
+    DataConfig: """train_images train_annotations val_images val_annotations hflip vflip min_crop
+        min_sizes num_workers aspect_grouping""",
     TrainConfig: """steps batch_size optimizer accumulate lr momentum weight_decay decay_norm_and_bias schedule
         milestones lr_floor warmup_steps warmup_start clip_norm ema_decay precision channels_last seed log_every
         checkpoint_every eval_every eval_max_detections tensorboard""",
@@ -89,6 +89,8 @@ def test_the_two_conventions_differ_and_are_named() -> None:
         (TrainConfig, {"warmup_start": 2.0}, "warmup_start: expected in 0..1, got 2.0"),
         (TrainConfig, {"milestones": [60000.0]}, "milestones: expected fractions of steps"),
         (DataConfig, {"hflip": 1.5}, "hflip: expected in 0..1, got 1.5"),
+        (DataConfig, {"min_crop": 0.0}, "min_crop: expected in (0, 1], got 0.0"),
+        (DataConfig, {"min_sizes": [640, 0]}, "min_sizes: expected at least 1 each, got (640, 0)"),
         (DataConfig, {"num_workers": -1}, "num_workers: expected at least 0, got -1"),
         (ModelConfig, {"min_size": 2000}, "min_size: expected in 1..max_size, got 2000"),
         (ModelConfig, {"convention": {"paste_": 1}}, "unknown Convention setting 'paste_': expected 'paste'?"),

@@ -221,6 +221,8 @@ class DataConfig:
     val_annotations: str | None = None
     hflip: float = 0.5  # probability of a left-right flip in training
     vflip: float = 0.0
+    min_crop: float = 1.0  # random crops in training: each side is at least this part of the image's; 1: none
+    min_sizes: tuple[int, ...] = ()  # short sides, one drawn for each training image; empty: the model's min_size
     num_workers: int = 2
     aspect_grouping: bool = True  # batch portrait with portrait, landscape with landscape
 
@@ -228,6 +230,8 @@ class DataConfig:
         check_fields(self)
         for name in ("hflip", "vflip"):
             require(0 <= getattr(self, name) <= 1, name, "in 0..1", getattr(self, name))
+        require(0 < self.min_crop <= 1, "min_crop", "in (0, 1]", self.min_crop)
+        require(min(self.min_sizes, default=1) >= 1, "min_sizes", "at least 1 each", self.min_sizes)
         require(self.num_workers >= 0, "num_workers", "at least 0", self.num_workers)
         for split in ("train", "val"):
             pair = (f"{split}_images", f"{split}_annotations")

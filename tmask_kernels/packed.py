@@ -24,11 +24,11 @@ def pack_masks(masks: Tensor) -> Tensor:
         raise ValueError(f"masks: expected shape [..., H, W], got {tuple(masks.shape)}")
     inside = masks if masks.dtype == torch.bool else masks != 0
     inside = F.pad(inside, (0, -masks.shape[-1] % WORD)).contiguous()  # [..., H, B * 32]
-    bits = inside.view(torch.uint8).unflatten(-1, (-1, WORD // 8, 8))  # [..., H, B, 4, 8], 0 or 1
-    value = 1 << torch.arange(8, dtype=torch.uint8, device=masks.device)
-    packed = (bits * value).sum(-1, dtype=torch.uint8)  # [..., H, B, 4], the bytes of a word
-    # The lowest byte stands first, as every machine that PyTorch supports stores an int32.
-    return packed.view(torch.int32)[..., 0]  # [..., H, B]
+    # The lowest byte stands first, as every machine that PyTorch supports stores its integers. So eight pixels are an
+    # int64 of bytes 0 or 1, and the product shifts byte i by 7 (8 - i), where it is bit i of the highest byte.
+    eights = inside.unflatten(-1, (-1, 8)).view(torch.int64)[..., 0]  # [..., H, B * 4]
+    packed = ((eights * 0x0102040810204080) >> 56).to(torch.uint8)
+    return packed.unflatten(-1, (-1, WORD // 8)).view(torch.int32)[..., 0]  # [..., H, B]
 
 
 def unpack_masks(packed: Tensor, width: int) -> Tensor:
@@ -44,8 +44,10 @@ def unpack_masks(packed: Tensor, width: int) -> Tensor:
 
 def unpack_bits(packed: Tensor, dtype: torch.dtype) -> Tensor:
     """All bits of the words: [..., B] int32 -> [..., B * 32] of `dtype`, 0 or 1."""
-    bits = torch.arange(WORD, dtype=torch.int32, device=packed.device)
-    return ((packed[..., None] >> bits) & 1).to(dtype).flatten(-2)
+    # By bytes, lowest first as in `pack_masks`: an int32 for each pixel on the way would be four times the result.
+    value = 1 << torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = packed.contiguous().view(torch.uint8)[..., None] & value  # [..., B * 4, 8]
+    return (bits != 0).to(dtype).flatten(-2)
 
 
 def check_packed(name: str, packed: Tensor) -> None:

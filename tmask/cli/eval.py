@@ -57,7 +57,7 @@ def eval_command(argv: list[str]) -> int:
 
     model, saved = load_model(args.checkpoint, device)
     training = saved["train_config"] or {}  # None: written by hand
-    dataset = CocoDataset(args.images, args.annotations)
+    dataset = CocoDataset(args.images, args.annotations, packed_masks=True)
     check_categories(model.config.num_classes, saved["categories"], dataset.categories)
     check_instances(dataset, train=False)
     loader = make_loader(

@@ -20,6 +20,8 @@ from torch.utils.data import Dataset
 
 from tmask.data.annotations import compressed, fill_annotations, naming, outlines_nothing, read_coco
 from tmask.data.images import read_image
+from tmask.model.transform import mask_chunks
+from tmask_kernels import pack_masks
 
 Target = dict[str, Any]
 Transforms = Callable[[Tensor, Target], tuple[Tensor, Target]]
@@ -40,6 +42,9 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     of the targets, with one warning; one more counts masks that are given but empty. A missing ``iscrowd`` means 0, a
     missing ``area`` is the mask's, or the box's without a mask.
 
+    With `packed_masks` the masks are bits, [G, H, ceil(W / 32)] int32 (`tmask_kernels.pack_masks`), and never are all
+    of an image's held as bytes: what training uses.
+
     `transforms` (image, target) -> (image, target) runs on each item. Images are read as they are stored: an EXIF
     orientation is not applied, since COCO's annotations were drawn on the stored pixels.
 
@@ -52,12 +57,17 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     """
 
     def __init__(
-        self, images_folder: str | Path, annotation_file: str | Path, *, transforms: Transforms | None = None
+        self,
+        images_folder: str | Path,
+        annotation_file: str | Path,
+        *,
+        transforms: Transforms | None = None,
+        packed_masks: bool = False,
     ) -> None:
         from pycocotools.coco import COCO
 
         self.images_folder, self.annotation_file = Path(images_folder), Path(annotation_file)
-        self.transforms = transforms
+        self.transforms, self.packed_masks = transforms, packed_masks
         if not self.images_folder.is_dir():
             fault = "expected a folder, got a file" if self.images_folder.exists() else "no such folder"
             raise ValueError(f"images_folder: {fault}: {self.images_folder}")
@@ -112,7 +122,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             "labels": torch.tensor([labels[item["category_id"]] for item in annotations], dtype=torch.int64),
             "masks": masks,
             "iscrowd": torch.tensor([bool(item["iscrowd"]) for item in annotations], dtype=torch.bool),
-            "has_mask": masks.flatten(1).any(1),
+            "has_mask": masks.flatten(1).any(1).to(torch.bool),  # of bytes it would be bytes
         }
         return (image, target) if self.transforms is None else self.transforms(image, target)
 
@@ -165,10 +175,11 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         return kept, [np.array(item, dtype=np.float32).reshape(-1, 4) for item in boxes]
 
     def _masks(self, annotations: Sequence[dict[str, Any]], size: tuple[int, int]) -> Tensor:
-        """Decode the annotations of an image of `size` (H, W): [G, H, W] uint8."""
+        """Decode the annotations of an image of `size` (H, W): [G, H, W] uint8 or packed."""
         from pycocotools import mask as coco_mask
 
-        masks = torch.zeros(len(annotations), *size, dtype=torch.uint8)
+        width, dtype = (-(-size[1] // 32), torch.int32) if self.packed_masks else (size[1], torch.uint8)
+        masks = torch.zeros(len(annotations), size[0], width, dtype=dtype)
         runs, rows = [], []
         for g, item in enumerate(annotations):
             with naming(self.annotation_file, item):
@@ -176,9 +187,10 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             if run is not None:
                 runs.append(run)
                 rows.append(g)
-        if runs:
-            decoded = np.ascontiguousarray(coco_mask.decode(runs).transpose(2, 0, 1))  # [rows, H, W]
-            masks[rows] = torch.from_numpy(decoded)
+        for chunk in mask_chunks(len(runs), size[0] * size[1]):
+            decoded = coco_mask.decode(runs[chunk])  # [H, W, rows], column by column
+            part = torch.from_numpy(decoded.transpose(2, 1, 0)).mT  # [rows, H, W]
+            masks[rows[chunk]] = pack_masks(part) if self.packed_masks else part
         return masks
 
 

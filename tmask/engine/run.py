@@ -22,6 +22,8 @@ from tmask.engine.checkpoint import load_initial
 from tmask.engine.evaluate import evaluate
 from tmask.engine.files import replace_text
 from tmask.engine.train import TrainResult, train
+from tmask.model.transform import is_packed
+from tmask_kernels import unpack_masks
 
 CONFIG_NAME = "config.yaml"
 METRICS_NAME = "metrics.json"
@@ -32,7 +34,7 @@ OVERVIEW_NAME, OVERVIEW_PICTURES = "overview.png", 4
 
 
 def open_dataset(data: DataConfig, split: str) -> Any:
-    """The CocoDataset of split ``"train"`` (with its random flips) or ``"val"``; None if `data` names none.
+    """The CocoDataset of split ``"train"`` (with its random transforms) or ``"val"``; None if `data` names none.
 
     Errors: those of CocoDataset, and ValueError if there is nothing to train on.
     """
@@ -42,8 +44,10 @@ def open_dataset(data: DataConfig, split: str) -> Any:
     images, annotations = getattr(data, f"{split}_images"), getattr(data, f"{split}_annotations")
     if images is None:
         return None
-    flips = train_transforms(hflip=data.hflip, vflip=data.vflip) if split == "train" else None
-    dataset = CocoDataset(images, annotations, transforms=flips)
+    transforms = None
+    if split == "train":
+        transforms = train_transforms(data.hflip, data.vflip, min_crop=data.min_crop, min_sizes=data.min_sizes)
+    dataset = CocoDataset(images, annotations, transforms=transforms, packed_masks=True)
     check_instances(dataset, train=split == "train")
     return dataset
 
@@ -168,6 +172,8 @@ def draw_pictures(
             found = model([image.to(device)], masks="rle")[0]
         found = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in found.items()}
         truth = {"boxes": target["boxes"], "labels": target["labels"], "masks": target["masks"].bool()}
+        if is_packed(target["masks"], image.shape[-1]):
+            truth["masks"] = unpack_masks(target["masks"], image.shape[-1])
         pictures.append(comparison(image, found, truth, names, min_score=score_threshold))
         paths.append(folder / f"{Path(dataset.image_path(index)).stem}.png")
         save_png(paths[-1], pictures[-1])

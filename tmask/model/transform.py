@@ -5,17 +5,21 @@ Letters: N images, G ground-truth boxes, H W padded size, h w size of one image.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tmask.structures import ImageBatch, Targets
-from tmask_kernels import pack_masks
+from tmask_kernels import pack_masks, unpack_masks
 
-_MASKS_AT_ONCE = 16  # resized as float before they are packed; bounds the memory of crowded images
+Target = Mapping[str, Any]
+
+_PIXELS_AT_ONCE = 2**20  # of masks that are not packed, or not yet; bounds the memory of crowded images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,17 +43,23 @@ class ImageTransform:
     keep_crowds: bool
 
     def __call__(
-        self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None = None
+        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
     ) -> tuple[ImageBatch, Targets | None]:
         """Images [3, h, w], uint8 or float in 0..1, and torchvision's target dicts, as padded batches.
 
-        A target holds ``boxes`` [G, 4] xyxy in pixels, ``labels`` [G], ``masks`` [G, h, w] of 0 and 1, and may hold
-        ``iscrowd`` [G] and ``has_mask`` [G]. Errors: ValueError for wrong types, shapes, counts or devices, images or
-        boxes that are not finite, boxes without area (but of crowds), and labels outside 1..num_classes-1
-        (`num_classes` counts the background). On CUDA the values are read once, and not for uint8 images alone.
+        A target holds ``boxes`` [G, 4] xyxy in pixels, ``labels`` [G], ``masks`` [G, h, w] of 0 and 1 or packed
+        [G, h, ceil(w / 32)] int32 (`tmask_kernels.pack_masks`), and may hold ``iscrowd`` [G], ``has_mask`` [G] and
+        ``min_size``, the short side of this image. Masks are never all held as bytes or floats, unless they came so.
+
+        Errors: ValueError for wrong types, shapes, counts or devices, images or boxes that are not finite, boxes
+        without area (but of crowds), and labels outside 1..num_classes-1 (`num_classes` counts the background). On
+        CUDA the values are read once, and not for uint8 images alone.
         """
         _check(images, targets)
-        resized = [self._resize(image) for image in images]
+        short = [self.min_size] * len(images)
+        if targets is not None:
+            short = [target.get("min_size", self.min_size) for target in targets]
+        resized = [self._resize(image, min_size) for image, min_size in zip(images, short, strict=True)]
         sizes = [(image.shape[-2], image.shape[-1]) for image in resized]
         height = _round_up(max(size[0] for size in sizes), self.size_divisible)
         width = _round_up(max(size[1] for size in sizes), self.size_divisible)
@@ -66,13 +76,13 @@ class ImageTransform:
         _check_values(images, packed, self.num_classes)
         return ImageBatch(batch, torch.tensor(sizes, device=batch.device)), packed
 
-    def _resize(self, image: Tensor) -> Tensor:
+    def _resize(self, image: Tensor, min_size: int) -> Tensor:
         image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
         mean = image.new_tensor(self.image_mean)[:, None, None]
         std = image.new_tensor(self.image_std)[:, None, None]
         image = (image - mean) / std
         short, long = min(image.shape[-2:]), max(image.shape[-2:])
-        scale = min(self.min_size / short, self.max_size / long)
+        scale = min(min_size / short, self.max_size / long)
         if scale == 1:
             return image
         # The short side of a very long image would round to nothing.
@@ -84,7 +94,7 @@ class ImageTransform:
 
     def _resize_target(
         self,
-        target: Mapping[str, Tensor],
+        target: Target,
         before: tuple[int, int],
         after: tuple[int, int],
         padded: tuple[int, int],
@@ -99,12 +109,14 @@ class ImageTransform:
         words = -(-padded[1] // 32)
         packed = torch.zeros(count, padded[0], words, dtype=torch.int32, device=boxes.device)
         if masks is not None:
-            for first in range(0, count, _MASKS_AT_ONCE):
-                part = masks[first : first + _MASKS_AT_ONCE].float()
+            for chunk in mask_chunks(count, max(math.prod(before), math.prod(after))):
+                part = masks[chunk]
+                if is_packed(part, before[1]):
+                    part = unpack_masks(part, before[1])
                 if after != before:
-                    part = F.interpolate(part[:, None], size=after, mode=self.mask_resize)[:, 0]
-                part = F.pad(part >= 0.5, (0, padded[1] - after[1], 0, padded[0] - after[0]))
-                packed[first : first + _MASKS_AT_ONCE] = pack_masks(part)
+                    part = F.interpolate(part.float()[:, None], size=after, mode=self.mask_resize)[:, 0]
+                part = part if part.dtype == torch.bool else part >= 0.5
+                packed[chunk, : after[0], : -(-after[1] // 32)] = pack_masks(part)
         return {
             "boxes": boxes * scale,
             "labels": target["labels"].to(torch.int64),
@@ -113,6 +125,17 @@ class ImageTransform:
             "masks": packed,
             "has_mask": has_mask,
         }
+
+
+def mask_chunks(count: int, pixels: int) -> Iterator[slice]:
+    """Slices of `count` masks of so many pixels each, which may be held with a byte or a float a pixel at once."""
+    step = max(1, _PIXELS_AT_ONCE // max(1, pixels))
+    return (slice(first, first + step) for first in range(0, count, step))
+
+
+def is_packed(masks: Tensor, width: int) -> bool:
+    """Whether these are packed masks of `width` pixels, and not a number a pixel."""
+    return masks.dtype == torch.int32 and masks.shape[-1] == -(-width // 32)
 
 
 def _stack(targets: Sequence[dict[str, Tensor]]) -> Targets:
@@ -128,7 +151,7 @@ def _stack(targets: Sequence[dict[str, Tensor]]) -> Targets:
     return Targets(**fields)
 
 
-def _check(images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None) -> None:
+def _check(images: Sequence[Tensor], targets: Sequence[Target] | None) -> None:
     if not len(images):
         raise ValueError("images: expected at least one image, got an empty list")
     for i, image in enumerate(images):
@@ -147,7 +170,7 @@ def _check(images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | N
         _check_target(f"targets[{i}]", target, image)
 
 
-def _check_target(name: str, target: Mapping[str, Tensor], image: Tensor) -> None:
+def _check_target(name: str, target: Target, image: Tensor) -> None:
     if not isinstance(target, Mapping):
         raise ValueError(f"{name}: expected a dict, got {type(target).__name__}")
     for key in ("boxes", "labels"):
@@ -156,7 +179,10 @@ def _check_target(name: str, target: Mapping[str, Tensor], image: Tensor) -> Non
     boxes = target["boxes"]
     count = len(boxes) if isinstance(boxes, Tensor) and boxes.ndim else 0
     shapes = {"boxes": (count, 4), "labels": (count,), "iscrowd": (count,), "has_mask": (count,)}
-    shapes["masks"] = (count, *image.shape[-2:])
+    height, width = image.shape[-2:]
+    masks = target.get("masks")
+    packed = isinstance(masks, Tensor) and masks.ndim and is_packed(masks, width)
+    shapes["masks"] = (count, height, -(-width // 32) if packed else width)
     for key, shape in shapes.items():
         if key not in target:
             continue
@@ -169,6 +195,8 @@ def _check_target(name: str, target: Mapping[str, Tensor], image: Tensor) -> Non
             raise ValueError(f"{name}[{key!r}]: expected on the image's device, {image.device}, got {value.device}")
     if target["labels"].dtype.is_floating_point and count:
         raise ValueError(f"{name}['labels']: expected an integer dtype, got {target['labels'].dtype}")
+    if "min_size" in target and not (isinstance(target["min_size"], int) and target["min_size"] >= 1):
+        raise ValueError(f"{name}['min_size']: expected whole pixels, at least 1, got {target['min_size']!r}")
 
 
 def _check_values(images: Sequence[Tensor], targets: Targets | None, num_classes: int) -> None:
