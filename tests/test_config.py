@@ -12,6 +12,7 @@ from tmask.config import (
     CONVENTIONS,
     Convention,
     DataConfig,
+    KeypointConfig,
     LossConfig,
     ModelConfig,
     RoIExtractorConfig,
@@ -19,6 +20,7 @@ from tmask.config import (
     from_dict,
 )
 from tmask.presets import PRESETS, TRAIN_PRESETS, model_config
+from tmask.skeleton import PERSON, UNKNOWN_SIGMA, Skeleton, make_skeleton
 
 FIELDS = {
     DataConfig: """train_images train_annotations val_images val_annotations hflip vflip min_crop
@@ -32,7 +34,8 @@ FIELDS = {
         rpn_post_nms_top_n_train rpn_post_nms_top_n_test rpn_nms_threshold rpn_min_size rpn_score_threshold
         roi_extractor box_pool_size box_head_dim box_fg_iou box_bg_iou box_batch_size box_positive_fraction
         box_score_threshold box_nms_threshold max_detections mask_pool_size mask_head_channels mask_head_layers
-        losses loss_rpn_objectness loss_rpn_box loss_classifier loss_box loss_mask""",
+        keypoints losses loss_rpn_objectness loss_rpn_box loss_classifier loss_box loss_mask loss_keypoint""",
+    KeypointConfig: """names edges flip_pairs sigmas pool_size head_channels head_layers""",
     RoIExtractorConfig: """op reduction interpolation sampling_ratio aligned level_convention""",
     LossConfig: """rpn_objectness rpn_box classifier box focal_alpha focal_gamma focal_prior""",
 }
@@ -56,6 +59,40 @@ def test_a_roi_extractor_is_given_in_part() -> None:
     saved = dataclasses.asdict(PRESETS["tiny"])
     del saved["roi_extractor"]  # of a checkpoint that is older than the setting
     assert from_dict(ModelConfig, saved) == PRESETS["tiny"]
+
+
+@pytest.mark.parametrize("given", [{}, {"names": ["a", "b"], "edges": [[0, 1]], "sigmas": [0.1, 0.2]}, None])
+def test_keypoints_are_given_in_part_or_not_at_all(given: dict[str, object] | None) -> None:
+    config = model_config("tiny", keypoints=given)
+    if given is None:
+        assert config.keypoints is None
+    else:
+        expected = given and {"names": ("a", "b"), "edges": ((0, 1),), "sigmas": (0.1, 0.2)}
+        assert config.keypoints == KeypointConfig(**expected)
+    text = yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))))
+    assert from_dict(ModelConfig, yaml.safe_load(text)) == config
+
+
+def test_keypoints_are_a_persons_unless_named() -> None:
+    assert KeypointConfig().skeleton == PERSON == KeypointConfig(names=PERSON.names).skeleton
+    own = KeypointConfig(names=("left_tip", "tail", "right_tip", "left_over")).skeleton
+    assert own.flip_pairs == ((0, 2),)
+    assert own.flip_order == (2, 1, 0, 3)
+    assert own.edges == ()
+    assert own.sigmas == (UNKNOWN_SIGMA,) * 4
+    given = {"edges": ((0, 1),), "flip_pairs": ((1, 3),), "sigmas": (0.1, 0.2, 0.3, 0.4)}
+    other = KeypointConfig(names=own.names, **given).skeleton  # type: ignore[arg-type]
+    assert other == Skeleton(own.names, **given)  # type: ignore[arg-type]
+
+
+def test_a_persons_keypoints_are_mirrored_by_their_names() -> None:
+    assert make_skeleton(PERSON.names).flip_pairs == PERSON.flip_pairs
+    order = PERSON.flip_order
+    assert [order[number] for number in order] == list(range(17))
+    for number, other in enumerate(order):
+        sides = {"left": "right", "right": "left"}
+        side = next((side for side in sides if side in PERSON.names[number]), None)
+        assert PERSON.names[other] == (PERSON.names[number].replace(side, sides[side]) if side else "nose")
 
 
 def test_every_model_preset_has_training_defaults() -> None:
@@ -113,6 +150,20 @@ def test_the_two_conventions_differ_and_are_named() -> None:
         (RoIExtractorConfig, {"op": "roi_pool", "aligned": True}, "aligned: expected None, as roi_pool has no such"),
         (ModelConfig, {"roi_extractor": "roi_pool"}, "roi_extractor: expected a RoIExtractorConfig, got 'roi_pool'"),
         (ModelConfig, {"roi_extractor": {"opp": 1}}, "roi_extractor: unknown RoIExtractorConfig setting 'opp'"),
+        (ModelConfig, {"keypoints": "person"}, "keypoints: expected a KeypointConfig or none, got 'person'"),
+        (ModelConfig, {"keypoints": {"nams": ["a"]}}, "keypoints: unknown KeypointConfig setting 'nams': expected"),
+        (KeypointConfig, {"names": []}, "names: expected at least one, none of them twice, got ()"),
+        (KeypointConfig, {"names": ["a", "a"]}, "names: expected at least one, none of them twice, got ('a', 'a')"),
+        (
+            KeypointConfig,
+            {"names": ["a"], "edges": [[0, 1]]},
+            "edges: expected pairs of numbers in 0..0, got ((0, 1),)",
+        ),
+        (KeypointConfig, {"flip_pairs": [[0, 0]]}, "flip_pairs: expected pairs of numbers in 0..16, got ((0, 0),)"),
+        (KeypointConfig, {"flip_pairs": [[0, 1], [1, 2]]}, "flip_pairs: expected each keypoint in one pair at most"),
+        (KeypointConfig, {"sigmas": [0.1]}, "sigmas: expected 17 numbers above 0, one a name, got (0.1,)"),
+        (KeypointConfig, {"names": ["a"], "sigmas": [0]}, "sigmas: expected 1 numbers above 0, one a name, got (0,)"),
+        (KeypointConfig, {"head_layers": 0}, "head_layers: expected at least 1, got 0"),
         (LossConfig, {"rpn_objectness": "focl"}, "rpn_objectness: expected 'focal'?, got 'focl'"),
         (LossConfig, {"box": "iou"}, "box: expected 'giou'?, got 'iou'"),
         (LossConfig, {"focal_alpha": 1.5}, "focal_alpha: expected 0..1, or below 0 for no weights, got 1.5"),

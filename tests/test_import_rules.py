@@ -18,13 +18,14 @@ LOW = {"structures"}
 ALLOWED = {
     "structures": set(),
     "checks": set(),
-    "config": {"checks"},
+    "skeleton": {"checks"},
+    "config": {"checks", "skeleton"},
     "model": LOW | {"model"},
     "presets": {"checks", "config"},
     "build": LOW | {"model", "config", "presets"},
     "weights": {"model", "build"},
     "data": LOW | {"model", "config", "data"},
-    "engine": LOW | {"model", "config", "build", "weights", "data", "visualize", "engine"},
+    "engine": LOW | {"model", "config", "build", "weights", "data", "visualize", "engine", "skeleton"},
     "visualize": LOW | {"model", "data"},
 }
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tmask.checks import check_fields, nearest, require
+from tmask.skeleton import Skeleton, make_skeleton
 
 BackboneName = Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101"]
 NormName = Literal["bn", "frozen_bn", "gn"]
@@ -119,6 +120,30 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeypointConfig:
+    """The keypoint branch and what it learns. Keypoints have numbers from 0, in the order of their names."""
+
+    names: tuple[str, ...] | None = None  # null: those of the training data, or without data COCO's 17 of a person
+    edges: tuple[tuple[int, int], ...] | None = None  # lines of the pictures; null: those that come with the names
+    flip_pairs: tuple[tuple[int, int], ...] | None = None  # swapped by a left-right flip; null: left and right by name
+    sigmas: tuple[float, ...] | None = None  # of the evaluation, one a name; null: COCO's of a person, else 0.05
+    pool_size: int = 14  # the heat maps are four times as large
+    head_channels: int = 512
+    head_layers: int = 8
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("pool_size", "head_channels", "head_layers"):
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        assert self.skeleton  # made here for its checks
+
+    @property
+    def skeleton(self) -> Skeleton:
+        """The keypoints, with what is left out filled in."""
+        return make_skeleton(self.names, self.edges, self.flip_pairs, self.sigmas)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The detector. Defaults are the published Mask R-CNN R50-FPN; sizes are pixels of the resized image."""
 
@@ -174,6 +199,8 @@ class ModelConfig:
     mask_head_channels: int = 256
     mask_head_layers: int = 4
 
+    keypoints: KeypointConfig | None = None  # null: no keypoint branch
+
     # Losses and their weights
     losses: LossConfig = field(default_factory=LossConfig)
     loss_rpn_objectness: float = 1.0
@@ -181,6 +208,7 @@ class ModelConfig:
     loss_classifier: float = 1.0
     loss_box: float = 1.0
     loss_mask: float = 1.0
+    loss_keypoint: float = 1.0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -296,9 +324,10 @@ def from_dict(cls: type[Any], values: dict[str, Any]) -> Any:
     for name, value in values.items():
         if name not in hints:
             raise ValueError(f"unknown {cls.__name__} setting {name!r}: expected {nearest(str(name), hints)}")
-        if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
+        nested = nested_config(hints[name])
+        if nested is not None and isinstance(value, dict):
             try:
-                value = from_dict(typing.cast(type[Any], hints[name]), value)
+                value = from_dict(nested, value)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
         out[name] = _tuples(value)
@@ -307,6 +336,11 @@ def from_dict(cls: type[Any], values: dict[str, Any]) -> Any:
         if required and item.name not in out:
             raise ValueError(f"{cls.__name__}: expected a setting {item.name!r}, got none")
     return cls(**out)
+
+
+def nested_config(hint: Any) -> type[Any] | None:
+    """The config dataclass that a field of this type holds, or may hold; None for plain values."""
+    return next((part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)), None)  # type: ignore[return-value]
 
 
 def _tuples(value: Any) -> Any:

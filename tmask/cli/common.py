@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import contextlib
+import dataclasses
 import difflib
 import os
 import re
@@ -14,7 +17,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from tmask.checks import describe
-from tmask.config import from_dict
+from tmask.config import from_dict, nested_config
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -57,6 +60,9 @@ def parse(parser: ArgumentParser, argv: list[str], file: Mapping[str, Any] | Non
     """
     words = [word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")]
     known = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
+    for action in parser._actions:  # settings that are given as a whole, or one by one, or not at all
+        nested = nested_config(getattr(action, "_typehint", None))
+        known |= {f"{action.dest}.{item.name}" for item in dataclasses.fields(nested)} if nested else set()
     for name in [*words, *_leaves(file or {})]:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -82,7 +88,22 @@ def _explain(parser: ArgumentParser, message: str) -> str:
     hints = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
     if wrong is None or hints.get(wrong[1]) is None:
         return message
+    nested = nested_config(hints[wrong[1]])
+    if nested is not None:
+        return f"--{wrong[1]}: {_explain_nested(nested, wrong[2])}"
     return f"--{wrong[1]}: expected {describe(hints[wrong[1]], wrong[2])}, got {wrong[2]}"
+
+
+def _explain_nested(config: type[Any], given: str) -> str:
+    """What is wrong with settings that jsonargparse did not take, by our own check of them."""
+    single = re.fullmatch(r"NestedArg\(key='(\w+)', val=(.*)\)", given, re.DOTALL)
+    with contextlib.suppress(SyntaxError, ValueError):
+        value = ast.literal_eval(single[2] if single else given)
+        try:
+            from_dict(config, {single[1]: value} if single else value)
+        except ValueError as error:
+            return str(error)
+    return f"expected {describe(config, given)}, got {given}"
 
 
 def usage(function: Callable[[], Any]) -> Any:
