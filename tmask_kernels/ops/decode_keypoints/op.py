@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tmask_kernels.backend import resolve
+from tmask_kernels.backend import resolve, triton_reasons
 from tmask_kernels.ops._checks import check_device
 from tmask_kernels.ops.decode_keypoints.reference import decode_keypoints_reference
+
+MAX_COLUMNS = 1023  # of a heat map in the kernel, which holds a row of it in registers
 
 
 def decode_keypoints(
@@ -40,8 +42,26 @@ def decode_keypoints(
     if valid is not None and (valid.shape != slots or valid.dtype != torch.bool):
         raise ValueError(f"valid: expected bool {slots}, got {valid.dtype} {tuple(valid.shape)}")
     check_device("decode_keypoints", heatmaps.device, boxes=boxes, valid=valid)
-    resolve("decode_keypoints", backend, {"reference": []}, device=heatmaps.device)
-    return _decode_keypoints(heatmaps.detach(), boxes.detach().float(), valid)
+    heatmaps, boxes = heatmaps.detach(), boxes.detach().float()
+    triton = _triton_reasons(heatmaps, boxes)
+    if heatmaps.device.type == "cuda":
+        reasons: dict[str, list[str]] = {"triton": triton, "reference": []}
+    else:
+        reasons = {"reference": [], "triton": triton}
+    if resolve("decode_keypoints", backend, reasons, device=heatmaps.device) == "triton":
+        from tmask_kernels.ops.decode_keypoints import kernels
+
+        return kernels.decode_keypoints(heatmaps, boxes, valid)
+    return _decode_keypoints(heatmaps, boxes, valid)
+
+
+def _triton_reasons(heatmaps: Tensor, boxes: Tensor) -> list[str]:
+    reasons = triton_reasons(heatmaps, boxes)
+    if heatmaps.dtype == torch.float64:
+        reasons.append("computes in float32, not float64")
+    if heatmaps.shape[4] > MAX_COLUMNS or heatmaps.shape[3] * heatmaps.shape[4] >= 2**31:
+        reasons.append(f"serves heat maps of up to {MAX_COLUMNS} columns and 2^31 - 1 cells")
+    return reasons
 
 
 # One node of a compiled graph: the reference reads the size of each box.

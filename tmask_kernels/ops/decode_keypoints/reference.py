@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tmask_kernels.ops.roi_align.reference import cubic_weight, is_finite
+from tmask_kernels.ops.roi_align.reference import is_finite
 
-COEFFICIENT = -0.75  # of Keys' kernel: that of torch's bicubic
+KEYS = -0.75  # coefficient of Keys' kernel: that of torch's bicubic
 MAX_GRID = 2**14  # pixels of a grid's side, so that the work for a box is bounded
 MAX_LOGIT = 1e37  # beyond, interpolation in float32 might overflow
 
@@ -82,10 +82,12 @@ def taps(pixels: int, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
     pixel = torch.arange(pixels, dtype=torch.float32, device=like.device)
     at = (pixel + 0.5) * (length / pixels) - 0.5  # in cells; float32 for every input, as in the kernel
     cell = at.floor()
-    fraction = (at - cell).to(like.dtype)
-    distances = torch.stack([1 + fraction, 1 - fraction, 2 - fraction])
+    t = (at - cell).to(like.dtype)
+    rest = 1 - t
+    outer = KEYS * t * rest
+    after = t * (t * (2 * KEYS + 3 - (KEYS + 2) * t) - KEYS)
     cells = torch.stack([cell - 1, cell, cell + 1, cell + 2]).clamp(0, length - 1)
-    return cells.long(), cubic_weight(distances, COEFFICIENT)
+    return cells.long(), torch.stack([outer * rest, after, outer * t])
 
 
 def interpolate(values: Tensor, dim: int, cells: Tensor, weights: Tensor) -> Tensor:

@@ -1,0 +1,441 @@
+"""decode_keypoints: hand-made answers, torchvision, `F.interpolate` in float64, ties, odd boxes and maps, mutants."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torchvision.models.detection.roi_heads import heatmaps_to_keypoints, keypoints_to_heatmap
+
+from tests.mutation import mutant
+from tmask_kernels import decode_keypoints
+from tmask_kernels.ops.decode_keypoints import kernels, reference
+from tmask_kernels.testing import Tolerance, assert_close, guarded, poisoned_empty
+
+BACKENDS = ("reference", "triton")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def box(x: float, y: float, width: float, height: float) -> list[float]:
+    return [x, y, x + width, y + height]
+
+
+def run(maps: Tensor, boxes: list[list[float]], backend: str, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Maps [D, K, H, W] and a box for each, as one image between guard bands: xy [D, K, 2], scores [D, K]."""
+    given_boxes = guarded(torch.tensor([boxes], device=maps.device))
+    with poisoned_empty():
+        xy, scores = decode_keypoints(guarded(maps[None]), given_boxes, backend=backend, **kwargs)
+    assert xy.dtype == torch.float32
+    assert scores.dtype == (torch.float64 if maps.dtype == torch.float64 else torch.float32)
+    return xy[0], scores[0]
+
+
+def assert_same(maps: Tensor, boxes: list[list[float]]) -> None:
+    """Kernel and reference agree bit for bit."""
+    for got, expected in zip(run(maps, boxes, "triton"), run(maps, boxes, "reference"), strict=True):
+        assert torch.equal(got.nan_to_num(-7.5), expected.nan_to_num(-7.5))
+
+
+def scenes() -> Tensor:
+    """[4, 1, 8, 9]: each is decoded wrongly if some part of the kernel is wrong."""
+    maps = torch.zeros(4, 1, 8, 9)
+    # Between four equal cells the surface rises to 1.41, above a lone larger cell that stands before them.
+    maps[0, 0, 1, 1], maps[0, 0, 4:6, 5:7] = 1.05, 1.0
+    # Two such rises in one row of patches, the later one larger; and one below them that equals it.
+    maps[1, 0, 1:3, 1:3], maps[1, 0, 1:3, 6:8], maps[1, 0, 5:7, 6:8] = 0.9, 1.0, 1.0
+    # Scene 2 is constant: all pixels are equal.
+    maps[3] = torch.randn(1, 8, 9, generator=torch.Generator().manual_seed(1))
+    return maps
+
+
+SCENE_BOXES = [box(3.0, -2.0, 35.4, 30.9), box(0.0, 0.0, 36.0, 32.0), box(0.5, 0.25, 36.0, 32.0), box(1, 2, 20.3, 17)]
+
+
+def truth(heatmap: Tensor, corners: list[float]) -> Tensor:
+    """One map [H, W] resized to its box in float64, by torch."""
+    sides = [math.ceil(max(high - low, 1.0)) for low, high in zip(corners[:2], corners[2:], strict=True)]
+    size = (sides[1], sides[0])
+    return F.interpolate(heatmap.double()[None, None], size=size, mode="bicubic", align_corners=False)[0, 0]
+
+
+# Hand-made answers
+
+
+def test_a_peak_is_at_its_cells_centre(backend: str, device: torch.device) -> None:
+    """4 x 4 cells in a box of 12 x 8: 3 x 2 pixels a cell. One row of pixels above the centre of a cell equals the one
+    below; in x the middle one of three is the cell's centre.
+    """
+    maps = torch.zeros(1, 2, 4, 4, device=device)
+    maps[0, 0, 2, 1] = maps[0, 1, 0, 1] = 5
+    xy, scores = run(maps, [box(10.0, 20.0, 12.0, 8.0)], backend)
+    assert xy.tolist() == [[[10 + 4.5, 20 + 4.5], [10 + 4.5, 20 + 0.5]]]
+    # Keys' weight of a cell a quarter of a cell away, a = -0.75. Before the first row the first is repeated: all
+    # weights are its own there, but that of the next row, 1.25 cells away.
+    near, far = 1 - 2.25 * 0.25**2 + 1.25 * 0.25**3, -0.75 * (1.25**3 - 5 * 1.25**2 + 8 * 1.25 - 4)
+    assert_close(scores[0], torch.tensor([5 * near, 5 * (1 - far)], device=device).double())
+
+
+@pytest.mark.parametrize(
+    ("corners", "expected"),
+    [
+        (box(10.0, 20.0, 0.0, 0.0), [10.5, 20.5]),  # a box has a pixel at least
+        ([10.0, 20.0, 4.0, 15.0], [10.5, 20.5]),  # inverted
+        (box(-10.0, 20.0, 1.5, 0.2), [-10 + 1.125, 20.5]),  # two pixels of 0.75
+    ],
+    ids=["point", "inverted", "small"],
+)
+def test_the_smallest_boxes(backend: str, device: torch.device, corners: list[float], expected: list[float]) -> None:
+    maps = torch.arange(6.0, device=device).repeat(1, 1, 5, 1)
+    assert run(maps, [corners], backend)[0][0, 0].tolist() == expected
+
+
+def test_the_first_of_equal_pixels(backend: str, device: torch.device) -> None:
+    """A constant map; and peaks of one form, with four pixels a cell, of which the first in row-major order wins."""
+    maps = torch.full((2, 1, 6, 6), 0.3, device=device)
+    maps[1] = 0
+    maps[1, 0, 4, 1] = maps[1, 0, 1, 4] = maps[1, 0, 1, 1] = 2
+    xy, scores = run(maps, [box(0.0, 0.0, 24.0, 24.0)] * 2, backend)
+    assert xy[0, 0].tolist() == [0.5, 0.5]
+    assert scores[0].item() == maps[0, 0, 0, 0].item()  # not a rounding away
+    assert_close(xy[1, 0], torch.tensor([6.0, 6.0]), tolerance=Tolerance(max=0.1, rms=0.1))  # half a pixel of 6
+
+
+def test_decoding_what_was_encoded(device: torch.device) -> None:
+    """Within half a cell, and half a pixel: a target is the cell that a keypoint stands in."""
+    sides = torch.tensor([[90.3, 201.0], [56.0, 70.7], [300.4, 64.2]])
+    corners = torch.tensor([[3.2, 4.1], [0.0, 0.0], [-20.0, 11.5]])
+    boxes = torch.cat([corners, corners + sides], 1)
+    points = corners[:, None] + torch.rand(3, 5, 2) * sides[:, None]
+    visible = torch.full((3, 5, 1), 2.0)
+    cells, valid = keypoints_to_heatmap(torch.cat([points, visible], 2), boxes, 56)
+    assert valid.all()
+    maps = F.one_hot(cells, 56 * 56).view(3, 5, 56, 56).float().to(device)
+    xy, _ = run(maps, boxes.tolist(), "reference")
+    error = (xy.cpu() - points).abs()
+    assert (error <= 0.5 * sides[:, None] / 56 + 0.5).all()
+    assert error.max() > 0.5 * sides.min() / 56 - 0.5
+
+
+# Against torchvision and torch
+
+
+def torchvision_boxes(count: int) -> Tensor:
+    corners = torch.rand(count, 2) * 60 - 20
+    return torch.cat([corners, corners + torch.rand(count, 2) ** 2 * 70], 1)
+
+
+@pytest.mark.parametrize("cells", [(6, 5), (3, 8), (1, 1)], ids=str)
+def test_equals_torchvision(backend: str, device: torch.device, cells: tuple[int, int]) -> None:
+    """The same pixels, of boxes smaller and larger than the map. Its sums are in another order, so scores differ in the
+    last bits, and so may pixels that are equal up to those: there are none among these.
+    """
+    maps = torch.randn(2 if backend == "triton" else 25, 2, *cells, device=device)
+    boxes = torchvision_boxes(len(maps))
+    boxes[0] = torch.tensor([2.0, 3.0, 4.5, 5.2])
+    if cells == (1, 1):
+        maps[:] = 0.5  # every pixel
+        boxes[:, 2:] = boxes[:, :2] + 0.7  # and there is just one
+    expected, scores = heatmaps_to_keypoints(maps.cpu(), boxes)
+    xy, got = run(maps, boxes.tolist(), backend)
+    assert torch.equal(xy.cpu(), expected[..., :2])
+    assert_close(got.cpu(), scores.double())
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    cells=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    sides=st.tuples(st.floats(0.1, 90.0), st.floats(0.1, 90.0)),
+)
+def test_the_pixel_is_the_largest_of_torchs(seed: int, cells: tuple[int, int], sides: tuple[float, float]) -> None:
+    heatmap = torch.randn(cells, generator=torch.Generator().manual_seed(seed))
+    corners = torch.tensor(box(-3.0, 7.0, *sides)).tolist()
+    resized = truth(heatmap, corners)
+    xy, scores = run(heatmap[None, None], [corners], "reference")
+    height, width = resized.shape
+    x = (xy[0, 0, 0] - corners[0]) / max(corners[2] - corners[0], 1.0) * width - 0.5
+    y = (xy[0, 0, 1] - corners[1]) / max(corners[3] - corners[1], 1.0) * height - 0.5
+    assert abs(x - x.round()) < 1e-3
+    assert abs(y - y.round()) < 1e-3
+    # Coordinates are float32, of which the surface makes at most a few times as much.
+    assert_close(scores[0], resized.max()[None])
+    assert_close(resized[int(y.round()), int(x.round())], resized.max(), tolerance=None)
+
+
+# The kernel and the reference
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_kernel_equals_the_reference(device: torch.device, dtype: torch.dtype) -> None:
+    maps = scenes().to(device, dtype)
+    if device.type == "cpu" and dtype != torch.float32:
+        maps = maps[:1]
+    assert_same(maps, SCENE_BOXES[: len(maps)])
+
+
+def test_scenes_have_the_answers_that_they_were_made_for(device: torch.device) -> None:
+    xy, scores = run(scenes().to(device), SCENE_BOXES, "reference")
+    assert scores[0] > 1.35
+    assert xy[1, 0].tolist() == [7 * 4 - 0.5, 2 * 4 - 0.5]
+    assert xy[2, 0].tolist() == [1.0, 0.75]
+
+
+@pytest.mark.parametrize("examples", [3, pytest.param(150, marks=pytest.mark.slow)], ids=["few", "many"])
+def test_kernel_equals_the_reference_on_any_map(device: torch.device, examples: int) -> None:
+    """Maps of few different values have many equal pixels."""
+
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(
+        seed=st.integers(0, 2**16),
+        cells=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+        sides=st.tuples(st.floats(0.1, 60.0), st.floats(0.1, 60.0)),
+        levels=st.sampled_from([0.5, 1.0, 1000.0]),
+    )
+    def check(seed: int, cells: tuple[int, int], sides: tuple[float, float], levels: float) -> None:
+        heatmap = (torch.randn(cells, generator=torch.Generator().manual_seed(seed)) * levels).round() / levels
+        assert_same(heatmap.to(device)[None, None], [box(1.0, 2.0, *sides)])
+
+    check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["noise", "peak"])
+def test_kernel_equals_the_reference_at_full_size(device: torch.device, kind: str) -> None:
+    maps = torch.randn(2, 1, 28, 28, device=device)
+    if kind == "peak":
+        maps[0, 0, 9:12, 20] += 6
+        maps[1, 0, 3, 20] = maps[1, 0, 3, 4] = 7
+    maps = F.interpolate(maps, scale_factor=2.0, mode="bilinear")
+    assert_same(maps, [box(3.3, 4.4, 120.2, 301.7), box(-1.0, 0.0, 640.0, 479.5)])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN and overflows in the interpreter
+def test_odd_boxes_and_invalid_ones_are_zero(backend: str, device: torch.device) -> None:
+    inf, nan = math.inf, math.nan
+    rows = [
+        [nan, 0.0, 5.0, 5.0],
+        [0.0, 0.0, inf, 5.0],
+        [0.0, -inf, 5.0, 5.0],
+        [-3e38, 0.0, 3e38, 5.0],  # its width is infinite
+        [2.0, 2.0, 5.0, 5.0],
+        [2.0, 2.0, 5.0, 5.0],
+    ]
+    maps = torch.rand(6, 2, 3, 4, device=device)
+    valid = torch.ones(1, 6, dtype=torch.bool, device=device)
+    valid[0, 4] = False
+    maps[0], maps[4] = nan, inf  # looked at by none
+    xy, scores = run(maps, rows, backend, valid=valid)
+    assert not xy[:5].any()
+    assert not scores[:5].any()
+    assert xy[5].all()
+    assert scores[5].all()
+    assert torch.equal(run(maps[4:], [rows[5]] * 2, backend)[0][1], xy[5])  # valid=None: all
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_maps_that_are_no_numbers_show_in_the_score(backend: str, device: torch.device) -> None:
+    maps = torch.rand(1, 5, 3, 4, device=device)
+    for k, value in enumerate((math.nan, math.inf, -math.inf, -2e37)):
+        maps[0, k, k % 3, k] = value
+    xy, scores = run(maps, [box(1.0, 2.0, 6.0, 5.0)], backend)
+    assert not xy[0, :4].any()
+    assert scores[0, :4].isnan().all()
+    assert xy[0, 4].all()
+    assert scores[0, 4] > 0
+
+
+def test_the_largest_grids(backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the limit pixels grow with the box, and their number does not."""
+    for module in (kernels, reference):
+        monkeypatch.setattr(module, "MAX_GRID", 8)
+    maps = torch.zeros(1, 1, 4, 4, device=device)
+    maps[0, 0, 1, 2] = 1
+    xy, _ = run(maps, [box(5.0, 7.0, 1e6, 7.5)], backend)
+    # Two pixels a cell, of 125,000 in x; both of a cell are equal, so the first.
+    assert xy[0, 0].tolist() == [5 + 4.5 * 125_000, 7 + 2.5 * 7.5 / 8]
+    xy, _ = run(maps, [box(0.0, 0.0, 1e30, 1e30)], backend)
+    assert_close(xy[0, 0] / 1e30, torch.tensor([4.5 / 8, 2.5 / 8], device=device).double())
+
+
+def test_chunks_of_rows_in_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(scenes(), SCENE_BOXES, "reference")
+    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 130)
+    got = run(scenes(), SCENE_BOXES, "reference")
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "view", "expanded"])
+def test_strided_maps(device: torch.device, layout: str) -> None:
+    maps = torch.randn(2, 1, 2, 3, 4, device=device)
+    if layout == "channels_last":
+        strided = maps.flatten(0, 1).contiguous(memory_format=torch.channels_last).view_as(maps)
+    elif layout == "view":
+        strided = torch.nn.functional.pad(maps, (1, 2, 3, 1))[..., 3:-1, 1:-2]
+    else:
+        maps = maps[:1].expand(2, 1, 2, 3, 4)[:, :, :1]
+        strided = maps
+    boxes = torch.tensor([[box(0.0, 0.0, 4.0, 2.5)], [box(0.0, 0.0, 6.0, 5.5)]], device=device)
+    assert (layout == "channels_last") == (strided.stride(4) != 1)
+    got = decode_keypoints(strided, boxes.mT.contiguous().mT, backend="triton")
+    expected = decode_keypoints(maps.contiguous(), boxes, backend="reference")
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2, 4, 4), (2, 0, 2, 4, 4), (2, 3, 0, 4, 4)], ids=str)
+def test_nothing_to_decode(backend: str, device: torch.device, shape: tuple[int, ...]) -> None:
+    maps, boxes = torch.zeros(shape, device=device), torch.zeros(*shape[:2], 4, device=device)
+    xy, scores = decode_keypoints(maps, boxes, backend=backend)
+    assert xy.shape == (*shape[:3], 2)
+    assert scores.shape == shape[:3]
+
+
+def test_most_pixels_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A smooth peak of a heat map, and a constant map, whose pixels all are as large as its bounds."""
+    if not kernels.triton.knobs.runtime.interpret:
+        pytest.skip("counts what the interpreter computes")
+    searched: list[int] = []
+    search = kernels._search
+
+    def counting(
+        best: Any, index: Any, map_ptr: Any, y_first: Any, y_past: Any, x_first: Any, x_past: Any, *rest: Any
+    ) -> Any:
+        searched.append((int(y_past) - int(y_first)) * (int(x_past) - int(x_first)))
+        return search(best, index, map_ptr, y_first, y_past, x_first, x_past, *rest)
+
+    monkeypatch.setattr(kernels, "_search", counting)
+    y, x = torch.meshgrid(torch.arange(9.0), torch.arange(9.0), indexing="ij")
+    peak = -((x - 5.2) ** 2 + (y - 3.1) ** 2)
+    for heatmap, share in ((peak, 0.4), (torch.ones(9, 9), 0.2)):
+        searched.clear()
+        decode_keypoints(heatmap[None, None, None], torch.tensor([[box(0.0, 0.0, 90.0, 90.0)]]), backend="triton")
+        assert 0 < sum(searched) < share * 90 * 90
+    searched.clear()
+    decode_keypoints(peak[None, None, None], torch.tensor([[box(0.0, 0.0, 9.0, 8.5)]]), backend="triton")
+    assert searched == [81]  # no more pixels than cells
+
+
+# Choice of a backend, errors, tracing
+
+
+def test_autocast_and_gradients(backend: str, device: torch.device) -> None:
+    maps = torch.randn(1, 1, 1, 3, 4, device=device, requires_grad=True)
+    boxes = torch.tensor([[box(0.0, 0.0, 6.2, 5.0)]], device=device, requires_grad=True)
+    expected = decode_keypoints(maps, boxes, backend=backend)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        got = decode_keypoints(maps, boxes, backend=backend)
+    for a, b in zip(got, expected, strict=True):
+        assert not a.requires_grad
+        assert torch.equal(a, b)
+
+
+def test_float64_is_the_reference(device: torch.device) -> None:
+    maps, boxes = torch.randn(1, 1, 1, 3, 4, device=device).double(), torch.tensor([[box(0.0, 0.0, 6.2, 5.0)]])
+    boxes = boxes.to(device)
+    with pytest.raises(ValueError, match="computes in float32, not float64"):
+        decode_keypoints(maps, boxes, backend="triton")
+    xy, scores = decode_keypoints(maps, boxes.double(), backend="reference")
+    rounded = decode_keypoints(maps.float(), boxes, backend="reference")
+    assert torch.equal(xy, rounded[0])
+    assert_close(rounded[1], scores)
+
+
+def test_detectron2s_score(device: torch.device) -> None:
+    """The formula of the docstring: the resized map's softmax at its largest pixel, normalised over the map's cells."""
+    maps, boxes = torch.randn(1, 1, 2, 5, 6, device=device), torch.tensor([[box(0.0, 0.0, 9.0, 8.0)]], device=device)
+    _, scores = decode_keypoints(maps, boxes, backend="reference")
+    resized = F.interpolate(maps[0].double(), size=(8, 9), mode="bicubic", align_corners=False)
+    expected = resized.flatten(2).amax(2).exp() / maps[0].double().exp().flatten(2).sum(2)
+    assert_close((scores - maps.flatten(3).logsumexp(3)).exp()[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heatmaps": torch.zeros(1, 2, 3, 4)}, r"heatmaps: expected floating point \[N, D, K, H, W\]"),
+        ({"heatmaps": torch.zeros(1, 2, 3, 0, 4)}, "heatmaps: expected .* H, W >= 1"),
+        ({"heatmaps": torch.zeros(1, 2, 3, 4, 4, dtype=torch.int32)}, "heatmaps: expected floating point"),
+        ({"boxes": torch.zeros(1, 3, 4)}, r"boxes: expected floating point \(1, 2, 4\)"),
+        ({"boxes": torch.zeros(1, 2, 4, dtype=torch.int64)}, "boxes: expected floating point"),
+        ({"boxes": torch.zeros(1, 2, 4, device="meta")}, "boxes: expected device cpu, got meta"),
+        ({"valid": torch.ones(1, 2)}, r"valid: expected bool \(1, 2\)"),
+        ({"valid": torch.ones(2, dtype=torch.bool)}, r"valid: expected bool \(1, 2\)"),
+        ({"valid": torch.ones(1, 2, dtype=torch.bool, device="meta")}, "valid: expected device cpu, got meta"),
+        ({"heatmaps": torch.zeros(1, 2, 1, 1, 1024), "backend": "triton"}, "up to 1023 columns"),
+        ({"backend": "torchvision"}, "does not exist for this op"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_errors(change: dict[str, Any], message: str) -> None:
+    arguments = {"heatmaps": torch.zeros(1, 2, 3, 4, 4), "boxes": torch.zeros(1, 2, 4)} | change
+    with pytest.raises(ValueError, match=message):
+        decode_keypoints(**arguments)
+
+
+def test_compiles_whole(backend: str, device: torch.device) -> None:
+    maps = torch.randn(1, 2, 1, 3, 4, device=device)
+    boxes = torch.tensor([[box(0.0, 0.0, 6.2, 5.0)] * 2], device=device)
+    valid = torch.tensor([[True, False]], device=device)
+
+    def decode(maps: Tensor, boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        return decode_keypoints(maps, boxes, valid, backend=backend)
+
+    got = torch.compile(decode, fullgraph=True, backend="aot_eager")(maps, boxes, valid)
+    for a, b in zip(got, decode(maps, boxes, valid), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_opcheck(backend: str, device: torch.device) -> None:
+    from tmask_kernels.ops.decode_keypoints.op import _decode_keypoints
+
+    op = _decode_keypoints if backend == "reference" else kernels.decode_keypoints
+    maps, boxes = torch.randn(1, 2, 1, 2, 3, device=device).half(), torch.rand(1, 2, 4, device=device)
+    torch.library.opcheck(op, (maps, boxes, torch.tensor([[True, False]], device=device)))
+
+
+# Mutants
+
+ANY = (0, 1, 2, 3)  # scenes
+SEEN_FAST = [
+    ("OVERSHOOT = -KEYS / 4", "OVERSHOOT = 0.0", (0,)),
+    ("(y_first * GW <= index)", "(y_first * GW < 0)", (2,)),
+]
+SEEN_SLOWLY = [
+    ("(top == best) & (place < index)", "(top == best) & (place > index)", (1,)),
+    ("(value == values) & (place < places)", "(value == values) & (place > places)", (1, 2)),
+    ("tl.where(reach & (offs_c > past), offs_c, BLOCK_W)", "tl.where(offs_c > 99, 0, BLOCK_W)", (1,)),
+    ("(A + 2.0) * t) - A)", "(A + 2.0) * t))", ANY),
+    ("outer * rest, after, outer * t", "outer * t, after, outer * rest", ANY),
+    ("(pixel.to(tl.float32) + 0.5) * step - 0.5", "(pixel.to(tl.float32) + 0.5) * step", ANY),
+    ("tl.minimum(patch_y + 2, H - 1)", "tl.minimum(patch_y + 1, H - 1)", ANY),
+    ("low1, high1, low2, high2, low3, high3\n", "low1, high1, low1, high1, low3, high3\n", ANY),
+    ("tl.ceil(width)", "tl.floor(width)", ANY),
+    ("tl.math.div_rn(height, grid_h) + y1", "tl.math.div_rn(width, grid_w) + y1", ANY),
+    ("cell + 2, length - 1", "cell + 1, length - 1", ANY),
+]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "scene"),
+    [*SEEN_FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SEEN_SLOWLY)],
+)
+def test_a_broken_kernel_is_seen(tmp_path: Path, old: str, new: str, scene: tuple[int, ...]) -> None:
+    broken = mutant(kernels, old, new, tmp_path)
+    maps = scenes()
+    wrong = []
+    for i in scene:
+        boxes = torch.tensor([[SCENE_BOXES[i]]])
+        got = broken.decode_keypoints(maps[i][None, None], boxes, None)
+        expected = decode_keypoints(maps[i][None, None], boxes, backend="reference")
+        wrong.append(not torch.equal(got[0], expected[0]) or not torch.equal(got[1], expected[1]))
+    assert any(wrong)
