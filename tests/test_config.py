@@ -33,11 +33,12 @@ FIELDS = {
         rpn_bg_iou rpn_batch_size rpn_positive_fraction rpn_pre_nms_top_n_train rpn_pre_nms_top_n_test
         rpn_post_nms_top_n_train rpn_post_nms_top_n_test rpn_nms_threshold rpn_min_size rpn_score_threshold
         roi_extractor box_pool_size box_head_dim box_fg_iou box_bg_iou box_batch_size box_positive_fraction
-        box_score_threshold box_nms_threshold max_detections mask_pool_size mask_head_channels mask_head_layers
-        keypoints losses loss_rpn_objectness loss_rpn_box loss_classifier loss_box loss_mask loss_keypoint""",
+        box_score_threshold box_nms_threshold max_detections mask_pool_size mask_head mask_head_channels
+        mask_head_layers mask_mlp_dim mask_mlp_layers mask_class_agnostic keypoints losses loss_rpn_objectness
+        loss_rpn_box loss_classifier loss_box loss_mask loss_keypoint""",
     KeypointConfig: """names edges flip_pairs sigmas pool_size head_channels head_layers""",
     RoIExtractorConfig: """op reduction interpolation sampling_ratio aligned level_convention""",
-    LossConfig: """rpn_objectness rpn_box classifier box focal_alpha focal_gamma focal_prior""",
+    LossConfig: """rpn_objectness rpn_box classifier box mask focal_alpha focal_gamma focal_prior""",
 }
 
 
@@ -206,6 +207,11 @@ def test_the_two_conventions_differ_and_are_named() -> None:
         (ModelConfig, {"rpn_min_size": -1.0}, "rpn_min_size: expected at least 0, got -1.0"),
         (ModelConfig, {"loss_mask": math.nan}, "loss_mask: expected a finite number, got nan"),
         (ModelConfig, {"mask_head_layers": 0}, "mask_head_layers: expected at least 1, got 0"),
+        (ModelConfig, {"mask_head": "fc"}, "mask_head: expected 'fcn'?, got 'fc'"),
+        (ModelConfig, {"mask_mlp_dim": 0}, "mask_mlp_dim: expected at least 1, got 0"),
+        (ModelConfig, {"mask_mlp_layers": 0}, "mask_mlp_layers: expected at least 1, got 0"),
+        (ModelConfig, {"mask_class_agnostic": 1}, "mask_class_agnostic: expected true or false, got 1"),
+        (LossConfig, {"mask": "sigmod"}, "mask: expected 'sigmoid'?, got 'sigmod'"),
         (TrainConfig, {"lr": math.nan}, "lr: expected a finite number, got nan"),
         (TrainConfig, {"lr": 10**400}, "lr: expected a finite number, got 1000"),
         (TrainConfig, {"lr": "fast"}, "lr: expected a finite number, got 'fast'"),

@@ -23,7 +23,7 @@ ALLOWED = {
     "model": LOW | {"model"},
     "presets": {"checks", "config"},
     "build": LOW | {"model", "config", "presets"},
-    "weights": {"model", "build"},
+    "weights": {"model", "build", "checks", "config"},
     "data": LOW | {"model", "config", "data"},
     "engine": LOW | {"model", "config", "build", "weights", "data", "visualize", "engine", "skeleton"},
     "visualize": LOW | {"model", "data"},

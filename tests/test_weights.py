@@ -105,7 +105,7 @@ def test_batch_norm_can_be_frozen() -> None:
 
 
 def test_other_classes_start_anew(state: dict[str, Tensor]) -> None:
-    model = tmask.load_torchvision(state, num_classes=9)
+    model = tmask.load_torchvision(state, num_classes=9, losses={"mask": "softmax"})  # which the same classes refuse
     kept = tmask.load_torchvision(state).state_dict()
     fresh = [name for name, tensor in model.state_dict().items() if tensor.shape != kept[name].shape]
     layers = ("roi_heads.box_head.classifier", "roi_heads.box_head.regressor", "roi_heads.mask_head.predictor")
@@ -124,13 +124,21 @@ BAD = {
     "file": "expected a state-dict file, got 'nowhere.pth', which does not exist",
     "damaged": "damaged.pth is truncated, damaged or no state dict",
     "setting": "unknown ModelConfig setting 'min_sise': expected 'min_size'",
+    "mlp": "mask_head: expected 'fcn', as torchvision's, got 'mlp'",
+    "softmax": "losses.mask: expected 'sigmoid', by which these masks are trained, got 'softmax'",
+    "agnostic": "mask_class_agnostic: expected false, as there is a mask for each class, got True",
 }
 
 
 @pytest.mark.parametrize("case", list(BAD))
 def test_what_is_refused(case: str, state: dict[str, Tensor], tmp_path: Path) -> None:
     given: object = dict(state)
-    overrides = {"min_sise": 3} if case == "setting" else {}
+    overrides = {
+        "setting": {"min_sise": 3},
+        "mlp": {"mask_head": "mlp", "mask_mlp_dim": 8, "num_classes": 9},
+        "softmax": {"losses": {"mask": "softmax"}},
+        "agnostic": {"mask_class_agnostic": True},
+    }.get(case, {})
     if case in ("v2", "faster", "resnet"):
         build = {"v2": maskrcnn_resnet50_fpn_v2, "faster": fasterrcnn_resnet50_fpn}.get(case)
         with torch.device("meta"):

@@ -13,7 +13,7 @@ from tmask.model.detector import MaskRCNN
 from tmask.model.fpn import FPN
 from tmask.model.losses import Focal
 from tmask.model.mask_branch import MaskBranch
-from tmask.model.mask_head import MaskHead
+from tmask.model.mask_head import MaskHead, MLPMaskHead
 from tmask.model.roi_extractor import RoIExtractor
 from tmask.model.roi_heads import RoIHeads
 from tmask.model.rpn import RPN, TopN
@@ -128,8 +128,31 @@ def _roi_extractor(config: ModelConfig) -> RoIExtractor:
     )
 
 
+def _mask_head(config: ModelConfig, num_masks: int) -> nn.Module:
+    if config.mask_head == "mlp":
+        return MLPMaskHead(
+            in_channels=config.fpn_channels,
+            pool_size=config.mask_pool_size,
+            hidden=config.mask_mlp_dim,
+            num_layers=config.mask_mlp_layers,
+            num_masks=num_masks,
+        )
+    return MaskHead(
+        in_channels=config.fpn_channels,
+        channels=config.mask_head_channels,
+        num_layers=config.mask_head_layers,
+        num_masks=num_masks,
+    )
+
+
 def _roi_heads(config: ModelConfig) -> RoIHeads:
     by_sigmoid = config.losses.classifier == "sigmoid_focal"
+    branch = MaskBranch(
+        pool_size=config.mask_pool_size,
+        targets=config.convention.mask_targets,
+        mask_loss=config.losses.mask,
+        class_agnostic=config.mask_class_agnostic,
+    )
     return RoIHeads(
         extractor=_roi_extractor(config),
         box_head=BoxHead(
@@ -140,13 +163,8 @@ def _roi_heads(config: ModelConfig) -> RoIHeads:
             background=not by_sigmoid,
             class_bias=_focal(config).bias if by_sigmoid else 0.0,
         ),
-        mask_head=MaskHead(
-            in_channels=config.fpn_channels,
-            channels=config.mask_head_channels,
-            num_layers=config.mask_head_layers,
-            num_classes=config.num_classes,
-        ),
-        mask_branch=MaskBranch(pool_size=config.mask_pool_size, targets=config.convention.mask_targets),
+        mask_head=_mask_head(config, branch.num_channels(config.num_classes)),
+        mask_branch=branch,
         box_pool_size=config.box_pool_size,
         fg_iou=config.box_fg_iou,
         bg_iou=config.box_bg_iou,

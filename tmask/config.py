@@ -102,6 +102,8 @@ class LossConfig:
     # sigmoid_focal: a classifier without background, over the number of positives, sigmoid scores in inference.
     classifier: Literal["softmax", "softmax_focal", "sigmoid_focal"] = "softmax"
     box: BoxLossName = "smooth_l1"
+    # sigmoid: of the channel of the RoI's own class; softmax: classes and background compete for each pixel.
+    mask: Literal["sigmoid", "softmax"] = "sigmoid"
     focal_alpha: float = 0.25  # weight of positives in a sigmoid loss, 1 - alpha of negatives; below 0: no weights
     focal_gamma: float = 2.0  # 0: cross-entropy
     focal_prior: float = 0.01  # probability of an object that a sigmoid loss begins with
@@ -196,8 +198,12 @@ class ModelConfig:
 
     # Mask head
     mask_pool_size: int = 14  # the mask is twice as large
-    mask_head_channels: int = 256
-    mask_head_layers: int = 4
+    mask_head: Literal["fcn", "mlp"] = "fcn"  # convolutions and a deconvolution, or fully connected layers
+    mask_head_channels: int = 256  # of fcn
+    mask_head_layers: int = 4  # of fcn: 3x3 convolutions
+    mask_mlp_dim: int = 1024  # of mlp: units of a hidden layer
+    mask_mlp_layers: int = 2  # of mlp: hidden layers
+    mask_class_agnostic: bool = False  # one mask for all classes, not one a class
 
     keypoints: KeypointConfig | None = None  # null: no keypoint branch
 

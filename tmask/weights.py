@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from tmask.build import build_model
+from tmask.checks import require
+from tmask.config import ModelConfig
 from tmask.model.backbone import RESNETS
 from tmask.model.detector import MaskRCNN
 from tmask.model.state_dict import misfits, read_state_dict
@@ -50,8 +52,8 @@ def load_torchvision(state_dict: Mapping[str, Any] | str | Path, **overrides: An
 
     The published COCO_V1 weights were trained with ``norm_eps=0.0``: give that for exactly their results, as
     torchvision does when it downloads them. The model is in training mode, as torchvision's is when built.
-    Errors: ValueError for a file that cannot be read, names that are not this architecture's, and shapes that do not
-    fit it.
+    Errors: ValueError for a file that cannot be read, names that are not this architecture's, shapes that do not fit
+    it, and overrides by which its masks would mean something else.
     """
     if isinstance(state_dict, str | Path):
         state_dict = read_state_dict(state_dict, "state_dict")
@@ -60,6 +62,7 @@ def load_torchvision(state_dict: Mapping[str, Any] | str | Path, **overrides: An
     weights = torchvision_weights(state_dict)
     settings = {"convention": "torchvision", **_architecture(weights), **overrides}
     model = build_model("r50_fpn", warn_if_untrained=False, **settings)
+    _check_masks(model.config, _architecture(weights)["num_classes"])
     weights = adapted(weights, model)
     problems = misfits(model, weights)
     if problems:
@@ -68,16 +71,26 @@ def load_torchvision(state_dict: Mapping[str, Any] | str | Path, **overrides: An
     return model
 
 
+def _check_masks(config: ModelConfig, num_classes: int) -> None:
+    """torchvision's masks have an FCN and a sigmoid for each class; of other classes than its the predictor is new."""
+    require(config.mask_head == "fcn", "mask_head", "'fcn', as torchvision's", config.mask_head)
+    if config.num_classes == num_classes:
+        mask, agnostic = config.losses.mask, config.mask_class_agnostic
+        require(mask == "sigmoid", "losses.mask", "'sigmoid', by which these masks are trained", mask)
+        require(not agnostic, "mask_class_agnostic", "false, as there is a mask for each class", agnostic)
+
+
 def adapted(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """`weights` (by our names) as `model` can begin with them.
 
     Batch-norm counters that it has no place for are left out; if they are of another number of classes, it keeps its
-    own layers that depend on that.
+    own layers that depend on that, which the predictor of class-agnostic masks does not.
     """
     own = model.state_dict()
     out = {name: tensor for name, tensor in weights.items() if name in own or not name.endswith("num_batches_tracked")}
     if _CLASSES in out and _CLASSES in own and out[_CLASSES].shape != own[_CLASSES].shape:
-        out |= {name: tensor for name, tensor in own.items() if name.startswith(CLASS_LAYERS)}
+        layers = {name: tensor for name, tensor in own.items() if name.startswith(CLASS_LAYERS)}
+        out |= {name: tensor for name, tensor in layers.items() if name not in out or out[name].shape != tensor.shape}
     return out
 
 

@@ -23,9 +23,9 @@ def model(seed: int, num_classes: int = 4, **settings: Any) -> tmask.MaskRCNN:
     return tmask.build_model("tiny", num_classes, **SMALL | settings)
 
 
-def saved(path: Path, *, ema: bool = False) -> tuple[Path, dict[str, torch.Tensor]]:
+def saved(path: Path, *, ema: bool = False, **settings: Any) -> tuple[Path, dict[str, torch.Tensor]]:
     """A checkpoint and the weights in it that a new run is to begin with."""
-    trained = model(0)
+    trained = model(0, **settings)
     state = TrainState(trained, TrainConfig(ema_decay=0.5 if ema else 0.0), torch.device("cpu"), [])
     if state.average is not None:
         state.average.update()
@@ -59,6 +59,14 @@ def test_other_classes_keep_their_own_layers(tmp_path: Path) -> None:
     assert len(own) == 6
     assert equal_names(weights, after) == weights.keys() - own
     assert own <= equal_names(before, after)
+
+
+def test_class_agnostic_masks_serve_other_classes(tmp_path: Path) -> None:
+    path, weights = saved(tmp_path / "a.pt", mask_class_agnostic=True)
+    new = model(1, num_classes=7, mask_class_agnostic=True)
+    load_initial(new, path)
+    masks = {name for name in weights if name.startswith("roi_heads.mask_head.")}
+    assert masks <= equal_names(weights, new.state_dict())
 
 
 @pytest.mark.parametrize("norm", ["frozen_bn", "bn"])

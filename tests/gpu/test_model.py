@@ -93,9 +93,17 @@ def test_never_waits(mode: str, precision: str, full: bool, device: torch.device
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_roi_pool_of_a_pyramid_never_waits(device: torch.device) -> None:
+VARIANTS: dict[str, dict[str, Any]] = {
+    "roi_pool": {"roi_extractor": {"op": "roi_pool"}},
+    "mlp-softmax": {"mask_head": "mlp", "mask_mlp_dim": 32, "losses": {"mask": "softmax"}},
+    "agnostic": {"mask_class_agnostic": True},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_never_wait(name: str, device: torch.device) -> None:
     torch.manual_seed(0)
-    model = tmask.build_model("tiny", num_classes=4, roi_extractor={"op": "roi_pool"}, **SMALL).to(device)
+    model = tmask.build_model("tiny", num_classes=4, **VARIANTS[name], **SMALL).to(device)
     batch = batch_of(model, False, device)
     step(model, batch, "bf16", device)  # kernels compile
     with waiting_is_an_error(device):

@@ -108,6 +108,13 @@ def test_focal_and_iou_losses_stay_on_the_gpu(mode: str, classifier: str, box: s
     assert ("sigmoid_focal_loss" in watch.ops) == (mode == "train")
 
 
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_softmax_masks_of_an_mlp_stay_on_the_gpu(mode: str) -> None:
+    watch = run(mode, mask_head="mlp", mask_mlp_dim=32, losses={"mask": "softmax"}, mask_class_agnostic=True)
+    assert not watch.elsewhere
+    assert "mask_bce" not in watch.ops
+
+
 def test_a_constant_of_the_cpu_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     real = losses._masked_sum
     monkeypatch.setattr(losses, "_masked_sum", lambda values, mask: real(values, mask) * torch.tensor(1.0))

@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from tmask.model.box_head import BoxHead
-from tmask.model.mask_head import MaskHead
+from tmask.model.mask_head import MaskHead, MLPMaskHead
 from tmask_kernels.testing import assert_close
 
 
 @pytest.mark.parametrize("num_rois", [0, 1, 5])
 @pytest.mark.parametrize("side", [14, 7], ids="side{}".format)
 def test_mask_head_equals_its_layers(num_rois: int, side: int) -> None:
-    head = MaskHead(in_channels=6, channels=5, num_layers=2, num_classes=4).double()
+    head = MaskHead(in_channels=6, channels=5, num_layers=2, num_masks=4).double()
     torch.nn.init.normal_(head.predictor.weight)
     for bias in (head.deconv.bias, head.predictor.bias):
         torch.nn.init.normal_(bias)
@@ -30,6 +30,50 @@ def test_mask_head_equals_its_layers(num_rois: int, side: int) -> None:
         torch.autograd.grad(actual, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
     ):
         assert_close(a, e)
+
+
+@pytest.mark.parametrize("num_rois", [0, 1, 5])
+@pytest.mark.parametrize("num_layers", [2, 3], ids="layers{}".format)
+def test_mlp_mask_head_equals_its_layers(num_rois: int, num_layers: int) -> None:
+    head = MLPMaskHead(in_channels=6, pool_size=14, hidden=8, num_layers=num_layers, num_masks=4)
+    torch.nn.init.normal_(head.predictor.bias)
+    x = torch.randn(num_rois, 6, 14, 14)
+    hidden = x.reshape(num_rois, 6 * 14 * 14)
+    assert len(head.fcs) == num_layers
+    for fc in head.fcs:
+        hidden = (hidden @ fc.weight.T + fc.bias).clamp(min=0)
+    logits = head(x)
+    assert logits.shape == (num_rois, 4, 28, 28)
+    for channel, y, x_ in ((0, 0, 0), (2, 5, 27), (3, 27, 1)):
+        row = (channel * 28 + y) * 28 + x_
+        expected = hidden @ head.predictor.weight[row] + head.predictor.bias[row]
+        assert_close(logits[:, channel, y, x_], expected.double())
+    assert_close(head(x.contiguous(memory_format=torch.channels_last)), logits.double())
+
+
+def test_published_sizes_of_the_mask_heads() -> None:
+    with torch.device("meta"):
+        fcn = MaskHead(in_channels=256, channels=256, num_layers=4, num_masks=80)
+        mlp = MLPMaskHead(in_channels=256, pool_size=14, hidden=1024, num_layers=2, num_masks=80)
+        rois = torch.empty(3, 256, 14, 14)
+    assert [tuple(fc.weight.shape) for fc in mlp.fcs] == [(1024, 14 * 14 * 256), (1024, 1024)]
+    assert mlp.predictor.weight.shape == (80 * 28 * 28, 1024)
+    assert fcn(rois).shape == mlp(rois).shape == (3, 80, 28, 28)
+    sizes = [sum(p.numel() for p in head.parameters()) for head in (fcn, mlp)]
+    assert 40 * sizes[0] < sizes[1]
+
+
+def test_mask_heads_begin_as_published() -> None:
+    """MSRA's normal distribution of fan_out, predictors N(0, 0.001), no biases."""
+    fcn = MaskHead(in_channels=32, channels=64, num_layers=2, num_masks=40)
+    mlp = MLPMaskHead(in_channels=32, pool_size=7, hidden=128, num_layers=2, num_masks=20)
+    stds = [(conv.weight, (2 / (9 * 64)) ** 0.5) for conv in fcn.convs]
+    stds += [(fcn.deconv.weight, (2 / (4 * 64)) ** 0.5), (fcn.predictor.weight, 0.001)]
+    stds += [(fc.weight, (2 / 128) ** 0.5) for fc in mlp.fcs] + [(mlp.predictor.weight, 0.001)]
+    for weight, std in stds:
+        assert 0.95 < weight.std().item() / std < 1.05
+        assert weight.abs().max() > 2.8 * std, "normal, not uniform"
+    assert not any(p.any() for head in (fcn, mlp) for name, p in head.named_parameters() if name.endswith("bias"))
 
 
 def test_box_head_shapes_and_initial_near_uniform_classes() -> None:

@@ -1,7 +1,7 @@
-"""The losses of RPN and box head; that of the masks is `tmask_kernels.mask_bce`. Each gives a float32 scalar.
+"""The losses of RPN, box head and mask head, each a float32 scalar, and the probabilities that they train.
 
 All work on fixed-size samples with a validity mask, so no shape depends on data. Letters: N images, S slots (sampled,
-or all anchors), C classes with background.
+or all anchors), C classes with background; for masks R RoIs of all images, C mask channels, M mask side.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tmask_kernels import decode_boxes, encode_boxes, sigmoid_focal_loss, softmax_focal_loss
+from tmask_kernels import decode_boxes, encode_boxes, mask_bce, sigmoid_focal_loss, softmax_focal_loss
 
 SMOOTH_L1_BETA = 1 / 9  # where the box loss turns from quadratic to linear, as in torchvision and py-faster-rcnn
 IOU_EPSILON = 1e-7  # in the denominators, as in torchvision
@@ -23,6 +23,7 @@ FAR_NEGATIVE = -1e4  # a logit whose focal loss is exactly 0 beside a target of 
 Weights = tuple[float, float, float, float]
 BoxLoss = Literal["smooth_l1", "giou", "diou", "ciou"]
 ClassLoss = Literal["softmax", "softmax_focal", "sigmoid_focal"]
+MaskLoss = Literal["sigmoid", "softmax"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +112,32 @@ def class_probabilities(class_logits: Tensor, class_loss: ClassLoss) -> Tensor:
     if class_loss == "sigmoid_focal":
         return class_logits.float().sigmoid()
     return class_logits.float().softmax(dim=-1)[..., 1:]
+
+
+def mask_loss(logits: Tensor, channels: Tensor, targets: Tensor, valid: Tensor, *, loss: MaskLoss) -> Tensor:
+    """Mean over the pixels of the valid RoIs; 0 with a graph if there is none.
+
+    logits [R, C, M, M]; channels [R] int64, of each RoI's class; targets [R, M, M], 0..1; valid [R] bool.
+    sigmoid: binary cross-entropy of the RoI's own channel, so that classes do not compete; others have a gradient of
+    exactly 0. softmax: cross-entropy over the channels of each pixel, of which 0 is the background's: the class is the
+    RoI's own where the target is at least 0.5, else 0. Source: He et al. 2017, "Mask R-CNN", section 3 and table 2b.
+    """
+    if loss == "sigmoid":
+        return mask_bce(logits, channels, targets, valid=valid)
+    keep = valid[:, None, None]
+    classes = torch.where(keep & (targets >= 0.5), channels[:, None, None], 0)  # [R, M, M]
+    # Zeros go in where a RoI is not valid, so that even a NaN there has no gradient.
+    pixels = torch.where(keep[:, None], logits, 0.0).movedim(1, -1).flatten(0, 2)  # [R * M * M, C]
+    entropy = F.cross_entropy(pixels.float(), classes.flatten(), reduction="none").view_as(targets)
+    return _masked_sum(entropy, keep) / (valid.sum().clamp(min=1) * logits.shape[-1] ** 2)
+
+
+def mask_probabilities(logits: Tensor, channels: Tensor, loss: MaskLoss) -> Tensor:
+    """Probabilities of each RoI's own channel, by the activation that `loss` trains: [R, C, M, M], [R] to [R, M, M]."""
+    own = channels[:, None, None, None].expand(-1, 1, *logits.shape[-2:])
+    if loss == "softmax":
+        return logits.float().softmax(dim=1).gather(1, own).squeeze(1)
+    return logits.gather(1, own).squeeze(1).float().sigmoid()
 
 
 def _focal_sum(logits: Tensor, targets: Tensor, valid: Tensor, focal: Focal) -> Tensor:

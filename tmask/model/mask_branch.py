@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tmask.model.losses import MaskLoss, mask_loss, mask_probabilities
 from tmask.structures import ImageBatch, SampledRois, Targets
-from tmask_kernels import mask_bce, mask_targets
+from tmask_kernels import mask_targets
 
 # Boxes [N, S, 4], valid [N, S] and a side to features [N * S, channels, side, side]: a RoI extractor with its maps.
 Pool = Callable[[Tensor, Tensor, int], Tensor]
@@ -25,11 +26,30 @@ class MaskBranch:
     """What a mask head learns and how its masks are read. It holds no parameters: the head comes with each call.
 
     The head sees features of `pool_size` cells a side. `targets` names the convention of the M x M targets, M being the
-    side of what it gives.
+    side of what it gives. `mask_loss` names the loss, and so the activation of inference. With `class_agnostic` all
+    classes share one mask.
     """
 
     pool_size: int
     targets: str
+    mask_loss: MaskLoss = "sigmoid"
+    class_agnostic: bool = False
+
+    def num_channels(self, num_classes: int) -> int:
+        """C, how many maps a head gives; `num_classes` counts the background.
+
+        One for each class, of which the background's is that of a softmax, and nobody's of a sigmoid. Class-agnostic:
+        the object's alone, and before it the background's for a softmax.
+        """
+        return self._agnostic_channel + 1 if self.class_agnostic else num_classes
+
+    @property
+    def _agnostic_channel(self) -> int:
+        return int(self.mask_loss == "softmax")
+
+    def _channels(self, labels: Tensor) -> Tensor:
+        """The channel of each label."""
+        return torch.full_like(labels, self._agnostic_channel) if self.class_agnostic else labels
 
     def loss(
         self, pool: Pool, head: Head, rois: SampledRois, images: ImageBatch, targets: Targets, *, compact: bool
@@ -47,7 +67,13 @@ class MaskBranch:
             image_sizes=images.sizes,
             convention=self.targets,
         )  # [N, S, M, M]
-        return mask_bce(logits, rois.labels.flatten()[rows], target.flatten(0, 1)[rows], valid=valid.flatten()[rows])
+        return mask_loss(
+            logits,
+            self._channels(rois.labels).flatten()[rows],
+            target.flatten(0, 1)[rows],
+            valid.flatten()[rows],
+            loss=self.mask_loss,
+        )
 
     def masks(self, pool: Pool, head: Head, boxes: Tensor, labels: Tensor, valid: Tensor, *, compact: bool) -> Tensor:
         """The mask of each detection's own class: boxes [N, D, 4], labels and valid [N, D] to [N, D, M, M].
@@ -55,8 +81,7 @@ class MaskBranch:
         Probabilities in float32, zeros where not valid.
         """
         logits, rows = self._logits(pool, head, boxes, valid, compact=compact)
-        own = labels.flatten()[rows][:, None, None, None].expand(-1, 1, *logits.shape[-2:])
-        masks = logits.gather(1, own).squeeze(1).float().sigmoid()  # [R, M, M]
+        masks = mask_probabilities(logits, self._channels(labels).flatten()[rows], self.mask_loss)  # [R, M, M]
         masks = torch.where(valid.flatten()[rows][:, None, None], masks, 0.0)
         if isinstance(rows, Tensor):
             masks = masks.new_zeros(valid.numel(), *masks.shape[1:]).index_copy(0, rows, masks)
