@@ -34,12 +34,15 @@ def read_coco(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: {name}: expected at least one, got none")
     _check_images(path, content["images"])
     sizes = {item["id"]: (item["height"], item["width"]) for item in content["images"]}
+    named = keypoints_of(content["categories"], path)
     for item in content["annotations"]:
         with naming(path, item):
             for key, known in (("image_id", ids["images"]), ("category_id", ids["categories"])):
                 if not _is_int(item[key]) or item[key] not in known:
                     raise ValueError(f"{key} {item[key]!r} is not in the file")
             _check_annotation(item, sizes[item["image_id"]])
+            if named is not None:
+                check_keypoints(item.get("keypoints"), len(named[0]))
     return dict(content)
 
 
@@ -147,6 +150,44 @@ def check_segmentation(segmentation: Any, size: tuple[int, int]) -> None:
     if pixels != size[0] * size[1]:
         got = "damaged ones" if pixels is None else str(pixels)
         raise ValueError(f"segmentation: expected runs of {size[0] * size[1]} pixels in all, got {got}")
+
+
+def keypoints_of(
+    categories: Sequence[dict[str, Any]], path: Path
+) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]] | None:
+    """Names of the keypoints, and the lines between them as pairs of numbers from 0; None if no category has any.
+
+    Categories may have none, but not different ones. Errors: ValueError for fields of another form, and for those.
+    """
+    found = None
+    for i, item in enumerate(categories):
+        names, lines = item.get("keypoints") or [], item.get("skeleton") or []
+        where = f"{path}: categories[{i}]"
+        texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not texts or len(set(names)) < len(names):
+            raise ValueError(f"{where}: keypoints: expected a list of names, none of them twice, got {names!r}")
+        for line in lines if isinstance(lines, list) else [lines]:
+            pair = isinstance(line, list) and len(line) == 2 and all(map(_is_int, line)) and line[0] != line[1]
+            if not pair or not 1 <= min(line) <= max(line) <= len(names):
+                raise ValueError(f"{where}: skeleton: expected pairs of numbers in 1..{len(names)}, got {line!r}")
+        own = tuple(names), tuple((first - 1, second - 1) for first, second in lines)
+        if names and found is not None and own[0] != found[0]:
+            raise ValueError(f"{where}: keypoints: expected those of the other categories, {found[0]}, got {own[0]}")
+        found = own if names and found is None else found
+    return found
+
+
+def check_keypoints(keypoints: Any, count: int) -> None:
+    """Raise ValueError unless `keypoints` is None or `count` triples of x, y and visibility."""
+    if keypoints is None:
+        return
+    if not isinstance(keypoints, list) or len(keypoints) != 3 * count:
+        got = f"{len(keypoints)}" if isinstance(keypoints, list) else repr(keypoints)
+        raise ValueError(f"keypoints: expected {3 * count} numbers, x, y and visibility of each of {count}, got {got}")
+    _check_numbers("keypoints", keypoints)
+    wrong = [value for value in keypoints[2::3] if value not in (0, 1, 2)]
+    if wrong:
+        raise ValueError(f"keypoints: expected a visibility of 0, 1 or 2, got {wrong[0]!r}")
 
 
 def _pixels(counts: bytes) -> int | None:

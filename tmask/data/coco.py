@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tmask.data.annotations import compressed, fill_annotations, naming, outlines_nothing, read_coco
+from tmask.data.annotations import compressed, fill_annotations, keypoints_of, naming, outlines_nothing, read_coco
 from tmask.data.images import read_image
 from tmask.model.transform import mask_chunks
 from tmask_kernels import pack_masks
@@ -36,6 +36,10 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     ``image_id`` int, ``boxes`` [G, 4] float32 xyxy clipped to the image, ``labels`` [G] int64, ``masks`` [G, H, W]
     uint8 0/1, ``iscrowd`` [G] bool, ``has_mask`` [G] bool (False where there is no polygon and no run length, or it
     covers no pixel; the mask is zeros then).
+
+    If a category names keypoints, ``keypoint_names`` and ``keypoint_edges`` (pairs of numbers from 0) hold them and the
+    target also has ``keypoints`` [G, Kp, 3] float32: x, y and visibility (0 unknown, 1 hidden, 2 visible). COCO counts
+    pixels; in the target, as for boxes, the centre of the first one is at 0.5.
 
     Label i in 1..num_classes-1 stands for ``category_ids[i - 1]``; 0 is the background. Images without annotations
     are kept. Annotations whose box has no area inside the image (is less than 0.01 pixels wide or high) are left out
@@ -75,6 +79,8 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         self.images: list[dict[str, Any]] = content["images"]
         self.categories: list[dict[str, Any]] = sorted(content["categories"], key=lambda category: category["id"])
         self.category_ids: list[int] = [category["id"] for category in self.categories]
+        named = keypoints_of(self.categories, self.annotation_file)
+        self.keypoint_names, self.keypoint_edges = ((), ()) if named is None else named
         self._check_image_files()
         self._annotations, self._boxes = self._sort_annotations(content["annotations"])
         fill_annotations(content)
@@ -124,6 +130,8 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             "iscrowd": torch.tensor([bool(item["iscrowd"]) for item in annotations], dtype=torch.bool),
             "has_mask": masks.flatten(1).any(1).to(torch.bool),  # of bytes it would be bytes
         }
+        if self.keypoint_names:
+            target["keypoints"] = self._keypoints(annotations)
         return (image, target) if self.transforms is None else self.transforms(image, target)
 
     def _check_image_files(self) -> None:
@@ -174,6 +182,14 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             )
         return kept, [np.array(item, dtype=np.float32).reshape(-1, 4) for item in boxes]
 
+    def _keypoints(self, annotations: Sequence[dict[str, Any]]) -> Tensor:
+        """[G, Kp, 3]; all unknown where an annotation has none."""
+        count = len(self.keypoint_names)
+        rows = [item.get("keypoints") or [0] * (3 * count) for item in annotations]
+        keypoints = torch.tensor(rows, dtype=torch.float32).reshape(-1, count, 3)
+        keypoints[..., :2] += 0.5
+        return keypoints
+
     def _masks(self, annotations: Sequence[dict[str, Any]], size: tuple[int, int]) -> Tensor:
         """Decode the annotations of an image of `size` (H, W): [G, H, W] uint8 or packed."""
         from pycocotools import mask as coco_mask
@@ -203,3 +219,11 @@ def check_instances(dataset: CocoDataset, *, train: bool) -> None:
     if train:
         raise ValueError(f"{dataset.annotation_file}: annotations: expected at least one to train on, got {got}")
     warnings.warn(f"{dataset.annotation_file}: no annotation to evaluate with: no average precision", stacklevel=2)
+
+
+def check_keypoint_names(dataset: CocoDataset, names: Sequence[str], *, train: bool) -> None:
+    """Raise ValueError unless the data set has the keypoints `names`; to evaluate with it may also have none."""
+    if dataset.keypoint_names == tuple(names) or (not train and not dataset.keypoint_names):
+        return
+    got = ", ".join(dataset.keypoint_names) or "none"
+    raise ValueError(f"{dataset.annotation_file}: categories: expected the keypoints {', '.join(names)}, got {got}")

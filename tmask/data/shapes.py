@@ -3,7 +3,8 @@
 What makes it a test of instance segmentation and not of colour: the class shows in the outline alone (colour and
 texture are drawn independently of it), shapes turn freely, differ fivefold in size and hide parts of one another.
 Image `index` of a set depends on (seed, index) only, so any part of a set can be made anywhere, bit for bit.
-Variants: "mixed" is that set; "crossed" has thin shapes that fill the same box in pairs (`tmask.data.crossed`).
+Variants: "mixed" is that set; "corners" the same with corners as keypoints; "crossed" has thin shapes that fill the
+same box in pairs (`tmask.data.crossed`).
 Letters: S image side, K shapes of an image, h w size of the window a shape is drawn in.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,11 @@ Bytes = npt.NDArray[np.uint8]
 Bools = npt.NDArray[np.bool_]
 
 CLASSES = ("disc", "square", "triangle", "star", "ring")
-VARIANTS = {"mixed": CLASSES, "crossed": crossed.CLASSES}  # and the classes of each
+VARIANTS = {"mixed": CLASSES, "corners": CLASSES, "crossed": crossed.CLASSES}  # and the classes of each
+
+# The outermost corners of a shape, however it is turned; one corner may be two of them. Discs and rings have none.
+KEYPOINTS = ("top", "left", "bottom", "right")
+KEYPOINT_EDGES = ((0, 1), (1, 2), (2, 3), (3, 0))
 
 # Raise by one with every change that gives other pixels, masks or files for the same arguments: kept pictures of
 # another version are drawn anew.
@@ -54,6 +59,7 @@ class ShapesImage(NamedTuple):
     labels: npt.NDArray[np.int64]  # [K], 1..number of classes
     masks: Bools  # [K, S, S], the visible pixels
     full_areas: npt.NDArray[np.int64]  # [K], pixels of the whole shape inside the image
+    keypoints: Floats  # [K, len(KEYPOINTS), 3]: x, y (0.5 is the centre of the first pixel) and COCO's visibility
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class _Shape:
     left: int
     cover: Floats  # [h, w] how much of a pixel the shape covers, 0..1: soft only at the edge
     inside: Bools  # [h, w]
+    corners: Floats = field(default_factory=lambda: np.zeros((0, 2)))  # y and x in the image of each
 
     def window(self) -> tuple[slice, slice]:
         h, w = self.cover.shape
@@ -80,7 +87,7 @@ def draw_image(seed: int, index: int, size: int = 128, variant: str = "mixed") -
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
     rng = np.random.default_rng((seed, index))
-    shapes, owner = _place(rng, size, _candidates if variant == "mixed" else _crossing)
+    shapes, owner = _place(rng, size, _crossing if variant == "crossed" else _candidates)
     canvas, ground_colour = _ground(rng, size)
     for shape in shapes:
         window = shape.window()
@@ -89,7 +96,8 @@ def draw_image(seed: int, index: int, size: int = 128, variant: str = "mixed") -
     image = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
     labels = np.array([shape.label for shape in shapes], dtype=np.int64)
     areas = np.array([shape.inside.sum() for shape in shapes], dtype=np.int64)
-    return ShapesImage(image, labels, owner == np.arange(len(shapes))[:, None, None], areas)
+    keypoints = np.stack([_keypoints(shape, k, owner) for k, shape in enumerate(shapes)])
+    return ShapesImage(image, labels, owner == np.arange(len(shapes))[:, None, None], areas, keypoints)
 
 
 def write_shapes(
@@ -97,6 +105,7 @@ def write_shapes(
 ) -> tuple[Path, Path]:
     """Write a COCO data set: ``images/*.png`` and ``annotations.json`` (masks as compressed RLE) under `folder`.
 
+    Of variant "corners" the annotations also hold the outermost corners, and the categories their names, ``KEYPOINTS``.
     Returns both paths. Takes about 3 ms an image. Errors: ValueError for num_images < 1 and those of `draw_image`.
     """
     from PIL import Image
@@ -115,7 +124,8 @@ def write_shapes(
         Image.fromarray(drawn.image).save(images_folder / name, compress_level=1)
         images.append({"id": index + 1, "file_name": name, "width": size, "height": size})
         runs = coco_mask.encode(np.asfortranarray(drawn.masks.transpose(1, 2, 0).astype(np.uint8)))
-        for label, run, box, area in zip(drawn.labels, runs, coco_mask.toBbox(runs), coco_mask.area(runs), strict=True):
+        columns = (drawn.labels, runs, coco_mask.toBbox(runs), coco_mask.area(runs), drawn.keypoints)
+        for label, run, box, area, corners in zip(*columns, strict=True):
             annotations.append(
                 {
                     "id": len(annotations) + 1,
@@ -127,10 +137,35 @@ def write_shapes(
                     "iscrowd": 0,
                 }
             )
-    categories = [{"id": label, "name": name} for label, name in enumerate(VARIANTS[variant], start=1)]
+            if variant == "corners":
+                annotations[-1] |= _coco_keypoints(corners)
+    categories: list[dict[str, Any]] = [
+        {"id": label, "name": name} for label, name in enumerate(VARIANTS[variant], start=1)
+    ]
+    if variant == "corners":
+        edges = [[first + 1, second + 1] for first, second in KEYPOINT_EDGES]  # COCO counts from 1
+        categories = [{**category, "keypoints": list(KEYPOINTS), "skeleton": edges} for category in categories]
     content = {"images": images, "annotations": annotations, "categories": categories}
     annotation_file.write_text(json.dumps(content), encoding="utf-8")
     return images_folder, annotation_file
+
+
+def _keypoints(shape: _Shape, k: int, owner: npt.NDArray[np.int64]) -> Floats:
+    """The outermost corners of shape k of an image: [len(KEYPOINTS), 3], visibility 0 beyond the image, 1 if hidden."""
+    out = np.zeros((len(KEYPOINTS), 3))
+    for row, (axis, sign) in enumerate(((0, -1), (1, -1), (0, 1), (1, 1)) if len(shape.corners) else ()):
+        y, x = shape.corners[np.argmax(sign * shape.corners[:, axis])]
+        if 0 <= y < owner.shape[0] and 0 <= x < owner.shape[1]:
+            out[row] = x, y, 1 if owner[int(y), int(x)] > k else 2  # later shapes lie on top
+    return out
+
+
+def _coco_keypoints(corners: Floats) -> dict[str, Any]:
+    """Keypoints [Kp, 3] as fields of a COCO annotation, which counts pixels from their centres."""
+    seen = corners[:, 2] > 0
+    xy = np.where(seen[:, None], corners[:, :2] - 0.5, 0).round(2)
+    triples = [[float(x), float(y), int(v)] for (x, y), v in zip(xy, corners[:, 2], strict=True)]
+    return {"keypoints": [value for triple in triples for value in triple], "num_keypoints": int(seen.sum())}
 
 
 def _place(
@@ -187,6 +222,7 @@ def _rasterise(label: int, side: float, angle: float, corner: Floats, size: int)
     """Cover of a shape whose box has its top left at `corner` (y, x) and a longer side of `side` pixels."""
     name = CLASSES[label - 1]
     corners = {"square": 4, "triangle": 3, "star": 5}.get(name)
+    tip = np.zeros((2, 0))
     if corners is None:
         low, high = np.array([-1.0, -1.0]), np.array([1.0, 1.0])
     else:
@@ -209,7 +245,7 @@ def _rasterise(label: int, side: float, angle: float, corner: Floats, size: int)
         notch = _STAR_NOTCH if name == "star" else math.cos(math.pi / corners)
         outside = _beyond_polygon(distance, np.arctan2(y, x) - angle, corners, radius, notch * radius)
     cover = np.clip(0.5 - outside, 0.0, 1.0)  # a pixel whose centre is on the edge is half covered
-    return _Shape(label, int(first[0]), int(first[1]), cover, cover >= 0.5)
+    return _Shape(label, int(first[0]), int(first[1]), cover, cover >= 0.5, (centre[:, None] + radius * tip).T)
 
 
 def _beyond_polygon(distance: Floats, angle: Floats, corners: int, radius: float, notch: float) -> Floats:

@@ -20,7 +20,8 @@ Target = dict[str, Any]
 
 # Pixels. Of what a crop leaves of a box; a narrower one may lose its area when the image is resized.
 _MIN_SIDE = 0.01
-_OF_INSTANCES = ("boxes", "labels", "masks", "iscrowd", "has_mask")
+_MOVED = ("boxes", "masks", "keypoints")
+_OF_INSTANCES = (*_MOVED, "labels", "iscrowd", "has_mask", "visibility")
 
 
 class PackedMasks(tv_tensors.TVTensor):
@@ -62,7 +63,7 @@ for _functional in (
 
 @dataclass(frozen=True)
 class JointTransform:
-    """Run a v2 transform on (image, target), boxes and masks included; plain tensors in, plain tensors out.
+    """Run a v2 transform on (image, target), boxes, masks and keypoints included; plain tensors in, plain tensors out.
 
     `transform` may move and recolour, but must keep every instance: the other fields of the target pass through.
     It pickles if `transform` does. Masks are bytes or packed; a seed moves both alike.
@@ -77,10 +78,41 @@ class JointTransform:
         wrapped = dict(target)
         wrapped["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=(height, width))
         wrapped["masks"] = PackedMasks.of(masks, width) if is_packed(masks, width) else tv_tensors.Mask(masks)
+        keypoints = target.get("keypoints")
+        if keypoints is not None:
+            # v2 counts pixels, as COCO does; ours are continuous, with the first pixel's centre at 0.5.
+            wrapped["keypoints"] = tv_tensors.KeyPoints(keypoints[..., :2] - 0.5, canvas_size=(height, width))
+            wrapped["visibility"] = keypoints[..., 2:]
         out_image, out = self.transform(tv_tensors.Image(image), wrapped)
         for name in ("boxes", "masks"):
             out[name] = out[name].as_subclass(Tensor)
+        if keypoints is not None:
+            xy = out["keypoints"].as_subclass(Tensor) + 0.5
+            out["keypoints"] = torch.cat([xy, out.pop("visibility")], dim=-1)
         return out_image.as_subclass(Tensor), out
+
+
+@dataclass(frozen=True)
+class RandomHorizontalFlip:
+    """v2's, which also swaps keypoints: a mirror turns a left hand into a right one.
+
+    After a flip keypoint i is the one that was ``flip_order[i]``; with an empty order all keep their numbers.
+    """
+
+    probability: float
+    flip_order: tuple[int, ...] = ()
+
+    def __call__(self, image: Any, target: Target) -> tuple[Any, Target]:
+        """Image, boxes, masks and keypoints as v2's types."""
+        if torch.rand(1) >= self.probability:
+            return image, target
+        is_moved = {name: isinstance(value, tv_tensors.TVTensor) for name, value in target.items()}
+        out = {name: F.horizontal_flip(value) if is_moved[name] else value for name, value in target.items()}
+        if self.flip_order and "keypoints" in out:
+            order = list(self.flip_order)
+            out["keypoints"] = tv_tensors.wrap(out["keypoints"][:, order], like=out["keypoints"])
+            out["visibility"] = out["visibility"][:, order]
+        return F.horizontal_flip(image), out
 
 
 @dataclass(frozen=True)
@@ -94,12 +126,12 @@ class RandomCrop:
     least: float
 
     def __call__(self, image: Any, target: Target) -> tuple[Any, Target]:
-        """Image, boxes and masks as v2's types."""
+        """Image, boxes, masks and keypoints as v2's types."""
         size = image.shape[-2:]
         height, width = (max(1, round(side * (self.least + (1 - self.least) * float(torch.rand(()))))) for side in size)
         top, left = (int(torch.randint(side - kept + 1, ())) for side, kept in zip(size, (height, width), strict=True))
         crop = functools.partial(F.crop, top=top, left=left, height=height, width=width)
-        out = target | {name: crop(target[name]) for name in ("boxes", "masks")}
+        out = target | {name: crop(target[name]) for name in _MOVED if name in target}
 
         boxes, before = out["boxes"].as_subclass(Tensor), target["boxes"].as_subclass(Tensor)  # [G, 4]
         visible = _boxes_of(out["masks"])
@@ -128,17 +160,26 @@ class RandomMinSize:
 
 
 def train_transforms(
-    hflip: float, vflip: float, *, min_crop: float = 1.0, min_sizes: Sequence[int] = ()
+    hflip: float,
+    vflip: float,
+    *,
+    min_crop: float = 1.0,
+    min_sizes: Sequence[int] = (),
+    flip_order: Sequence[int] = (),
 ) -> JointTransform:
     """Flip left-right with probability `hflip` and up-down with `vflip`, crop and draw a size.
 
-    A crop keeps at least `min_crop` of each side, 1 all; `min_sizes` are the short sides to draw from, if any. All is
-    drawn from torch's global generator, the flips first. Errors: ValueError for a probability outside 0..1.
+    A crop keeps at least `min_crop` of each side, 1 all; `min_sizes` are the short sides to draw from, if any.
+    `flip_order`: which keypoint stands at each place after a left-right flip; left out, none moves. All is drawn from
+    torch's global generator, the flips first. Errors: ValueError for a probability outside 0..1.
     """
     for name, value in (("hflip", hflip), ("vflip", vflip)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}: expected a probability in 0..1, got {value}")
-    steps: list[Callable[[Any, Any], Any]] = [v2.RandomHorizontalFlip(hflip), v2.RandomVerticalFlip(vflip)]
+    steps: list[Callable[[Any, Any], Any]] = [
+        RandomHorizontalFlip(hflip, tuple(flip_order)),
+        v2.RandomVerticalFlip(vflip),
+    ]
     steps += [RandomCrop(min_crop)] if min_crop < 1 else []
     steps += [RandomMinSize(tuple(min_sizes))] if min_sizes else []
     return JointTransform(v2.Compose(steps))
