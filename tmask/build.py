@@ -11,6 +11,8 @@ from tmask.model.backbone import ResNet, load_backbone, warn_if_random_and_froze
 from tmask.model.box_head import BoxHead
 from tmask.model.detector import MaskRCNN
 from tmask.model.fpn import FPN
+from tmask.model.keypoint_branch import KeypointBranch
+from tmask.model.keypoint_head import KeypointHead
 from tmask.model.losses import Focal
 from tmask.model.mask_branch import MaskBranch
 from tmask.model.mask_head import MaskHead, MLPMaskHead
@@ -65,6 +67,7 @@ def build_model(
             "loss_classifier": config.loss_classifier,
             "loss_box_reg": config.loss_box,
             "loss_mask": config.loss_mask,
+            "loss_keypoint": config.loss_keypoint,
         },
         paste=config.convention.paste,
     )
@@ -83,6 +86,7 @@ def _transform(config: ModelConfig) -> ImageTransform:
         antialias=config.convention.resize_antialias,
         mask_resize=config.convention.mask_resize,
         keep_crowds=config.convention.ignore_crowds,
+        num_keypoints=0 if config.keypoints is None else len(config.keypoints.skeleton.names),
     )
 
 
@@ -176,4 +180,20 @@ def _roi_heads(config: ModelConfig) -> RoIHeads:
         class_loss=config.losses.classifier,
         box_loss=config.losses.box,
         focal=_focal(config),
+        **_keypoints(config),
     )
+
+
+def _keypoints(config: ModelConfig) -> dict[str, Any]:
+    """The keypoint branch, as arguments of `RoIHeads`; none without keypoints."""
+    own = config.keypoints
+    if own is None:
+        return {}
+    head = KeypointHead(
+        in_channels=config.fpn_channels,
+        channels=own.head_channels,
+        num_layers=own.head_layers,
+        num_keypoints=len(own.skeleton.names),
+    )
+    branch = KeypointBranch(pool_size=own.pool_size, size=4 * own.pool_size)
+    return {"keypoint_head": head, "keypoint_branch": branch}

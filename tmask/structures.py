@@ -1,5 +1,5 @@
 """The padded, batched values that flow through the model. Letters: N images, G ground-truth boxes, P proposals,
-S sampled RoIs, D detections, M mask side, H W padded image size.
+S sampled RoIs, D detections, M mask side, Kp keypoints, H W padded image size.
 
 Each is a NamedTuple of tensors, so it is a pytree (torch.compile, torch.export and CUDA graphs take it as it is) and
 never changes in place. All boxes are xyxy, float32, in pixels of the padded (resized) image. Rows past the valid ones
@@ -30,7 +30,7 @@ class Targets(NamedTuple):
     crowd: Tensor  # [N, G] bool: a COCO crowd region; neither target nor negative
     masks: Tensor | None  # [N, G, H, ceil(W / 32)] int32: pixel x is bit x % 32 of word x // 32
     has_mask: Tensor  # [N, G] bool
-    keypoints: Tensor | None = None  # [N, G, Kp, 3] float32: x, y, visibility
+    keypoints: Tensor | None = None  # [N, G, Kp, 3] float32: x, y and visibility, 0 for none
 
 
 class Proposals(NamedTuple):
@@ -63,7 +63,7 @@ class Detections(NamedTuple):
     labels: Tensor  # [N, D] int64
     counts: Tensor  # [N] int64
     masks: Tensor | None  # [N, D, M, M] float32 probabilities, not yet pasted into the image
-    keypoints: Tensor | None = None
+    keypoints: Tensor | None = None  # [N, D, Kp, 3] float32: x, y, score (the heat map's value there)
 
     def valid(self) -> Tensor:
         """Which rows are detections: [N, D] bool."""

@@ -21,6 +21,8 @@ SMALL = {
     "max_detections": 10,
     "box_score_threshold": 0.0,
 }
+KEYPOINTS = {"names": ("nose", "left_ear", "right_ear"), "head_channels": 16, "head_layers": 1}
+SPOTS = ((0.25, 2.0), (0.5, 1.0), (0.75, 0.0))  # part of the way through the box, visibility
 
 
 @pytest.fixture
@@ -41,6 +43,26 @@ def images_and_targets() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
             mask[y1:y2, x1:x2] = 1
         targets.append({"boxes": box, "labels": torch.arange(1, len(box) + 1), "masks": masks})
     return images, targets
+
+
+@pytest.fixture
+def keypoint_model() -> tmask.MaskRCNN:
+    """`small_model` with a keypoint branch."""
+    torch.manual_seed(0)
+    return tmask.build_model("tiny", num_classes=4, **SMALL, keypoints=KEYPOINTS)
+
+
+@pytest.fixture
+def keypoint_batch(keypoint_model: tmask.MaskRCNN) -> tuple[ImageBatch, Targets]:
+    """`images_and_targets` with three keypoints on the diagonal of each box, as `SPOTS` says."""
+    images, targets = images_and_targets()
+    for target in targets:
+        corner, side = target["boxes"][:, :2], target["boxes"][:, 2:] - target["boxes"][:, :2]
+        points = [torch.cat([corner + part * side, torch.full((len(side), 1), v)], 1) for part, v in SPOTS]
+        target["keypoints"] = torch.stack(points, dim=1)  # [G, 3, 3]
+    padded, padded_targets = keypoint_model.transform(images, targets)
+    assert padded_targets is not None
+    return padded, padded_targets
 
 
 @pytest.fixture

@@ -16,20 +16,20 @@ def compiled(model: tmask.MaskRCNN, backend: str) -> Callable[..., Any]:
     return torch.compile(model.forward_padded, fullgraph=True, backend=backend, dynamic=False)
 
 
-def test_inference(small_model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]) -> None:
-    small_model.eval()
+def test_inference(keypoint_model: tmask.MaskRCNN, keypoint_batch: tuple[ImageBatch, Targets]) -> None:
+    model, images = keypoint_model.eval(), keypoint_batch[0]
     with torch.no_grad(), use_backend("reference"):
-        eager, traced = small_model.forward_padded(batch[0]), compiled(small_model, "eager")(batch[0])
+        eager, traced = model.forward_padded(images), compiled(model, "eager")(images)
     assert eager.counts.sum() > 0
-    for name in ("boxes", "scores", "labels", "counts", "masks"):
+    for name in ("boxes", "scores", "labels", "counts", "masks", "keypoints"):
         torch.testing.assert_close(getattr(traced, name), getattr(eager, name), rtol=1e-5, atol=1e-5, msg=name)
 
 
 @pytest.mark.slow
-def test_losses_and_gradients(small_model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]) -> None:
+def test_losses_and_gradients(keypoint_model: tmask.MaskRCNN, keypoint_batch: tuple[ImageBatch, Targets]) -> None:
     with use_backend("reference"):
-        eager = step(small_model, small_model.forward_padded, batch)
-        traced = step(small_model, compiled(small_model, "aot_eager"), batch)
+        eager = step(keypoint_model, keypoint_model.forward_padded, keypoint_batch)
+        traced = step(keypoint_model, compiled(keypoint_model, "aot_eager"), keypoint_batch)
     assert traced.keys() == eager.keys()
     for name, value in eager.items():
         torch.testing.assert_close(traced[name], value, rtol=1e-4, atol=1e-6, msg=name)

@@ -75,7 +75,8 @@ class MaskRCNN(nn.Module):
         """torchvision's contract: losses in training mode, else a list of dicts, one an image.
 
         images: [3, h, w] each, float in 0..1 or uint8, of any sizes. targets (training): dicts of ``boxes`` [G, 4]
-        xyxy pixels, ``labels`` [G] in 1..num_classes-1, ``masks`` [G, h, w] of 0 and 1, and maybe ``iscrowd`` [G].
+        xyxy pixels, ``labels`` [G] in 1..num_classes-1, ``masks`` [G, h, w] of 0 and 1, and maybe ``iscrowd`` [G] and
+        ``keypoints`` [G, Kp, 3].
         `masks` picks the form of the result's masks, see `tmask.model.postprocess.to_list`.
         """
         if not self.training:

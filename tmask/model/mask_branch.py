@@ -18,7 +18,7 @@ from tmask_kernels import mask_targets
 
 # Boxes [N, S, 4], valid [N, S] and a side to features [N * S, channels, side, side]: a RoI extractor with its maps.
 Pool = Callable[[Tensor, Tensor, int], Tensor]
-Head = Callable[[Tensor], Tensor]  # pooled features [R, channels, side, side] to mask logits [R, C, M, M]
+Head = Callable[[Tensor], Tensor]  # pooled features [R, channels, side, side] to logits [R, C, M, M]
 
 
 @dataclass(frozen=True, kw_only=True)

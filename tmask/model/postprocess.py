@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tmask.structures import Detections
@@ -29,7 +30,9 @@ def to_list(
     `image_sizes` [N, 2]: height and width before padding; `original_sizes`: before the resize. Each dict holds
     ``boxes`` [D, 4] xyxy in original pixels, ``scores`` [D], ``labels`` [D] and ``masks``: [D, 1, H, W] float
     (``probability``), [D, H, W] bool (``bool``), a list of COCO run-length dicts (``rle``), or left out (``none``).
-    `convention` names the rule of `paste_masks`. Errors: ValueError for an unknown `masks`.
+    Of a model with keypoints it also holds ``keypoints`` [D, Kp, 3], x and y in original pixels and 1, and
+    ``keypoints_scores`` [D, Kp]. `convention` names the rule of `paste_masks`. Errors: ValueError for an unknown
+    `masks`.
     """
     if masks not in MASK_FORMS:
         raise ValueError(f"masks: expected one of {', '.join(MASK_FORMS)}, got {masks!r}")
@@ -47,6 +50,10 @@ def to_list(
                 detections.masks[i, :count], boxes, original_sizes[i], output=masks, convention=convention
             )
             result["masks"] = pasted[:, None] if isinstance(pasted, Tensor) and masks == "probability" else pasted
+        if detections.keypoints is not None:
+            xy, score = detections.keypoints[i, :count].split((2, 1), dim=-1)
+            result["keypoints"] = torch.cat([xy * scales[i, :2], torch.ones_like(score)], dim=-1)
+            result["keypoints_scores"] = score.squeeze(-1)
         results.append(result)
     return results
 

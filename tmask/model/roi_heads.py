@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from tmask.model.keypoint_branch import KeypointBranch
 from tmask.model.losses import BoxLoss, ClassLoss, Focal, box_losses, class_probabilities
 from tmask.model.mask_branch import MaskBranch
 from tmask.model.roi_extractor import RoIExtractor
@@ -29,7 +30,7 @@ class RoIHeads(nn.Module):
     `fg_iou`, `bg_iou`: a RoI is positive at or above the first, negative below the second. `batch_size` RoIs an image
     enter the losses, at most `positive_fraction` of them positive. `sampler` draws the RoIs. `class_loss` and
     `box_loss` name the box head's losses; `focal` has the parameters of a focal one. `mask_branch` says what
-    `mask_head` learns.
+    `mask_head` learns; `keypoint_branch` and `keypoint_head`, None without keypoints, likewise.
     """
 
     def __init__(
@@ -51,11 +52,14 @@ class RoIHeads(nn.Module):
         class_loss: ClassLoss = "softmax",
         box_loss: BoxLoss = "smooth_l1",
         focal: Focal | None = None,
+        keypoint_head: nn.Module | None = None,
+        keypoint_branch: KeypointBranch | None = None,
     ) -> None:
         super().__init__()
         self.extractor = extractor
         self.box_head, self.mask_head = box_head, mask_head
         self.mask_branch = mask_branch
+        self.keypoint_head, self.keypoint_branch = keypoint_head, keypoint_branch
         self.box_pool_size = box_pool_size
         self.fg_iou, self.bg_iou = fg_iou, bg_iou
         self.batch_size, self.positive_fraction = batch_size, positive_fraction
@@ -67,7 +71,10 @@ class RoIHeads(nn.Module):
     def losses(
         self, features: Sequence[Tensor], proposals: Proposals, images: ImageBatch, targets: Targets, *, compact: bool
     ) -> dict[str, Tensor]:
-        """Classifier, box and mask loss of a sample of the proposals. `compact`: see `MaskRCNN.forward_padded`."""
+        """Classifier, box, mask and, with such a branch, keypoint loss of a sample of the proposals.
+
+        `compact`: see `MaskRCNN.forward_padded`.
+        """
         rois = self.sample_rois(proposals, targets)
         class_logits, deltas = self._box_branch(features, rois.boxes, rois.valid)
         matched = take_rows(targets.boxes, rois.gt_index.clamp(min=0))  # [N, S, 4]
@@ -88,12 +95,17 @@ class RoIHeads(nn.Module):
         positives = SampledRois(*(field[:, :slots] for field in rois))
         pool = functools.partial(self.extractor, features)
         mask_loss = self.mask_branch.loss(pool, self.mask_head, positives, images, targets, compact=compact)
-        return {"loss_classifier": classifier_loss, "loss_box_reg": box_loss, "loss_mask": mask_loss}
+        losses = {"loss_classifier": classifier_loss, "loss_box_reg": box_loss, "loss_mask": mask_loss}
+        if self.keypoint_branch is not None and self.keypoint_head is not None:
+            losses["loss_keypoint"] = self.keypoint_branch.loss(
+                pool, self.keypoint_head, positives, targets, compact=compact
+            )
+        return losses
 
     def detect(
         self, features: Sequence[Tensor], proposals: Proposals, images: ImageBatch, *, compact: bool
     ) -> Detections:
-        """Class scores, refined boxes, NMS within each class, then masks of what is left."""
+        """Class scores, refined boxes, NMS within each class, then masks and keypoints of what is left."""
         valid = proposals.valid()
         class_logits, deltas = self._box_branch(features, proposals.boxes, valid)
         boxes = decode_boxes(deltas.float(), proposals.boxes[:, :, None], weights=BOX_CODE_WEIGHTS)  # [N, P, C, 4]
@@ -111,7 +123,10 @@ class RoIHeads(nn.Module):
         labels = torch.where(found, labels + 1, 0)
         pool = functools.partial(self.extractor, features)
         masks = self.mask_branch.masks(pool, self.mask_head, boxes, labels, found, compact=compact)
-        return Detections(boxes, scores, labels, counts, masks)
+        keypoints = None
+        if self.keypoint_branch is not None and self.keypoint_head is not None:
+            keypoints = self.keypoint_branch.keypoints(pool, self.keypoint_head, boxes, found, compact=compact)
+        return Detections(boxes, scores, labels, counts, masks, keypoints)
 
     def sample_rois(self, proposals: Proposals, targets: Targets) -> SampledRois:
         """Match proposals and the ground truth itself to the ground truth, and draw the RoIs of the losses.

@@ -30,6 +30,7 @@ class ImageTransform:
     `antialias`: filter when shrinking (detectron2's convention); torchvision's does not.
     `mask_resize`: how ground-truth masks are resized, ``bilinear`` (cut at 0.5) or ``nearest``.
     `keep_crowds`: hand crowd regions on, so that nothing inside them counts as a negative.
+    `num_keypoints`: of an instance; 0 leaves keypoints out.
     """
 
     num_classes: int
@@ -41,6 +42,7 @@ class ImageTransform:
     antialias: bool
     mask_resize: str
     keep_crowds: bool
+    num_keypoints: int = 0
 
     def __call__(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
@@ -48,14 +50,16 @@ class ImageTransform:
         """Images [3, h, w], uint8 or float in 0..1, and torchvision's target dicts, as padded batches.
 
         A target holds ``boxes`` [G, 4] xyxy in pixels, ``labels`` [G], ``masks`` [G, h, w] of 0 and 1 or packed
-        [G, h, ceil(w / 32)] int32 (`tmask_kernels.pack_masks`), and may hold ``iscrowd`` [G], ``has_mask`` [G] and
-        ``min_size``, the short side of this image. Masks are never all held as bytes or floats, unless they came so.
+        [G, h, ceil(w / 32)] int32 (`tmask_kernels.pack_masks`), and may hold ``iscrowd`` [G], ``has_mask`` [G],
+        ``keypoints`` [G, Kp, 3] (x and y in pixels, and visibility, 0 for a keypoint that is not known, as all are
+        without this entry) and ``min_size``, the short side of this image. Masks are never all held as bytes or floats,
+        unless they came so.
 
-        Errors: ValueError for wrong types, shapes, counts or devices, images or boxes that are not finite, boxes
-        without area (but of crowds), and labels outside 1..num_classes-1 (`num_classes` counts the background). On
-        CUDA the values are read once, and not for uint8 images alone.
+        Errors: ValueError for wrong types, shapes, counts or devices, images, boxes or keypoints that are not
+        finite, boxes without area (but of crowds), and labels outside 1..num_classes-1 (`num_classes` counts the
+        background). On CUDA the values are read once, and not for uint8 images alone.
         """
-        _check(images, targets)
+        _check(images, targets, self.num_keypoints)
         short = [self.min_size] * len(images)
         if targets is not None:
             short = [target.get("min_size", self.min_size) for target in targets]
@@ -117,7 +121,7 @@ class ImageTransform:
                     part = F.interpolate(part.float()[:, None], size=after, mode=self.mask_resize)[:, 0]
                 part = part if part.dtype == torch.bool else part >= 0.5
                 packed[chunk, : after[0], : -(-after[1] // 32)] = pack_masks(part)
-        return {
+        scaled = {
             "boxes": boxes * scale,
             "labels": target["labels"].to(torch.int64),
             "valid": ~crowd,
@@ -125,6 +129,10 @@ class ImageTransform:
             "masks": packed,
             "has_mask": has_mask,
         }
+        if self.num_keypoints:
+            keypoints = target.get("keypoints", boxes.new_zeros(count, self.num_keypoints, 3)).float()
+            scaled["keypoints"] = torch.cat([keypoints[..., :2] * scale[:2], keypoints[..., 2:]], dim=-1)
+        return scaled
 
 
 def mask_chunks(count: int, pixels: int) -> Iterator[slice]:
@@ -151,7 +159,7 @@ def _stack(targets: Sequence[dict[str, Tensor]]) -> Targets:
     return Targets(**fields)
 
 
-def _check(images: Sequence[Tensor], targets: Sequence[Target] | None) -> None:
+def _check(images: Sequence[Tensor], targets: Sequence[Target] | None, num_keypoints: int) -> None:
     if not len(images):
         raise ValueError("images: expected at least one image, got an empty list")
     for i, image in enumerate(images):
@@ -167,10 +175,10 @@ def _check(images: Sequence[Tensor], targets: Sequence[Target] | None) -> None:
     if len(targets) != len(images):
         raise ValueError(f"targets: expected {len(images)}, one an image, got {len(targets)}")
     for i, (target, image) in enumerate(zip(targets, images, strict=True)):
-        _check_target(f"targets[{i}]", target, image)
+        _check_target(f"targets[{i}]", target, image, num_keypoints)
 
 
-def _check_target(name: str, target: Target, image: Tensor) -> None:
+def _check_target(name: str, target: Target, image: Tensor, num_keypoints: int) -> None:
     if not isinstance(target, Mapping):
         raise ValueError(f"{name}: expected a dict, got {type(target).__name__}")
     for key in ("boxes", "labels"):
@@ -178,11 +186,14 @@ def _check_target(name: str, target: Target, image: Tensor) -> None:
             raise ValueError(f"{name}: expected a key {key!r}, got {sorted(target)}")
     boxes = target["boxes"]
     count = len(boxes) if isinstance(boxes, Tensor) and boxes.ndim else 0
-    shapes = {"boxes": (count, 4), "labels": (count,), "iscrowd": (count,), "has_mask": (count,)}
+    shapes: dict[str, tuple[int, ...]] = {"boxes": (count, 4), "labels": (count,)}
+    shapes |= {"iscrowd": (count,), "has_mask": (count,)}
     height, width = image.shape[-2:]
     masks = target.get("masks")
     packed = isinstance(masks, Tensor) and masks.ndim and is_packed(masks, width)
     shapes["masks"] = (count, height, -(-width // 32) if packed else width)
+    if num_keypoints:
+        shapes["keypoints"] = (count, num_keypoints, 3)
     for key, shape in shapes.items():
         if key not in target:
             continue
@@ -204,7 +215,8 @@ def _check_values(images: Sequence[Tensor], targets: Targets | None, num_classes
     broken = {i: ~image.isfinite().all() for i, image in enumerate(images) if image.is_floating_point()}
     faults = list(broken.values())
     if targets is not None:
-        faults.append(_bad_rows(targets, num_classes).any())
+        faults += [_bad_rows(targets, num_classes).any()]
+        faults += [] if targets.keypoints is None else [_bad_keypoints(targets, targets.keypoints).any()]
     if not faults or not bool(torch.stack(faults).any()):
         return
     for i, flag in broken.items():
@@ -212,7 +224,15 @@ def _check_values(images: Sequence[Tensor], targets: Targets | None, num_classes
             count = int((~images[i].isfinite()).sum())
             raise ValueError(f"images[{i}]: expected finite values, got {count} NaN or infinite of {images[i].numel()}")
     assert targets is not None
-    image, row = _bad_rows(targets, num_classes).nonzero()[0].tolist()
+    bad = _bad_rows(targets, num_classes)
+    if not bad.any():
+        assert targets.keypoints is not None
+        image, row, k = _bad_keypoints(targets, targets.keypoints).nonzero()[0].tolist()
+        expected, got = "finite x, y and a visibility of 0 or more", targets.keypoints[image, row, k].tolist()
+        raise ValueError(
+            f"targets[{image}]['keypoints'][{row}, {k}]: expected {expected}, got {got} (after the resize)"
+        )
+    image, row = bad.nonzero()[0].tolist()
     box = [round(value, 2) for value in targets.boxes[image, row].tolist()]
     label = int(targets.labels[image, row])
     if targets.valid[image, row] and not 1 <= label < num_classes:
@@ -228,6 +248,11 @@ def _bad_rows(targets: Targets, num_classes: int) -> Tensor:
     area = (boxes[..., 2:] > boxes[..., :2]).all(-1)
     known = (labels >= 1) & (labels < num_classes)
     return (targets.valid & ~(finite & area & known)) | (targets.crowd & ~finite)
+
+
+def _bad_keypoints(targets: Targets, keypoints: Tensor) -> Tensor:
+    """[N, G, Kp] bool: impossible keypoints of instances."""
+    return targets.valid[..., None] & ~(keypoints.isfinite().all(-1) & (keypoints[..., 2] >= 0))
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -1,0 +1,82 @@
+"""Keypoint branch: RoIs in, the loss of their keypoints or their keypoints out. The layers are keypoint_head.py.
+
+Letters: N images, G ground-truth boxes, P RoIs an image, D detections an image, R rows (RoIs of all images), Kp
+keypoints, S heat-map side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tmask.model.mask_branch import Head, Pool
+from tmask.structures import SampledRois, Targets
+from tmask_kernels import decode_keypoints
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeypointBranch:
+    """What a keypoint head learns and how its heat maps are read. It has no parameters: the head comes with each call.
+
+    The head sees features of `pool_size` cells a side and gives heat maps of `size` a side.
+    """
+
+    pool_size: int
+    size: int
+
+    def loss(self, pool: Pool, head: Head, rois: SampledRois, targets: Targets, *, compact: bool) -> Tensor:
+        """Mean cross-entropy, over the S x S cells, of the keypoints of positive RoIs that are visible and inside.
+
+        0 with a graph if there is none. RoIs without one are not computed. Source: He et al. 2017, section 5.
+        """
+        if targets.keypoints is None:
+            raise ValueError("targets.keypoints: expected keypoints [N, G, Kp, 3], got None")
+        rows = rois.gt_index.clamp(min=0)[:, :, None, None].expand(-1, -1, *targets.keypoints.shape[2:])
+        own = targets.keypoints.gather(1, rows)  # [N, P, Kp, 3]
+        cells, learns = encode_keypoints(own, rois.boxes, self.size)
+        learns = learns & rois.positive[:, :, None]  # [N, P, Kp]
+        logits, chosen = self._heatmaps(pool, head, rois.boxes, learns.any(2), compact=compact)
+        cells, learns = cells.flatten(0, 1)[chosen], learns.flatten(0, 1)[chosen]  # [R, Kp]
+        entropy = F.cross_entropy(logits.flatten(2).flatten(0, 1), cells.flatten(), reduction="none")
+        total = torch.where(learns.flatten(), entropy, 0.0).sum()
+        return total / learns.sum().clamp(min=1)
+
+    def keypoints(self, pool: Pool, head: Head, boxes: Tensor, valid: Tensor, *, compact: bool) -> Tensor:
+        """The keypoints of each detection: boxes [N, D, 4] and valid [N, D] to [N, D, Kp, 3] of x, y and score.
+
+        Pixels of the padded image; the score is the heat map's value there. Zeros where not valid.
+        """
+        logits, chosen = self._heatmaps(pool, head, boxes, valid, compact=compact)
+        if isinstance(chosen, Tensor):
+            logits = logits.new_zeros(valid.numel(), *logits.shape[1:]).index_copy(0, chosen, logits)
+        xy, scores = decode_keypoints(logits.unflatten(0, valid.shape), boxes, valid)
+        return torch.cat([xy, scores[..., None]], dim=-1)
+
+    def _heatmaps(
+        self, pool: Pool, head: Head, boxes: Tensor, valid: Tensor, *, compact: bool
+    ) -> tuple[Tensor, Tensor | slice]:
+        """Heat maps [R, Kp, S, S], and which of the flattened slots their rows are."""
+        pooled = pool(boxes, valid, self.pool_size)
+        # Data-dependent on purpose, and only where the caller asked for it: on a CPU empty slots cost real time.
+        rows = valid.flatten().nonzero().squeeze(1) if compact else slice(None)
+        return head(pooled[rows]), rows
+
+
+def encode_keypoints(keypoints: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The cell of each keypoint in the heat map of its RoI, and whether it has one.
+
+    keypoints [..., Kp, 3] of x, y and visibility, boxes [..., 4] in the same pixels. Cells [..., Kp] int64, row by row:
+    ``floor((y - y1) * size / h) * size + floor((x - x1) * size / w)``, where the right and the bottom edge belong to
+    the last cell; 0 where the second value, [..., Kp] bool, is False: not visible (0) or outside the box.
+    """
+    corner, far = boxes[..., None, :2], boxes[..., None, 2:]  # [..., 1, 2]
+    xy = keypoints[..., :2]
+    inside = ((xy >= corner) & (xy <= far) & (far > corner)).all(-1)
+    valid = inside & (keypoints[..., 2] > 0)
+    # Rounding may bring a point just before the far edge to `size` too.
+    place = ((xy - corner) * size / (far - corner)).floor().clamp(max=size - 1)
+    x, y = torch.where(valid[..., None], place, 0.0).to(torch.int64).unbind(-1)
+    return y * size + x, valid
