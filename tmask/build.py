@@ -15,7 +15,9 @@ from tmask.model.keypoint_branch import KeypointBranch
 from tmask.model.keypoint_head import KeypointHead
 from tmask.model.losses import Focal
 from tmask.model.mask_branch import MaskBranch
+from tmask.model.mask_fusion import MaskFusion
 from tmask.model.mask_head import MaskHead, MLPMaskHead
+from tmask.model.mask_transfer import MaskTransfer
 from tmask.model.roi_extractor import RoIExtractor
 from tmask.model.roi_heads import RoIHeads
 from tmask.model.rpn import RPN, TopN
@@ -141,11 +143,15 @@ def _mask_head(config: ModelConfig, num_masks: int) -> nn.Module:
             num_layers=config.mask_mlp_layers,
             num_masks=num_masks,
         )
+    channels, fusion = config.mask_head_channels, None
+    if config.mask_fusion_layers:
+        fusion = MaskFusion(channels=channels, size=2 * config.mask_pool_size, num_layers=config.mask_fusion_layers)
     return MaskHead(
         in_channels=config.fpn_channels,
-        channels=config.mask_head_channels,
+        channels=channels,
         num_layers=config.mask_head_layers,
-        num_masks=num_masks,
+        num_masks=num_masks if config.mask_transfer is None else None,
+        fusion=fusion,
     )
 
 
@@ -168,6 +174,7 @@ def _roi_heads(config: ModelConfig) -> RoIHeads:
             class_bias=_focal(config).bias if by_sigmoid else 0.0,
         ),
         mask_head=_mask_head(config, branch.num_channels(config.num_classes)),
+        mask_transfer=_mask_transfer(config),
         mask_branch=branch,
         box_pool_size=config.box_pool_size,
         fg_iou=config.box_fg_iou,
@@ -197,3 +204,17 @@ def _keypoints(config: ModelConfig) -> dict[str, Any]:
     )
     branch = KeypointBranch(pool_size=own.pool_size, size=4 * own.pool_size)
     return {"keypoint_head": head, "keypoint_branch": branch}
+
+
+def _mask_transfer(config: ModelConfig) -> MaskTransfer | None:
+    own = config.mask_transfer
+    if own is None:
+        return None
+    return MaskTransfer(
+        features=config.box_head_dim,
+        channels=config.mask_head_channels,
+        inputs=own.inputs,
+        num_layers=own.layers,
+        activation=own.activation,
+        stop_grad=own.stop_grad,
+    )

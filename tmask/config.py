@@ -146,6 +146,23 @@ class KeypointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MaskTransferConfig:
+    """Mask^X R-CNN: a function, learnt with the rest, makes each class's mask predictor of its weights in the box head.
+
+    So classes without masks, by DataConfig's ``mask_classes``, get masks too.
+    """
+
+    inputs: Literal["cls", "box", "cls_box"] = "cls_box"  # a class's weights in the classifier, in the regressor, both
+    layers: int = 2  # of the function: 1, 2 or 3
+    activation: Literal["leaky_relu", "relu"] = "leaky_relu"  # between them; of slope 0.1
+    stop_grad: bool = True  # the mask loss leaves those weights of the box head alone
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(1 <= self.layers <= 3, "layers", "in 1..3", self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The detector. Defaults are the published Mask R-CNN R50-FPN; sizes are pixels of the resized image."""
 
@@ -201,9 +218,11 @@ class ModelConfig:
     mask_head: Literal["fcn", "mlp"] = "fcn"  # convolutions and a deconvolution, or fully connected layers
     mask_head_channels: int = 256  # of fcn
     mask_head_layers: int = 4  # of fcn: 3x3 convolutions
+    mask_fusion_layers: int = 0  # of fcn: fully connected, of one mask that is added to every other; 0: none, 1 or 2
     mask_mlp_dim: int = 1024  # of mlp: units of a hidden layer
     mask_mlp_layers: int = 2  # of mlp: hidden layers
     mask_class_agnostic: bool = False  # one mask for all classes, not one a class
+    mask_transfer: MaskTransferConfig | None = None  # null: a mask predictor of its own for each class
 
     keypoints: KeypointConfig | None = None  # null: no keypoint branch
 
@@ -222,6 +241,7 @@ class ModelConfig:
         require(0 < self.min_size <= self.max_size, "min_size", "in 1..max_size", self.min_size)
         require(min(self.image_std) > 0, "image_std", "numbers above 0", self.image_std)
         require(0 <= self.trainable_layers <= 5, "trainable_layers", "in 0..5", self.trainable_layers)
+        require(0 <= self.mask_fusion_layers <= 2, "mask_fusion_layers", "0, 1 or 2", self.mask_fusion_layers)
         require(len(self.anchor_sizes) == 5, "anchor_sizes", "5 tuples, one a level P2-P6", self.anchor_sizes)
         # One RPN head serves all levels, so each has as many anchors a cell.
         counts = {len(level) for level in self.anchor_sizes}
@@ -232,7 +252,7 @@ class ModelConfig:
         require(min(ratios, default=0) > 0, "anchor_aspect_ratios", "numbers above 0, at least one", ratios)
         for item in dataclasses.fields(self):
             name, value = item.name, getattr(self, item.name)
-            if item.type == "int" and name != "trainable_layers":
+            if item.type == "int" and name not in ("trainable_layers", "mask_fusion_layers"):
                 require(value >= 1, name, "at least 1", value)
             elif name.endswith(("_iou", "_threshold")):
                 require(0 <= value <= 1, name, "in 0..1", value)
@@ -253,6 +273,8 @@ class DataConfig:
     train_annotations: str | None = None
     val_images: str | None = None
     val_annotations: str | None = None
+    # Classes whose masks are learnt from; of the others only boxes are. voc: those of COCO that VOC has too.
+    mask_classes: str | None = None  # names or ids with commas between, voc, non_voc or random:COUNT:SEED; null: all
     hflip: float = 0.5  # probability of a left-right flip in training
     vflip: float = 0.0
     min_crop: float = 1.0  # random crops in training: each side is at least this part of the image's; 1: none
@@ -284,6 +306,7 @@ class TrainConfig:
 
     steps: int = 90_000  # optimiser updates
     batch_size: int = 16  # images a batch
+    only: Literal["masks"] | None = None  # what learns, the rest stays as it is (stage-wise training); null: all
     optimizer: Literal["sgd", "adamw"] = "sgd"
     accumulate: int = 1  # batches an update; the gradient is their mean
     lr: float = 0.02  # for this batch_size; scale linearly with it (times accumulate)

@@ -111,6 +111,24 @@ def test_variants_never_wait(name: str, device: torch.device) -> None:
     assert loss.isfinite()
 
 
+def test_a_weight_transfer_never_waits(full: bool, device: torch.device) -> None:
+    torch.manual_seed(0)
+    sizes = {"box_head_dim": 1024, "mask_head_channels": 256} if full else {}
+    settings = {**SMALL, **sizes, "mask_transfer": {}, "mask_fusion_layers": 1}
+    model = tmask.build_model("tiny", num_classes=4, **settings).to(device)
+    images, targets = batch_of(model, False, device)
+    targets = targets._replace(has_mask=targets.labels == 1)
+    step(model, (images, targets), "bf16", device)  # kernels compile
+    detect(model, images, "bf16", device)
+    with waiting_is_an_error(device):
+        loss = step(model, (images, targets), "bf16", device)
+        found = detect(model, images, "bf16", device)
+    assert loss.isfinite()
+    assert found.masks is not None
+    assert found.masks.isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.roi_heads.mask_transfer.parameters())
+
+
 def assert_nearly_all(got: Tensor, expected: Tensor) -> None:
     """Boxes [N, D, 4] wherever they stand, since scores of random weights nearly tie, and but for a few that a score
     or an overlap at a threshold has moved out."""

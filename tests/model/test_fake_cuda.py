@@ -115,6 +115,12 @@ def test_softmax_masks_of_an_mlp_stay_on_the_gpu(mode: str) -> None:
     assert "mask_bce" not in watch.ops
 
 
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_weight_transfer_and_fusion_stay_on_the_gpu(mode: str) -> None:
+    watch = run(mode, mask_transfer={}, mask_fusion_layers=1)
+    assert not watch.elsewhere
+
+
 def test_a_constant_of_the_cpu_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     real = losses._masked_sum
     monkeypatch.setattr(losses, "_masked_sum", lambda values, mask: real(values, mask) * torch.tensor(1.0))

@@ -7,7 +7,7 @@ torchvision's contract, lists of images in and lists of dicts out.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -45,6 +45,27 @@ class MaskRCNN(nn.Module):
         self.roi_heads = roi_heads
         self.loss_weights = dict(loss_weights)
         self.paste = paste
+        self.detector_frozen = False
+
+    def freeze_detector(self) -> None:
+        """From now on the mask head and its weight transfer alone learn; no statistics of batch norm move elsewhere.
+
+        It is the second stage of stage-wise training: Hu et al. 2018, section 3.2.
+        """
+        self.requires_grad_(False)
+        for part in self.roi_heads.mask_parts():
+            part.requires_grad_(True)
+        self.detector_frozen = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module, but the frozen layers stay in evaluation mode."""
+        super().train(mode)
+        if self.detector_frozen:
+            # The RPN and the RoI heads have limits of training that stay, and no layer with statistics.
+            for part in (self.backbone, self.fpn, self.roi_heads.box_head):
+                part.eval()
+        return self
 
     def forward_padded(
         self, images: ImageBatch, targets: Targets | None = None, *, compact: bool = False

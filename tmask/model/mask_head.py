@@ -15,24 +15,44 @@ from torch import Tensor, nn
 class MaskHead(nn.Module):
     """Fully convolutional: `num_layers` 3x3 convolutions, a 2x2 deconvolution of stride 2, a 1x1 predictor.
 
-    Source: He et al. 2017, "Mask R-CNN", figure 4 right.
+    The predictor has `num_masks` channels, or with None its kernel comes with each call. The mask that `fusion` makes of
+    what the predictor sees is added to every channel's. Source: He et al. 2017, "Mask R-CNN", figure 4 right.
     """
 
-    def __init__(self, *, in_channels: int, channels: int, num_layers: int, num_masks: int) -> None:
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        channels: int,
+        num_layers: int,
+        num_masks: int | None,
+        fusion: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         widths = [in_channels] + [channels] * num_layers
         self.convs = nn.ModuleList(
             nn.Conv2d(before, after, 3, padding=1) for before, after in itertools.pairwise(widths)
         )
         self.deconv = nn.ConvTranspose2d(widths[-1], channels, 2, stride=2)
-        self.predictor = nn.Conv2d(channels, num_masks, 1)
+        self.predictor = nn.Conv2d(channels, num_masks, 1) if num_masks is not None else None
         _init([*self.convs, self.deconv], self.predictor)
+        self.fusion = fusion
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Pooled features [R, in_channels, M / 2, M / 2] to mask logits [R, C, M, M]."""
+    def forward(self, x: Tensor, predictor: Tensor | None = None) -> Tensor:
+        """Pooled features [R, in_channels, M / 2, M / 2] to mask logits [R, C, M, M].
+
+        `predictor` [C, channels]: a kernel in place of the head's own, without bias.
+        """
         for conv in self.convs:
             x = F.relu(conv(x))
-        return _deconv_and_predict(x, self.deconv, self.predictor)
+        hidden = _deconv(x, self.deconv)
+        if predictor is None:
+            assert self.predictor is not None, "made without a predictor: give one"
+            logits = F.linear(hidden, self.predictor.weight.flatten(1), self.predictor.bias)
+        else:
+            logits = F.linear(hidden, predictor)  # [R, h, w, dy, dx, C]
+        logits = logits.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return logits if self.fusion is None else logits + self.fusion(hidden)
 
 
 class MLPMaskHead(nn.Module):
@@ -58,28 +78,26 @@ class MLPMaskHead(nn.Module):
         return self.predictor(x).unflatten(1, (-1, self.side, self.side))
 
 
-def _init(layers: Iterable[nn.Module], predictor: nn.Module) -> None:
+def _init(layers: Iterable[nn.Module], predictor: nn.Module | None) -> None:
     """MSRA's normal distribution before each ReLU (std sqrt(2 / fan_out)), and a predictor that begins near 0.5."""
     for layer in layers:
         nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")  # type: ignore[arg-type]
-    nn.init.normal_(predictor.weight, std=0.001)  # type: ignore[arg-type]
-    for layer in (*layers, predictor):
         nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    if predictor is not None:
+        nn.init.normal_(predictor.weight, std=0.001)  # type: ignore[arg-type]
+        nn.init.zeros_(predictor.bias)  # type: ignore[arg-type]
 
 
-def _deconv_and_predict(x: Tensor, deconv: nn.ConvTranspose2d, predictor: nn.Conv2d) -> Tensor:
-    """``predictor(relu(deconv(x)))`` as two matrix products over channels: [R, O, h, w] to [R, C, 2h, 2w].
+def _deconv(x: Tensor, deconv: nn.ConvTranspose2d) -> Tensor:
+    """``relu(deconv(x))`` as a matrix product over channels: [R, O, h, w] to [R, h, w, dy, dx, channels].
 
     A 2x2 deconvolution of stride 2 gives every pixel four outputs of its own, and the predictor looks at one pixel at
     a time. So only the few logits move to their 2 x 2 places, not the wide features: less traffic, and on a CPU about
     half the time of the deconvolution's own backward.
     """
-    num_rois, _, height, width = x.shape
     in_channels, channels = deconv.weight.shape[:2]
     weight = deconv.weight.permute(2, 3, 1, 0).reshape(4 * channels, in_channels)  # rows: dy, dx, output channel
     assert deconv.bias is not None
     pixels = x.permute(0, 2, 3, 1).contiguous()  # a strided bf16 product on the CPU takes 70 times as long
     hidden = F.relu(F.linear(pixels, weight, deconv.bias.repeat(4)))  # [R, h, w, 4 * channels]
-    hidden = hidden.view(num_rois, height, width, 2, 2, channels)
-    logits = F.linear(hidden, predictor.weight.flatten(1), predictor.bias)  # [R, h, w, dy, dx, C]
-    return logits.permute(0, 5, 1, 3, 2, 4).reshape(num_rois, predictor.out_channels, 2 * height, 2 * width)
+    return hidden.unflatten(-1, (2, 2, channels))

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from tmask.model.keypoint_branch import KeypointBranch
 from tmask.model.losses import BoxLoss, ClassLoss, Focal, box_losses, class_probabilities
-from tmask.model.mask_branch import MaskBranch
+from tmask.model.mask_branch import Head, MaskBranch
+from tmask.model.mask_transfer import MaskTransfer
 from tmask.model.roi_extractor import RoIExtractor
 from tmask.model.sampling import Sampler, sample, take_rows
 from tmask.structures import Detections, ImageBatch, Proposals, SampledRois, Targets
@@ -30,7 +31,8 @@ class RoIHeads(nn.Module):
     `fg_iou`, `bg_iou`: a RoI is positive at or above the first, negative below the second. `batch_size` RoIs an image
     enter the losses, at most `positive_fraction` of them positive. `sampler` draws the RoIs. `class_loss` and
     `box_loss` name the box head's losses; `focal` has the parameters of a focal one. `mask_branch` says what
-    `mask_head` learns; `keypoint_branch` and `keypoint_head`, None without keypoints, likewise.
+    `mask_head` learns; with `mask_transfer` its predictor is made of the weights of `box_head`, at each call anew.
+    `keypoint_branch` and `keypoint_head`, None without keypoints, are to one another as those of masks.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class RoIHeads(nn.Module):
         box_head: nn.Module,
         mask_head: nn.Module,
         mask_branch: MaskBranch,
+        mask_transfer: MaskTransfer | None = None,
         box_pool_size: int,
         fg_iou: float,
         bg_iou: float,
@@ -58,7 +61,7 @@ class RoIHeads(nn.Module):
         super().__init__()
         self.extractor = extractor
         self.box_head, self.mask_head = box_head, mask_head
-        self.mask_branch = mask_branch
+        self.mask_branch, self.mask_transfer = mask_branch, mask_transfer
         self.keypoint_head, self.keypoint_branch = keypoint_head, keypoint_branch
         self.box_pool_size = box_pool_size
         self.fg_iou, self.bg_iou = fg_iou, bg_iou
@@ -94,7 +97,7 @@ class RoIHeads(nn.Module):
         slots = max(1, int(self.batch_size * self.positive_fraction))  # positives stand in the first slots
         positives = SampledRois(*(field[:, :slots] for field in rois))
         pool = functools.partial(self.extractor, features)
-        mask_loss = self.mask_branch.loss(pool, self.mask_head, positives, images, targets, compact=compact)
+        mask_loss = self.mask_branch.loss(pool, self._masks_of(), positives, images, targets, compact=compact)
         losses = {"loss_classifier": classifier_loss, "loss_box_reg": box_loss, "loss_mask": mask_loss}
         if self.keypoint_branch is not None and self.keypoint_head is not None:
             losses["loss_keypoint"] = self.keypoint_branch.loss(
@@ -122,7 +125,7 @@ class RoIHeads(nn.Module):
         # The scores have no column of the background: column 0 is label 1. Padding stays 0.
         labels = torch.where(found, labels + 1, 0)
         pool = functools.partial(self.extractor, features)
-        masks = self.mask_branch.masks(pool, self.mask_head, boxes, labels, found, compact=compact)
+        masks = self.mask_branch.masks(pool, self._masks_of(), boxes, labels, found, compact=compact)
         keypoints = None
         if self.keypoint_branch is not None and self.keypoint_head is not None:
             keypoints = self.keypoint_branch.keypoints(pool, self.keypoint_head, boxes, found, compact=compact)
@@ -159,3 +162,15 @@ class RoIHeads(nn.Module):
         pooled = self.extractor(features, boxes, valid, self.box_pool_size)
         logits, deltas = self.box_head(pooled)
         return logits.unflatten(0, valid.shape), deltas.unflatten(0, valid.shape)
+
+    def mask_parts(self) -> list[nn.Module]:
+        """What belongs to the masks alone."""
+        return [self.mask_head] if self.mask_transfer is None else [self.mask_head, self.mask_transfer]
+
+    def _masks_of(self) -> Head:
+        """The mask head, with the predictor that the transfer makes of the box head's present weights."""
+        if self.mask_transfer is None:
+            return self.mask_head
+        weights = [self.box_head.get_parameter(f"{layer}.weight") for layer in ("classifier", "regressor")]
+        predictor = self.mask_transfer(*weights)
+        return functools.partial(self.mask_head, predictor=predictor)
