@@ -482,6 +482,52 @@ SETTINGS = [
         "--model.losses: focal_prior: expected in (0, 1), got 1.0",
         code=2,
     ),
+    Case(
+        "unknown class with masks",
+        "train --data.mask_classes disk",
+        "mask_classes: unknown category 'disk': expected 'disc'?",
+    ),
+    Case(
+        "more random classes with masks than there are",
+        "train --data.mask_classes random:9:0",
+        "mask_classes: expected a count in 1..5, got 'random:9:0'",
+    ),
+    Case(
+        "VOC's classes in other data",
+        "train --data.mask_classes voc",
+        "mask_classes: expected categories of COCO for 'voc', some of them VOC's, got 0 of 5 that are VOC's",
+    ),
+    Case(
+        "unknown key of settings that may be none",
+        "train --model.mask_transfer.layer 2",
+        "unknown option --model.mask_transfer.layer; did you mean --model.mask_transfer.layers?",
+        code=2,
+    ),
+    Case(
+        "unknown input of the weight transfer",
+        "train --model.mask_transfer.inputs boxes",
+        "--model.mask_transfer: inputs: expected 'box'?, got 'boxes'",
+        code=2,
+    ),
+    Case(
+        "too deep a weight transfer",
+        "train --config c.yaml",
+        "--model.mask_transfer: layers: expected in 1..3, got 4",
+        config("model: {mask_transfer: {layers: 4}}"),
+        code=2,
+    ),
+    Case(
+        "too deep a fusion of masks",
+        "train --model.mask_fusion_layers 3",
+        "--model.mask_fusion_layers: expected 0, 1 or 2, got 3",
+        code=2,
+    ),
+    Case(
+        "masks alone, and no detector to learn them on",
+        "train --train.only masks",
+        "--train.only masks: expected --init, the checkpoint of a detector",
+        code=2,
+    ),
     Case("wrong type", "train --train.steps many", "--train.steps: expected a whole number, got many", code=2),
     Case(
         "wrong type in the config file",

@@ -100,9 +100,9 @@ def test_eval_repeats_the_figures_of_training(
     cuts = []
     real = evaluate.coco_metrics
 
-    def metrics(truth: Any, results: Any, *, max_detections: int) -> dict[str, float]:
+    def metrics(truth: Any, results: Any, *, max_detections: int, **options: Any) -> dict[str, float]:
         cuts.append(max_detections)
-        return real(truth, results, max_detections=max_detections)
+        return real(truth, results, max_detections=max_detections, **options)
 
     monkeypatch.setattr(evaluate, "coco_metrics", metrics)
     code = call(
@@ -448,6 +448,38 @@ def test_a_run_begins_with_the_weights_of_another(run: Path, data: Data, tmp_pat
     capsys.readouterr()
     assert cli.main([*argv, *again, "--init", str(run / "checkpoint.pt")]) == 2
     assert "--init begins a run and --resume goes on with one" in capsys.readouterr().err
+
+
+def test_masks_of_some_classes(data: Data, tmp_path: Path, capsys: Any) -> None:
+    """From the command line to the figures, which `tmask eval` gives too."""
+    out = tmp_path / "a"
+    base = [*data.options(), *SMALL, "--preset=tiny", "--train.steps=1", "--data.mask_classes=disc, ring"]
+    assert call("train", *base, "--model.mask_transfer.inputs=cls", out=out) == 0
+    assert yaml.safe_load((out / "config.yaml").read_text())["model"]["mask_transfer"]["inputs"] == "cls"
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert [item["name"] for item in saved["categories"] if not item.get("boxes_only")] == ["disc", "ring"]
+    assert saved["model"]["roi_heads.mask_transfer.layers.0.weight"].shape == (16, 16)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {"segm/AP_with_masks", "segm/AP_boxes_only", "bbox/AP75_boxes_only"} <= metrics.keys()
+    options = {"checkpoint": out / "checkpoint.pt", "images": data.val_images, "annotations": data.val_annotations}
+    assert call("eval", **options, out=tmp_path / "e") == 0
+    assert json.loads((tmp_path / "e" / "metrics.json").read_text()).keys() == metrics.keys()
+    assert capsys.readouterr().out.count("classes of boxes only") == 2
+    assert call("eval", **options, mask_classes="disc,square,triangle,star,ring") == 0
+    assert "classes of boxes only" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_masks_alone_go_on_from_a_detector(run: Path, data: Data, tmp_path: Path) -> None:
+    base = [*data.options(), *SMALL, "--preset=tiny", "--train.steps=1", "--train.only=masks"]
+    transfer = ["--model.mask_transfer={}", "--data.mask_classes=disc"]
+    assert call("train", *base, *transfer, init=run / "checkpoint.pt", out=tmp_path / "a") == 0
+    first, second = (
+        torch.load(folder / "checkpoint.pt", weights_only=True)["model"] for folder in (run, tmp_path / "a")
+    )
+    assert second["roi_heads.mask_transfer.layers.0.weight"].shape == (16, 5 * 16)
+    assert all(torch.equal(second[name], first[name]) for name in first if ".mask_head." not in name)
+    assert not any(torch.equal(second[name], first[name]) for name in second if ".mask_head." in name)
 
 
 def test_precision_is_that_of_training_where_the_device_has_it() -> None:

@@ -24,7 +24,7 @@ ALLOWED = {
     "presets": {"checks", "config"},
     "build": LOW | {"model", "config", "presets"},
     "weights": {"model", "build", "checks", "config"},
-    "data": LOW | {"model", "config", "data"},
+    "data": LOW | {"checks", "model", "config", "data"},
     "engine": LOW | {"model", "config", "build", "weights", "data", "visualize", "engine", "skeleton"},
     "visualize": LOW | {"model", "data"},
 }

@@ -34,6 +34,7 @@ _TORCHVISION_NAMES = [
     (r"roi_heads\.mask_predictor\.conv5_mask\.(weight|bias)", r"roi_heads.mask_head.deconv.\1"),
     (r"roi_heads\.mask_predictor\.mask_fcn_logits\.(weight|bias)", r"roi_heads.mask_head.predictor.\1"),
 ]
+MASK_LAYERS = tuple(f"roi_heads.{part}." for part in ("mask_head.predictor", "mask_head.fusion", "mask_transfer"))
 CLASS_LAYERS = ("roi_heads.box_head.classifier.", "roi_heads.box_head.regressor.", "roi_heads.mask_head.predictor.")
 _CLASSES = "roi_heads.box_head.classifier.bias"
 _OLD_MASK_CONV = re.compile(r"roi_heads\.mask_head\.mask_fcn(\d)\.(weight|bias)")  # counted from 1
@@ -84,13 +85,17 @@ def adapted(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor
     """`weights` (by our names) as `model` can begin with them.
 
     Batch-norm counters that it has no place for are left out; if they are of another number of classes, it keeps its
-    own layers that depend on that, which the predictor of class-agnostic masks does not.
+    own layers that depend on that, which the predictor of class-agnostic masks does not. What predicts its masks it keeps
+    where they are of a model that does it otherwise.
     """
     own = model.state_dict()
     out = {name: tensor for name, tensor in weights.items() if name in own or not name.endswith("num_batches_tracked")}
     if _CLASSES in out and _CLASSES in own and out[_CLASSES].shape != own[_CLASSES].shape:
         layers = {name: tensor for name, tensor in own.items() if name.startswith(CLASS_LAYERS)}
         out |= {name: tensor for name, tensor in layers.items() if name not in out or out[name].shape != tensor.shape}
+    theirs, ours = ({n: t.shape for n, t in part.items() if n.startswith(MASK_LAYERS)} for part in (out, own))
+    if theirs and theirs != ours:
+        out = {name: tensor for name, tensor in out.items() if name not in theirs} | {name: own[name] for name in ours}
     return out
 
 

@@ -115,6 +115,28 @@ def test_classes_of_one_name_are_told_apart() -> None:
     assert "segm/AP/a" not in metrics
 
 
+def test_classes_of_boxes_only_are_measured_apart() -> None:
+    truth, results = fixture()
+    truth["categories"] = [*CATEGORIES, {"id": 9, "name": "ring"}]
+    for item in [*truth["annotations"][::3], *results[::5]]:
+        item["category_id"] = 9
+    metrics = coco_metrics(truth, results, boxes_only=[8, 9], kinds=["segm"])
+    for suffix, ids in (("with_masks", {3}), ("boxes_only", {8, 9})):
+        part = {**truth, "categories": [item for item in truth["categories"] if item["id"] in ids]}
+        part["annotations"] = [item for item in truth["annotations"] if item["category_id"] in ids]
+        expected = pycocotools_stats(part, [item for item in results if item["category_id"] in ids], "segm")
+        for name in ("AP", "AP50", "AP75"):
+            assert metrics[f"segm/{name}_{suffix}"] == pytest.approx(expected[f"segm/{name}"], abs=1e-12)
+    table = results_table(metrics).splitlines()
+    heads = ["all classes", "classes with masks", "classes of boxes only"]
+    cells = [f"{100 * metrics[f'segm/AP{suffix}']:.1f}" for suffix in ("", "_with_masks", "_boxes_only")]
+    for line, head, cell in zip(table[1:4], heads, cells, strict=True):
+        assert line.startswith(head)
+        assert line.split()[-3] == cell
+    assert [line.split()[0] for line in table[4:]] == ["disc", "bar", "ring"]
+    assert len(set(cells)) == 3
+
+
 def as_results(truth: dict[str, Any]) -> list[dict[str, Any]]:
     coco = COCO()
     with contextlib.redirect_stdout(io.StringIO()):

@@ -32,6 +32,12 @@ def eval_command(argv: list[str]) -> int:
     parser.add_argument(
         "--max_detections", type=int | None, default=None, help="an image, made and counted; null: as in training"
     )
+    parser.add_argument(
+        "--mask_classes",
+        type=str | None,
+        default=None,
+        help="those with masks in training, to evaluate the others apart, as --data.mask_classes; null: as in training",
+    )
     # Images of a batch are padded to one size, which reaches into the features at their borders.
     parser.add_argument("--batch_size", type=int | None, default=None, help="null: as in training")
     parser.add_argument("--num_workers", type=int, default=0)
@@ -50,6 +56,7 @@ def eval_command(argv: list[str]) -> int:
 
     from tmask.data.coco import CocoDataset, check_instances
     from tmask.data.loader import make_loader
+    from tmask.data.mask_classes import mask_category_ids
     from tmask.engine.checkpoint import load_model
     from tmask.engine.evaluate import evaluate, results_table
     from tmask.engine.files import replace_text
@@ -60,6 +67,9 @@ def eval_command(argv: list[str]) -> int:
     dataset = CocoDataset(args.images, args.annotations, packed_masks=True)
     check_categories(model.config.num_classes, saved["categories"], dataset.categories)
     check_instances(dataset, train=False)
+    boxes_only = {item["id"] for item in saved["categories"] if item.get("boxes_only")}
+    if args.mask_classes is not None:
+        boxes_only = set(dataset.category_ids) - mask_category_ids(args.mask_classes, dataset.categories)
     loader = make_loader(
         dataset,
         model.transform,
@@ -80,6 +90,7 @@ def eval_command(argv: list[str]) -> int:
         device=device,
         precision=precision_of(device, args.precision, saved),
         results_file=out / RESULTS_NAME if out else None,
+        boxes_only=boxes_only,
     )
     if out:
         replace_text(out / METRICS_NAME, json.dumps(metrics, indent=1))

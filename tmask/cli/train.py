@@ -49,6 +49,8 @@ def train_command(argv: list[str]) -> int:
         raise UsageError(f"--overwrite: expected true or false, got {args.overwrite!r}")
     if args.init is not None and args.resume is not None:
         raise UsageError("--init begins a run and --resume goes on with one: give one of them")
+    if args.train.only is not None and args.init is None and args.resume is None:
+        raise UsageError(f"--train.only {args.train.only}: expected --init, the checkpoint of a detector")
     # Everything that can be wrong with the settings and paths is found before the first step.
     try:
         data = settings_of(DataConfig, "data", args)

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from tmask.data.annotations import compressed, fill_annotations, keypoints_of, naming, outlines_nothing, read_coco
 from tmask.data.images import read_image
+from tmask.data.mask_classes import mask_category_ids
 from tmask.model.transform import mask_chunks
 from tmask_kernels import pack_masks
 
@@ -49,6 +50,9 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     With `packed_masks` the masks are bits, [G, H, ceil(W / 32)] int32 (`tmask_kernels.pack_masks`), and never are all
     of an image's held as bytes: what training uses.
 
+    `mask_classes` (see `mask_category_ids`) names the categories whose masks are used; those of the others, whose ids
+    ``boxes_only`` has, are left out of the targets, ``has_mask`` is False. None: all are used.
+
     `transforms` (image, target) -> (image, target) runs on each item. Images are read as they are stored: an EXIF
     orientation is not applied, since COCO's annotations were drawn on the stored pixels.
 
@@ -56,8 +60,8 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     since its evaluator takes a match with id 0 for none.
 
     Errors: ValueError, naming file and entry, for a missing folder, file or image, broken JSON, no image or category,
-    missing or contradictory fields; on reading an item, for an image that cannot be decoded or is not of the size the
-    file says.
+    missing or contradictory fields, and unknown `mask_classes`; on reading an item, for an image that cannot be decoded
+    or is not of the size the file says.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         *,
         transforms: Transforms | None = None,
         packed_masks: bool = False,
+        mask_classes: str | None = None,
     ) -> None:
         from pycocotools.coco import COCO
 
@@ -81,6 +86,8 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         self.category_ids: list[int] = [category["id"] for category in self.categories]
         named = keypoints_of(self.categories, self.annotation_file)
         self.keypoint_names, self.keypoint_edges = ((), ()) if named is None else named
+        masked = self.category_ids if mask_classes is None else mask_category_ids(mask_classes, self.categories)
+        self.boxes_only = frozenset(self.category_ids) - frozenset(masked)
         self._check_image_files()
         self._annotations, self._boxes = self._sort_annotations(content["annotations"])
         fill_annotations(content)
@@ -198,6 +205,8 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         masks = torch.zeros(len(annotations), size[0], width, dtype=dtype)
         runs, rows = [], []
         for g, item in enumerate(annotations):
+            if item["category_id"] in self.boxes_only:
+                continue
             with naming(self.annotation_file, item):
                 run = compressed(item.get("segmentation"), size)
             if run is not None:

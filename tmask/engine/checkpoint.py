@@ -29,7 +29,7 @@ KEYS = (
     "model",  # state dict
     "ema",  # state dict of the averaged weights, of the same names; None without (or before the first update)
     "model_config",  # ModelConfig as a dict; None for a model not made by build_model
-    "categories",  # [{"id", "name"}], label i is categories[i - 1]
+    "categories",  # [{"id", "name"}], label i is categories[i - 1]; "boxes_only": True where no mask was learnt
     "train_config",  # TrainConfig as a dict
     "optimizer",  # state dict
     "scaler",  # state dict of the fp16 gradient scaler; None without

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from tmask.engine.files import replace_text
 from tmask.engine.progress import progress
 
 KINDS = ("bbox", "segm")
+# Rows of the table, and what their keys end with. The latter two are for classes learnt from boxes alone, if any are.
+ALL = "all classes"
+GROUPS = {ALL: "", "classes with masks": "_with_masks", "classes of boxes only": "_boxes_only"}
 
 
 def evaluate(
@@ -30,16 +33,18 @@ def evaluate(
     device: torch.device | str = "cpu",
     precision: str = "fp32",
     results_file: str | Path | None = None,
+    boxes_only: Collection[int] = (),
 ) -> dict[str, float]:
     """COCO metrics of `model` on `dataset` (a CocoDataset), whose images `loader` gives.
 
-    The keys are those of `coco_metrics`. `max_detections` an image count in the AP; the model must be set to give as
-    many (``max_detections`` of its config). With `results_file` the detections are also written as COCO results.
+    The keys are those of `coco_metrics`, as is `boxes_only`. `max_detections` an image count in the AP; the model must
+    be set to give as many (``max_detections`` of its config). With `results_file` the detections are also written as
+    COCO results.
     """
     results = detect(model, loader, dataset.category_ids, device=device, precision=precision)
     if results_file is not None:
         write_results(results_file, results)
-    return coco_metrics(dataset.coco.dataset, results, max_detections=max_detections)
+    return coco_metrics(dataset.coco.dataset, results, max_detections=max_detections, boxes_only=boxes_only)
 
 
 def detect(
@@ -107,6 +112,7 @@ def coco_metrics(
     *,
     max_detections: int = 100,
     kinds: Sequence[str] = KINDS,
+    boxes_only: Collection[int] = (),
 ) -> dict[str, float]:
     """pycocotools' figures for COCO results against a COCO annotation dict; neither is changed.
 
@@ -115,6 +121,9 @@ def coco_metrics(
     Classes of the same name are told apart by their category id, ``name (id)``. No results give 0. Annotations without
     ``area`` or ``iscrowd`` get them. In ``segm`` a ground truth without a mask neither helps nor harms; if there is
     none with a mask, ``segm`` is left out.
+
+    `boxes_only` are the ids of the categories whose masks the model did not learn from. If there are any, AP, AP50 and
+    AP75 also come for them and for the others apart: ``segm/AP_boxes_only``, ``segm/AP_with_masks``...
     """
     metrics: dict[str, float] = {}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints at every step
@@ -122,7 +131,7 @@ def coco_metrics(
             truth = _ground_truth(ground_truth, kind)
             if truth is not None:
                 evaluated = _run_cocoeval(truth, _results(truth, results, kind), kind, max_detections)
-                metrics.update(_summarize(evaluated, kind))
+                metrics.update(_summarize(evaluated, kind, boxes_only))
     return metrics
 
 
@@ -192,16 +201,22 @@ def _run_cocoeval(truth: Any, results: Any, kind: str, max_detections: int) -> A
     return evaluation
 
 
-def _summarize(evaluation: Any, kind: str) -> dict[str, float]:
+def _summarize(evaluation: Any, kind: str, boxes_only: Collection[int]) -> dict[str, float]:
     """The figures at the largest maxDets. (pycocotools' own `summarize` takes AP at 100 whatever is set.)"""
     precision = evaluation.eval["precision"][..., -1]  # [T thresholds, R recalls, K classes, A areas]
     recall = evaluation.eval["recall"][..., -1]  # [T, K, A]
     thresholds = evaluation.params.iouThrs
     at50, at75 = (int(np.argmin(np.abs(thresholds - value))) for value in (0.5, 0.75))
-    metrics = {
-        f"{kind}/AP": _mean(precision[:, :, :, 0]),
-        f"{kind}/AP50": _mean(precision[at50, :, :, 0]),
-        f"{kind}/AP75": _mean(precision[at75, :, :, 0]),
+    apart = np.isin(evaluation.params.catIds, list(boxes_only))
+    groups = {"": np.ones_like(apart)} | ({"_with_masks": ~apart, "_boxes_only": apart} if boxes_only else {})
+    metrics: dict[str, float] = {}
+    for suffix, chosen in groups.items():
+        metrics |= {
+            f"{kind}/AP{suffix}": _mean(precision[:, :, chosen, 0]),
+            f"{kind}/AP50{suffix}": _mean(precision[at50, :, chosen, 0]),
+            f"{kind}/AP75{suffix}": _mean(precision[at75, :, chosen, 0]),
+        }
+    metrics |= {
         f"{kind}/AP_small": _mean(precision[:, :, :, 1]),
         f"{kind}/AP_medium": _mean(precision[:, :, :, 2]),
         f"{kind}/AP_large": _mean(precision[:, :, :, 3]),
@@ -220,21 +235,19 @@ def _mean(values: np.ndarray[Any, Any]) -> float:
 
 
 def results_table(metrics: dict[str, float]) -> str:
-    """The metrics as a plain text table in percent: one row for all classes, then one a class."""
+    """The metrics as a plain text table in percent: a row for all classes and for each group, then one a class."""
     kinds = [kind for kind in KINDS if f"{kind}/AP" in metrics]
-    columns = [f"{kind}/{name}" for kind in kinds for name in ("AP", "AP50", "AP75")]
+    columns = [(kind, name) for kind in kinds for name in ("AP", "AP50", "AP75")]
+    rows = [(label, [f"{kind}/{name}{suffix}" for kind, name in columns]) for label, suffix in GROUPS.items()]
+    rows = [row for row in rows if row[0] == ALL or any(key in metrics for key in row[1])]
     prefix = f"{kinds[0]}/AP/" if kinds else ""
     classes = [key.removeprefix(prefix) for key in metrics if prefix and key.startswith(prefix)]
-    width = max([len(name) for name in classes] + [len("all classes")])
-    lines = [" ".join([" " * width, *(f"{column:>9}" for column in columns)])]
-    lines.append(" ".join([f"{'all classes':<{width}}", *(f"{_percent(metrics[c]):>9}" for c in columns)]))
-    for name in classes:
-        cells = [
-            _percent(metrics[f"{kind}/AP/{name}"]) if part == "AP" else ""
-            for kind in kinds
-            for part in ("AP", "AP50", "AP75")
-        ]
-        lines.append(" ".join([f"{name:<{width}}", *(f"{cell:>9}" for cell in cells)]).rstrip())
+    rows += [(label, [f"{kind}/{name}/{label}" for kind, name in columns]) for label in classes]
+    width = max(len(label) for label, _ in rows)
+    lines = [" ".join([" " * width, *(f"{kind}/{name}".rjust(9) for kind, name in columns)])]
+    for label, keys in rows:
+        cells = [_percent(metrics[key]) if key in metrics else "" for key in keys]
+        lines.append(" ".join([f"{label:<{width}}", *(f"{cell:>9}" for cell in cells)]).rstrip())
     return "\n".join(lines)
 
 

@@ -44,10 +44,11 @@ def open_dataset(data: DataConfig, split: str) -> Any:
     images, annotations = getattr(data, f"{split}_images"), getattr(data, f"{split}_annotations")
     if images is None:
         return None
-    transforms = None
-    if split == "train":
+    transforms = mask_classes = None
+    if split == "train":  # masks of all classes are evaluated
         transforms = train_transforms(data.hflip, data.vflip, min_crop=data.min_crop, min_sizes=data.min_sizes)
-    dataset = CocoDataset(images, annotations, transforms=transforms, packed_masks=True)
+        mask_classes = data.mask_classes
+    dataset = CocoDataset(images, annotations, transforms=transforms, packed_masks=True, mask_classes=mask_classes)
     check_instances(dataset, train=split == "train")
     return dataset
 
@@ -111,6 +112,7 @@ def run_training(
             device=device,
             precision=train_config.precision,
             results_file=out_dir / RESULTS_NAME,
+            boxes_only=train_set.boxes_only,
         )
     result = train(
         model,
@@ -118,7 +120,7 @@ def run_training(
         train_config,
         out_dir=out_dir,
         device=device,
-        categories=train_set.categories,
+        categories=[{**item, "boxes_only": item["id"] in train_set.boxes_only} for item in train_set.categories],
         evaluate_fn=measure,
         resume=resume,
         on_start=on_start,

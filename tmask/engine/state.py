@@ -26,7 +26,7 @@ from tmask.engine.optimizer import build_optimizer
 from tmask.engine.stream import rng_state, set_rng_state
 
 # A resumed run must agree in these: the first two decide the order of the data, the others the optimiser's state.
-_FIXED_ON_RESUME = ("batch_size", "seed", "optimizer", "decay_norm_and_bias")
+_FIXED_ON_RESUME = ("batch_size", "seed", "optimizer", "decay_norm_and_bias", "only")
 
 
 class TrainState:
@@ -39,7 +39,10 @@ class TrainState:
         self, model: Any, config: TrainConfig, device: torch.device, categories: Sequence[dict[str, Any]]
     ) -> None:
         self.model, self.config, self.device = model, config, device
-        self.categories = [{"id": int(c["id"]), "name": str(c["name"])} for c in categories]
+        self.categories = [
+            {"id": int(c["id"]), "name": str(c["name"])} | ({"boxes_only": True} if c.get("boxes_only") else {})
+            for c in categories
+        ]
         self.optimizer = build_optimizer(model, config)
         self.scaler = GradScaler(device.type) if config.precision == "fp16" else None
         self.average = WeightAverage(model, config.ema_decay) if config.ema_decay > 0 else None

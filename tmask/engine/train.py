@@ -58,7 +58,8 @@ def train(
     """Train `model` in place for ``config.steps`` updates and write ``checkpoint.pt`` and ``log.jsonl`` to `out_dir`.
 
     `train_loader` gives batches with ``.images`` (ImageBatch) and ``.targets`` (Targets), and is gone through again and
-    again; `BatchStream` says how. `model` has ``forward_padded`` as MaskRCNN has; its loss terms are summed.
+    again; `BatchStream` says how. `model` has ``forward_padded`` as MaskRCNN has; its loss terms are summed. With
+    ``only="masks"`` the detector in it is frozen, for good.
     `categories` are stored with the model.
     `evaluate_fn` gives metrics of the model (of the averaged weights if ``ema_decay`` is above 0) to log, every
     ``eval_every`` steps and at the end, also where a resumed run has no step left; a checkpoint is written before.
@@ -76,6 +77,8 @@ def train(
     autocast(device, config.precision)  # refuses an impossible precision before any work
     check_tensorboard(config)
     model.to(device=device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+    if config.only == "masks":
+        model.freeze_detector()
     state = TrainState(model, config, device, categories)
     if resume is not None:
         state.restore(resume)

@@ -1,0 +1,75 @@
+"""Classes with masks and classes of boxes alone: the splits, and what a data set shows of each."""
+
+import pytest
+
+from tmask.data.coco import CocoDataset
+from tmask.data.mask_classes import mask_category_ids
+
+COCO = (
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
+    "parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, "
+    "handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, "
+    "surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, "
+    "broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, "
+    "mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, "
+    "teddy bear, hair drier, toothbrush"
+)
+EIGHTY = [{"id": 100 + place, "name": name} for place, name in enumerate(COCO.split(", "))]
+# Of the 80, from 0: the published split.
+VOC = {*range(7), 8, *range(14, 20), 39, 56, 57, 58, 60, 62}
+
+
+def places(chosen: str) -> set[int]:
+    return {number - 100 for number in mask_category_ids(chosen, EIGHTY)}
+
+
+def test_voc_and_the_others() -> None:
+    assert len(EIGHTY) == 80
+    assert places("voc") == VOC
+    assert places("non_voc") == set(range(80)) - VOC
+    assert mask_category_ids("voc", EIGHTY[5:9]) == {105, 106, 108}, "by name, also in a part of COCO"
+
+
+def test_random_splits() -> None:
+    drawn = [places(f"random:20:{seed}") for seed in range(5)]
+    assert [len(split) for split in drawn] == [20] * 5
+    assert len(set(map(frozenset, drawn))) == 5
+    assert mask_category_ids("random:20:3", EIGHTY[::-1]) == mask_category_ids("random:20:3", EIGHTY)
+    assert places("random:80:0") == set(range(80))
+    assert places("random:3:1") == {17, 72, 8}, "the same for ever"
+
+
+@pytest.mark.parametrize("chosen", ["brush", "90", " brush ", "brush,90"])
+def test_names_and_ids(chosen: str) -> None:
+    assert mask_category_ids(chosen, [{"id": 90, "name": "brush"}, {"id": 5, "name": "plane"}]) == {90}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ("brsh", "unknown category 'brsh': expected 'brush'[?]"),
+        ("brush,", "unknown category '': expected one of brush, plane"),
+        ("random:3:0", r"expected a count in 1..2, got 'random:3:0'"),
+        ("random:0:0", r"expected a count in 1..2, got 'random:0:0'"),
+        ("random:1", "unknown category 'random:1'"),
+        ("voc", "expected categories of COCO for 'voc', some of them VOC's, got 0 of 2 that are VOC's"),
+    ],
+)
+def test_what_is_refused(chosen: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^mask_classes: {message}"):
+        mask_category_ids(chosen, [{"id": 90, "name": "brush"}, {"id": 5, "name": "plane"}])
+
+
+def test_a_split_leaves_out_the_masks_of_the_others(write, content) -> None:
+    for item in content["annotations"]:
+        item["segmentation"] = [[1, 1, 9, 1, 9, 9]]
+    whole, part = CocoDataset(*write(content)), CocoDataset(*write(content), mask_classes="plane")
+    assert (whole.boxes_only, part.boxes_only) == (frozenset(), {90})
+    everything, target = whole[0][1], part[0][1]
+    assert everything["has_mask"].tolist() == [True, True, True]
+    assert target["has_mask"].tolist() == [False, True, True]
+    assert not target["masks"][0].any()
+    assert target["masks"][1:].equal(everything["masks"][1:])
+    for name in ("boxes", "labels", "iscrowd"):
+        assert target[name].equal(everything[name])
+    assert all("segmentation" in item for item in part.coco.dataset["annotations"]), "what is evaluated keeps them"

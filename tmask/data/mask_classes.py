@@ -1,0 +1,53 @@
+"""Which classes of a data set have masks to learn from, where the others have boxes alone.
+
+Source of the splits: Hu et al. 2018, "Learning to Segment Every Thing", section 4: the 20 of COCO's 80 classes that
+PASCAL VOC has too, the other 60, and random ones.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from tmask.checks import nearest
+
+# By COCO's names: their places in a list of categories are others in a part of COCO.
+# fmt: off
+VOC = (
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "boat", "bird", "cat",
+    "dog", "horse", "sheep", "cow", "bottle", "chair", "couch", "potted plant", "dining table", "tv",
+)
+# fmt: on
+
+
+def mask_category_ids(chosen: str, categories: Sequence[dict[str, Any]]) -> frozenset[int]:
+    """The ids of the `categories` ({"id", "name"}) with masks.
+
+    `chosen` is ``voc`` or ``non_voc``, for COCO's classes; ``random:COUNT:SEED``, as many drawn by that seed; or names
+    and ids of categories with commas between. Errors: ValueError for an unknown category, an impossible count, and
+    categories that are none of VOC's or all.
+    """
+    ids = [int(category["id"]) for category in categories]
+    word, *numbers = chosen.split(":")
+    if chosen in ("voc", "non_voc"):
+        voc = frozenset(int(category["id"]) for category in categories if category["name"] in VOC)
+        if not 0 < len(voc) < len(ids):
+            got = f"{len(voc)} of {len(ids)} that are VOC's"
+            raise ValueError(f"mask_classes: expected categories of COCO for {chosen!r}, some of them VOC's, got {got}")
+        return voc if chosen == "voc" else frozenset(ids) - voc
+    if word == "random" and len(numbers) == 2 and all(number.isdecimal() for number in numbers):
+        count, seed = map(int, numbers)
+        if not 1 <= count <= len(ids):
+            raise ValueError(f"mask_classes: expected a count in 1..{len(ids)}, got {chosen!r}")
+        return frozenset(random.Random(seed).sample(sorted(ids), count))
+    return frozenset(number for name in chosen.split(",") for number in _ids_of(name.strip(), categories))
+
+
+def _ids_of(name: str, categories: Sequence[dict[str, Any]]) -> list[int]:
+    """The categories of a name (two may share it), or the one of an id."""
+    found = [int(category["id"]) for category in categories if name in (str(category["name"]), str(category["id"]))]
+    if not found:
+        known = [str(category["name"]) for category in categories]
+        raise ValueError(f"mask_classes: unknown category {name!r}: expected {nearest(name, known)}")
+    return found
