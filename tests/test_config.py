@@ -23,9 +23,9 @@ from tmask.presets import PRESETS, TRAIN_PRESETS, model_config
 from tmask.skeleton import PERSON, UNKNOWN_SIGMA, Skeleton, make_skeleton
 
 FIELDS = {
-    DataConfig: """train_images train_annotations val_images val_annotations hflip vflip min_crop
-        min_sizes num_workers aspect_grouping""",
-    TrainConfig: """steps batch_size optimizer accumulate lr momentum weight_decay decay_norm_and_bias schedule
+    DataConfig: """train_images train_annotations val_images val_annotations mask_classes hflip vflip
+        min_crop min_sizes num_workers aspect_grouping""",
+    TrainConfig: """steps batch_size only optimizer accumulate lr momentum weight_decay decay_norm_and_bias schedule
         milestones lr_floor warmup_steps warmup_start clip_norm ema_decay precision channels_last seed log_every
         checkpoint_every eval_every eval_max_detections tensorboard""",
     ModelConfig: """num_classes convention min_size max_size image_mean image_std size_divisible backbone
@@ -34,8 +34,8 @@ FIELDS = {
         rpn_post_nms_top_n_train rpn_post_nms_top_n_test rpn_nms_threshold rpn_min_size rpn_score_threshold
         roi_extractor box_pool_size box_head_dim box_fg_iou box_bg_iou box_batch_size box_positive_fraction
         box_score_threshold box_nms_threshold max_detections mask_pool_size mask_head mask_head_channels
-        mask_head_layers mask_mlp_dim mask_mlp_layers mask_class_agnostic keypoints losses loss_rpn_objectness
-        loss_rpn_box loss_classifier loss_box loss_mask loss_keypoint""",
+        mask_head_layers mask_fusion_layers mask_mlp_dim mask_mlp_layers mask_class_agnostic mask_transfer keypoints
+        losses loss_rpn_objectness loss_rpn_box loss_classifier loss_box loss_mask loss_keypoint""",
     KeypointConfig: """names edges flip_pairs sigmas pool_size head_channels head_layers""",
     RoIExtractorConfig: """op reduction interpolation sampling_ratio aligned level_convention""",
     LossConfig: """rpn_objectness rpn_box classifier box mask focal_alpha focal_gamma focal_prior""",

@@ -85,8 +85,8 @@ def adapted(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor
     """`weights` (by our names) as `model` can begin with them.
 
     Batch-norm counters that it has no place for are left out; if they are of another number of classes, it keeps its
-    own layers that depend on that, which the predictor of class-agnostic masks does not. What predicts its masks it keeps
-    where they are of a model that does it otherwise.
+    own layers that depend on that, which the predictor of class-agnostic masks does not. What predicts its masks it
+    keeps where they are of a model that does it otherwise.
     """
     own = model.state_dict()
     out = {name: tensor for name, tensor in weights.items() if name in own or not name.endswith("num_batches_tracked")}

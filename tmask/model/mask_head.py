@@ -15,8 +15,8 @@ from torch import Tensor, nn
 class MaskHead(nn.Module):
     """Fully convolutional: `num_layers` 3x3 convolutions, a 2x2 deconvolution of stride 2, a 1x1 predictor.
 
-    The predictor has `num_masks` channels, or with None its kernel comes with each call. The mask that `fusion` makes of
-    what the predictor sees is added to every channel's. Source: He et al. 2017, "Mask R-CNN", figure 4 right.
+    The predictor has `num_masks` channels, or with None its kernel comes with each call. The mask that `fusion` makes
+    of what the predictor sees is added to every channel's. Source: He et al. 2017, "Mask R-CNN", figure 4 right.
     """
 
     def __init__(
