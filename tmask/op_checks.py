@@ -216,6 +216,20 @@ def _paste(output: str) -> Callable[[Inputs, str], Any]:
     return call
 
 
+def _paste_batch_inputs() -> Inputs:
+    one = _paste_inputs()
+    return {"masks": _uniform(3, 3, 28, 28, seed=1), "boxes": torch.stack([one["boxes"] * s for s in (1.0, 0.5, 0.7)])}
+
+
+def _paste_batch(output: str) -> Callable[[Inputs, str], Any]:
+    def call(x: Inputs, backend: str) -> Any:
+        sizes = [(13, 41), (20, 9), (11, 33)]
+        found = K.paste_masks_batched(x["masks"], x["boxes"], [2, 0, 3], sizes, output=output, backend=backend)
+        return [one for image in found for one in image]
+
+    return call
+
+
 def _mask_target_inputs() -> Inputs:
     masks = _uniform(2, 3, 40, 45) < 0.5
     boxes = torch.stack([_boxes(4, 40.0, seed=s, min_size=6.0) for s in (7, 8)])
@@ -322,6 +336,8 @@ OP_CHECKS: tuple[OpCheck, ...] = (
     OpCheck(name="paste_masks (bool)", make=_paste_inputs, call=_paste("bool")),
     OpCheck(name="paste_masks (packed)", make=_paste_inputs, call=_paste("packed")),
     OpCheck(name="paste_masks (rle)", make=_paste_inputs, call=_paste("rle")),
+    OpCheck(name="paste_masks_batched (bool)", make=_paste_batch_inputs, call=_paste_batch("bool")),
+    OpCheck(name="paste_masks_batched (rle)", make=_paste_batch_inputs, call=_paste_batch("rle")),
     OpCheck(name="mask_targets", make=_mask_target_inputs, call=_mask_targets, features=("boxes",)),
     OpCheck(
         name="sigmoid_focal_loss",

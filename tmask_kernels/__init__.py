@@ -14,7 +14,7 @@ from tmask_kernels.ops.mask_bce.op import mask_bce
 from tmask_kernels.ops.mask_targets.op import mask_targets
 from tmask_kernels.ops.matcher.op import match_anchors
 from tmask_kernels.ops.nms.op import batched_nms, nms, padded_nms, soft_nms
-from tmask_kernels.ops.paste_masks.op import paste_masks
+from tmask_kernels.ops.paste_masks.op import paste_masks, paste_masks_batched
 from tmask_kernels.ops.roi_align.op import multiscale_roi_align, roi_align
 from tmask_kernels.ops.roi_pool.op import roi_pool
 from tmask_kernels.packed import pack_masks, unpack_masks
@@ -41,6 +41,7 @@ __all__ = [
     "pack_masks",
     "padded_nms",
     "paste_masks",
+    "paste_masks_batched",
     "pyramid_levels",
     "roi_align",
     "roi_pool",

@@ -225,12 +225,12 @@ def test_mask_bce(dtype: torch.dtype, layout: torch.memory_format, launched: lis
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("convention", ["detectron2", "torchvision"])
 def test_paste_masks(dtype: torch.dtype, convention: str, launched: list[str]) -> None:
-    """Run lengths are written by the second launch of their kernel, here of the changes that the first left: none."""
+    """Run lengths are written by the second launch of their kernel, here of the sums that the first left: ones."""
     masks, boxes = torch.zeros(3, 28, 28, dtype=dtype), torch.rand(3, 4)
     for output in ("bool", "packed", "probability"):
         kernels_of("paste_masks").paste_masks(masks, boxes, 17, 41, 0.5, output, convention)
-    with mock.patch.object(torch, "empty", torch.zeros):
+    with mock.patch.object(torch, "empty", torch.ones):
         importlib.import_module("tmask_kernels.ops.paste_masks.kernels_runs").paste_runs(
-            masks, boxes, 17, 41, 0.5, convention
+            masks[None], boxes[None], [3], [(17, 41)], 0.5, convention
         )
     assert launched == ["_paste_kernel"] * 3 + ["_runs_kernel"] * 2

@@ -71,8 +71,8 @@ def _runs(write: bool, *, dtype: str = "fp32", convention: str = "detectron2") -
             "ends_ptr": "*i32" if write else "*i64",
             "masks_ptr": f"*{dtype}",
             "boxes_ptr": "*fp32",
-            "H": "i32",
-            "W": "i32",
+            "images_ptr": "*i32",
+            **dict.fromkeys(("D", "rows", "columns"), "i32"),
             "threshold": "fp32",
         },
         constexprs={
@@ -81,7 +81,7 @@ def _runs(write: bool, *, dtype: str = "fp32", convention: str = "detectron2") -
             "TORCHVISION": convention == "torchvision",
             "WRITE": write,
         },
-        divisible_by_16=["changes_ptr", "ends_ptr", "masks_ptr", "boxes_ptr"],
+        divisible_by_16=["changes_ptr", "ends_ptr", "masks_ptr", "boxes_ptr", "images_ptr"],
         num_warps=1,
         enable_fp_fusion=False,
         wide=True,
@@ -90,7 +90,7 @@ def _runs(write: bool, *, dtype: str = "fp32", convention: str = "detectron2") -
             load_bytes=8 if write else 4,  # a slot, or a box
             store_bytes=4 if write else 8,
             atomic_bytes=0,
-            loads=BOX_LOADS + 2 * TAPS + write,  # the pixel before the column, then the rows
+            loads=3 + BOX_LOADS + 2 * TAPS + write,  # the image, the pixel before the column, then the rows
             bytes_in_flight=TAPS * _BYTES[dtype],
         ),
     )

@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*has no triton backend"),
 ]
 
-RAGGED = ("nms", "batched_nms", "soft_nms", "paste_masks (rle)")
+RAGGED = ("nms", "batched_nms", "soft_nms", "paste_masks (rle)", "paste_masks_batched (rle)")
 STATIC = [check for check in OP_CHECKS if check.name not in RAGGED]
 DTYPED = [(check, dtype) for check in STATIC for dtype in check.dtypes]
 every_static_op = pytest.mark.parametrize(

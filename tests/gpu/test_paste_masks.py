@@ -7,7 +7,7 @@ from torch import Tensor
 from bench.cases import CASES, PasteCase
 from bench.rle import decode_rle
 from tests.gpu.tools import MEBIBYTE, need_memory, peak_bytes
-from tmask_kernels import paste_masks, unpack_masks
+from tmask_kernels import paste_masks, paste_masks_batched, unpack_masks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,6 +39,21 @@ def test_equals_the_reference_bit_for_bit(name: str, output: str, full: bool, de
     else:
         assert torch.equal(got.cpu(), expected)
         assert expected.any()
+
+
+@pytest.mark.parametrize("output", ["bool", "rle"])
+def test_a_batch_is_its_images(output: str, full: bool, device: torch.device) -> None:
+    """Four images of their own sizes, one without masks."""
+    case, masks, boxes, (height, width) = given("W10", full, device)
+    sizes = [(height, width), (height // 2, width), (height, width // 3), (height + 1, 2 * width)]
+    counts = [len(masks), 1, 0, len(masks) - 1]
+    images = masks.expand(4, -1, -1, -1), boxes.expand(4, -1, -1)
+    got = paste_masks_batched(*images, counts, sizes, output=output, convention=case.convention, backend="triton")
+    for one, count, size in zip(got, counts, sizes, strict=True):
+        own = paste_masks(
+            masks[:count], boxes[:count], size, output=output, convention=case.convention, backend="triton"
+        )
+        assert torch.equal(one, own) if isinstance(one, Tensor) else one == own
 
 
 def test_the_reference_on_the_gpu_has_the_same_bits(full: bool, device: torch.device) -> None:

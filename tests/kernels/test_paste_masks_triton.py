@@ -1,17 +1,21 @@
 """paste_masks in Triton: the reference's bits in every output, odd boxes and images, run lengths, mutants."""
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from tests.model.sync import count_blocking
 from tests.mutation import mutant
-from tmask_kernels import paste_masks
+from tmask_kernels import paste_masks, paste_masks_batched
 from tmask_kernels.ops.paste_masks import kernels, kernels_geometry, kernels_runs
 from tmask_kernels.ops.paste_masks.rle import strings
 from tmask_kernels.testing import guarded, poisoned_empty
@@ -61,6 +65,11 @@ def odd_boxes(device: torch.device) -> Tensor:
         [1e-40, 1e-40, 2e-40, 2e-40],
     ]
     return torch.tensor(rows, device=device)
+
+
+def runs_of(kernels: ModuleType, masks: Tensor, boxes: Tensor, convention: str) -> Any:
+    """Run lengths of one image."""
+    return kernels.paste_runs(masks[None], boxes[None], [len(masks)], [SIZE], 0.5, convention)
 
 
 def check_same(masks: Tensor, boxes: Tensor, size: tuple[int, int], output: str, convention: str) -> Any:
@@ -199,7 +208,7 @@ def test_run_lengths_equal_pycocotools(device: torch.device, place: tuple[int, .
 
 
 def test_positions_beyond_32_bits(device: torch.device) -> None:
-    """Six images of 2^30 pixels: positions in all of them pass 2^32, run lengths do not."""
+    """Six masks of 2^30 pixels: positions in all of them would pass 2^32, in a mask they do not."""
     height, width, y = 2**26, 16, 8
     boxes = torch.tensor([2.0, y, 5.0, y + 4.0], device=device).expand(6, 4)
     masks = torch.ones(6, 2, 2, device=device)
@@ -211,19 +220,21 @@ def test_positions_beyond_32_bits(device: torch.device) -> None:
 
 
 def test_memory_follows_columns_and_changes(device: torch.device) -> None:
-    """16 bytes a column and 8 a run; for a hundred masks like a detector's far below 32 MB."""
+    """16 bytes a column and 4 a run; for a hundred masks like a detector's far below 32 MB."""
     from bench.cases import CASES, PasteCase
     from tests.allocations import allocated
 
     def formula(K: int, W: int, runs: int) -> int:
-        return 16 * K * W + 8 * runs + 4
+        return 16 * K * W + 4 * runs
 
     masks, boxes = ordinary(device)
     with allocated(masks, boxes) as sizes:
-        _, per_mask = kernels_runs.paste_runs(masks, boxes, *SIZE, 0.5, "detectron2")
+        _, per_mask = runs_of(kernels_runs, masks, boxes, "detectron2")
     copies = 0 if device.type == "cpu" else 16 * len(masks)  # the sums that go to the host, on both sides
-    copies += 0 if device.type == "cpu" else 4 * int(per_mask.sum())
-    assert sum(sizes) == formula(len(masks), SIZE[1], int(per_mask.sum())) + copies
+    copies += 0 if device.type == "cpu" else 4 * int(per_mask.sum()) + 12
+    assert (
+        sum(sizes) == formula(len(masks), SIZE[1], int(per_mask.sum())) + 12 + copies
+    )  # 12: the image's size and count
 
     case = CASES["W10"]
     assert isinstance(case, PasteCase)
@@ -233,6 +244,107 @@ def test_memory_follows_columns_and_changes(device: torch.device) -> None:
     assert max(sizes) < 8 * 2**20  # the reference goes by chunks of crops
     runs = sum(len(one["counts"]) for one in found)  # a character a run at least
     assert formula(len(masks), case.width, runs) < 4 * 2**20
+
+
+# Batches
+
+
+def batch(device: torch.device) -> tuple[Tensor, Tensor, list[int], list[tuple[int, int]]]:
+    """Five images of four sizes, one without masks, none with all three; what is past a count is full, or NaN."""
+    masks, boxes = torch.rand(5, 3, 4, 4, device=device), torch.rand(5, 3, 4, device=device)
+    boxes = boxes * torch.tensor([12.0, 3.0, 12.0, 4.0], device=device) - 1
+    boxes[..., 2:] += boxes[..., :2]
+    masks[1, 1:] = 1
+    boxes[1, 1:] = torch.tensor([0.0, 0.0, 40.0, 40.0], device=device)
+    boxes[4, 2:] = math.nan
+    return guarded(masks), guarded(boxes), [2, 1, 0, 2, 2], [(6, 20), (5, 3), (7, 2), (6, 20), (4, 11)]
+
+
+@contextmanager
+def counting_launches(module: ModuleType, name: str) -> Iterator[list[int]]:
+    """How many launches of a kernel there were, once the block ends."""
+    found, kernel, grids = [], getattr(module, name), []
+
+    class Counted:
+        def __getitem__(self, grid: Any) -> Any:
+            grids.append(grid)
+            return kernel[grid]
+
+    with mock.patch.object(module, name, Counted()):
+        yield found
+    found.append(len(grids))
+
+
+def one_by_one(masks: Tensor, boxes: Tensor, counts: Any, sizes: Any, output: str, convention: str) -> list[Any]:
+    """What the reference gives for each image by itself."""
+    return [
+        paste_masks(m[:c].cpu(), b[:c].cpu(), size, output=output, convention=convention, backend="reference")
+        for m, b, c, size in zip(masks, boxes, counts, sizes, strict=True)
+    ]
+
+
+def flat(lists: Sequence[Any]) -> list[Any]:
+    return [item for part in lists for item in part]
+
+
+@pytest.mark.parametrize("output", ["rle", "bool", *(pytest.param(o, marks=pytest.mark.slow) for o in OUTPUTS[::2])])
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("convention", ["detectron2", pytest.param("torchvision", marks=pytest.mark.slow)])
+def test_a_batch_is_its_images(device: torch.device, convention: str, backend: str, output: str) -> None:
+    images = batch(device)
+    with poisoned_empty():
+        got = paste_masks_batched(*images, output=output, convention=convention, backend=backend)
+    expected = one_by_one(*images, output, convention)
+    if output == "rle":
+        assert got == expected
+    else:
+        for one, own in zip(got, expected, strict=True):
+            assert torch.equal(one.cpu(), own)
+            assert one.dtype == own.dtype
+
+
+def test_a_batch_of_run_lengths_takes_the_launches_and_waits_of_an_image(device: torch.device) -> None:
+    masks, boxes, counts, sizes = batch(device)
+    counted, found = torch.tensor(counts, device=device), []
+    for n in (1, 5):
+        with count_blocking() as waits, counting_launches(kernels_runs, "_runs_kernel") as launches:
+            paste_masks_batched(masks[:n], boxes[:n], counts[:n], sizes[:n], output="rle", backend="triton")
+        assert launches == [2]
+        found.append(waits)
+    again = paste_masks_batched(masks[:1], boxes[:1], counted[:1], sizes[:1], output="rle", backend="triton")
+    assert again == one_by_one(masks[:1], boxes[:1], counts[:1], sizes[:1], "rle", "detectron2")
+    assert found[0] == found[1]
+    assert found[0]["Tensor.cpu"] == 2
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_batches_without_masks(device: torch.device, backend: str, output: str) -> None:
+    for n, d in ((0, 3), (2, 0), (2, 3)):
+        masks, boxes = torch.rand(n, d, 4, 4, device=device), torch.rand(n, d, 4, device=device)
+        got = paste_masks_batched(masks, boxes, [0] * n, [(5, 6)] * n, output=output, backend=backend)
+        assert [len(one) for one in got] == [0] * n
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"counts": [1, 4]}, "counts: expected in 0..3, got .1, 4."),
+        ({"counts": [1, -1]}, "counts: expected in 0..3, got .1, -1."),
+        ({"counts": [1]}, "N counts and N sizes of images, got .*1 counts and 2 sizes"),
+        ({"image_sizes": [(4, 4)]}, "2 counts and 1 sizes"),
+        ({"image_sizes": [(4, 4), (0, 4)]}, "image_size: expected .height, width. of at least 1, got .0, 4."),
+        ({"masks": torch.rand(3, 4, 4)}, r"masks: expected \[N, D, M, M\]"),
+        ({"boxes": torch.rand(2, 2, 4)}, r"boxes: expected floating point \[6, 4\]"),
+        ({"threshold": 0.0}, "threshold: expected in"),
+        ({"output": "bits"}, "output: expected"),
+    ],
+)
+def test_wrong_batches_are_named(change: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"masks": torch.rand(2, 3, 4, 4), "boxes": torch.rand(2, 3, 4), "counts": [1, 3]}
+    given |= {"image_sizes": [(4, 4), (5, 4)]}
+    with pytest.raises(ValueError, match=message):
+        paste_masks_batched(**(given | change))
 
 
 # The custom op
@@ -269,8 +381,13 @@ def parity(kernels: ModuleType, device: torch.device, name: str) -> None:
     for convention in CONVENTIONS:
         if hasattr(kernels, "paste_runs"):
             expected: Any = paste_masks(masks.cpu(), boxes.cpu(), SIZE, output="rle", convention=convention)
-            got = strings(*kernels.paste_runs(masks, boxes, *SIZE, 0.5, convention))
+            got = strings(*runs_of(kernels, masks, boxes, convention))
             assert got == [one["counts"] for one in expected]
+            if convention == "torchvision":
+                continue
+            images = batch(device)
+            runs = kernels.paste_runs(*images, 0.5, convention)
+            assert strings(*runs) == [one["counts"] for one in flat(one_by_one(*images, "rle", convention))]
             continue
         output = "packed" if name == "bits" else "bool"
         with poisoned_empty():
@@ -301,10 +418,14 @@ MUTANTS = {
     "no column after the box": (kernels_runs, "first_x <= right", "first_x < right - 40", ()),
     "no row after the box": (kernels_runs, "tl.minimum(bottom + 1, H)", "tl.minimum(bottom - 2, H)", ()),
     "stale rows": (kernels_runs, "if cell != held:", "if cell > held + 1:", ()),
-    "no end": (kernels_runs, "mask=x == W - 1", "mask=x == W", ()),
-    "one slot": (kernels_runs, "other=0) + k + 1", "other=0) + 1", ()),
+    "no end": (kernels_runs, "x * H + H, mask=ends", "x * H + H - 1, mask=ends", ()),
+    "no first run": (kernels_runs, "counts[first] = end[first]", "", ()),
+    "rows of an image": (kernels_runs, "k = n * rows + d", "k = slot_k", ()),
+    "masks beyond the count": (kernels_runs, "mask_x = (x < W) & exists", "mask_x = x < W", ()),
+    "columns beyond the image": (kernels_runs, "mask_x = (x < W) & exists", "mask_x = exists & (x < columns)", ()),
+    "size of the first image": (kernels_runs, "H = tl.load(images_ptr + n * 3)", "H = tl.load(images_ptr)", ()),
 }  # fmt: skip
-FAST = ("not aligned", "columns of one row", "column goes on", "one slot")
+FAST = ("not aligned", "columns of one row", "column goes on", "rows of an image")
 
 
 @pytest.mark.parametrize("module", [kernels, kernels_runs], ids=["dense", "runs"])

@@ -14,7 +14,8 @@ import tmask
 import tmask_kernels
 from tests.model.sync import count_blocking
 from tmask.model import rpn
-from tmask.structures import ImageBatch, Targets
+from tmask.model.postprocess import to_list
+from tmask.structures import Detections, ImageBatch, Targets
 from tmask_kernels.backend import resolve, use_backend
 
 OPS = sorted(path.parent.name for path in Path(tmask_kernels.__file__).parent.glob("ops/*/op.py"))
@@ -105,6 +106,27 @@ def test_an_item_in_a_custom_op_is_found(
     with use_backend("reference"), count_blocking() as found:
         run("train", small_model, batch)
     assert found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU see tests/gpu/test_model.py")
+@pytest.mark.parametrize("masks", ["rle", "bool"])
+def test_results_of_a_batch_wait_as_often_as_those_of_an_image(masks: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    boxes = torch.rand(3, 2, 4, generator=generator) * 5
+    boxes[..., 2:] += boxes[..., :2]
+    whole = Detections(
+        boxes, torch.rand(3, 2), torch.ones(3, 2, dtype=torch.int64), torch.tensor([2, 1, 2]), torch.rand(3, 2, 4, 4)
+    )
+    found, image_sizes, sizes = [], torch.tensor([[8, 9]] * 3), [(8, 9), (4, 6), (9, 5)]
+    for n in (1, 3):
+        part = Detections(*(value[:n] for value in whole[:5] if value is not None))
+        with use_backend("triton"), count_blocking() as waits:
+            results = to_list(part, image_sizes[:n], sizes[:n], masks=masks)
+        assert [len(result["masks"]) for result in results] == [2, 1, 2][:n]
+        found.append(waits)
+    assert (
+        found[0] == found[1] == {"Tensor.tolist": 1} | ({"Tensor.cpu": 2, "Tensor.numpy": 2} if masks == "rle" else {})
+    )
 
 
 READS: dict[str, Callable[[Tensor], object]] = {

@@ -77,11 +77,19 @@ def detect(
                 with autocast(device, precision):
                     detections = model.forward_padded(images, compact=device.type == "cpu")
                 found = to_list(detections, images.sizes, batch.original_sizes, masks="rle", convention=model.paste)
-                for image_id, result in zip(batch.image_ids, found, strict=True):
+                for image_id, result in zip(batch.image_ids, _on_host(found), strict=True):
                     results += coco_results(image_id, result, category_ids)
     finally:
         model.train(was_training)
     return results
+
+
+def _on_host(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results of a batch with their tensors on the host: a wait for each field, however many the images."""
+    counts = [len(result["boxes"]) for result in found]
+    fields = {name: torch.cat([result[name] for result in found]).cpu() for name in ("boxes", "scores", "labels")}
+    rows = zip(*(values.split(counts) for values in fields.values()), strict=True)
+    return [result | dict(zip(fields, row, strict=True)) for result, row in zip(found, rows, strict=True)]
 
 
 def coco_results(image_id: int, result: dict[str, Any], category_ids: Sequence[int]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """From padded detections back to the caller's images: one dict an image, in original pixels.
 
-Here stands the single host synchronisation of inference: reading how many detections each image has.
+Here stand the host synchronisations of inference, as many for a batch as for an image: reading how many detections
+each image has, and the run lengths of masks where they are asked for.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tmask.structures import Detections
-from tmask_kernels import paste_masks
+from tmask_kernels import paste_masks_batched
 
 MASK_FORMS = ("probability", "bool", "rle", "none")
 
@@ -36,25 +37,24 @@ def to_list(
     """
     if masks not in MASK_FORMS:
         raise ValueError(f"masks: expected one of {', '.join(MASK_FORMS)}, got {masks!r}")
-    results: list[dict[str, Any]] = []
-    scales = _scales(image_sizes, original_sizes)
-    for i, count in enumerate(detections.counts.tolist()):  # the one synchronisation
-        boxes = detections.boxes[i, :count] * scales[i]
-        result: dict[str, Any] = {
-            "boxes": boxes,
-            "labels": detections.labels[i, :count],
-            "scores": detections.scores[i, :count],
-        }
-        if masks != "none" and detections.masks is not None:
-            pasted = paste_masks(
-                detections.masks[i, :count], boxes, original_sizes[i], output=masks, convention=convention
-            )
-            result["masks"] = pasted[:, None] if isinstance(pasted, Tensor) and masks == "probability" else pasted
-        if detections.keypoints is not None:
-            xy, score = detections.keypoints[i, :count].split((2, 1), dim=-1)
+    counts = detections.counts.tolist()  # the one synchronisation, but for run lengths
+    scales = _scales(image_sizes, original_sizes)  # [N, 4]
+    boxes = detections.boxes * scales[:, None]  # [N, D, 4]
+    results: list[dict[str, Any]] = [
+        {"boxes": boxes[i, :count], "labels": detections.labels[i, :count], "scores": detections.scores[i, :count]}
+        for i, count in enumerate(counts)
+    ]
+    if masks != "none" and detections.masks is not None:
+        pasted = paste_masks_batched(
+            detections.masks, boxes, counts, original_sizes, output=masks, convention=convention
+        )
+        for result, one in zip(results, pasted, strict=True):
+            result["masks"] = one[:, None] if isinstance(one, Tensor) and masks == "probability" else one
+    if detections.keypoints is not None:
+        for i, result in enumerate(results):
+            xy, score = detections.keypoints[i, : counts[i]].split((2, 1), dim=-1)
             result["keypoints"] = torch.cat([xy * scales[i, :2], torch.ones_like(score)], dim=-1)
             result["keypoints_scores"] = score.squeeze(-1)
-        results.append(result)
     return results
 
 

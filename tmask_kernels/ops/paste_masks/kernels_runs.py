@@ -6,10 +6,12 @@ writes, and a second launch of the same kernel writes their positions; the diffe
 pixels are computed twice, which costs less than keeping them.
 
 A thread owns a column and goes down the rows that the box can reach; what it interpolates along x stays in registers
-until the rows sample another cell. Letters as in `kernels`.
+until the rows sample another cell. Letters as in `kernels`; and N images of their own sizes, D masks an image.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -24,38 +26,46 @@ from tmask_kernels.ops.paste_masks.kernels_geometry import BEYOND, along_x, alon
 BLOCK_X = 32  # columns of a program: a warp
 
 
-@triton.jit(do_not_specialize=["H", "W"])
+@triton.jit(do_not_specialize=["D", "rows", "columns"])
 def _runs_kernel(
-    changes_ptr,  # int64 [K, W]: changes in each column; with WRITE the sum of those up to its end
-    ends_ptr,  # int32 [changes + K + 1], with WRITE: where runs end in the pixels of all masks, modulo 2^32
-    masks_ptr,  # [K, M, M]
-    boxes_ptr,  # [K, 4] fp32
-    H,
-    W,
+    changes_ptr,  # int64 [N, D, columns]: runs that end in each column; with WRITE the sum of those up to its end
+    ends_ptr,  # int32 [runs], with WRITE: where they end in the pixels of their mask
+    masks_ptr,  # [N, rows, M, M]
+    boxes_ptr,  # [N, rows, 4] fp32
+    images_ptr,  # int32 [N, 3]: H, W and how many masks there are
+    D,  # at most, of an image
+    rows,
+    columns,  # of the widest image
     threshold,
     SIDE: tl.constexpr,
     BLOCK_X: tl.constexpr,
     TORCHVISION: tl.constexpr,
     WRITE: tl.constexpr,
 ):
-    blocks = tl.cdiv(W, BLOCK_X)
-    k = (tl.program_id(0) // blocks).to(tl.int64)
+    blocks = tl.cdiv(columns, BLOCK_X)
+    slot_k = (tl.program_id(0) // blocks).to(tl.int64)
+    n = slot_k // D
+    d = slot_k - n * D
+    H = tl.load(images_ptr + n * 3)
+    W = tl.load(images_ptr + n * 3 + 1)
+    exists = d < tl.load(images_ptr + n * 3 + 2)
     first_x = tl.program_id(0) % blocks * BLOCK_X
     x = first_x + tl.arange(0, BLOCK_X)
-    mask_x = x < W
-    column = k * W + x
+    mask_x = (x < W) & exists
+    column = slot_k * columns + x
+    k = n * rows + d
     box_ptr = boxes_ptr + k * 4
     x_start, x_scale, left, right = axis(tl.load(box_ptr), tl.load(box_ptr + 2), W, SIDE, TORCHVISION)
     y_start, y_scale, top, bottom = axis(tl.load(box_ptr + 1), tl.load(box_ptr + 3), H, SIDE, TORCHVISION)
     mask_ptr = masks_ptr + k * (SIDE * SIDE)
 
-    if WRITE:  # after the leading 0, the changes of all columns before, and the ends of all masks before
-        slot = tl.load(changes_ptr + column - 1, mask=mask_x & (column > 0), other=0) + k + 1
-        tl.store(ends_ptr, 0, mask=tl.program_id(0) == 0)
+    if WRITE:  # after the runs of all columns before
+        slot = tl.load(changes_ptr + column - 1, mask=mask_x & (column > 0), other=0)
     else:
         slot = tl.zeros((BLOCK_X,), tl.int64)
     # One column more than the box has: it may begin with the change that ends the last one.
-    past = tl.where((first_x <= right) & (first_x + BLOCK_X > left), tl.minimum(bottom + 1, H), 0)
+    touched = exists & (first_x <= right) & (first_x + BLOCK_X > left)
+    past = tl.where(touched, tl.minimum(bottom + 1, H), 0)
     y = H - 1
     cell, weight = taps(y, y_start, y_scale, top, bottom, SIDE, TORCHVISION)
     x_cell, x_weight = taps(x - 1, x_start, x_scale, left, right, SIDE, TORCHVISION)
@@ -76,40 +86,51 @@ def _runs_kernel(
         now = is_inside(along_y(upper, lower, weight), threshold, TORCHVISION)
         changes = (now != before) & mask_x
         if WRITE:
-            tl.store(ends_ptr + slot, (column * H + y).to(tl.int32), mask=changes)
+            tl.store(ends_ptr + slot, x * H + y, mask=changes)
         slot += changes.to(tl.int64)
         before = now
         y = tl.maximum(y + 1, top)  # the rows between are empty, and so is the top row then
-    if WRITE:  # the last run of a mask ends with it
-        tl.store(ends_ptr + slot, ((k + 1) * W * H).to(tl.int32), mask=x == W - 1)
+    ends = mask_x & (x == W - 1)  # the last run of a mask ends with it
+    if WRITE:
+        tl.store(ends_ptr + slot, x * H + H, mask=ends)
     else:
-        tl.store(changes_ptr + column, slot, mask=mask_x)
+        tl.store(changes_ptr + column, slot + ends.to(tl.int64), mask=x < columns)
 
 
 def paste_runs(
-    masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float, convention: str
+    masks: Tensor,
+    boxes: Tensor,
+    num_masks: Sequence[int],
+    sizes: Sequence[tuple[int, int]],
+    threshold: float,
+    convention: str,
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
     """Run lengths of K masks one after another [C], zeros first, on the host, and how many each mask has [K].
 
-    masks [K, M, M] fp16, bf16 or fp32, boxes [K, 4] fp32. The host waits twice: for the number of runs, so that no
-    capacity can be too small, and for the runs.
+    masks [N, D, M, M] fp16, bf16 or fp32 and boxes [N, D, 4] fp32, of which the first `num_masks[n]` of image n count,
+    K in all; sizes: (H, W) of each image. The host waits twice, however many images: for the number of runs, so that
+    no capacity can be too small, and for the runs.
     """
-    K = len(masks)
-    if not K:
+    if not sum(num_masks):
         return np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64)
     masks, boxes = masks.contiguous(), boxes.contiguous()
+    N, D, columns = len(masks), max(num_masks), max(width for _, width in sizes)
+    table = [(*size, number) for size, number in zip(sizes, num_masks, strict=True)]
+    images = torch.tensor(table, dtype=torch.int32).to(masks.device, non_blocking=True)  # [N, 3]
 
     def launch(changes: Tensor, ends: Tensor, write: bool) -> None:
         with on_device(masks):
-            _runs_kernel[(K * triton.cdiv(width, BLOCK_X),)](
+            _runs_kernel[(N * D * triton.cdiv(columns, BLOCK_X),)](
                 changes_ptr=changes,
                 ends_ptr=ends,
                 masks_ptr=masks,
                 boxes_ptr=boxes,
-                H=height,
-                W=width,
+                images_ptr=images,
+                D=D,
+                rows=masks.shape[1],
+                columns=columns,
                 threshold=threshold,
-                SIDE=masks.shape[1],
+                SIDE=masks.shape[2],
                 BLOCK_X=BLOCK_X,
                 TORCHVISION=convention == "torchvision",
                 WRITE=write,
@@ -117,12 +138,16 @@ def paste_runs(
                 enable_fp_fusion=False,  # coordinates and values are the reference's, bit for bit
             )
 
-    changes = torch.empty(K * width, dtype=torch.int64, device=masks.device)
+    changes = torch.empty(N * D * columns, dtype=torch.int64, device=masks.device)
     launch(changes, changes, write=False)
     changes = changes.cumsum(0)
-    totals = changes[width - 1 :: width].cpu().numpy()  # [K]; a wait: the output's size depends on it
-    ends = torch.empty(int(totals[-1]) + K + 1, dtype=torch.int32, device=masks.device)
+    totals = changes[columns - 1 :: columns].cpu().numpy()  # [N * D]; a wait: the output's size depends on it
+    ends = torch.empty(int(totals[-1]), dtype=torch.int32, device=masks.device)
     launch(changes, ends, write=True)
-    # Positions are modulo 2^32, and so are their differences, which are below.
-    counts = (ends[1:] - ends[:-1]).cpu().numpy()
-    return counts, np.diff(totals, prepend=0) + 1
+    per_mask = np.diff(totals, prepend=0)
+    per_mask = per_mask[per_mask > 0]  # [K]: each has a run at least, and where no mask is there is none
+    end = ends.cpu().numpy()  # the other wait
+    counts, first = end.copy(), np.cumsum(per_mask) - per_mask
+    counts[1:] -= end[:-1]
+    counts[first] = end[first]  # a mask's first run begins with it
+    return counts, per_mask

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -89,22 +92,11 @@ def paste_masks(
     names and thresholds.
     """
     _check(masks, boxes, image_size, threshold, output, convention)
-    triton, height, width = _triton_reasons(masks, boxes, image_size), image_size[0], image_size[1]
-    if masks.device.type == "cuda":
-        reasons: dict[str, list[str]] = {"triton": triton, "reference": []}
-    else:
-        reasons = {"reference": [], "triton": triton}
-    chosen = resolve("paste_masks", backend, reasons, device=masks.device)
-    masks, boxes = masks.detach(), boxes.detach().to(torch.promote_types(boxes.dtype, torch.float32))
-    if logits or chosen == "reference":
-        masks = masks.to(torch.promote_types(masks.dtype, torch.float32))
-    if logits:
-        masks = masks.sigmoid()
+    height, width = image_size
+    chosen = _choose(masks, boxes, image_size, backend)
+    masks, boxes = _prepare(masks, boxes, logits, chosen)
     if chosen == "triton" and output == "rle":
-        from tmask_kernels.ops.paste_masks.kernels_runs import paste_runs
-
-        runs = paste_runs(masks, boxes, height, width, threshold, convention)
-        return [{"size": [height, width], "counts": counts} for counts in strings(*runs)]
+        return _runs(masks[None], boxes[None], [len(masks)], [image_size], threshold, convention)[0]
     if chosen == "triton":
         from tmask_kernels.ops.paste_masks import kernels
 
@@ -113,6 +105,76 @@ def paste_masks(
         with torch.autocast(masks.device.type, enabled=False):
             return paste_rle(masks, boxes, image_size, threshold, convention=convention)
     return _paste(masks, boxes, height, width, threshold, output, convention)
+
+
+def paste_masks_batched(
+    masks: Tensor,
+    boxes: Tensor,
+    counts: Tensor | Sequence[int],
+    image_sizes: Sequence[tuple[int, int]],
+    *,
+    logits: bool = False,
+    threshold: float = 0.5,
+    output: str = "bool",
+    convention: str = "detectron2",
+    backend: str | None = None,
+) -> Sequence[Tensor | list[dict[str, Any]]]:
+    """`paste_masks` of N padded images of their own sizes: a list of its results, bit for bit.
+
+    masks: [N, D, M, M], boxes: [N, D, 4], of which the first ``counts[n]`` of image n are pasted into (H, W) =
+    ``image_sizes[n]``. counts: whole numbers in 0..D; a tensor on a device is read, which is a wait.
+
+    ``rle`` takes as many launches and waits for N images as for one (Triton: three and two). A dense output is one
+    launch an image, without a wait. Other arguments and errors: as of `paste_masks`; counts beyond D are a ValueError.
+    """
+    if masks.dim() != 4 or boxes.dim() != 3 or not len(masks) == len(boxes) == len(counts) == len(image_sizes):
+        got = f"{tuple(masks.shape)}, {tuple(boxes.shape)}, {len(counts)} counts and {len(image_sizes)} sizes"
+        raise ValueError(f"masks: expected [N, D, M, M], boxes [N, D, 4], N counts and N sizes of images, got {got}")
+    numbers = [int(number) for number in (counts.tolist() if isinstance(counts, Tensor) else counts)]
+    if min(numbers, default=0) < 0 or max(numbers, default=0) > masks.shape[1]:
+        raise ValueError(f"counts: expected in 0..{masks.shape[1]}, got {numbers}")
+    for size in image_sizes or [(1, 1)]:
+        _check(masks.flatten(0, 1), boxes.flatten(0, 1), size, threshold, output, convention)
+    largest = max(image_sizes, key=math.prod, default=(1, 1))
+    chosen = _choose(masks, boxes, largest, backend)
+    if chosen == "triton" and output == "rle":
+        return _runs(*_prepare(masks, boxes, logits, chosen), numbers, image_sizes, threshold, convention)
+    parts = zip(masks, boxes, numbers, image_sizes, strict=True)
+    settings: dict[str, Any] = {"logits": logits, "threshold": threshold, "convention": convention, "backend": chosen}
+    return [paste_masks(m[:number], b[:number], size, output=output, **settings) for m, b, number, size in parts]
+
+
+def _runs(
+    masks: Tensor,
+    boxes: Tensor,
+    numbers: Sequence[int],
+    sizes: Sequence[tuple[int, int]],
+    threshold: float,
+    convention: str,
+) -> list[list[dict[str, Any]]]:
+    """COCO's run lengths of the first masks of N images, by Triton. [N, D, M, M], [N, D, 4]"""
+    from tmask_kernels.ops.paste_masks.kernels_runs import paste_runs
+
+    texts = iter(strings(*paste_runs(masks, boxes, numbers, sizes, threshold, convention)))
+    return [
+        [{"size": list(size), "counts": text} for text in itertools.islice(texts, number)]
+        for number, size in zip(numbers, sizes, strict=True)
+    ]
+
+
+def _choose(masks: Tensor, boxes: Tensor, image_size: tuple[int, int], backend: str | None) -> str:
+    reasons: dict[str, list[str]] = {"reference": [], "triton": _triton_reasons(masks, boxes, image_size)}
+    if masks.device.type == "cuda":
+        reasons = {"triton": reasons["triton"], "reference": []}
+    return resolve("paste_masks", backend, reasons, device=masks.device)
+
+
+def _prepare(masks: Tensor, boxes: Tensor, logits: bool, chosen: str) -> tuple[Tensor, Tensor]:
+    """Probabilities of the masks, and boxes, in the precision that the backend reads."""
+    masks, boxes = masks.detach(), boxes.detach().to(torch.promote_types(boxes.dtype, torch.float32))
+    if logits or chosen == "reference":
+        masks = masks.to(torch.promote_types(masks.dtype, torch.float32))
+    return masks.sigmoid() if logits else masks, boxes
 
 
 def _triton_reasons(masks: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> list[str]:
