@@ -1,6 +1,7 @@
-"""Focal loss and mask loss at full size on a GPU: torchvision and the reference in float64, graphs, 2^31 logits."""
+"""Losses at full size on a GPU: torchvision and the reference in float64, graphs, no waits, 2^31 logits."""
 
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from tests.gpu.tools import (
     to,
     waiting_is_an_error,
 )
+from tmask.model import losses
 from tmask_kernels import mask_bce, sigmoid_focal_loss
-from tmask_kernels.testing import assert_close
+from tmask_kernels.testing import Tolerance, assert_close, random_boxes
 
 pytestmark = pytest.mark.gpu
 
@@ -26,10 +28,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
-def assert_gradients_close(got: Tensor, want: Tensor) -> None:
+def assert_gradients_close(got: Tensor, want: Tensor, *, tolerance: Tolerance | None = None) -> None:
     """Both enlarged by the power of two that brings the largest above 1, which rounds nothing."""
     scale = 2.0 ** want.abs().max().log2().floor()
-    assert_close((got.double() / scale).to(got.dtype), want / scale, name="gradient")
+    assert_close((got.double() / scale).to(got.dtype), want / scale, name="gradient", tolerance=tolerance)
 
 
 def focal_inputs(name: str, full: bool, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -129,6 +131,59 @@ def test_memory_is_that_of_the_gradient(which: str, full: bool, device: torch.de
     run, logits = forward_and_backward(which, full, device)
     peak = peak_bytes(run, device)
     assert peak is None or peak < logits.nbytes + 2**20
+
+
+def head_losses(
+    box_loss: losses.BoxLoss, class_loss: losses.ClassLoss, full: bool, device: torch.device
+) -> tuple[Callable[[], list[Tensor]], Tensor]:
+    """Both losses of the box head for two images with their gradients, and the deltas, of which some boxes have no
+    area. Half of the RoIs are positive, a few of them are empty slots.
+    """
+    S, C = (512, 81) if full else (9, 4)
+    generator = torch.Generator().manual_seed(0)
+    rois = random_boxes(2 * S, height=800, width=1300, min_size=8, max_size=300).view(2, S, 4)
+    matched = rois + torch.randn(2, S, 4, generator=generator) * 2
+    labels = torch.randint(1, C, (2, S), generator=generator) * (torch.arange(S) % 2)
+    valid = torch.arange(S) < S - 3
+    deltas = torch.randn(2, S, C, 4, generator=generator)
+    deltas[0, 1] = -200.0  # sides that round to 0
+    columns = C - (class_loss == "sigmoid_focal")
+    logits, deltas = torch.randn(2, S, columns, generator=generator).to(device), deltas.to(device)
+    given = [labels * valid, rois, matched, (labels > 0) & valid, valid.expand(2, S)]
+    labels, rois, matched, positive, valid = (value.to(device) for value in given)
+    focal = losses.Focal(alpha=0.25, gamma=2.0, prior=0.01)
+    leaves = [logits.requires_grad_(), deltas.requires_grad_()]
+
+    def run() -> list[Tensor]:
+        both = losses.box_losses(
+            *leaves, labels, rois, matched, positive, valid,
+            class_loss=class_loss, focal=focal, box_loss=box_loss, weights=(10.0, 10.0, 5.0, 5.0),
+        )  # fmt: skip
+        return [*(one.detach() for one in both), *torch.autograd.grad(sum(both), leaves)]
+
+    return run, deltas
+
+
+@pytest.mark.parametrize("class_loss", get_args(losses.ClassLoss))
+@pytest.mark.parametrize("box_loss", get_args(losses.BoxLoss))
+def test_losses_of_the_box_head_never_wait(
+    box_loss: losses.BoxLoss, class_loss: losses.ClassLoss, full: bool, device: torch.device
+) -> None:
+    """Both ways, as on the CPU, and again from a graph with other deltas."""
+    run, deltas = head_losses(box_loss, class_loss, full, device)
+    expected, _ = head_losses(box_loss, class_loss, full, torch.device("cpu"))
+    run()  # kernels compile
+    with waiting_is_an_error(device):
+        got = run()
+    for name, one, want in zip(("classes", "boxes", "to logits", "to deltas"), got, expected(), strict=True):
+        assert one.isfinite().all(), name
+        # Both sides are float32, with other exponentials and arc tangents.
+        assert_gradients_close(one.cpu(), want, tolerance=Tolerance(max=1e-4, rms=1e-5))
+    replay = recorded(run, device)
+    with torch.no_grad():
+        deltas.copy_(deltas.flip(1) * 0.5)
+    again = to(run(), device)
+    assert_same_bits(replay(), again)
 
 
 def test_focal_loss_of_more_than_2_to_the_31_logits(full: bool, device: torch.device) -> None:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 import tmask
-from tests.gpu.tools import need_cuda, recorded, tensors, to, waiting_is_an_error
+from tests.gpu.tools import counting_waits, need_cuda, recorded, tensors, to, waiting_is_an_error
 from tests.model.conftest import SMALL, images_and_targets
+from tmask.data.loader import Batch
+from tmask.engine.evaluate import detect as coco_detections
 from tmask.structures import Detections, ImageBatch, Targets
 from tmask_kernels.testing import Tolerance, assert_close
 
@@ -129,6 +131,21 @@ def test_a_weight_transfer_never_waits(full: bool, device: torch.device) -> None
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.roi_heads.mask_transfer.parameters())
 
 
+@pytest.mark.parametrize(
+    ("box", "classifier"), [("giou", "softmax_focal"), ("diou", "sigmoid_focal"), ("ciou", "sigmoid_focal")]
+)
+def test_other_losses_never_wait(box: str, classifier: str, device: torch.device) -> None:
+    torch.manual_seed(0)
+    chosen = {"rpn_objectness": "focal", "rpn_box": box, "classifier": classifier, "box": box}
+    model = tmask.build_model("tiny", num_classes=4, losses=chosen, **SMALL).to(device)
+    batch = batch_of(model, False, device)
+    step(model, batch, "bf16", device)  # kernels compile
+    with waiting_is_an_error(device):
+        loss = step(model, batch, "bf16", device)
+    assert loss.isfinite()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 def assert_nearly_all(got: Tensor, expected: Tensor) -> None:
     """Boxes [N, D, 4] wherever they stand, since scores of random weights nearly tie, and but for a few that a score
     or an overlap at a threshold has moved out."""
@@ -214,6 +231,23 @@ def test_the_familiar_contract(full: bool, device: torch.device) -> None:
                 assert result["masks"].device.type == device.type
     losses = model.train()(*to(images_and_targets(), device))
     assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_evaluation_waits_as_often_for_a_batch_as_for_an_image(full: bool, device: torch.device) -> None:
+    """Counts, run lengths (twice) and three fields of the results, and what else there is: none of it grows with N."""
+    model = build(full, device).eval()
+    found: dict[int, int] = {}
+    for count in (1, 3, 1, 3) if device.type == "cuda" else (1, 3):  # kernels compile in the first rounds
+        images = [torch.rand(3, 60 + 10 * i, 90) for i in range(count)]
+        batch, _ = model.transform(images)
+        sizes = [(image.shape[1], image.shape[2]) for image in images]
+        loader = [Batch(batch, None, list(range(count)), sizes)]  # type: ignore[arg-type]
+        with counting_waits(device) as waits:
+            results = coco_detections(model, loader, range(1, model.config.num_classes), device=device)
+        assert {one["image_id"] for one in results} == set(range(count))
+        found[count] = len(waits)
+    need_cuda(device, "sync debug mode")
+    assert found[1] == found[3] > 0
 
 
 def test_works_on_another_stream(full: bool, device: torch.device) -> None:

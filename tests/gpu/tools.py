@@ -8,6 +8,7 @@ statistics) it leaves out here, in one place.
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -61,6 +62,24 @@ def waiting_is_an_error(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+@contextmanager
+def counting_waits(device: torch.device) -> Iterator[list[Any]]:
+    """Where the host waited for the device inside the block, once it ends; nothing in a rehearsal."""
+    waits: list[Any] = []
+    if device.type != "cuda":
+        yield waits
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            yield waits
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    waits += [one for one in found if "synchronizing" in str(one.message)]
 
 
 @contextmanager
