@@ -165,7 +165,7 @@ def _train(plan: Plan, run: Run, command: Sequence[str], *, lock: int, stop: Sto
             say("stopping after this step")
             process.terminate()
             stopped = True
-        if time.monotonic() - told >= PROGRESS_SECONDS and (step := steps_of(run)):
+        if not stopped and time.monotonic() - told >= PROGRESS_SECONDS and (step := steps_of(run)):
             told = time.monotonic()
             say(f"{name}: step {step} of {clock.steps[run]}{clock.left()}")
     if state(run) == DONE:

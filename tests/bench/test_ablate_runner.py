@@ -25,8 +25,15 @@ from tests.bench.test_ablate import TABLE
 ROOT = Path(__file__).parents[2]
 
 # In place of the trainer: notes how it was called, makes a checkpoint of 2 steps, waits as the test wants, and ends.
+# It would outlive a table that is killed neither for long, as it is told of that end, nor unseen, as it has the lock.
 STAND_IN = """
-import json, pathlib, signal, sys, time
+import ctypes, json, os, pathlib, signal, sys, time
+if sys.platform == "linux":
+    told = ctypes.c_int()
+    ctypes.CDLL(None).prctl(2, ctypes.byref(told))  # PR_GET_PDEATHSIG
+    assert told.value == signal.SIGTERM
+    handles = [pathlib.Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+    assert any(os.readlink(handle).endswith("/lock") for handle in handles if handle.is_symlink())
 arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 out = pathlib.Path(arguments["--out"])
 with (out / "calls").open("a") as file:
@@ -127,26 +134,26 @@ def test_a_failed_run_is_shown_with_its_log_and_tried_again(plan: Plan, command:
     assert "Failed" not in (plan.out / "table.md").read_text()
 
 
-def send(number: int, run: Run) -> threading.Thread:
+def send(number: int, run: Run) -> None:
     """Send a signal to this process once a run is waiting."""
 
     def wait() -> None:
+        end = time.monotonic() + 60
         while not (run.folder / "waits").exists():
+            if time.monotonic() > end:
+                return
             time.sleep(0.01)
         os.kill(os.getpid(), number)
 
-    thread = threading.Thread(target=wait)
-    thread.start()
-    return thread
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def test_a_signal_lets_the_training_save_and_the_table_goes_on_later(plan: Plan, command: list[str]) -> None:
     wish(plan, "align", "wait")
     before = signal.getsignal(signal.SIGTERM)
-    thread = send(signal.SIGTERM, plan.runs()[1])
+    send(signal.SIGTERM, plan.runs()[1])
     said: list[str] = []
     assert run_table(plan, command=command, say=said.append) == 143
-    thread.join()
     assert signal.getsignal(signal.SIGTERM) is before
     assert [run["state"] for run in result(plan, {})["runs"]] == ["done", "begun", "waiting", "waiting"]
     assert "**Partial: 1 of 4 runs.**" in (plan.out / "table.md").read_text()
