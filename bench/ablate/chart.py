@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, BinaryIO
 
 from bench.ablate.outcome import DONE
-from bench.ablate.report import progress, values, verdict
+from bench.ablate.report import progress, published, values, verdict
 from bench.ablate.table import Table
 from bench.ablate.verdict import Spread
 from bench.charts.style import BASE, DPI, FAINT, GREY, STYLE, WIDTH, WIN
@@ -35,10 +35,10 @@ def draw(table: Table, result: dict[str, Any], file: BinaryIO) -> None:
         for number, claim in enumerate(table.claims):
             found = verdict(result, claim)
             names = f"{table.variants[claim.better].label} over {table.variants[claim.worse].label}, {claim.metric}"
-            published = "" if claim.published is None else f", published {claim.published:+.1f}"
+            before = f", published {published(claim)}" if published(claim) else ""
             here = "" if found.difference is None else f" {found.difference:+.1f}"
             here += "" if found.error is None else f" (standard error {found.error:.1f})"
-            line = f"{names}:{here}{published}: {found.word}"
+            line = f"{names}:{here}{before}: {found.word}"
             figure.text(0.015, (0.12 + 0.2 * (lines - 1 - number)) / height, line, fontsize=8, va="center")
         figure.savefig(file, format="png", dpi=DPI)
 

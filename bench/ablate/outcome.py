@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.ablate.plan import Plan, Run
+import yaml
+
+from bench.ablate.plan import SETTINGS, Plan, Run
 from bench.ablate.table import Setting, Variant
+from tmask.data.mask_classes import mask_category_ids
 from tmask.engine.log import read_log
 from tmask.engine.report import LOG_NAME
 from tmask.engine.run import METRICS_NAME
@@ -61,12 +65,28 @@ def _run(run: Run, plan: Plan) -> dict[str, Any]:
     found: dict[str, Any] = {"variant": run.variant, "seed": run.seed, "state": state(run)}
     if found["state"] == DONE:
         metrics = json.loads((run.folder / METRICS_NAME).read_text(encoding="utf-8"))
+        metrics = _apart(metrics, run, plan.setting.data.get("mask_classes")) | metrics
         found["metrics"] = {name: value for name, value in metrics.items() if name.count("/") == 1}  # not each class's
         found["minutes"] = training_minutes(run.folder)
     if found["state"] == BROKEN:
         found["reason"] = (run.folder / FAILED).read_text(encoding="utf-8").strip()
         found["log"] = str((run.folder / TRAIN_LOG).relative_to(plan.out))
     return found
+
+
+def _apart(metrics: dict[str, float], run: Run, mask_classes: str | None) -> dict[str, float]:
+    """AP of the classes with and without masks in the setting, also of a run that learnt from the masks of all."""
+    if mask_classes is None:
+        return {}
+    settings = yaml.safe_load((run.folder / SETTINGS).read_text(encoding="utf-8"))
+    annotations = json.loads(Path(settings["data"]["val_annotations"]).read_text(encoding="utf-8"))
+    masked = mask_category_ids(mask_classes, annotations["categories"])
+    groups: dict[str, list[float]] = {"segm/AP_with_masks": [], "segm/AP_boxes_only": []}
+    for category in annotations["categories"]:
+        value = metrics.get(f"segm/AP/{category['name']}", -1)
+        if value >= 0:  # else there is none in the images
+            groups["segm/AP_with_masks" if category["id"] in masked else "segm/AP_boxes_only"].append(value)
+    return {name: statistics.fmean(found) for name, found in groups.items() if found}
 
 
 def training_minutes(folder: Path) -> float | None:

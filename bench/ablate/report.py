@@ -68,6 +68,11 @@ def verdict(result: Result, claim: Claim) -> Verdict:
     return judge(better, worse, published=claim.published is not None)
 
 
+def published(claim: Claim) -> str:
+    """What was published of it; empty if nothing was."""
+    return f"{claim.published:+.1f}" if isinstance(claim.published, float) else claim.published or ""
+
+
 def _variants(table: Table, result: Result) -> str:
     first, *others = table.metrics
     head = ("", f"{first}, each seed", "mean", "min..max", "std", *others, "published")
@@ -98,7 +103,7 @@ def _claims(table: Table, result: Result) -> str:
         lines.append(
             (
                 f"{table.variants[claim.better].label} over {table.variants[claim.worse].label}, {claim.metric}",
-                "-" if claim.published is None else f"{claim.published:+.1f}",
+                published(claim) or "-",
                 "-" if found.difference is None else f"{found.difference:+.1f}",
                 "-" if found.error is None else f"{found.error:.1f}",
                 found.word + (" (too small a thing for this data)" if unexpected else ""),

@@ -52,7 +52,7 @@ class Claim:
     better: str
     worse: str
     metric: str
-    published: float | None = None  # difference in points of AP; none: no figure was published
+    published: float | str | None = None  # difference in points of AP, or in words; none: no direction was published
     small: bool = True  # whether a small data set can be expected to show it; if not, it is reported all the same
 
 

@@ -14,8 +14,8 @@ import pytest
 
 import tmask
 from bench.ablate import __main__ as main
+from bench.ablate import outcome, publish
 from bench.ablate import plan as plans
-from bench.ablate import publish
 from bench.ablate import table as tables
 from bench.ablate.chart import draw
 from bench.ablate.plan import Plan, check_data, check_folder
@@ -23,6 +23,7 @@ from bench.ablate.report import markdown, progress
 from bench.ablate.table import Claim, Drawn, Setting, Table, Variant
 from bench.ablate.verdict import Spread, judge
 from tmask.config import ModelConfig, from_dict
+from tmask.data.crossed import CLASSES
 
 SETTING = Setting(
     preset="tiny",
@@ -271,3 +272,26 @@ def test_a_result_is_published_with_its_chart(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "result.json").write_text(json.dumps(found))
     assert publish.main([str(tmp_path)]) == 2
     assert "expected the variants pool, align: run the table again" in capsys.readouterr().err
+
+
+def test_classes_of_boxes_only_are_apart_also_where_all_masks_were_learnt(tmp_path: Path) -> None:
+    """Of the oracle, whose training does not know of them; of the others it is what the training itself says."""
+    parts = dataclasses.replace(SETTING, data={**SETTING.data, "mask_classes": "rising bar,falling leaf"})
+    table = dataclasses.replace(TABLE, small=parts, variants={**TABLE.variants})
+    asked = plan(tmp_path, table=table, seeds=1)
+    plans.prepare(asked)
+    classes = {name: 0.1 * label for label, name in enumerate(CLASSES)}
+    classes["falling dumbbell"] = -1  # none in the images
+    metrics = {f"segm/AP/{name}": value for name, value in classes.items()}
+    (tmp_path / "pool" / "seed-0" / "metrics.json").write_text(json.dumps(metrics))
+    told = {**metrics, "segm/AP_boxes_only": 0.9, "segm/AP_with_masks": 0.8}
+    (tmp_path / "align" / "seed-0" / "metrics.json").write_text(json.dumps(told))
+    oracle, other = (run["metrics"] for run in outcome.result(asked, {})["runs"])
+    assert oracle == pytest.approx({"segm/AP_with_masks": (0.0 + 0.3) / 2, "segm/AP_boxes_only": (0.1 + 0.2 + 1.5) / 5})
+    assert other == {"segm/AP_boxes_only": 0.9, "segm/AP_with_masks": 0.8}
+
+
+def test_a_direction_without_a_figure_comes_out_too() -> None:
+    words = dataclasses.replace(TABLE.claims[0], published="above")
+    text = markdown(dataclasses.replace(TABLE, claims=(words,)), WHOLE, chart="chart.png")
+    assert "| RoIAlign over RoIPool, segm/AP75 | above | +10.5 | 1.8 | came out |" in text

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from bench.ablate.table import Drawn, Setting
 
 MASK_RCNN = "He et al., Mask R-CNN (2017), COCO"
+MASK_X = "Hu et al., Learning to Segment Every Thing (2018), COCO, R101-FPN, masks of VOC's classes alone"
 
 _TRAINING = {"steps": 1200, "batch_size": 8, "lr": 1e-3, "checkpoint_every": 100}  # the demo's
 
@@ -25,5 +28,11 @@ CROSSED = Setting(
     data={"num_workers": 0, "hflip": 0.0},
 )
 
+# The same, where only bars and leaves have masks: the others share their directions and not their outlines.
+BOXES_ONLY = dataclasses.replace(
+    CROSSED, data={**CROSSED.data, "mask_classes": "rising bar,falling bar,rising leaf,falling leaf"}
+)
+
 # The published schedule on one GPU: 90,000 steps of 16 images.
 R50_FPN = Setting(preset="r50_fpn")
+MASK_X_R101 = Setting(preset="r101_fpn", data={"mask_classes": "voc"})

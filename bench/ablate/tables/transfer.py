@@ -1,0 +1,29 @@
+"""Mask^X R-CNN: masks of classes that have boxes alone, by what their mask predictors are made of."""
+
+from bench.ablate.table import Claim, Table, Variant
+from bench.ablate.tables._settings import BOXES_ONLY, MASK_X, MASK_X_R101
+
+TABLE = Table(
+    title="Masks of classes that have boxes alone: what their weights are made of",
+    about="Half of the classes have no masks in training. A class-agnostic head can only segment what they have in "
+    "common with the others; weight transfer makes a predictor for each from its weights in the box head. Drawn wedges "
+    "and dumbbells have boxes alone, and rise or fall as the bars and leaves do that have masks.",
+    source=f"{MASK_X}, which has the order alone: both inputs, then the regressor's, the classifier's, and far below "
+    "the agnostic head",
+    metrics=("segm/AP_boxes_only", "segm/AP_with_masks", "bbox/AP"),
+    variants={
+        "agnostic": Variant(label="class-agnostic", model={"mask_class_agnostic": True}),
+        "cls": Variant(label="classifier's weights", model={"mask_transfer": {"inputs": "cls"}}),
+        "box": Variant(label="regressor's weights", model={"mask_transfer": {"inputs": "box"}}),
+        "cls_box": Variant(label="both", published="23.8 mask AP", model={"mask_transfer": {"inputs": "cls_box"}}),
+    },
+    claims=(
+        Claim(better="cls_box", worse="agnostic", metric="segm/AP_boxes_only", published="above"),
+        Claim(better="cls", worse="agnostic", metric="segm/AP_boxes_only", published="above"),
+        Claim(better="box", worse="agnostic", metric="segm/AP_boxes_only", published="above"),
+        Claim(better="cls_box", worse="box", metric="segm/AP_boxes_only", published="above", small=False),
+        Claim(better="box", worse="cls", metric="segm/AP_boxes_only", published="above", small=False),
+    ),
+    small=BOXES_ONLY,
+    full=MASK_X_R101,
+)

@@ -1,0 +1,25 @@
+"""Mask^X R-CNN: the depth of the function that makes mask predictors, and what masks of all classes would reach."""
+
+from bench.ablate.table import Claim, Table, Variant
+from bench.ablate.tables._settings import BOXES_ONLY, MASK_X, MASK_X_R101
+
+TABLE = Table(
+    title="Masks of classes that have boxes alone: the depth of the transfer",
+    about="How many layers the function has that makes a mask predictor of a class's weights in the box head. The "
+    "oracle learns from the masks of all classes, and bounds what can be transferred.",
+    source=f"{MASK_X}, which has the order alone, and an oracle about 10 points higher",
+    metrics=("segm/AP_boxes_only", "segm/AP_with_masks", "bbox/AP"),
+    variants={
+        "layers_1": Variant(label="1 layer", model={"mask_transfer": {"layers": 1}}),
+        "layers_2": Variant(label="2 layers", published="23.8 mask AP", model={"mask_transfer": {"layers": 2}}),
+        "layers_3": Variant(label="3 layers", model={"mask_transfer": {"layers": 3}}),
+        "oracle": Variant(label="oracle: all masks", data={"mask_classes": None}),
+    },
+    claims=(
+        Claim(better="oracle", worse="layers_2", metric="segm/AP_boxes_only", published="about +10"),
+        Claim(better="layers_2", worse="layers_1", metric="segm/AP_boxes_only", published="above", small=False),
+        Claim(better="layers_2", worse="layers_3", metric="segm/AP_boxes_only", published="above", small=False),
+    ),
+    small=BOXES_ONLY,
+    full=MASK_X_R101,
+)
