@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.cases import (
     CASES,
     FocalCase,
+    KeypointCase,
     MaskLossCase,
     MatchCase,
     ModelCase,
@@ -95,6 +96,8 @@ def _lines(name: str, case: Any) -> Iterator[tuple[str, str, Work]]:
         case MaskLossCase():
             yield "targets", "fp32", case.target_work()
             yield from ((f"loss {mode}", "bf16", case.loss_work("bf16", mode)) for mode in ("forward", "backward"))
+        case KeypointCase():
+            yield "forward", "bf16", case.work("bf16")
         case ModelCase():
             yield "training" if case.training else "inference", "bf16", case.work("bf16")
         case _:

@@ -230,6 +230,17 @@ def _paste_batch(output: str) -> Callable[[Inputs, str], Any]:
     return call
 
 
+def _keypoint_inputs() -> Inputs:
+    """A box larger than its map, a smaller one, one beyond every corner, and a slot that is not valid."""
+    rows = [[3.2, 1.1, 30.7, 19.4], [5.0, 3.5, 9.3, 8.0], [-20.0, -7.0, 1.5, 6.0], [0.0, 0.0, 9.0, 9.0]]
+    valid = torch.tensor([[True, True], [True, False]])
+    return {"heatmaps": 3 * _normal(2, 2, 2, 6, 7), "boxes": torch.tensor(rows).view(2, 2, 4), "valid": valid}
+
+
+def _decode_keypoints(x: Inputs, backend: str) -> tuple[Tensor, Tensor]:
+    return K.decode_keypoints(x["heatmaps"], x["boxes"], x["valid"], backend=backend)
+
+
 def _mask_target_inputs() -> Inputs:
     masks = _uniform(2, 3, 40, 45) < 0.5
     boxes = torch.stack([_boxes(4, 40.0, seed=s, min_size=6.0) for s in (7, 8)])
@@ -338,6 +349,13 @@ OP_CHECKS: tuple[OpCheck, ...] = (
     OpCheck(name="paste_masks (rle)", make=_paste_inputs, call=_paste("rle")),
     OpCheck(name="paste_masks_batched (bool)", make=_paste_batch_inputs, call=_paste_batch("bool")),
     OpCheck(name="paste_masks_batched (rle)", make=_paste_batch_inputs, call=_paste_batch("rle")),
+    OpCheck(
+        name="decode_keypoints",
+        make=_keypoint_inputs,
+        call=_decode_keypoints,
+        features=("heatmaps",),
+        dtypes=FEATURE_DTYPES,
+    ),
     OpCheck(name="mask_targets", make=_mask_target_inputs, call=_mask_targets, features=("boxes",)),
     OpCheck(
         name="sigmoid_focal_loss",

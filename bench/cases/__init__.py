@@ -1,4 +1,4 @@
-"""The standard work, W1 to W13, each a named, seeded case. Letters: N images, K boxes of an image, C channels,
+"""The standard work, W1 to W14, each a named, seeded case. Letters: N images, K boxes of an image, C channels,
 S segments, H W sides in pixels.
 
 A case says what the work is, makes inputs that look like a detector's, and counts the fewest bytes and the operations
@@ -15,6 +15,7 @@ from typing import Any
 
 from bench.cases.case import Case, sized
 from bench.cases.focal_loss import FocalCase
+from bench.cases.keypoints import KeypointCase
 from bench.cases.masks import MaskLossCase, PasteCase
 from bench.cases.matcher import MatchCase
 from bench.cases.model import ModelCase
@@ -27,6 +28,7 @@ __all__ = [
     "CASES",
     "Case",
     "FocalCase",
+    "KeypointCase",
     "MaskLossCase",
     "MatchCase",
     "ModelCase",
@@ -82,6 +84,7 @@ _ALL: Sequence[Case] = (
     ModelCase(name="W12-b8", images=8),
     ModelCase(name="W13-b2", images=2, training=True),
     ModelCase(name="W13-b16", images=16, training=True),
+    KeypointCase(name="W14"),
 )
 
 CASES: dict[str, Case] = {case.name: case for case in _ALL}

@@ -153,6 +153,19 @@ def test_match_anchors(anchors: tuple[int, int, int], crowds: bool, launched: li
     assert launched == ["_best_of_gt_kernel", "_match_kernel", "_match_kernel"]
 
 
+def test_decode_keypoints(launched: list[str]) -> None:
+    """One variant serves all counts of boxes and images; and maps of one cell, whose sizes are all 1, compile too."""
+    kernels = kernels_of("decode_keypoints")
+    for images, boxes in ((2, 3), (1, 7), (3, 5)):
+        valid = torch.ones(images, boxes, dtype=torch.bool)
+        kernels.decode_keypoints(torch.zeros(images, boxes, 17, 56, 56), torch.rand(images, boxes, 4), valid)
+    assert len(kernels._decode_keypoints_kernel.device_caches[0][0]) == 1
+    kernels.decode_keypoints(torch.zeros(1, 1, 1, 1, 1), torch.rand(1, 1, 4), None)
+    strided = torch.zeros(6, 5, 9, 7, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    kernels.decode_keypoints(strided.view(2, 3, 5, 9, 7), torch.rand(2, 3, 4), None)
+    assert launched == ["_decode_keypoints_kernel"] * 5
+
+
 @pytest.mark.parametrize("size", [None, [30, 40]], ids=["free", "clipped"])
 def test_boxes(size: list[int] | None, launched: list[str]) -> None:
     kernels = kernels_of("boxes")

@@ -2,10 +2,10 @@
 
 A patch is the square between four neighbouring cells; a bicubic surface in it depends on 4 x 4 cells, and cannot rise
 above a bound that follows from them (README, "Bounds"). A program of one warp owns one map. It finds the largest cell,
-takes the pixels around it as the best so far, and goes through the rows of patches: only where a bound reaches the best
-are pixels computed. Every pixel that could be the answer is, so the answer is that of the whole grid.
+takes the pixel there as the best so far, and goes down the rows of patches: only where a bound reaches the best are
+pixels computed. Every pixel that could be the answer is, so the answer is that of the whole grid.
 
-Letters as in `reference`; a patch and a pixel are named by the cell before them: floor of their coordinate in cells.
+Letters as in `reference`. A patch has the number of the cell before it: the floor of its coordinates in cells.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tmask_kernels._triton import on_device
 from tmask_kernels.ops.decode_keypoints.reference import KEYS, MAX_GRID, MAX_LOGIT
 from tmask_kernels.ops.roi_align.kernels_geometry import is_finite
 
-BLOCK = 1024  # cells read at once in search of the largest: 32 a thread
+BLOCK = 1024  # cells read at once in search of the largest: 32 a thread, 128 bytes of fp32 under way
 TILE_Y, TILE_X = 8, 16  # pixels at once: the patches that are left are few and near one another
 
 # What the outer two of four cells take from the inner two, or give to them, at most: a quarter of |a|, half-way.
