@@ -235,6 +235,20 @@ def test_mask_bce(dtype: torch.dtype, layout: torch.memory_format, launched: lis
     assert launched == ["_mask_bce_fwd_kernel", "_mask_bce_bwd_kernel"] * 2
 
 
+@pytest.mark.parametrize("convention", ["detectron2", "torchvision"])
+@pytest.mark.parametrize("size", [7, 28])
+def test_mask_targets(size: int, convention: str, launched: list[str]) -> None:
+    """One variant serves masks of all sizes: each batch of a training has its own."""
+    kernels, variants = kernels_of("mask_targets"), set()
+    for n, g, s, height, words in ((2, 3, 5, 16, 2), (1, 1, 1, 33, 1), (3, 16, 32, 64, 16)):
+        packed = torch.zeros(n, g, height, words, dtype=torch.int32)
+        boxes, index = torch.rand(n, s, 4), torch.zeros(n, s, dtype=torch.int64)
+        kernels.mask_targets(packed, boxes, index, size, convention == "detectron2", torch.full((n, 2), 9))
+        variants.add(len(kernels._mask_targets_kernel.device_caches[0][0]))
+    assert launched == ["_mask_targets_kernel"] * 3
+    assert len(variants) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("convention", ["detectron2", "torchvision"])
 def test_paste_masks(dtype: torch.dtype, convention: str, launched: list[str]) -> None:

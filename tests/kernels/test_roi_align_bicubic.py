@@ -319,7 +319,7 @@ def test_mutants_turn_parity_red(name: str, device: torch.device, tmp_path: Path
     [
         (check_close_samples, "NEARBY_CUBIC_SAMPLES = 6", "NEARBY_CUBIC_SAMPLES = 5"),
         (check_close_samples, "reach = 1 if cubic is None else 2", "reach = 1"),
-        (check_taps_of_the_border, "(low + tap).clamp(min=0), last)", "low + tap, last)"),
+        (check_taps_of_the_border, "(low + tap).clamp(0, last)", "(low + tap).clamp(max=last)"),
         (check_taps_of_the_border, "for tap in (-1, 0, 1, 2)", "for tap in (0, 1, 2)"),
         (check_taps_of_the_border, "far = coefficient *", "far = -0.75 *"),
     ],

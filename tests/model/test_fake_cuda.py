@@ -87,6 +87,7 @@ def test_everything_stays_on_the_gpu(mode: str, convention: str) -> None:
     expected = {"multiscale_roi_align", "rpn_candidates", "padded_nms", "select_best"}
     expected |= {"decode_boxes", "class_candidates"} if mode == "inference" else set()
     assert watch.ops >= expected, "auto takes the kernels on a GPU"
+    assert ("mask_targets" in watch.ops) == (mode == "train")
     assert watch.calls["match_anchors"] == (2 if mode == "train" else 0), "anchors, then RoIs, to the ground truth"
     assert not watch.ops & {"padded_nms_reference"}
 

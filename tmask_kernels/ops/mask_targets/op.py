@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tmask_kernels.backend import resolve
+from tmask_kernels.backend import resolve, triton_reasons
+from tmask_kernels.ops._checks import check_device
 from tmask_kernels.ops.mask_targets.reference import mask_targets_reference
-from tmask_kernels.packed import check_packed
+from tmask_kernels.packed import WORD, check_packed
+
+# Positions in 1 / UNIT pixels and the sum of a row of a bin's samples, up to W + 4 of them, are int32 in the kernel.
+MAX_SIDE = 8160
 
 
 def mask_targets(
@@ -25,15 +29,17 @@ def mask_targets(
     packed: [N, G, H, ceil(W / 32)] int32, see `pack_masks`. boxes: [N, S, 4] xyxy in pixels of those masks.
     gt_index: [N, S] int64, row of `packed` in the same image; -1 (as any row that is not there) gives zeros.
     image_sizes: [N, 2] height and width of each mask without its padding: RoIAlign repeats the last pixel at a
-    border and not the padding's zeros. None means no padding: H and 32 * ceil(W / 32).
+    border and not the padding's zeros. None means no padding: H and 32 * ceil(W / 32), which are also the most.
     Returns [N, S, size, size] float32 (float64 for float64 boxes).
 
     convention: ``"detectron2"`` RoIAlign with aligned=True and an adaptive grid, then 1 where the mean is >= 0.5, else
-    0; ``"torchvision"`` aligned=False and an adaptive grid, soft values in 0..1. Values agree with
-    `torchvision.ops.roi_align` on the float mask up to float32 rounding, so a mean of exactly 0.5 may fall to either
-    side. A RoI with NaN or, if aligned, with no area gives zeros.
+    0; ``"torchvision"`` aligned=False and an adaptive grid, soft values in 0..1. Means agree with
+    `torchvision.ops.roi_align` on the float mask up to float32 rounding, so its mean of exactly 0.5 may fall to either
+    side; those of all backends and devices are the same bits (the README says how, and for which sizes). A RoI with a
+    coordinate that is NaN or infinite or, if aligned, with no area gives zeros.
 
-    Not differentiable, no sync; boxes stay float32 under autocast. Errors: ValueError for wrong shapes, dtypes, names.
+    Not differentiable, no sync; boxes become float32, under autocast too, or stay float64. Errors: ValueError for wrong
+    shapes, dtypes, devices, names.
     Source: He et al., Mask R-CNN, 2017, section 3.
     """
     check_packed("packed", packed)
@@ -51,8 +57,28 @@ def mask_targets(
         raise ValueError(f"convention: expected 'detectron2' or 'torchvision', got {convention!r}")
     if image_sizes is not None and image_sizes.shape != (n, 2):
         raise ValueError(f"image_sizes: expected shape [{n}, 2], got {tuple(image_sizes.shape)}")
-    resolve("mask_targets", backend, {"reference": []}, device=packed.device)
-    return _mask_targets(packed, boxes.detach(), gt_index, size, convention == "detectron2", image_sizes)
+    check_device("mask_targets", packed.device, boxes=boxes, gt_index=gt_index, image_sizes=image_sizes)
+    triton = _triton_reasons(packed, boxes)
+    if packed.device.type == "cuda":
+        reasons: dict[str, list[str]] = {"triton": triton, "reference": []}
+    else:
+        reasons = {"reference": [], "triton": triton}
+    chosen = resolve("mask_targets", backend, reasons, device=packed.device)
+    boxes = boxes.detach().to(torch.promote_types(boxes.dtype, torch.float32))
+    if chosen == "triton":
+        from tmask_kernels.ops.mask_targets import kernels
+
+        return kernels.mask_targets(packed, boxes, gt_index, size, convention == "detectron2", image_sizes)
+    return _mask_targets(packed, boxes, gt_index, size, convention == "detectron2", image_sizes)
+
+
+def _triton_reasons(packed: Tensor, boxes: Tensor) -> list[str]:
+    reasons = triton_reasons(packed, boxes)
+    if boxes.dtype == torch.float64:
+        reasons.append("computes in float32, not float64")
+    if max(packed.shape[2], packed.shape[3] * WORD) > MAX_SIDE:
+        reasons.append(f"serves masks of up to {MAX_SIDE:,} pixels a side")
+    return reasons
 
 
 # One node of a compiled graph: the reference's loop over chunks of RoIs would unroll into thousands.

@@ -146,17 +146,15 @@ def axis_weights(
     bins: int,
     length: int,
     sampling_ratio: int,
-    limit: Tensor | None = None,
     cubic: float | None = None,
 ) -> Tensor:
     """Weight of each of `length` cells in each of `bins` bins along one axis: [..., bins, length].
 
     start, size [...]: where the box begins and how long it is, in cells. Bin ``b`` averages samples
     ``start + b * bin + (i + 0.5) * bin / grid`` with ``bin = size / bins``; ``grid`` is `sampling_ratio`, or
-    ``ceil(bin)`` where that is 0 or less. A sample outside [-1, limit] weighs 0 but counts in the mean. limit [...]:
-    how many of the cells are no padding; None: all. cubic: Keys' coefficient of bicubic samples; None: bilinear ones.
+    ``ceil(bin)`` where that is 0 or less. A sample outside [-1, length] weighs 0 but counts in the mean. cubic: Keys'
+    coefficient of bicubic samples; None: bilinear ones.
     """
-    end = torch.full_like(start[..., None, None], length) if limit is None else limit[..., None, None]  # [..., 1, 1]
     index = torch.arange(bins, dtype=start.dtype, device=start.device)[:, None]  # [bins, 1]
     cells = torch.arange(length, dtype=start.dtype, device=start.device)  # [length]
     # By a tensor: CUDA divides by a number as a product with its inverse, and 21 cells in 7 bins would take 4 samples
@@ -179,18 +177,15 @@ def axis_weights(
     for candidate in range(candidates):
         i = first + candidate
         at = bin_start + (i + 0.5) * bin_size / torch.where(grid > 0, grid, 1.0)
-        total = total + torch.where(i < grid, _tap_weights(at, cells, end, cubic), 0.0)
+        total = total + torch.where(i < grid, _tap_weights(at, cells, cubic), 0.0)
     return total / grid.clamp(min=1)
 
 
-def _tap_weights(at: Tensor, cells: Tensor, end: Tensor, cubic: float | None) -> Tensor:
-    """Weight of each of the `cells` [length] for samples `at` [..., 1 or length]: [..., length].
-
-    end [..., 1]: number of cells that are no padding.
-    """
-    inside = (at >= -1) & (at <= end)
-    last = (end - 1).clamp(min=0)  # [..., 1]
-    at = at.clamp(min=0).clamp(max=last)
+def _tap_weights(at: Tensor, cells: Tensor, cubic: float | None) -> Tensor:
+    """Weight of each of the `cells` [length] for samples `at` [..., 1 or length]: [..., length]."""
+    last = len(cells) - 1
+    inside = (at >= -1) & (at <= last + 1)
+    at = at.clamp(0, last)
     low = at.detach().floor()
     fraction = at - low  # 0 at the last cell
     if cubic is None:
@@ -199,7 +194,7 @@ def _tap_weights(at: Tensor, cells: Tensor, end: Tensor, cubic: float | None) ->
         taps = {tap: cubic_weight((fraction - tap).abs(), cubic) for tap in (-1, 0, 1, 2)}
     weight = torch.zeros((), dtype=at.dtype, device=at.device)
     for tap, tap_weight in taps.items():
-        cell = torch.minimum((low + tap).clamp(min=0), last)
+        cell = (low + tap).clamp(0, last)
         weight = weight + torch.where(cells == cell, tap_weight, 0.0)
     return torch.where(inside, weight, 0.0)
 
