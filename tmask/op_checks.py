@@ -242,13 +242,13 @@ def _decode_keypoints(x: Inputs, backend: str) -> tuple[Tensor, Tensor]:
 
 
 def _mask_target_inputs() -> Inputs:
-    masks = _uniform(2, 3, 40, 45) < 0.5
-    boxes = torch.stack([_boxes(4, 40.0, seed=s, min_size=6.0) for s in (7, 8)])
-    return {"packed": K.pack_masks(masks), "boxes": boxes, "index": torch.tensor([[0, 2, 1, -1], [1, 1, 0, 2]])}
+    masks = _uniform(2, 3, 13, 45) < 0.5
+    boxes = torch.stack([random_boxes(2, height=13, width=45, min_size=3, max_size=9, seed=s) for s in (7, 8)])
+    return {"packed": K.pack_masks(masks), "boxes": boxes, "index": torch.tensor([[0, -1], [1, 2]])}
 
 
 def _mask_targets(x: Inputs, backend: str) -> Tensor:
-    return K.mask_targets(x["packed"], x["boxes"], x["index"], 28, convention="torchvision", backend=backend)
+    return K.mask_targets(x["packed"], x["boxes"], x["index"], 3, convention="torchvision", backend=backend)
 
 
 def _focal_inputs() -> Inputs:
