@@ -188,6 +188,8 @@ def test_the_two_conventions_differ_and_are_named() -> None:
         (ModelConfig, {"max_size": -1}, "min_size: expected in 1..max_size, got 800"),
         (ModelConfig, {"trainable_layers": 6}, "trainable_layers: expected in 0..5, got 6"),
         (ModelConfig, {"anchor_sizes": []}, "anchor_sizes: expected 5 tuples, one a level P2-P6, got ()"),
+        (ModelConfig, {"norm": "gn", "fpn_channels": 48}, "fpn_channels: expected a multiple of the 32 groups of gn"),
+        (ModelConfig, {"norm": "gn", "mask_head_channels": 16}, "mask_head_channels: expected a multiple of the 32"),
         (ModelConfig, {"anchor_sizes": [[]] * 5}, "anchor_sizes: expected numbers above 0, at least one a level"),
         (ModelConfig, {"anchor_sizes": [[8], [8], [8], [8], [0]]}, "anchor_sizes: expected numbers above 0"),
         (

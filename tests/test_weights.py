@@ -47,7 +47,14 @@ def same(a: tmask.MaskRCNN, b: tmask.MaskRCNN) -> bool:
 
 @pytest.mark.parametrize(
     ("backbone", "frozen"),
-    [("resnet18", False), ("resnet34", False), ("resnet50", False), ("resnet101", False), ("resnet50", True)],
+    [
+        ("resnet18", False),
+        ("resnet34", False),
+        ("resnet50", False),
+        ("resnet101", False),
+        ("resnet50", True),
+        ("resnext50_32x4d", True),
+    ],
     ids=lambda value: value if isinstance(value, str) else ("frozen_bn" if value else "bn"),
 )
 def test_the_architecture_is_read_from_the_names(backbone: str, frozen: bool) -> None:
@@ -116,7 +123,8 @@ def test_other_classes_start_anew(state: dict[str, Tensor]) -> None:
 BAD = {
     "v2": r"expected the names of torchvision's maskrcnn_resnet50_fpn \(not _v2\), got \d+ other names",
     "faster": "expected the weights of a Mask R-CNN, got none for roi_heads.mask_head",
-    "resnet": r"expected one of resnet10, .*resnet101, got a ResNet of \(3, 8, 36, 3\) bottleneck blocks",
+    "resnet": r"one of resnet10, .*, got a ResNet of \(3, 8, 36, 3\) bottleneck blocks, groups of 64 channels",
+    "wide": r"got a ResNet of \(3, 4, 6, 3\) bottleneck blocks, groups of 128 channels",
     "missing": "does not fit the model: missing fpn.output.2.bias",
     "shape": r"rpn.head.objectness.weight: expected \[3, 256, 1, 1\], got \[5, 256, 1, 1\]",
     "empty": "got nothing",
@@ -139,10 +147,11 @@ def test_what_is_refused(case: str, state: dict[str, Tensor], tmp_path: Path) ->
         "softmax": {"losses": {"mask": "softmax"}},
         "agnostic": {"mask_class_agnostic": True},
     }.get(case, {})
-    if case in ("v2", "faster", "resnet"):
+    if case in ("v2", "faster", "resnet", "wide"):
         build = {"v2": maskrcnn_resnet50_fpn_v2, "faster": fasterrcnn_resnet50_fpn}.get(case)
+        other = "wide_resnet50_2" if case == "wide" else "resnet152"
         with torch.device("meta"):
-            model = build(weights=None, weights_backbone=None) if build else theirs("resnet152")
+            model = build(weights=None, weights_backbone=None) if build else theirs(other)
         given = model.state_dict()
     elif case == "missing":
         del given["backbone.fpn.layer_blocks.2.0.bias"]  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from tmask.config import ModelConfig
-from tmask.model.backbone import ResNet, load_backbone, warn_if_random_and_frozen
+from tmask.model.backbone import ResNet, as_backbone, load_backbone, warn_if_random_and_frozen
 from tmask.model.box_head import BoxHead
 from tmask.model.detector import MaskRCNN
 from tmask.model.fpn import FPN
@@ -18,6 +18,7 @@ from tmask.model.mask_branch import MaskBranch
 from tmask.model.mask_fusion import MaskFusion
 from tmask.model.mask_head import MaskHead, MLPMaskHead
 from tmask.model.mask_transfer import MaskTransfer
+from tmask.model.norm import head_norm_layer
 from tmask.model.roi_extractor import RoIExtractor
 from tmask.model.roi_heads import RoIHeads
 from tmask.model.rpn import RPN, TopN
@@ -40,8 +41,8 @@ def build_model(
 
     `preset` names an entry of `tmask.config.PRESETS` or is a config; `num_classes` counts the background; `overrides`
     replace fields of the config (``min_size=640``, ``convention="torchvision"``...). `backbone` names a ResNet or is
-    any module as tmask/model/backbone.py describes. `warn_if_untrained`: say so when frozen layers hold random weights;
-    off where a checkpoint will fill them. The result has ``.config``.
+    any module as tmask/model/backbone.py describes, timm's with ``features_only=True`` among them. `warn_if_untrained`:
+    say so when frozen layers hold random weights; off where a checkpoint will fill them. The result has ``.config``.
     Errors: ValueError for unknown names (with the nearest) and impossible values.
     """
     if num_classes is not None:
@@ -49,18 +50,12 @@ def build_model(
     if isinstance(backbone, str):
         overrides["backbone"], backbone = backbone, None
     config = model_config(preset, **overrides)
-    if backbone is None:
-        backbone = ResNet(
-            config.backbone, norm=config.norm, norm_eps=config.norm_eps, trainable_layers=config.trainable_layers
-        )
-        if config.backbone_weights is not None:
-            load_backbone(backbone, config.backbone_weights)
-        elif warn_if_untrained:
-            warn_if_random_and_frozen(backbone)
+    backbone = _resnet(config, warn_if_untrained) if backbone is None else as_backbone(backbone)
+    norm = head_norm_layer(config.norm, config.norm_eps)
     model = MaskRCNN(
         transform=_transform(config),
         backbone=backbone,
-        fpn=FPN(backbone.out_channels, config.fpn_channels),  # type: ignore[arg-type]
+        fpn=FPN(backbone.out_channels, config.fpn_channels, norm=norm),  # type: ignore[arg-type]
         rpn=_rpn(config),
         roi_heads=_roi_heads(config),
         loss_weights={
@@ -90,6 +85,17 @@ def _transform(config: ModelConfig) -> ImageTransform:
         keep_crowds=config.convention.ignore_crowds,
         num_keypoints=0 if config.keypoints is None else len(config.keypoints.skeleton.names),
     )
+
+
+def _resnet(config: ModelConfig, warn_if_untrained: bool) -> ResNet:
+    backbone = ResNet(
+        config.backbone, norm=config.norm, norm_eps=config.norm_eps, trainable_layers=config.trainable_layers
+    )
+    if config.backbone_weights is not None:
+        load_backbone(backbone, config.backbone_weights)
+    elif warn_if_untrained:
+        warn_if_random_and_frozen(backbone)
+    return backbone
 
 
 def _rpn(config: ModelConfig) -> RPN:
@@ -151,6 +157,7 @@ def _mask_head(config: ModelConfig, num_masks: int) -> nn.Module:
         channels=channels,
         num_layers=config.mask_head_layers,
         num_masks=num_masks if config.mask_transfer is None else None,
+        norm=head_norm_layer(config.norm, config.norm_eps),
         fusion=fusion,
     )
 

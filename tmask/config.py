@@ -14,8 +14,11 @@ from typing import Any, Literal
 from tmask.checks import check_fields, nearest, require
 from tmask.skeleton import Skeleton, make_skeleton
 
-BackboneName = Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101"]
-NormName = Literal["bn", "frozen_bn", "gn"]
+BackboneName = Literal[
+    "resnet10", "resnet18", "resnet34", "resnet50", "resnet101",
+    "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d",
+]  # fmt: skip
+NormName = Literal["bn", "sync_bn", "frozen_bn", "gn"]
 ConventionName = Literal["detectron2", "torchvision"]
 BoxLossName = Literal["smooth_l1", "giou", "diou", "ciou"]
 
@@ -179,7 +182,7 @@ class ModelConfig:
     # Backbone and FPN
     backbone: BackboneName = "resnet50"
     backbone_weights: str | None = None  # path of a torchvision ImageNet state dict (.pth or .safetensors)
-    norm: NormName = "frozen_bn"
+    norm: NormName = "frozen_bn"  # gn also stands in the FPN and the mask head, to train from scratch
     norm_eps: float = 1e-5  # torchvision's published COCO_V1 weights were made with 0
     trainable_layers: int = 3  # of 5, counted from the top; 3 freezes the stem and the first stage
     fpn_channels: int = 256
@@ -263,6 +266,9 @@ class ModelConfig:
         for part in ("rpn", "box"):
             low, high = getattr(self, f"{part}_bg_iou"), getattr(self, f"{part}_fg_iou")
             require(low <= high, f"{part}_bg_iou", f"at most {part}_fg_iou ({high})", low)
+        if self.norm == "gn":
+            for name in ["fpn_channels"] + ["mask_head_channels"] * (self.mask_head == "fcn"):
+                require(getattr(self, name) % 32 == 0, name, "a multiple of the 32 groups of gn", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,7 @@ PRESETS: dict[str, ModelConfig] = {
     "r18_fpn": dataclasses.replace(_R50, backbone="resnet18", norm="bn", trainable_layers=5),
     "r50_fpn": _R50,
     "r101_fpn": dataclasses.replace(_R50, backbone="resnet101"),
+    "x101_fpn": dataclasses.replace(_R50, backbone="resnext101_32x8d"),
 }
 
 
@@ -58,6 +59,7 @@ TRAIN_PRESETS: dict[str, TrainConfig] = {
     "r18_fpn": _SMALL_DATA,
     "r50_fpn": TrainConfig(),
     "r101_fpn": TrainConfig(),
+    "x101_fpn": TrainConfig(),
 }
 
 

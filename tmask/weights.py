@@ -44,10 +44,10 @@ def load_torchvision(state_dict: Mapping[str, Any] | str | Path, **overrides: An
     """Our model with the weights of torchvision's ``maskrcnn_resnet50_fpn``, giving its results.
 
     `state_dict` is that model's ``state_dict()`` or a file of one (.pth or .safetensors), of either generation of
-    names; a training checkpoint that holds it under ``"model"`` and a ``module.`` prefix are unwrapped. The ResNet
-    (18 to 101, batch norm or frozen), the widths and the number of classes are read from it; every other setting is
-    torchvision's default and can be replaced by `overrides`, fields of `tmask.ModelConfig`: ``min_size``,
-    ``box_score_threshold``, ``anchor_sizes``... The convention is ``"torchvision"`` unless overridden.
+    names; a training checkpoint that holds it under ``"model"`` and a ``module.`` prefix are unwrapped. The ResNet (18
+    to 101, or a ResNeXt; batch norm or frozen), the widths and the number of classes are read from it; every other
+    setting is torchvision's default and can be replaced by `overrides`, fields of `tmask.ModelConfig`: ``min_size``,
+    ``box_score_threshold``, ``anchor_sizes``.... The convention is ``"torchvision"`` if not replaced.
 
     With another ``num_classes`` the three layers that depend on it start anew, for fine-tuning on other classes.
 
@@ -136,10 +136,13 @@ def _architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
     blocks = tuple(len(_numbers(weights, rf"backbone\.layer{stage}\.(\d+)\.conv1\.weight")) for stage in range(1, 5))
     bottleneck = "backbone.layer1.0.conv3.weight" in weights
-    names = [name for name, resnet in RESNETS.items() if (resnet.bottleneck, resnet.blocks) == (bottleneck, blocks)]
+    outputs, group = shape("backbone.layer1.0.conv2.weight")[:2]  # all channels, and those of one group
+    own = (bottleneck, blocks, outputs // group, group)
+    names = [name for name, resnet in RESNETS.items() if resnet == own]
     if not names:
         kind = "bottleneck" if bottleneck else "basic"
-        raise ValueError(f"state_dict: expected one of {', '.join(RESNETS)}, got a ResNet of {blocks} {kind} blocks")
+        got = f"a ResNet of {blocks} {kind} blocks, groups of {group} channels"
+        raise ValueError(f"state_dict: expected one of {', '.join(RESNETS)}, got {got}")
     channels = shape("fpn.output.0.weight")[0]
     hidden, pooled = shape("roi_heads.box_head.fc6.weight")
     trained_norm = "backbone.bn1.num_batches_tracked" in weights

@@ -1,6 +1,7 @@
-"""Backbone and FPN: strides, odd sizes, torchvision's weights, norms, frozen layers."""
+"""Backbone and FPN: strides, odd sizes, torchvision's weights, frozen layers, backbones of one's own."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,14 +9,18 @@ import torch
 from torchvision.models import resnet
 
 import tmask
-from tmask.model.backbone import ResNet, load_backbone
+from tests.model.conftest import SMALL, images_and_targets
+from tmask.model.backbone import RESNETS, ResNet, as_backbone, load_backbone
 from tmask.model.fpn import FPN
 
-NAMES = ["resnet18", "resnet34", "resnet50", "resnet101"]
+NAMES = [name for name in RESNETS if name != "resnet10"]  # torchvision has no ResNet-10
 
 
-@pytest.mark.parametrize("name", ["resnet10", "resnet18", "resnet50"])
-@pytest.mark.parametrize("size", [(64, 96), (61, 83), (33, 100)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("resnet10", (64, 96)), ("resnet18", (61, 83)), ("resnet50", (33, 100)), ("resnext50_32x4d", (61, 83))],
+    ids=str,
+)
 def test_strides_at_any_size(name: str, size: tuple[int, int]) -> None:
     backbone = ResNet(name)
     levels = FPN(backbone.out_channels, 8)(list(backbone(torch.rand(2, 3, *size)).values()))
@@ -25,8 +30,26 @@ def test_strides_at_any_size(name: str, size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_torchvision_state_dict_loads_whole(name: str, suffix: str, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
+def test_torchvision_state_dict_has_every_key(name: str, tmp_path: Path) -> None:
+    """Names and shapes alone: the networks have no memory, and the file holds one number a tensor."""
+    with torch.device("meta"):
+        theirs, ours = getattr(resnet, name)(), ResNet(name)
+    weights = {key: torch.zeros(()).expand(value.shape) for key, value in theirs.state_dict().items()}
+    torch.save(weights, tmp_path / "weights.pth")
+    load_backbone(ours, str(tmp_path / "weights.pth"))
+    assert set(ours.state_dict()) == {key for key in weights if not key.startswith("fc.")}
+    del weights["layer4.0.conv1.weight"]
+    torch.save(weights, tmp_path / "less.pth")
+    with pytest.raises(ValueError, match=r"missing layer4\.0\.conv1\.weight"):
+        load_backbone(ours, str(tmp_path / "less.pth"))
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [("resnet18", ".pth"), ("resnet18", ".safetensors"), ("resnet50", ".pth"), ("resnext50_32x4d", ".safetensors")],
+)
+def test_torchvision_weights_give_its_features(name: str, suffix: str, tmp_path: Path) -> None:
     theirs = getattr(resnet, name)()
     path = tmp_path / f"weights{suffix}"
     if suffix == ".pth":
@@ -63,13 +86,6 @@ def test_files_without_the_counters_of_batch_norms_load(tmp_path: Path) -> None:
     assert torch.equal(ours.state_dict()["layer4.1.conv2.weight"], weights["layer4.1.conv2.weight"])
 
 
-@pytest.mark.parametrize("norm", ["bn", "frozen_bn", "gn"])
-def test_every_norm_trains(norm: str) -> None:
-    backbone = ResNet("resnet10", norm=norm)
-    sum(x.float().square().mean() for x in backbone(torch.rand(2, 3, 64, 64)).values()).backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in backbone.parameters())
-
-
 @pytest.mark.parametrize(("layers", "first_trainable"), [(5, "conv1"), (4, "layer1"), (3, "layer2"), (1, "layer4")])
 def test_trainable_layers_count_from_the_top(layers: int, first_trainable: str) -> None:
     backbone = ResNet("resnet10", trainable_layers=layers)
@@ -85,15 +101,81 @@ def test_frozen_random_layers_warn() -> None:
         tmask.build_model("tiny")
 
 
-def test_a_backbone_of_ones_own() -> None:
-    class Stripes(torch.nn.Module):
-        out_channels = (3, 3, 3, 3)
+class Stripes(torch.nn.Module):
+    """Blurred images are its maps; `shift` makes them trainable."""
 
-        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {f"c{i}": torch.nn.functional.avg_pool2d(x, 2**i) for i in range(2, 6)}
+    out_channels = (3, 3, 3, 3)
 
-    model = tmask.build_model("tiny", backbone=Stripes())
-    boxes = torch.tensor([[10.0, 10.0, 60.0, 60.0]])
-    target = {"boxes": boxes, "labels": torch.ones(1, dtype=torch.int64), "masks": torch.ones(1, 128, 128)}
-    losses = model([torch.rand(3, 128, 128)], [target])
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {f"c{i}": torch.nn.functional.avg_pool2d(x + self.shift, 2**i, ceil_mode=True) for i in range(2, 6)}
+
+
+class FeatureInfo:
+    """As timm describes the maps of a network."""
+
+    def __init__(self, reductions: list[int]) -> None:
+        self.reductions = reductions
+
+    def reduction(self) -> list[int]:
+        return self.reductions
+
+    def channels(self) -> list[int]:
+        return [10 + reduction for reduction in self.reductions]
+
+
+class TimmLike(torch.nn.Module):
+    """A list of maps, [N, 10 + stride, H / stride, W / stride], as timm's features_only; `as_dict`: by names."""
+
+    def __init__(self, reductions: list[int], as_dict: bool = False) -> None:
+        super().__init__()
+        self.feature_info, self.as_dict = FeatureInfo(reductions), as_dict
+        self.convs = torch.nn.ModuleList(torch.nn.Conv2d(3, 10 + r, 1, stride=r) for r in reductions)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor] | dict[str, torch.Tensor]:
+        maps = [conv(x) for conv in self.convs]
+        return {str(i): x for i, x in enumerate(maps)} if self.as_dict else maps
+
+
+BACKBONES: dict[str, Callable[[], torch.nn.Module]] = {
+    "dict of maps": Stripes,
+    "timm": lambda: TimmLike([4, 8, 16, 32]),
+    "timm with stride 2": lambda: TimmLike([2, 4, 8, 16, 32]),
+    "timm with names": lambda: TimmLike([2, 4, 8, 16, 32], as_dict=True),
+}
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_a_backbone_of_ones_own_trains(kind: str) -> None:
+    model = tmask.build_model("tiny", num_classes=4, backbone=BACKBONES[kind](), **SMALL)
+    losses = model(*images_and_targets())
+    sum(losses.values()).backward()
     assert all(torch.isfinite(loss) for loss in losses.values())
+    reached = [p for p in model.backbone.parameters() if p.grad is not None and p.grad.any()]
+    if kind == "dict of maps":
+        assert len(reached) == 1
+    else:
+        strides = {p.shape[0] - 10 for p in reached}
+        assert strides == {4, 8, 16, 32}
+
+
+def test_the_maps_of_a_timm_model_are_found_by_their_strides() -> None:
+    backbone = as_backbone(TimmLike([2, 4, 8, 16, 32, 64]))
+    assert backbone.out_channels == (14, 18, 26, 42)
+    maps = backbone(torch.rand(1, 3, 64, 64))
+    assert [(name, x.shape[1], x.shape[2]) for name, x in maps.items()] == [
+        ("c2", 14, 16), ("c3", 18, 8), ("c4", 26, 4), ("c5", 42, 2),
+    ]  # fmt: skip
+
+
+def test_a_module_that_is_no_backbone_is_refused() -> None:
+    for module, message in (
+        (torch.nn.Conv2d(3, 4, 1), "backbone: expected a module with out_channels, the widths of its 4 maps .* got"),
+        (torch.nn.ReLU(), "or with timm's feature_info, got out_channels None"),
+        (TimmLike([2, 4, 8, 16]), r"backbone: expected maps of strides \(4, 8, 16, 32\), got \[2, 4, 8, 16\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tmask.build_model("tiny", backbone=module)

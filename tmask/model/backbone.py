@@ -1,21 +1,24 @@
 """Backbone: an image batch in, feature maps of strides 4, 8, 16, 32 out. The network is torchvision's ResNet.
 
 Any module serves instead that maps [N, 3, H, W] to an ordered dict {name: [N, C_i, H_i, W_i]}, finest first, and has
-``out_channels``, the tuple of the C_i. Letters: N images, C channels, H W size.
+``out_channels``, the tuple of the C_i; so does a ``features_only`` model of timm. Letters: N images, C channels, H W
+size.
 """
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torchvision.models import resnet
-from torchvision.ops import FrozenBatchNorm2d
 
+from tmask.model.norm import norm_layer
 from tmask.model.state_dict import misfits, read_state_dict
+
+STRIDES = (4, 8, 16, 32)  # of the maps
+_COUNTER = "num_batches_tracked"
 
 
 class Depth(NamedTuple):
@@ -23,6 +26,8 @@ class Depth(NamedTuple):
 
     bottleneck: bool  # blocks of three convolutions, else of two
     blocks: tuple[int, int, int, int]  # in each stage
+    groups: int = 1  # of a block's 3x3 convolution; ResNeXt has more
+    width_per_group: int = 64  # channels of a group in the first stage
 
 
 RESNETS: dict[str, Depth] = {
@@ -31,38 +36,32 @@ RESNETS: dict[str, Depth] = {
     "resnet34": Depth(False, (3, 4, 6, 3)),
     "resnet50": Depth(True, (3, 4, 6, 3)),
     "resnet101": Depth(True, (3, 4, 23, 3)),
+    "resnext50_32x4d": Depth(True, (3, 4, 6, 3), 32, 4),
+    "resnext101_32x8d": Depth(True, (3, 4, 23, 3), 32, 8),
+    "resnext101_64x4d": Depth(True, (3, 4, 23, 3), 64, 4),
 }
-
-
-def _group_norm(channels: int, eps: float) -> nn.Module:
-    return nn.GroupNorm(32, channels, eps=eps)  # 32 groups: Wu & He, "Group Normalization", 2018
-
-
-_NORMS: dict[str, Callable[..., nn.Module]] = {
-    "bn": nn.BatchNorm2d,
-    "frozen_bn": FrozenBatchNorm2d,
-    "gn": _group_norm,
-}
-_COUNTER = "num_batches_tracked"
 
 
 class ResNet(nn.Module):
-    """ResNet stages 2-5 (He et al. 2015) as {"c2", "c3", "c4", "c5"} of strides 4, 8, 16, 32; any H and W.
+    """Stages 2-5 of a ResNet (He et al. 2015) or ResNeXt (Xie et al. 2016) as {"c2", "c3", "c4", "c5"}; any H and W.
 
-    `name` is a key of torchvision's family (``resnet10`` has one block a stage); `norm` one of ``bn``, ``frozen_bn``,
-    ``gn``; `norm_eps` is added to its variance; `trainable_layers` of the five (stem and four stages) learn, counted
-    from the top.
+    `name` is a key of torchvision's family (``resnet10`` has one block a stage); `norm` one of ``bn``, ``sync_bn``,
+    ``frozen_bn``, ``gn``; `norm_eps` is added to its variance; `trainable_layers` of the five (stem and four stages)
+    learn, counted from the top.
     """
 
     def __init__(self, name: str, *, norm: str = "bn", norm_eps: float = 1e-5, trainable_layers: int = 5) -> None:
         super().__init__()
-        bottleneck, blocks = RESNETS[name]
+        bottleneck, blocks, groups, width = RESNETS[name]
         block = resnet.Bottleneck if bottleneck else resnet.BasicBlock
-        body = resnet.ResNet(block, list(blocks), norm_layer=functools.partial(_NORMS[norm], eps=norm_eps))
+        body = resnet.ResNet(
+            block, list(blocks), groups=groups, width_per_group=width, norm_layer=norm_layer(norm, norm_eps)
+        )
         # Without the classifier's fc and avgpool; torchvision's names stay, so its state dicts load as they are.
         for stage in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
             self.add_module(stage, getattr(body, stage))
-        self.out_channels = tuple(width * block.expansion for width in (64, 128, 256, 512))
+        self.stages = {"c2": "layer1", "c3": "layer2", "c4": "layer3", "c5": "layer4"}
+        self.out_channels = tuple(planes * block.expansion for planes in (64, 128, 256, 512))
         frozen = [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)][: 5 - trainable_layers]
         for stage in (stage for group in frozen for stage in group):
             self.get_submodule(stage).requires_grad_(False)
@@ -72,10 +71,44 @@ class ResNet(nn.Module):
         for stage in ("conv1", "bn1", "relu", "maxpool"):
             x = self.get_submodule(stage)(x)
         maps = {}
-        for name, stage in (("c2", "layer1"), ("c3", "layer2"), ("c4", "layer3"), ("c5", "layer4")):
+        for name, stage in self.stages.items():
             x = self.get_submodule(stage)(x)
             maps[name] = x
         return maps
+
+
+class FeaturesOnly(nn.Module):
+    """A network that gives a list of maps and has ``feature_info``, as timm's ``features_only`` models, as a backbone.
+
+    Of its maps [N, C_i, H_i, W_i] those of strides 4, 8, 16, 32 are taken. Errors: ValueError if one is missing.
+    """
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+        reductions = list(network.feature_info.reduction())
+        if not set(STRIDES) <= set(reductions):
+            raise ValueError(f"backbone: expected maps of strides {STRIDES}, got {reductions} of its feature_info")
+        self.levels = [reductions.index(stride) for stride in STRIDES]
+        channels = network.feature_info.channels()
+        self.out_channels = tuple(channels[level] for level in self.levels)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Images [N, 3, H, W] to maps [N, C_i, H_i, W_i]."""
+        maps = self.network(x)
+        maps = list(maps.values()) if isinstance(maps, Mapping) else maps
+        return {f"c{i}": maps[level] for i, level in enumerate(self.levels, start=2)}
+
+
+def as_backbone(module: nn.Module) -> nn.Module:
+    """`module` as it is, or one of timm's kind as a backbone. Errors: ValueError if it is neither."""
+    if hasattr(module, "feature_info") and not hasattr(module, "out_channels"):
+        module = FeaturesOnly(module)
+    channels = getattr(module, "out_channels", None)
+    if not isinstance(channels, tuple | list) or len(channels) != len(STRIDES):
+        expected = f"a module with out_channels, the widths of its {len(STRIDES)} maps of strides {STRIDES}"
+        raise ValueError(f"backbone: expected {expected}, or with timm's feature_info, got out_channels {channels!r}")
+    return module
 
 
 def load_backbone(backbone: nn.Module, path: str) -> None:

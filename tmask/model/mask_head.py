@@ -11,12 +11,15 @@ from collections.abc import Iterable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tmask.model.norm import NormLayer
+
 
 class MaskHead(nn.Module):
     """Fully convolutional: `num_layers` 3x3 convolutions, a 2x2 deconvolution of stride 2, a 1x1 predictor.
 
     The predictor has `num_masks` channels, or with None its kernel comes with each call. The mask that `fusion` makes
-    of what the predictor sees is added to every channel's. Source: He et al. 2017, "Mask R-CNN", figure 4 right.
+    of what the predictor sees is added to every channel's. `norm` makes the layer behind each of the 3x3 convolutions.
+    Source: He et al. 2017, "Mask R-CNN", figure 4 right.
     """
 
     def __init__(
@@ -27,12 +30,14 @@ class MaskHead(nn.Module):
         num_layers: int,
         num_masks: int | None,
         fusion: nn.Module | None = None,
+        norm: NormLayer = nn.Identity,
     ) -> None:
         super().__init__()
         widths = [in_channels] + [channels] * num_layers
         self.convs = nn.ModuleList(
             nn.Conv2d(before, after, 3, padding=1) for before, after in itertools.pairwise(widths)
         )
+        self.norms = nn.ModuleList(norm(channels) for _ in self.convs)
         self.deconv = nn.ConvTranspose2d(widths[-1], channels, 2, stride=2)
         self.predictor = nn.Conv2d(channels, num_masks, 1) if num_masks is not None else None
         _init([*self.convs, self.deconv], self.predictor)
@@ -43,8 +48,8 @@ class MaskHead(nn.Module):
 
         `predictor` [C, channels]: a kernel in place of the head's own, without bias.
         """
-        for conv in self.convs:
-            x = F.relu(conv(x))
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            x = F.relu(norm(conv(x)))
         hidden = _deconv(x, self.deconv)
         if predictor is None:
             assert self.predictor is not None, "made without a predictor: give one"
