@@ -579,6 +579,25 @@ SETTINGS = [
         code=2,
     ),
     Case(
+        "anchor sizes of a pyramid for one level",
+        "train --model.neck c5",
+        "--model.anchor_sizes: expected 1 tuple, as the neck c5 is one level, got ((12.0,), (20.0,), (32.0,), (48.0,), (72.0,))",
+        code=2,
+    ),
+    Case("unknown neck", "train --model.neck c3", "--model.neck: expected one of c4, c5, fpn, got c3", code=2),
+    Case(
+        "batch norm in the RoI heads",
+        "train --model.neck c4 --model.anchor_sizes [[16,32,64]]",
+        "--model.norm: expected 'frozen_bn' or 'gn', as the neck c4 has conv5 on RoIs, of which batch statistics tell nothing, got 'bn'",
+        code=2,
+    ),
+    Case(
+        "channels that 32 groups do not divide",
+        "train --model.norm gn",
+        "--model.fpn_channels: expected a multiple of the 32 groups of gn, got 8",
+        code=2,
+    ),
+    Case(
         "levels without anchor sizes",
         "train --model.anchor_sizes [[],[],[],[],[]]",
         "--model.anchor_sizes: expected numbers above 0, at least one a level, got ((), (), (), (), ())",
@@ -909,7 +928,12 @@ PYTHON = [
         'tmask.build_model("tiny", rpn_nms_threshold=float("nan"))',
         "rpn_nms_threshold: expected a finite number, got nan",
     ),
-    PythonCase("unknown preset", 'tmask.build_model("r50")', "preset: expected 'r50_fpn'?, got 'r50'"),
+    PythonCase("unknown preset", 'tmask.build_model("r50_fnp")', "preset: expected 'r50_fpn'?, got 'r50_fnp'"),
+    PythonCase(
+        "backbone that is none",
+        'tmask.build_model("tiny", backbone=torch.nn.ReLU())',
+        "backbone: expected a module with out_channels, the widths of its 4 maps of strides (4, 8, 16, 32), or with timm's feature_info, got out_channels None",
+    ),
     PythonCase("no image", "model([])", "images: expected at least one image, got an empty list"),
     PythonCase(
         "NaN in an image",

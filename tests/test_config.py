@@ -29,7 +29,7 @@ FIELDS = {
         milestones lr_floor warmup_steps warmup_start clip_norm ema_decay precision channels_last seed log_every
         checkpoint_every eval_every eval_max_detections tensorboard""",
     ModelConfig: """num_classes convention min_size max_size image_mean image_std size_divisible backbone
-        backbone_weights norm norm_eps trainable_layers fpn_channels anchor_sizes anchor_aspect_ratios rpn_fg_iou
+        backbone_weights norm norm_eps trainable_layers neck fpn_channels anchor_sizes anchor_aspect_ratios rpn_fg_iou
         rpn_bg_iou rpn_batch_size rpn_positive_fraction rpn_pre_nms_top_n_train rpn_pre_nms_top_n_test
         rpn_post_nms_top_n_train rpn_post_nms_top_n_test rpn_nms_threshold rpn_min_size rpn_score_threshold
         roi_extractor box_pool_size box_head_dim box_fg_iou box_bg_iou box_batch_size box_positive_fraction
@@ -188,6 +188,14 @@ def test_the_two_conventions_differ_and_are_named() -> None:
         (ModelConfig, {"max_size": -1}, "min_size: expected in 1..max_size, got 800"),
         (ModelConfig, {"trainable_layers": 6}, "trainable_layers: expected in 0..5, got 6"),
         (ModelConfig, {"anchor_sizes": []}, "anchor_sizes: expected 5 tuples, one a level P2-P6, got ()"),
+        (ModelConfig, {"neck": "c5"}, "anchor_sizes: expected 1 tuple, as the neck c5 is one level, got ((32.0,), "),
+        (ModelConfig, {"neck": "c6", "anchor_sizes": [[8]]}, "neck: expected one of c4, c5, fpn, got 'c6'"),
+        (
+            ModelConfig,
+            {"neck": "c4", "anchor_sizes": [[8]], "norm": "sync_bn"},
+            "norm: expected 'frozen_bn' or 'gn', as the neck c4",
+        ),
+        (ModelConfig, {"neck": "c4", "anchor_sizes": [[8]], "norm": "bn"}, "norm: expected 'frozen_bn' or 'gn'"),
         (ModelConfig, {"norm": "gn", "fpn_channels": 48}, "fpn_channels: expected a multiple of the 32 groups of gn"),
         (ModelConfig, {"norm": "gn", "mask_head_channels": 16}, "mask_head_channels: expected a multiple of the 32"),
         (ModelConfig, {"anchor_sizes": [[]] * 5}, "anchor_sizes: expected numbers above 0, at least one a level"),
@@ -208,7 +216,8 @@ def test_the_two_conventions_differ_and_are_named() -> None:
         (ModelConfig, {"box_positive_fraction": 0}, "box_positive_fraction: expected in (0, 1], got 0"),
         (ModelConfig, {"rpn_min_size": -1.0}, "rpn_min_size: expected at least 0, got -1.0"),
         (ModelConfig, {"loss_mask": math.nan}, "loss_mask: expected a finite number, got nan"),
-        (ModelConfig, {"mask_head_layers": 0}, "mask_head_layers: expected at least 1, got 0"),
+        (ModelConfig, {"mask_head_layers": -1}, "mask_head_layers: expected at least 0, got -1"),
+        (ModelConfig, {"box_pool_size": 0}, "box_pool_size: expected at least 1, got 0"),
         (ModelConfig, {"mask_head": "fc"}, "mask_head: expected 'fcn'?, got 'fc'"),
         (ModelConfig, {"mask_mlp_dim": 0}, "mask_mlp_dim: expected at least 1, got 0"),
         (ModelConfig, {"mask_mlp_layers": 0}, "mask_mlp_layers: expected at least 1, got 0"),

@@ -131,6 +131,7 @@ BAD = {
     "type": "expected names and tensors or a file of them, got int",
     "file": "expected a state-dict file, got 'nowhere.pth', which does not exist",
     "damaged": "damaged.pth is truncated, damaged or no state dict",
+    "neck": "neck: expected 'fpn', as torchvision's, got 'c5'",
     "setting": "unknown ModelConfig setting 'min_sise': expected 'min_size'",
     "mlp": "mask_head: expected 'fcn', as torchvision's, got 'mlp'",
     "softmax": "losses.mask: expected 'sigmoid', by which these masks are trained, got 'softmax'",
@@ -143,6 +144,7 @@ def test_what_is_refused(case: str, state: dict[str, Tensor], tmp_path: Path) ->
     given: object = dict(state)
     overrides = {
         "setting": {"min_sise": 3},
+        "neck": {"neck": "c5", "anchor_sizes": ((32.0,),)},
         "mlp": {"mask_head": "mlp", "mask_mlp_dim": 8, "num_classes": 9},
         "softmax": {"losses": {"mask": "softmax"}},
         "agnostic": {"mask_class_agnostic": True},

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from tmask.config import ModelConfig
+from tmask.config import NECK_STRIDES, ModelConfig
 from tmask.model.backbone import ResNet, as_backbone, load_backbone, warn_if_random_and_frozen
-from tmask.model.box_head import BoxHead
+from tmask.model.box_head import BoxHead, MeanBoxHead
 from tmask.model.detector import MaskRCNN
 from tmask.model.fpn import FPN
 from tmask.model.keypoint_branch import KeypointBranch
@@ -19,14 +19,13 @@ from tmask.model.mask_fusion import MaskFusion
 from tmask.model.mask_head import MaskHead, MLPMaskHead
 from tmask.model.mask_transfer import MaskTransfer
 from tmask.model.norm import head_norm_layer
-from tmask.model.roi_extractor import RoIExtractor
+from tmask.model.roi_extractor import Extractor, RoIExtractor, StageExtractor
 from tmask.model.roi_heads import RoIHeads
 from tmask.model.rpn import RPN, TopN
+from tmask.model.single_level import SingleLevel
 from tmask.model.transform import ImageTransform
 from tmask.presets import model_config
 from tmask_kernels import AnchorSpec
-
-STRIDES = (4, 8, 16, 32, 64)  # P2-P6
 
 
 def build_model(
@@ -51,13 +50,13 @@ def build_model(
         overrides["backbone"], backbone = backbone, None
     config = model_config(preset, **overrides)
     backbone = _resnet(config, warn_if_untrained) if backbone is None else as_backbone(backbone)
-    norm = head_norm_layer(config.norm, config.norm_eps)
+    neck, extractor, channels = _neck(config, backbone)
     model = MaskRCNN(
         transform=_transform(config),
         backbone=backbone,
-        fpn=FPN(backbone.out_channels, config.fpn_channels, norm=norm),  # type: ignore[arg-type]
-        rpn=_rpn(config),
-        roi_heads=_roi_heads(config),
+        fpn=neck,
+        rpn=_rpn(config, neck.out_channels),
+        roi_heads=_roi_heads(config, extractor, channels),
         loss_weights={
             "loss_objectness": config.loss_rpn_objectness,
             "loss_rpn_box_reg": config.loss_rpn_box,
@@ -98,13 +97,28 @@ def _resnet(config: ModelConfig, warn_if_untrained: bool) -> ResNet:
     return backbone
 
 
-def _rpn(config: ModelConfig) -> RPN:
+def _neck(config: ModelConfig, backbone: Any) -> tuple[FPN | SingleLevel, Extractor, int]:
+    """What gives the levels, what reads RoIs from them, and the width of what it reads."""
+    extractor = _roi_extractor(config)
+    if config.neck == "c4":
+        if not isinstance(backbone, ResNet):
+            expected = "'fpn' or 'c5' with a backbone of your own, as c4 puts conv5 of a ResNet into the RoI heads"
+            raise ValueError(f"neck: expected {expected}, got 'c4'")
+        channels = backbone.out_channels[-1]
+        stage = backbone.take_last_stage()
+        return SingleLevel(backbone.out_channels), StageExtractor(extractor, stage), channels
+    kind = FPN if config.neck == "fpn" else SingleLevel
+    norm = head_norm_layer(config.norm, config.norm_eps)
+    return kind(backbone.out_channels, config.fpn_channels, norm=norm), extractor, config.fpn_channels
+
+
+def _rpn(config: ModelConfig, channels: int) -> RPN:
     return RPN(
-        channels=config.fpn_channels,
+        channels=channels,
         anchors=AnchorSpec(
             sizes=config.anchor_sizes,
             aspect_ratios=config.anchor_aspect_ratios,
-            strides=None if config.convention.anchor_stride_from_grid else STRIDES,
+            strides=None if config.convention.anchor_stride_from_grid else NECK_STRIDES[config.neck],
             offset=config.convention.anchor_offset,
             rounded=config.convention.anchors_rounded,
         ),
@@ -130,7 +144,7 @@ def _focal(config: ModelConfig) -> Focal:
 def _roi_extractor(config: ModelConfig) -> RoIExtractor:
     own, convention = config.roi_extractor, config.convention
     return RoIExtractor(
-        strides=STRIDES[:-1],
+        strides=NECK_STRIDES[config.neck][:4],  # P6 serves the RPN alone
         op=own.op,
         aligned=convention.roi_aligned if own.aligned is None else own.aligned,
         sampling_ratio=convention.roi_sampling_ratio if own.sampling_ratio is None else own.sampling_ratio,
@@ -140,10 +154,27 @@ def _roi_extractor(config: ModelConfig) -> RoIExtractor:
     )
 
 
-def _mask_head(config: ModelConfig, num_masks: int) -> nn.Module:
+def _box_head(config: ModelConfig, channels: int) -> BoxHead | MeanBoxHead:
+    by_sigmoid = config.losses.classifier == "sigmoid_focal"
+    bias = _focal(config).bias if by_sigmoid else 0.0
+    if config.neck == "c4":
+        return MeanBoxHead(
+            channels=channels, num_classes=config.num_classes, background=not by_sigmoid, class_bias=bias
+        )
+    return BoxHead(
+        channels=channels,
+        pool_size=config.box_pool_size,
+        hidden=config.box_head_dim,
+        num_classes=config.num_classes,
+        background=not by_sigmoid,
+        class_bias=bias,
+    )
+
+
+def _mask_head(config: ModelConfig, in_channels: int, num_masks: int) -> nn.Module:
     if config.mask_head == "mlp":
         return MLPMaskHead(
-            in_channels=config.fpn_channels,
+            in_channels=in_channels,
             pool_size=config.mask_pool_size,
             hidden=config.mask_mlp_dim,
             num_layers=config.mask_mlp_layers,
@@ -153,7 +184,7 @@ def _mask_head(config: ModelConfig, num_masks: int) -> nn.Module:
     if config.mask_fusion_layers:
         fusion = MaskFusion(channels=channels, size=2 * config.mask_pool_size, num_layers=config.mask_fusion_layers)
     return MaskHead(
-        in_channels=config.fpn_channels,
+        in_channels=in_channels,
         channels=channels,
         num_layers=config.mask_head_layers,
         num_masks=num_masks if config.mask_transfer is None else None,
@@ -162,8 +193,8 @@ def _mask_head(config: ModelConfig, num_masks: int) -> nn.Module:
     )
 
 
-def _roi_heads(config: ModelConfig) -> RoIHeads:
-    by_sigmoid = config.losses.classifier == "sigmoid_focal"
+def _roi_heads(config: ModelConfig, extractor: Extractor, channels: int) -> RoIHeads:
+    box_head = _box_head(config, channels)
     branch = MaskBranch(
         pool_size=config.mask_pool_size,
         targets=config.convention.mask_targets,
@@ -171,17 +202,10 @@ def _roi_heads(config: ModelConfig) -> RoIHeads:
         class_agnostic=config.mask_class_agnostic,
     )
     return RoIHeads(
-        extractor=_roi_extractor(config),
-        box_head=BoxHead(
-            channels=config.fpn_channels,
-            pool_size=config.box_pool_size,
-            hidden=config.box_head_dim,
-            num_classes=config.num_classes,
-            background=not by_sigmoid,
-            class_bias=_focal(config).bias if by_sigmoid else 0.0,
-        ),
-        mask_head=_mask_head(config, branch.num_channels(config.num_classes)),
-        mask_transfer=_mask_transfer(config),
+        extractor=extractor,
+        box_head=box_head,
+        mask_head=_mask_head(config, channels, branch.num_channels(config.num_classes)),
+        mask_transfer=_mask_transfer(config, box_head.classifier.in_features),
         mask_branch=branch,
         box_pool_size=config.box_pool_size,
         fg_iou=config.box_fg_iou,
@@ -194,17 +218,17 @@ def _roi_heads(config: ModelConfig) -> RoIHeads:
         class_loss=config.losses.classifier,
         box_loss=config.losses.box,
         focal=_focal(config),
-        **_keypoints(config),
+        **_keypoints(config, channels),
     )
 
 
-def _keypoints(config: ModelConfig) -> dict[str, Any]:
+def _keypoints(config: ModelConfig, in_channels: int) -> dict[str, Any]:
     """The keypoint branch, as arguments of `RoIHeads`; none without keypoints."""
     own = config.keypoints
     if own is None:
         return {}
     head = KeypointHead(
-        in_channels=config.fpn_channels,
+        in_channels=in_channels,
         channels=own.head_channels,
         num_layers=own.head_layers,
         num_keypoints=len(own.skeleton.names),
@@ -213,12 +237,12 @@ def _keypoints(config: ModelConfig) -> dict[str, Any]:
     return {"keypoint_head": head, "keypoint_branch": branch}
 
 
-def _mask_transfer(config: ModelConfig) -> MaskTransfer | None:
+def _mask_transfer(config: ModelConfig, features: int) -> MaskTransfer | None:
     own = config.mask_transfer
     if own is None:
         return None
     return MaskTransfer(
-        features=config.box_head_dim,
+        features=features,
         channels=config.mask_head_channels,
         inputs=own.inputs,
         num_layers=own.layers,

@@ -22,6 +22,9 @@ NormName = Literal["bn", "sync_bn", "frozen_bn", "gn"]
 ConventionName = Literal["detectron2", "torchvision"]
 BoxLossName = Literal["smooth_l1", "giou", "diou", "ciou"]
 
+# Pixels per cell of each level that a neck gives to the RPN: P2-P6, or one map of the backbone.
+NECK_STRIDES: dict[str, tuple[int, ...]] = {"fpn": (4, 8, 16, 32, 64), "c4": (16,), "c5": (32,)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Convention:
@@ -179,13 +182,14 @@ class ModelConfig:
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     size_divisible: int = 32
 
-    # Backbone and FPN
+    # Backbone and neck
     backbone: BackboneName = "resnet50"
     backbone_weights: str | None = None  # path of a torchvision ImageNet state dict (.pth or .safetensors)
-    norm: NormName = "frozen_bn"  # gn also stands in the FPN and the mask head, to train from scratch
+    norm: NormName = "frozen_bn"  # gn also stands in the neck and the mask head, to train from scratch
     norm_eps: float = 1e-5  # torchvision's published COCO_V1 weights were made with 0
     trainable_layers: int = 3  # of 5, counted from the top; 3 freezes the stem and the first stage
-    fpn_channels: int = 256
+    neck: Literal["fpn", "c4", "c5"] = "fpn"  # a pyramid, or the one map of stride 16 (conv5 on each RoI) or 32
+    fpn_channels: int = 256  # of each level; c4 keeps the backbone's width
 
     # Region proposal network
     anchor_sizes: tuple[tuple[float, ...], ...] = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))  # one tuple a level
@@ -207,7 +211,7 @@ class ModelConfig:
 
     # Box head
     box_pool_size: int = 7
-    box_head_dim: int = 1024
+    box_head_dim: int = 1024  # of two hidden layers, in place of which c4 has conv5
     box_fg_iou: float = 0.5
     box_bg_iou: float = 0.5
     box_batch_size: int = 512  # sampled RoIs an image
@@ -220,7 +224,7 @@ class ModelConfig:
     mask_pool_size: int = 14  # the mask is twice as large
     mask_head: Literal["fcn", "mlp"] = "fcn"  # convolutions and a deconvolution, or fully connected layers
     mask_head_channels: int = 256  # of fcn
-    mask_head_layers: int = 4  # of fcn: 3x3 convolutions
+    mask_head_layers: int = 4  # of fcn: 3x3 convolutions; 0 with the published c4
     mask_fusion_layers: int = 0  # of fcn: fully connected, of one mask that is added to every other; 0: none, 1 or 2
     mask_mlp_dim: int = 1024  # of mlp: units of a hidden layer
     mask_mlp_layers: int = 2  # of mlp: hidden layers
@@ -245,7 +249,9 @@ class ModelConfig:
         require(min(self.image_std) > 0, "image_std", "numbers above 0", self.image_std)
         require(0 <= self.trainable_layers <= 5, "trainable_layers", "in 0..5", self.trainable_layers)
         require(0 <= self.mask_fusion_layers <= 2, "mask_fusion_layers", "0, 1 or 2", self.mask_fusion_layers)
-        require(len(self.anchor_sizes) == 5, "anchor_sizes", "5 tuples, one a level P2-P6", self.anchor_sizes)
+        levels = len(NECK_STRIDES[self.neck])
+        expected = "5 tuples, one a level P2-P6" if levels > 1 else f"1 tuple, as the neck {self.neck} is one level"
+        require(len(self.anchor_sizes) == levels, "anchor_sizes", expected, self.anchor_sizes)
         # One RPN head serves all levels, so each has as many anchors a cell.
         counts = {len(level) for level in self.anchor_sizes}
         require(len(counts) == 1, "anchor_sizes", "as many sizes in each level", self.anchor_sizes)
@@ -255,8 +261,9 @@ class ModelConfig:
         require(min(ratios, default=0) > 0, "anchor_aspect_ratios", "numbers above 0, at least one", ratios)
         for item in dataclasses.fields(self):
             name, value = item.name, getattr(self, item.name)
-            if item.type == "int" and name not in ("trainable_layers", "mask_fusion_layers"):
-                require(value >= 1, name, "at least 1", value)
+            if item.type == "int":
+                least = 0 if name in ("trainable_layers", "mask_head_layers", "mask_fusion_layers") else 1
+                require(value >= least, name, f"at least {least}", value)
             elif name.endswith(("_iou", "_threshold")):
                 require(0 <= value <= 1, name, "in 0..1", value)
             elif name.endswith("_positive_fraction"):
@@ -266,8 +273,15 @@ class ModelConfig:
         for part in ("rpn", "box"):
             low, high = getattr(self, f"{part}_bg_iou"), getattr(self, f"{part}_fg_iou")
             require(low <= high, f"{part}_bg_iou", f"at most {part}_fg_iou ({high})", low)
+        self._check_norm()
+
+    def _check_norm(self) -> None:
+        if self.neck == "c4":
+            # Many slots of the mask branch are empty: their zeros would be in the statistics.
+            expected = "'frozen_bn' or 'gn', as the neck c4 has conv5 on RoIs, of which batch statistics tell nothing"
+            require(self.norm in ("frozen_bn", "gn"), "norm", expected, self.norm)
         if self.norm == "gn":
-            for name in ["fpn_channels"] + ["mask_head_channels"] * (self.mask_head == "fcn"):
+            for name in ["fpn_channels"] * (self.neck != "c4") + ["mask_head_channels"] * (self.mask_head == "fcn"):
                 require(getattr(self, name) % 32 == 0, name, "a multiple of the 32 groups of gn", getattr(self, name))
 
 

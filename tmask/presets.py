@@ -10,32 +10,46 @@ from tmask.config import CONVENTIONS, ModelConfig, TrainConfig, from_dict
 
 _R50 = ModelConfig()
 
+# Small enough to learn from scratch on two CPU cores in minutes; images of about 128 px.
+_TINY = ModelConfig(
+    min_size=128,
+    max_size=192,
+    image_mean=(0.5, 0.5, 0.5),
+    image_std=(0.25, 0.25, 0.25),
+    backbone="resnet10",
+    norm="bn",
+    trainable_layers=5,
+    fpn_channels=64,
+    anchor_sizes=((12.0,), (20.0,), (32.0,), (48.0,), (72.0,)),
+    rpn_batch_size=128,
+    rpn_pre_nms_top_n_train=256,
+    rpn_pre_nms_top_n_test=256,
+    rpn_post_nms_top_n_train=128,
+    rpn_post_nms_top_n_test=128,
+    box_head_dim=256,
+    box_batch_size=64,
+    max_detections=50,
+    mask_head_channels=64,
+)
+
 PRESETS: dict[str, ModelConfig] = {
-    # Small enough to learn from scratch on two CPU cores in minutes; images of about 128 px.
-    "tiny": ModelConfig(
-        min_size=128,
-        max_size=192,
-        image_mean=(0.5, 0.5, 0.5),
-        image_std=(0.25, 0.25, 0.25),
-        backbone="resnet10",
-        norm="bn",
-        trainable_layers=5,
-        fpn_channels=64,
-        anchor_sizes=((12.0,), (20.0,), (32.0,), (48.0,), (72.0,)),
-        rpn_batch_size=128,
-        rpn_pre_nms_top_n_train=256,
-        rpn_pre_nms_top_n_test=256,
-        rpn_post_nms_top_n_train=128,
-        rpn_post_nms_top_n_test=128,
-        box_head_dim=256,
-        box_batch_size=64,
-        max_detections=50,
-        mask_head_channels=64,
-    ),
+    "tiny": _TINY,
+    "tiny_c5": dataclasses.replace(_TINY, neck="c5", anchor_sizes=((12.0, 20.0, 32.0, 48.0, 72.0),)),
     "r18_fpn": dataclasses.replace(_R50, backbone="resnet18", norm="bn", trainable_layers=5),
     "r50_fpn": _R50,
     "r101_fpn": dataclasses.replace(_R50, backbone="resnet101"),
     "x101_fpn": dataclasses.replace(_R50, backbone="resnext101_32x8d"),
+    # As detectron2 trains it: 14 x 14 bins that conv5 brings to 7 x 7, masks of 14 x 14, and as many boxes into the NMS
+    # of the one level as Faster R-CNN's own code. The paper samples 64 RoIs an image and tests 300.
+    "r50_c4": dataclasses.replace(
+        _R50,
+        neck="c4",
+        anchor_sizes=((32.0, 64.0, 128.0, 256.0, 512.0),),
+        rpn_pre_nms_top_n_train=12_000,
+        rpn_pre_nms_top_n_test=6_000,
+        mask_pool_size=7,
+        mask_head_layers=0,
+    ),
 }
 
 
@@ -56,10 +70,12 @@ _SMALL_DATA = TrainConfig(
 # others follow the published schedule of fine-tuning from ImageNet weights.
 TRAIN_PRESETS: dict[str, TrainConfig] = {
     "tiny": _SMALL_DATA,
+    "tiny_c5": _SMALL_DATA,
     "r18_fpn": _SMALL_DATA,
     "r50_fpn": TrainConfig(),
     "r101_fpn": TrainConfig(),
     "x101_fpn": TrainConfig(),
+    "r50_c4": TrainConfig(),
 }
 
 

@@ -47,7 +47,7 @@ def load_torchvision(state_dict: Mapping[str, Any] | str | Path, **overrides: An
     names; a training checkpoint that holds it under ``"model"`` and a ``module.`` prefix are unwrapped. The ResNet (18
     to 101, or a ResNeXt; batch norm or frozen), the widths and the number of classes are read from it; every other
     setting is torchvision's default and can be replaced by `overrides`, fields of `tmask.ModelConfig`: ``min_size``,
-    ``box_score_threshold``, ``anchor_sizes``.... The convention is ``"torchvision"`` if not replaced.
+    ``box_score_threshold``, ``anchor_sizes``... but not ``neck``. The convention is ``"torchvision"`` if not replaced.
 
     With another ``num_classes`` the three layers that depend on it start anew, for fine-tuning on other classes.
 
@@ -63,7 +63,7 @@ def load_torchvision(state_dict: Mapping[str, Any] | str | Path, **overrides: An
     weights = torchvision_weights(state_dict)
     settings = {"convention": "torchvision", **_architecture(weights), **overrides}
     model = build_model("r50_fpn", warn_if_untrained=False, **settings)
-    _check_masks(model.config, _architecture(weights)["num_classes"])
+    _check_architecture(model.config, _architecture(weights)["num_classes"])
     weights = adapted(weights, model)
     problems = misfits(model, weights)
     if problems:
@@ -72,8 +72,9 @@ def load_torchvision(state_dict: Mapping[str, Any] | str | Path, **overrides: An
     return model
 
 
-def _check_masks(config: ModelConfig, num_classes: int) -> None:
-    """torchvision's masks have an FCN and a sigmoid for each class; of other classes than its the predictor is new."""
+def _check_architecture(config: ModelConfig, num_classes: int) -> None:
+    """torchvision's has an FPN, and an FCN with a sigmoid mask a class; of other classes the predictor is new."""
+    require(config.neck == "fpn", "neck", "'fpn', as torchvision's", config.neck)
     require(config.mask_head == "fcn", "mask_head", "'fcn', as torchvision's", config.mask_head)
     if config.num_classes == num_classes:
         mask, agnostic = config.losses.mask, config.mask_class_agnostic

@@ -214,7 +214,7 @@ def test_masks_are_resized_as_the_convention_says(convention: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"preset": "r50"}, "preset: expected 'r50_fpn'"),
+        ({"preset": "r50_fnp"}, "preset: expected 'r50_fpn'"),
         ({"min_sice": 3}, "unknown ModelConfig setting 'min_sice': expected 'min_size'"),
         ({"convention": "torchvison"}, "convention: expected 'torchvision'"),
         ({"num_classes": 1}, "num_classes: expected at least 2"),

@@ -65,7 +65,7 @@ def run(mode: str, **settings: Any) -> _Watch:
     batch = tmask.build_model("tiny", num_classes=4, **SMALL).transform(*images_and_targets())
     with FakeTensorMode():
         with CUDA:
-            model = tmask.build_model("tiny", num_classes=4, **SMALL, **settings)
+            model = tmask.build_model("tiny", num_classes=4, **SMALL | settings)
         images, targets = on_fake_gpu(batch)
         with _Watch() as watch:
             if mode == "train":
@@ -98,6 +98,13 @@ def test_roi_pool_stays_on_the_gpu(mode: str) -> None:
     assert not watch.elsewhere
     assert "roi_pool" in watch.ops
     assert not watch.ops & {"multiscale_roi_align"}
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_a_single_level_stays_on_the_gpu(mode: str) -> None:
+    watch = run(mode, neck="c4", norm="gn", mask_head_channels=32, anchor_sizes=((8.0, 32.0, 64.0),))
+    assert not watch.elsewhere
+    assert watch.ops >= {"multiscale_roi_align", "rpn_candidates", "padded_nms", "select_best"}
 
 
 @pytest.mark.parametrize("mode", ["train", "inference"])

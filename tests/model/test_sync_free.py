@@ -12,7 +12,7 @@ from triton.runtime.interpreter import GridExecutor
 
 import tmask
 import tmask_kernels
-from tests.model.conftest import SMALL
+from tests.model.conftest import SMALL, images_and_targets
 from tests.model.sync import count_blocking
 from tmask.model import rpn
 from tmask.model.postprocess import to_list
@@ -74,6 +74,21 @@ def test_triton_backend(mode: str, batch: tuple[ImageBatch, Targets], monkeypatc
         run(mode, model, batch)
     assert not found
     assert used >= {"multiscale_roi_align", *(["mask_targets"] if mode == "train" else [])}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU see tests/gpu/test_model.py")
+@pytest.mark.parametrize(("mode", "op"), [("train", "roi_align"), ("inference", "roi_pool")])
+def test_triton_backend_of_a_single_level(mode: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = tmask.build_model(
+        "tiny_c5", num_classes=4, **SMALL, roi_extractor={"op": op}, anchor_sizes=((16.0, 32.0, 64.0),)
+    )
+    batch = model.transform(*images_and_targets())
+    with triton_where_there_is_a_kernel(monkeypatch) as used, count_blocking() as found:
+        run(mode, model, batch)  # type: ignore[arg-type]
+    assert not found
+    assert ("roi_pool" if op == "roi_pool" else "multiscale_roi_align") in used
 
 
 @pytest.mark.parametrize("mode", ["train", "inference"])

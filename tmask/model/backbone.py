@@ -76,6 +76,14 @@ class ResNet(nn.Module):
             maps[name] = x
         return maps
 
+    def take_last_stage(self) -> nn.Module:
+        """The last stage, [R, C_i, H, W] to [R, 2 C_i, ~H/2, ~W/2]; the network ends before it from now on."""
+        _, stage = self.stages.popitem()
+        self.out_channels = self.out_channels[:-1]
+        taken = self.get_submodule(stage)
+        delattr(self, stage)
+        return taken
+
 
 class FeaturesOnly(nn.Module):
     """A network that gives a list of maps and has ``feature_info``, as timm's ``features_only`` models, as a backbone.

@@ -34,14 +34,36 @@ class BoxHead(nn.Module):
         for layer in (self.fc6, self.fc7):
             nn.init.kaiming_uniform_(layer.weight, a=1)  # variance 1 / fan_in
             nn.init.zeros_(layer.bias)
-        # Small enough that training starts from near-uniform classes and unmoved boxes: Girshick 2015, section 2.3.
-        nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.constant_(self.classifier.bias, class_bias)
-        nn.init.normal_(self.regressor.weight, std=0.001)
-        nn.init.zeros_(self.regressor.bias)
+        _init_predictors(self.classifier, self.regressor, class_bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled features [R, channels, pool, pool] to logits [R, C], or [R, C - 1], and deltas [R, C, 4]."""
         x = F.relu(self.fc6(x.flatten(1)))
         x = F.relu(self.fc7(x))
         return self.classifier(x), self.regressor(x).unflatten(1, (-1, 4))
+
+
+class MeanBoxHead(nn.Module):
+    """The mean over the bins, then classifier and regressor: for features that went through conv5 in the RoI heads.
+
+    Arguments as `BoxHead`. Source: the ResNet-C4 head of He et al. 2017, "Mask R-CNN", figure 4 left.
+    """
+
+    def __init__(self, *, channels: int, num_classes: int, background: bool = True, class_bias: float = 0.0) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(channels, num_classes if background else num_classes - 1)
+        self.regressor = nn.Linear(channels, 4 * num_classes)
+        _init_predictors(self.classifier, self.regressor, class_bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled features [R, channels, pool, pool] to logits [R, C], or [R, C - 1], and deltas [R, C, 4]."""
+        x = x.mean((2, 3))
+        return self.classifier(x), self.regressor(x).unflatten(1, (-1, 4))
+
+
+def _init_predictors(classifier: nn.Linear, regressor: nn.Linear, class_bias: float) -> None:
+    """Small enough that training starts from near-uniform classes and unmoved boxes: Girshick 2015, section 2.3."""
+    nn.init.normal_(classifier.weight, std=0.01)
+    nn.init.constant_(classifier.bias, class_bias)
+    nn.init.normal_(regressor.weight, std=0.001)
+    nn.init.zeros_(regressor.bias)

@@ -1,4 +1,4 @@
-"""Mask R-CNN whole: backbone -> FPN -> RPN -> RoI heads -> detections.
+"""Mask R-CNN whole: backbone -> FPN (or a single level) -> RPN -> RoI heads -> detections.
 
 `forward_padded` is the model: fixed shapes, no host synchronisation. `forward` is a thin shell around it with
 torchvision's contract, lists of images in and lists of dicts out.
@@ -78,9 +78,8 @@ class MaskRCNN(nn.Module):
         """
         if self.training and targets is None:
             raise ValueError("targets: expected Targets in training mode, got None")
-        features = self.fpn(list(self.backbone(images.tensor).values()))  # P2-P6
+        features = self.fpn(list(self.backbone(images.tensor).values()))  # P2-P6, or one level
         proposals, losses = self.rpn(features, images, targets)
-        features = features[:-1]  # P6 serves the RPN alone
         if targets is None:
             return self.roi_heads.detect(features, proposals, images, compact=compact)
         losses |= self.roi_heads.losses(features, proposals, images, targets, compact=compact)

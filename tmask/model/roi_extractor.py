@@ -1,16 +1,22 @@
-"""RoI extractor: features of boxes, read from the pyramid. Letters: N images, P boxes an image, C channels."""
+"""RoI extractors: feature maps and boxes in, the features of each box out, of one size.
+
+Letters: N images, C channels, H W size of a level, P boxes of an image.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tmask_kernels import multiscale_roi_align, pyramid_levels, roi_pool
+
+# Levels, boxes, valid and the side of the output, to the features of the boxes: see `RoIExtractor`.
+Extractor = Callable[[Sequence[Tensor], Tensor, Tensor, int], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +33,7 @@ class RoIExtractor:
 
     def __call__(self, features: Sequence[Tensor], boxes: Tensor, valid: Tensor, output_size: int) -> Tensor:
         """Levels [N, C, H, W], boxes [N, P, 4], valid [N, P] to [N * P, C, output_size, output_size]."""
+        features = features[: len(self.strides)]  # P6 serves the RPN alone
         scales = [1 / stride for stride in self.strides]
         if self.op == "roi_pool":
             # Every box is pooled from its own level and is 0 from the others.
@@ -48,3 +55,20 @@ class RoIExtractor:
             reduction=self.reduction,
             interpolation=self.interpolation,
         )
+
+
+class StageExtractor(nn.Module):
+    """`pool`, then a stage of the backbone on what it read: conv5 on RoIs of C4, which every head shares.
+
+    `stage` halves the side, so `pool` reads twice as many bins: 14 x 14 for an output of 7 x 7. Empty slots are read as
+    zeros and go through the stage as all others. Source: He et al. 2017, "Mask R-CNN", figure 4 left.
+    """
+
+    def __init__(self, pool: Extractor, stage: nn.Module) -> None:
+        super().__init__()
+        self.pool, self.stage = pool, stage
+
+    def forward(self, features: Sequence[Tensor], boxes: Tensor, valid: Tensor, output_size: int) -> Tensor:
+        """Levels [N, C, H, W], boxes [N, P, 4], valid [N, P] to [N * P, C', output_size, output_size]."""
+        out: Tensor = self.stage(self.pool(features, boxes, valid, 2 * output_size))
+        return out

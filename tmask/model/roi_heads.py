@@ -17,7 +17,7 @@ from tmask.model.keypoint_branch import KeypointBranch
 from tmask.model.losses import BoxLoss, ClassLoss, Focal, box_losses, class_probabilities
 from tmask.model.mask_branch import Head, MaskBranch
 from tmask.model.mask_transfer import MaskTransfer
-from tmask.model.roi_extractor import RoIExtractor
+from tmask.model.roi_extractor import Extractor
 from tmask.model.sampling import Sampler, sample, take_rows
 from tmask.structures import Detections, ImageBatch, Proposals, SampledRois, Targets
 from tmask_kernels import decode_boxes, detections, match_anchors
@@ -38,7 +38,7 @@ class RoIHeads(nn.Module):
     def __init__(
         self,
         *,
-        extractor: RoIExtractor,
+        extractor: Extractor,
         box_head: nn.Module,
         mask_head: nn.Module,
         mask_branch: MaskBranch,
