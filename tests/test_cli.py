@@ -1,5 +1,6 @@
 """The command line from end to end on a few small pictures, and each way of using it wrongly."""
 
+import dataclasses
 import inspect
 import json
 import shutil
@@ -14,8 +15,8 @@ import yaml
 from tmask import cli
 from tmask.cli.common import precision_of
 from tmask.cli.train import train_parser
-from tmask.config import CONVENTIONS, RoIExtractorConfig, TrainConfig
-from tmask.data.shapes import CLASSES, write_shapes
+from tmask.config import CONVENTIONS, KeypointConfig, RoIExtractorConfig, TrainConfig
+from tmask.data.shapes import CLASSES, KEYPOINT_EDGES, KEYPOINTS, write_shapes
 from tmask.engine import evaluate
 from tmask.engine.log import read_log
 from tmask.model.backbone import ResNet
@@ -257,6 +258,45 @@ def test_the_roi_extractor_is_set_by_file_and_option(tmp_path: Path, capsys: Any
     assert config["model"]["roi_extractor"] == vars(RoIExtractorConfig()) | expected
 
 
+def test_keypoints_are_set_by_file_and_option(tmp_path: Path, capsys: Any) -> None:
+    assert printed_config(capsys)["model"]["keypoints"] is None
+    default = json.loads(json.dumps(dataclasses.asdict(KeypointConfig())))
+    assert printed_config(capsys, "--model.keypoints", "{}")["model"]["keypoints"] == default
+    file = tmp_path / "c.yaml"
+    file.write_text("preset: tiny\nmodel: {keypoints: {names: [a, b], edges: [[0, 1]]}}\n")
+    config = printed_config(capsys, "--config", str(file), "--model.keypoints.head_channels", "64")
+    expected = {"names": ["a", "b"], "edges": [[0, 1]], "head_channels": 64}
+    assert config["model"]["keypoints"] == default | expected
+
+
+def test_a_keypoint_model_takes_its_skeleton_from_the_data(tmp_path: Path, capsys: Any) -> None:
+    images, annotations = write_shapes(tmp_path / "corners", num_images=2, seed=1, size=64, variant="corners")
+    paths = Data(images, annotations, images, annotations)
+    options = [*SMALL, "--model.keypoints.head_channels=8", "--model.keypoints.head_layers=1", "--train.steps=1"]
+    options += ["--model.box_score_threshold=0", "--model.max_detections=5", "--device=cpu"]
+    assert call("train", *paths.options(), *options, preset="tiny", out=tmp_path / "out") == 0
+    saved = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["model"]["keypoints"]
+    assert (saved["names"], saved["edges"]) == (list(KEYPOINTS), [list(edge) for edge in KEYPOINT_EDGES])
+    assert "keypoints/AP50" in capsys.readouterr().out
+    checkpoint = tmp_path / "out" / "checkpoint.pt"
+    assert call("eval", checkpoint=checkpoint, images=images, annotations=annotations, out=tmp_path / "eval") == 0
+    before, again = (json.loads((tmp_path / part / "metrics.json").read_text()) for part in ("out", "eval"))
+    assert again == before
+    other = json.loads(annotations.read_text())
+    for category in other["categories"]:
+        category["keypoints"] = ["a", "b", "c", "d"]
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    assert call("eval", checkpoint=checkpoint, images=images, annotations=tmp_path / "other.json") == 1
+    assert "expected the keypoints top, left, bottom, right, got a, b, c, d" in capsys.readouterr().err
+
+
+def test_keypoints_need_data_that_has_them(data: Data, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    assert call("train", *data.options(), "--model.keypoints={}", "--model.keypoints.names=[a]", out=out) == 1
+    assert "categories: expected the keypoints a, got none" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_a_published_small_data_recipe_can_be_written_down(capsys: Any) -> None:
     """torchvision's Mask R-CNN R18-FPN from scratch on cell nuclei: every constant is an option."""
     levels = "[[8],[16],[32],[64],[128]]"
@@ -294,6 +334,12 @@ USAGE_ERRORS = {
         "train DATA --out OUT --model.roi_extractor.op roi_pool --model.roi_extractor.aligned true",
         "--model.roi_extractor: aligned: expected None, as roi_pool has no such option, got True",
     ),
+    "wrong type of a keypoint setting": (
+        "train --model.keypoints.head_layers many",
+        "--model.keypoints: head_layers: expected a whole number, got 'many'",
+    ),
+    "unknown keypoint setting": ("train --model.keypoints.layers 2", "did you mean --model.keypoints.head_layers?"),
+    "keypoints that are no settings": ("train --model.keypoints 17", "KeypointConfig: expected settings by name, got"),
     "no such folder": (
         "train DATA --out OUT --data.val_images none",
         "--data.val_images: no such file or folder: none",
@@ -332,6 +378,8 @@ def test_usage_errors_are_one_line_and_exit_code_2(
 def test_unknown_keys_of_a_config_file_are_named(tmp_path: Path, capsys: Any) -> None:
     for text, expected in (
         ("model: {min_sise: 3}", "did you mean --model.min_size?"),
+        ("model: {keypoints: {layers: 2}}", "did you mean --model.keypoints.head_layers?"),
+        ("model: {keypoints: {names: a}}", "--model.keypoints: names: expected a tuple"),
         ("- 1", "expected settings, got list"),
         ("preset: [tiny]", "--preset: expected 'tiny'?, got ['tiny']"),
         ("model: [", "not YAML"),

@@ -45,6 +45,20 @@ def test_every_form_of_mask_draws_the_same():
         assert torch.equal(picture, first), name
 
 
+def test_skeletons_are_drawn_between_visible_keypoints():
+    keypoints = torch.zeros(2, 3, 3)
+    keypoints[0] = torch.tensor([[8.0, 8.0, 1.0], [50.0, 8.0, 2.0], [50.0, 35.0, 0.0]])
+    picture = draw_instances(grey(), result(keypoints=keypoints), NAMES, edges=[(0, 1), (1, 2)])
+    plain = draw_instances(grey(), result(), NAMES)
+    scale = picture.shape[2] // 60
+    drawn = (picture != plain).any(0)
+    assert drawn[8 * scale, 22 * scale : 48 * scale].all()  # the line from the first to the second
+    assert not drawn[12 * scale :].any()  # none to the third, and no dot there
+    without = draw_instances(grey(), result(keypoints=keypoints), NAMES)
+    assert (without != plain).any(0)[8 * scale, 8 * scale]  # the dots alone
+    assert not (without != plain).any(0)[8 * scale, 20 * scale : 40 * scale].any()
+
+
 def test_small_images_are_enlarged_and_large_ones_are_not():
     assert draw_instances(grey(), result(), NAMES).shape == (3, 40 * 13, 60 * 13)
     assert draw_instances(grey(), result(), NAMES, side=40).shape == (3, 40, 60)

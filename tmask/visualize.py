@@ -1,4 +1,4 @@
-"""Pictures of what a model found: masks, boxes and labels drawn into the image, and grids of such pictures.
+"""Pictures of what a model found: masks, boxes, skeletons and labels drawn into the image, and grids of such pictures.
 
 Letters: K instances, H W image size, h w size of a picture. A picture is uint8 [3, h, w], RGB.
 """
@@ -44,14 +44,16 @@ def draw_instances(
     *,
     min_score: float = 0.0,
     side: int = PICTURE_SIDE,
+    edges: Sequence[tuple[int, int]] = (),
 ) -> Tensor:
     """Draw instances into their image, each in a colour of its own: uint8 [3, h, w].
 
     image: uint8 [3, H, W] RGB. result: ``boxes`` [K, 4] xyxy in pixels of the image and ``labels`` [K]; may hold
     ``scores`` [K] and ``masks``: COCO run lengths (K dicts), [K, H, W] bool or uint8, or probabilities, [K, 1, H, W]
-    too, as torchvision gives them. Label i is named ``class_names[i - 1]``; a single class is not named, and one that
-    the font cannot write by its number, ``class i``. Instances below `min_score` are left out, and in a crowded picture
-    labels that would hide another one or too much of the picture.
+    too, as torchvision gives them; and ``keypoints`` [K, Kp, 3] of x, y and a value above 0 where there is one: dots,
+    with lines between those of `edges`, pairs of numbers from 0. Label i is named ``class_names[i - 1]``; a single
+    class is not named, and one that the font cannot write by its number, ``class i``. Instances below `min_score` are
+    left out, and in a crowded picture labels that would hide another one or too much of the picture.
     The picture is the image enlarged by the whole factor that brings its short side nearest to `side`, at least 1, and
     fewer times if it is long and thin. Run lengths are decoded one at a time.
 
@@ -89,6 +91,10 @@ def draw_instances(
     for k in shown:
         line = max(1, round(min(canvas.size) / 600))
         draw.rectangle(_inside(boxes[k] * factor, canvas.size), outline=_colour(k), width=line)
+    if result.get("keypoints") is not None:
+        keypoints = _to_numpy(result["keypoints"])
+        for k in shown:
+            _draw_skeleton(draw, keypoints[k] * (factor, factor, 1), edges, _colour(k), min(canvas.size))
     font = _font(max(11, round(min(canvas.size) / 34)))
     taken: list[Box] = []
     first = shown[::-1] if scores is None else sorted(shown, key=lambda k: -float(scores[k]))
@@ -110,11 +116,12 @@ def comparison(
     class_names: Sequence[str],
     *,
     min_score: float = 0.5,
+    edges: Sequence[tuple[int, int]] = (),
 ) -> Tensor:
     """The prediction beside the ground truth, with captions; arguments as of `draw_instances`."""
     pair = [
-        draw_instances(image, prediction, class_names, min_score=min_score),
-        draw_instances(image, truth, class_names),
+        draw_instances(image, prediction, class_names, min_score=min_score, edges=edges),
+        draw_instances(image, truth, class_names, edges=edges),
     ]
     return grid(pair, columns=2, captions=["prediction", "ground truth"])
 
@@ -219,6 +226,18 @@ def _erode(mask: npt.NDArray[np.bool_], steps: int) -> npt.NDArray[np.bool_]:
             width += shift
         core = core.swapaxes(0, axis)
     return core
+
+
+def _draw_skeleton(draw: ImageDraw, points: Any, edges: Sequence[tuple[int, int]], colour: Colour, side: int) -> None:
+    """Lines and dots of keypoints [Kp, 3] in pixels of a picture whose short side is `side`."""
+    line, radius = max(1, round(side / 220)), max(2.0, side / 150)
+    for width, tone in ((line + 2, _GROUND), (line, colour)):  # a rim of white stands out from the mask
+        for a, b in edges:
+            if points[a, 2] > 0 and points[b, 2] > 0:
+                draw.line((*points[a, :2], *points[b, :2]), fill=tone, width=width)
+    for x, y, shown in points:
+        if shown > 0:
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour, outline=_GROUND)
 
 
 def _inside(box: Any, size: tuple[int, int]) -> Box:

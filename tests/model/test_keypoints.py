@@ -229,7 +229,7 @@ def test_images_without_keypoints_have_unknown_ones(keypoint_model: tmask.MaskRC
         (lambda k: k.where(k != 5, -1.0), None),  # outside the image is fine
         (
             lambda k: k.where(k != 2, -1.0),
-            r"targets\[0\]\['keypoints'\]\[0, 0\]: expected finite x, y and a visibility",
+            r"targets\[0\]\['keypoints'\]\[0, 0\]: expected finite x, y and a vis",
         ),
     ],
     ids=["count", "nan", "outside", "visibility"],

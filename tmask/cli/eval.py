@@ -54,7 +54,7 @@ def eval_command(argv: list[str]) -> int:
     if out:
         check_out(out)
 
-    from tmask.data.coco import CocoDataset, check_instances
+    from tmask.data.coco import CocoDataset, check_instances, check_keypoint_names
     from tmask.data.loader import make_loader
     from tmask.data.mask_classes import mask_category_ids
     from tmask.engine.checkpoint import load_model
@@ -67,6 +67,8 @@ def eval_command(argv: list[str]) -> int:
     dataset = CocoDataset(args.images, args.annotations, packed_masks=True)
     check_categories(model.config.num_classes, saved["categories"], dataset.categories)
     check_instances(dataset, train=False)
+    if model.config.keypoints is not None:
+        check_keypoint_names(dataset, model.config.keypoints.skeleton.names, train=False)
     boxes_only = {item["id"] for item in saved["categories"] if item.get("boxes_only")}
     if args.mask_classes is not None:
         boxes_only = set(dataset.category_ids) - mask_category_ids(args.mask_classes, dataset.categories)

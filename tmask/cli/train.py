@@ -74,10 +74,13 @@ def train_command(argv: list[str]) -> int:
     check_out(out)
     if args.resume is None and not args.overwrite and (out / CHECKPOINT_NAME).exists():
         raise UsageError(f"--out {out} holds a checkpoint; go on with --resume {out / CHECKPOINT_NAME} or --overwrite")
-    train_set, val_set = open_dataset(data, "train"), open_dataset(data, "val")
     settings = args.model.as_dict()
+    flip_pairs = settings["keypoints"]["flip_pairs"] if settings["keypoints"] else None
+    train_set, val_set = open_dataset(data, "train", flip_pairs=flip_pairs), open_dataset(data, "val")
     if settings["num_classes"] is None:
         settings["num_classes"] = train_set.num_classes
+    if settings["keypoints"] is not None:
+        _keypoints_of_data(settings["keypoints"], train_set)
     try:
         config = from_dict(ModelConfig, settings)
     except ValueError as error:
@@ -197,6 +200,14 @@ def _convention(name: str) -> dict[str, Any]:
     if name not in CONVENTIONS:
         raise UsageError(f"--model.convention: expected {nearest(name, CONVENTIONS)}, got {name!r}")
     return dataclasses.asdict(CONVENTIONS[name])
+
+
+def _keypoints_of_data(settings: dict[str, Any], train_set: Any) -> None:
+    """Fill in, in place, the names that are not given, and the lines that come with them."""
+    if settings["names"] is None and train_set.keypoint_names:
+        settings["names"] = train_set.keypoint_names
+        if settings["edges"] is None:
+            settings["edges"] = train_set.keypoint_edges
 
 
 def _print_run(out: Path, result: Any, *, has_val: bool) -> None:

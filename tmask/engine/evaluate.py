@@ -1,4 +1,4 @@
-"""COCO evaluation: a model and a loader in, average precision of boxes and masks out."""
+"""COCO evaluation: a model and a loader in, average precision of boxes, masks and keypoints out."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from tmask.data.annotations import run_length
 from tmask.engine.device import autocast, to_device
 from tmask.engine.files import replace_text
 from tmask.engine.progress import progress
+from tmask.skeleton import PERSON, Skeleton
 
 KINDS = ("bbox", "segm")
+KEYPOINTS = "keypoints"  # the kind of models that find them
+KEYPOINT_DETECTIONS = 20  # an image: COCO's limit for keypoints
 # Rows of the table, and what their keys end with. The latter two are for classes learnt from boxes alone, if any are.
 ALL = "all classes"
 GROUPS = {ALL: "", "classes with masks": "_with_masks", "classes of boxes only": "_boxes_only"}
@@ -37,14 +40,29 @@ def evaluate(
 ) -> dict[str, float]:
     """COCO metrics of `model` on `dataset` (a CocoDataset), whose images `loader` gives.
 
-    The keys are those of `coco_metrics`, as is `boxes_only`. `max_detections` an image count in the AP; the model must
-    be set to give as many (``max_detections`` of its config). With `results_file` the detections are also written as
-    COCO results.
+    The keys are those of `coco_metrics`, as is `boxes_only`, of ``keypoints`` too if the model finds them.
+    `max_detections` an image count in the AP; the model must be set to give as many (``max_detections`` of its config).
+    With `results_file` the detections are also written as COCO results.
     """
     results = detect(model, loader, dataset.category_ids, device=device, precision=precision)
     if results_file is not None:
         write_results(results_file, results)
-    return coco_metrics(dataset.coco.dataset, results, max_detections=max_detections, boxes_only=boxes_only)
+    skeleton = skeleton_of(model)
+    kinds, sigmas = (KINDS, None) if skeleton is None else ((*KINDS, KEYPOINTS), skeleton.sigmas)
+    return coco_metrics(
+        dataset.coco.dataset,
+        results,
+        max_detections=max_detections,
+        kinds=kinds,
+        boxes_only=boxes_only,
+        keypoint_sigmas=sigmas,
+    )
+
+
+def skeleton_of(model: Any) -> Skeleton | None:
+    """The keypoints that a model made by `build_model` finds; None if it finds none."""
+    own = getattr(getattr(model, "config", None), "keypoints", None)
+    return None if own is None else own.skeleton
 
 
 def detect(
@@ -55,7 +73,8 @@ def detect(
     device: torch.device | str = "cpu",
     precision: str = "fp32",
 ) -> list[dict[str, Any]]:
-    """The model's detections as COCO results: image_id, category_id, bbox (xywh), score, segmentation (RLE).
+    """The model's detections as COCO results: image_id, category_id, bbox (xywh), score, segmentation (RLE), and
+    keypoints (x, y, score of each) of a model that finds them.
 
     Label i becomes ``category_ids[i - 1]``. The mode of the model (train or eval) is put back at the end.
     Errors: ValueError if a model made by `build_model` has more or fewer classes than `category_ids` and background.
@@ -93,11 +112,15 @@ def _on_host(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def coco_results(image_id: int, result: dict[str, Any], category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """One image's result (boxes [D, 4] xyxy, labels [D], scores [D], masks: D RLEs) as COCO results."""
+    """One image's result (boxes [D, 4] xyxy, labels [D], scores [D], masks: D RLEs) as COCO results.
+
+    So are ``keypoints`` [D, Kp, 3] with ``keypoints_scores`` [D, Kp], if there are any: in COCO's pixels, half a pixel
+    less than ours, with the score in the place of the visibility.
+    """
     boxes: Tensor = result["boxes"]
     xywh = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
     rows = zip(xywh, result["labels"].tolist(), result["scores"].tolist(), result["masks"], strict=True)
-    return [
+    results = [
         {
             "image_id": image_id,
             "category_id": category_ids[label - 1],
@@ -107,6 +130,11 @@ def coco_results(image_id: int, result: dict[str, Any], category_ids: Sequence[i
         }
         for box, label, score, rle in rows
     ]
+    if "keypoints" in result:
+        triples = torch.cat([result["keypoints"][..., :2] - 0.5, result["keypoints_scores"][..., None]], dim=-1)
+        for item, keypoints in zip(results, triples.flatten(1).tolist(), strict=True):
+            item["keypoints"] = keypoints
+    return results
 
 
 def write_results(path: str | Path, results: list[dict[str, Any]]) -> None:
@@ -121,6 +149,7 @@ def coco_metrics(
     max_detections: int = 100,
     kinds: Sequence[str] = KINDS,
     boxes_only: Collection[int] = (),
+    keypoint_sigmas: Sequence[float] | None = None,
 ) -> dict[str, float]:
     """pycocotools' figures for COCO results against a COCO annotation dict; neither is changed.
 
@@ -132,24 +161,30 @@ def coco_metrics(
 
     `boxes_only` are the ids of the categories whose masks the model did not learn from. If there are any, AP, AP50 and
     AP75 also come for them and for the others apart: ``segm/AP_boxes_only``, ``segm/AP_with_masks``...
+
+    ``keypoints`` (to be named in `kinds`) goes by the similarity of keypoints, counts up to 20 detections an image, and
+    has no ``AP_small``. `keypoint_sigmas` are the spreads of the skeleton, by default COCO's of a person. If no
+    annotation has a keypoint it is left out. Errors: ValueError for keypoints of another number than sigmas.
     """
+    sigmas = PERSON.sigmas if keypoint_sigmas is None else tuple(keypoint_sigmas)
     metrics: dict[str, float] = {}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints at every step
         for kind in kinds:
-            truth = _ground_truth(ground_truth, kind)
+            truth = _ground_truth(ground_truth, kind, len(sigmas))
             if truth is not None:
-                evaluated = _run_cocoeval(truth, _results(truth, results, kind), kind, max_detections)
+                found = _results(truth, results, kind, len(sigmas))
+                evaluated = _run_cocoeval(truth, found, kind, max_detections, sigmas)
                 metrics.update(_summarize(evaluated, kind, boxes_only))
     return metrics
 
 
-def _ground_truth(dataset: dict[str, Any], kind: str) -> Any:
+def _ground_truth(dataset: dict[str, Any], kind: str, num_keypoints: int) -> Any:
     """A COCO object of its own annotations (COCOeval changes them), or None if `kind` has no ground truth."""
     from pycocotools import mask as mask_utils
     from pycocotools.coco import COCO
 
     sizes = {image["id"]: (image["height"], image["width"]) for image in dataset["images"]}
-    annotations, with_mask = [], 0
+    annotations, usable = [], 0
     for number, source in enumerate(dataset.get("annotations", ()), start=1):
         item = {**source, "id": number, "iscrowd": int(source.get("iscrowd", 0))}  # id 0 would read as "no match"
         size = sizes[item["image_id"]]
@@ -157,19 +192,33 @@ def _ground_truth(dataset: dict[str, Any], kind: str) -> Any:
         if "area" not in item:
             item["area"] = float(mask_utils.area(rle)) if rle else float(item["bbox"][2] * item["bbox"][3])
         if kind == "segm":
-            with_mask += rle is not None
+            usable += rle is not None
             if rle is None:  # unknown mask: a detection inside the box is neither right nor wrong, as in a crowd
                 rle = run_length([_corners(item["bbox"])], size)
                 item["iscrowd"] = 1
             item["segmentation"] = rle
+        if kind == KEYPOINTS:
+            keypoints = _keypoints(item.get("keypoints") or [0] * (3 * num_keypoints), num_keypoints, "annotations")
+            item["keypoints"] = keypoints
+            item.setdefault("num_keypoints", sum(value > 0 for value in keypoints[2::3]))
+            usable += item["num_keypoints"] > 0
         annotations.append(item)
-    if kind == "segm" and annotations and not with_mask:
+    if not usable and (kind == KEYPOINTS or (kind == "segm" and annotations)):
         return None
     return _coco(COCO(), dataset, annotations)
 
 
-def _results(truth: Any, results: list[dict[str, Any]], kind: str) -> Any:
-    """A COCO object of the results. For ``segm`` area and box are the mask's, as when it is loaded alone."""
+def _keypoints(values: Sequence[float], count: int, name: str) -> Sequence[float]:
+    if len(values) != 3 * count:
+        raise ValueError(f"{name}: keypoints: expected {3 * count} numbers, three for each sigma, got {len(values)}")
+    return values
+
+
+def _results(truth: Any, results: list[dict[str, Any]], kind: str, num_keypoints: int) -> Any:
+    """A COCO object of the results. For ``segm`` area and box are the mask's, as when it is loaded alone.
+
+    For ``keypoints`` they are those of the box around all of them, also as when they are loaded alone.
+    """
     from pycocotools import mask as mask_utils
     from pycocotools.coco import COCO
 
@@ -181,6 +230,11 @@ def _results(truth: Any, results: list[dict[str, Any]], kind: str) -> Any:
         if kind == "segm":
             rle = result["segmentation"]
             item |= {"segmentation": rle, "area": float(mask_utils.area(rle)), "bbox": mask_utils.toBbox(rle).tolist()}
+        elif kind == KEYPOINTS:
+            keypoints = _keypoints(result.get("keypoints", ()), num_keypoints, "results")
+            x, y = keypoints[0::3], keypoints[1::3]
+            box = [min(x), min(y), max(x) - min(x), max(y) - min(y)]
+            item |= {"keypoints": keypoints, "bbox": box, "area": box[2] * box[3]}
         else:
             item |= {"bbox": result["bbox"], "area": result["bbox"][2] * result["bbox"][3]}
         annotations.append(item)
@@ -198,12 +252,14 @@ def _corners(bbox: Sequence[float]) -> list[float]:
     return [x, y, x + w, y, x + w, y + h, x, y + h]
 
 
-def _run_cocoeval(truth: Any, results: Any, kind: str, max_detections: int) -> Any:
+def _run_cocoeval(truth: Any, results: Any, kind: str, max_detections: int, sigmas: Sequence[float]) -> Any:
     from pycocotools.cocoeval import COCOeval
 
     evaluation = COCOeval(truth, results, kind)
     # One limit: `accumulate` would repeat its work for each, and the figures are of the largest alone.
-    evaluation.params.maxDets = [max_detections]
+    evaluation.params.maxDets = [max_detections if kind != KEYPOINTS else min(max_detections, KEYPOINT_DETECTIONS)]
+    if kind == KEYPOINTS:
+        evaluation.params.kpt_oks_sigmas = np.array(sigmas)
     evaluation.evaluate()
     evaluation.accumulate()
     return evaluation
@@ -224,12 +280,9 @@ def _summarize(evaluation: Any, kind: str, boxes_only: Collection[int]) -> dict[
             f"{kind}/AP50{suffix}": _mean(precision[at50, :, chosen, 0]),
             f"{kind}/AP75{suffix}": _mean(precision[at75, :, chosen, 0]),
         }
-    metrics |= {
-        f"{kind}/AP_small": _mean(precision[:, :, :, 1]),
-        f"{kind}/AP_medium": _mean(precision[:, :, :, 2]),
-        f"{kind}/AP_large": _mean(precision[:, :, :, 3]),
-        f"{kind}/AR": _mean(recall[:, :, 0]),
-    }
+    for index, area in enumerate(evaluation.params.areaRngLbl[1:], start=1):
+        metrics[f"{kind}/AP_{area}"] = _mean(precision[:, :, :, index])
+    metrics[f"{kind}/AR"] = _mean(recall[:, :, 0])
     names = [str(evaluation.cocoGt.cats[category_id]["name"]) for category_id in evaluation.params.catIds]
     for index, (name, category_id) in enumerate(zip(names, evaluation.params.catIds, strict=True)):
         key = name if names.count(name) == 1 else f"{name} ({category_id})"
@@ -244,7 +297,7 @@ def _mean(values: np.ndarray[Any, Any]) -> float:
 
 def results_table(metrics: dict[str, float]) -> str:
     """The metrics as a plain text table in percent: a row for all classes and for each group, then one a class."""
-    kinds = [kind for kind in KINDS if f"{kind}/AP" in metrics]
+    kinds = [kind for kind in (*KINDS, KEYPOINTS) if f"{kind}/AP" in metrics]
     columns = [(kind, name) for kind in kinds for name in ("AP", "AP50", "AP75")]
     rows = [(label, [f"{kind}/{name}{suffix}" for kind, name in columns]) for label, suffix in GROUPS.items()]
     rows = [row for row in rows if row[0] == ALL or any(key in metrics for key in row[1])]
@@ -252,10 +305,12 @@ def results_table(metrics: dict[str, float]) -> str:
     classes = [key.removeprefix(prefix) for key in metrics if prefix and key.startswith(prefix)]
     rows += [(label, [f"{kind}/{name}/{label}" for kind, name in columns]) for label in classes]
     width = max(len(label) for label, _ in rows)
-    lines = [" ".join([" " * width, *(f"{kind}/{name}".rjust(9) for kind, name in columns)])]
+    heads = [f"{kind}/{name}".rjust(9) for kind, name in columns]
+    lines = [" ".join([" " * width, *heads])]
     for label, keys in rows:
         cells = [_percent(metrics[key]) if key in metrics else "" for key in keys]
-        lines.append(" ".join([f"{label:<{width}}", *(f"{cell:>9}" for cell in cells)]).rstrip())
+        cells = [cell.rjust(len(head)) for cell, head in zip(cells, heads, strict=True)]
+        lines.append(" ".join([f"{label:<{width}}", *cells]).rstrip())
     return "\n".join(lines)
 
 

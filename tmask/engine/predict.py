@@ -14,10 +14,11 @@ from torch import Tensor
 
 from tmask.engine.checkpoint import config_dict
 from tmask.engine.device import autocast
-from tmask.engine.evaluate import coco_results
+from tmask.engine.evaluate import coco_results, skeleton_of
 from tmask.engine.files import replacing
 from tmask.engine.progress import progress
 from tmask.engine.record import Record, file_state
+from tmask.skeleton import Pairs
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _NAMED_ERRORS = 5  # files that an error names; of the others it gives the number
@@ -133,6 +134,8 @@ def predict(
     if reused:
         print(f"{reused} of {len(files)} images were done before", file=sys.stderr)
     unreadable: dict[str, str] = {}
+    skeleton = skeleton_of(model)
+    edges = () if skeleton is None else skeleton.edges
     try:
         for name in progress(todo, "prediction", "image"):
             path, entry = files[name], entries[name]
@@ -148,7 +151,8 @@ def predict(
                 rows = _detect(model, image, path, categories, device, precision)
                 entry = record.add(name, state, (image.shape[1], image.shape[2]), rows)
             if pictures:
-                _draw(record.picture_path(entry.picture), image, record.detections(entry), categories, score_threshold)
+                rows = record.detections(entry)
+                _draw(record.picture_path(entry.picture), image, rows, categories, score_threshold, edges)
     finally:
         kept = [{"id": int(category["id"]), "name": str(category["name"])} for category in categories]
         taken = {name: (numbers[name], path) for name, path in files.items() if name not in unreadable}
@@ -185,6 +189,7 @@ def _draw(
     rows: Sequence[dict[str, Any]],
     categories: Sequence[dict[str, Any]],
     score_threshold: float,
+    edges: Pairs,
 ) -> None:
     from tmask.visualize import draw_instances, save_png
 
@@ -196,9 +201,12 @@ def _draw(
         "scores": torch.tensor([row["score"] for row in rows]),
         "masks": [row["segmentation"] for row in rows],
     }
+    if rows and "keypoints" in rows[0]:
+        keypoints = torch.tensor([row["keypoints"] for row in rows]).unflatten(1, (-1, 3))
+        result["keypoints"] = torch.cat([keypoints[..., :2] + 0.5, torch.ones_like(keypoints[..., 2:])], dim=-1)
     names = [str(category["name"]) for category in categories]
     with replacing(path) as file:
-        save_png(file, draw_instances(image, result, names, min_score=score_threshold))
+        save_png(file, draw_instances(image, result, names, min_score=score_threshold, edges=edges))
 
 
 def _check_size(path: Path, image: Tensor, record: dict[str, Any]) -> None:

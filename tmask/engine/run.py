@@ -19,10 +19,11 @@ import torch
 from tmask.build import build_model
 from tmask.config import DataConfig, ModelConfig, TrainConfig
 from tmask.engine.checkpoint import load_initial
-from tmask.engine.evaluate import evaluate
+from tmask.engine.evaluate import evaluate, skeleton_of
 from tmask.engine.files import replace_text
 from tmask.engine.train import TrainResult, train
 from tmask.model.transform import is_packed
+from tmask.skeleton import Pairs, make_skeleton
 from tmask_kernels import unpack_masks
 
 CONFIG_NAME = "config.yaml"
@@ -33,9 +34,10 @@ NUM_PICTURES = 8  # of validation images, drawn at the end
 OVERVIEW_NAME, OVERVIEW_PICTURES = "overview.png", 4
 
 
-def open_dataset(data: DataConfig, split: str) -> Any:
+def open_dataset(data: DataConfig, split: str, *, flip_pairs: Pairs | None = None) -> Any:
     """The CocoDataset of split ``"train"`` (with its random transforms) or ``"val"``; None if `data` names none.
 
+    `flip_pairs`: keypoints that a left-right flip swaps; None: those whose names differ by left and right.
     Errors: those of CocoDataset, and ValueError if there is nothing to train on.
     """
     from tmask.data.coco import CocoDataset, check_instances
@@ -44,11 +46,14 @@ def open_dataset(data: DataConfig, split: str) -> Any:
     images, annotations = getattr(data, f"{split}_images"), getattr(data, f"{split}_annotations")
     if images is None:
         return None
-    transforms = mask_classes = None
-    if split == "train":  # masks of all classes are evaluated
-        transforms = train_transforms(data.hflip, data.vflip, min_crop=data.min_crop, min_sizes=data.min_sizes)
-        mask_classes = data.mask_classes
-    dataset = CocoDataset(images, annotations, transforms=transforms, packed_masks=True, mask_classes=mask_classes)
+    mask_classes = data.mask_classes if split == "train" else None  # masks of all classes are evaluated
+    dataset = CocoDataset(images, annotations, packed_masks=True, mask_classes=mask_classes)
+    if split == "train":
+        names = dataset.keypoint_names
+        order = make_skeleton(names, flip_pairs=flip_pairs).flip_order if names else ()
+        dataset.transforms = train_transforms(
+            data.hflip, data.vflip, min_crop=data.min_crop, min_sizes=data.min_sizes, flip_order=order
+        )
     check_instances(dataset, train=split == "train")
     return dataset
 
@@ -70,12 +75,18 @@ def run_training(
 
     A fresh run begins with the weights of `init` (`load_initial`) if it is given, `resume` is a run to go on with.
     ``config.yaml`` is the caller's to write, by `on_start`: called before the first step, once all checks are passed.
-    Errors: ValueError if the model has not the classes of the data or the two sets name other categories; and those
-    of `train`.
+    Errors: ValueError if the model has not the classes or keypoints of the data or the two sets name other categories;
+    and those of `train`.
     """
+    from tmask.data.coco import check_keypoint_names
     from tmask.data.loader import make_loader
 
     check_categories(model_config.num_classes, train_set.categories, val_set.categories if val_set else None)
+    if model_config.keypoints is not None:
+        names = model_config.keypoints.skeleton.names
+        check_keypoint_names(train_set, names, train=True)
+        if val_set is not None:
+            check_keypoint_names(val_set, names, train=False)
     out_dir = Path(out_dir)
     torch.manual_seed(train_config.seed)
     if resume is None and init is None:
@@ -163,6 +174,8 @@ def draw_pictures(
     from tmask.engine.device import autocast
     from tmask.visualize import comparison, grid, save_png
 
+    skeleton = skeleton_of(model)
+    edges = () if skeleton is None else skeleton.edges
     folder.mkdir(parents=True, exist_ok=True)
     names = [str(category["name"]) for category in dataset.categories]
     was_training = model.training
@@ -176,7 +189,9 @@ def draw_pictures(
         truth = {"boxes": target["boxes"], "labels": target["labels"], "masks": target["masks"].bool()}
         if is_packed(target["masks"], image.shape[-1]):
             truth["masks"] = unpack_masks(target["masks"], image.shape[-1])
-        pictures.append(comparison(image, found, truth, names, min_score=score_threshold))
+        if skeleton is not None and "keypoints" in target:
+            truth["keypoints"] = target["keypoints"]
+        pictures.append(comparison(image, found, truth, names, min_score=score_threshold, edges=edges))
         paths.append(folder / f"{Path(dataset.image_path(index)).stem}.png")
         save_png(paths[-1], pictures[-1])
     if pictures:
