@@ -65,6 +65,16 @@ def annotation(**fields: Any) -> Spoil:
     return content(lambda c: c["annotations"][0].update(fields))
 
 
+def keypoints(values: list[float]) -> Spoil:
+    """Name two keypoints, and give the first annotation these."""
+
+    def change(c: Any) -> None:
+        c["categories"][0]["keypoints"] = ["head", "tail"]
+        c["annotations"][0]["keypoints"] = values
+
+    return content(change)
+
+
 def each(**fields: Any) -> Spoil:
     """Give every annotation other fields."""
     return content(lambda c: [item.update(fields) for item in c["annotations"]])
@@ -322,6 +332,18 @@ FILES = [
         "train",
         "data/annotations.json: annotation id 1: bbox: expected four numbers [x, y, width, height], got [1, 2, 3]",
         annotation(bbox=[1, 2, 3]),
+    ),
+    Case(
+        "keypoints of the wrong number",
+        "train",
+        "data/annotations.json: annotation id 1: keypoints: expected 6 numbers, x, y and visibility of each of 2, got 3",
+        keypoints([1, 2, 2]),
+    ),
+    Case(
+        "keypoint that is half visible",
+        "train",
+        "data/annotations.json: annotation id 1: keypoints: expected a visibility of 0, 1 or 2, got 0.5",
+        keypoints([1, 2, 0.5, 0, 0, 0]),
     ),
     Case(
         "NaN in a box",

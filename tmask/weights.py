@@ -36,6 +36,7 @@ _TORCHVISION_NAMES = [
 ]
 MASK_LAYERS = tuple(f"roi_heads.{part}." for part in ("mask_head.predictor", "mask_head.fusion", "mask_transfer"))
 CLASS_LAYERS = ("roi_heads.box_head.classifier.", "roi_heads.box_head.regressor.", "roi_heads.mask_head.predictor.")
+_KEYPOINT_HEAD = "roi_heads.keypoint_head."
 _CLASSES = "roi_heads.box_head.classifier.bias"
 _OLD_MASK_CONV = re.compile(r"roi_heads\.mask_head\.mask_fcn(\d)\.(weight|bias)")  # counted from 1
 
@@ -87,7 +88,7 @@ def adapted(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor
 
     Batch-norm counters that it has no place for are left out; if they are of another number of classes, it keeps its
     own layers that depend on that, which the predictor of class-agnostic masks does not. What predicts its masks it
-    keeps where they are of a model that does it otherwise.
+    keeps where they are of a model that does it otherwise, and its keypoint head where they have none.
     """
     own = model.state_dict()
     out = {name: tensor for name, tensor in weights.items() if name in own or not name.endswith("num_batches_tracked")}
@@ -97,6 +98,8 @@ def adapted(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor
     theirs, ours = ({n: t.shape for n, t in part.items() if n.startswith(MASK_LAYERS)} for part in (out, own))
     if theirs and theirs != ours:
         out = {name: tensor for name, tensor in out.items() if name not in theirs} | {name: own[name] for name in ours}
+    if not any(name.startswith(_KEYPOINT_HEAD) for name in out):
+        out |= {name: tensor for name, tensor in own.items() if name.startswith(_KEYPOINT_HEAD)}
     return out
 
 

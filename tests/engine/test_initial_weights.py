@@ -49,6 +49,18 @@ def test_a_checkpoint_of_the_same_classes(ema: bool, tmp_path: Path) -> None:
     assert equal_names(weights, new.state_dict()) == weights.keys()
 
 
+def test_a_keypoint_head_begins_anew_where_there_is_none(tmp_path: Path) -> None:
+    path, weights = saved(tmp_path / "a.pt")
+    new = model(1, keypoints={"head_channels": 8, "head_layers": 1})
+    before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
+    load_initial(new, path)
+    after = new.state_dict()
+    own = {name for name in after if name.startswith("roi_heads.keypoint_head.")}
+    assert len(own) == 4
+    assert equal_names(before, after) >= own
+    assert equal_names(weights, after) == weights.keys() == after.keys() - own
+
+
 def test_other_classes_keep_their_own_layers(tmp_path: Path) -> None:
     path, weights = saved(tmp_path / "a.pt")
     new = model(1, num_classes=7)
