@@ -1030,4 +1030,9 @@ PYTHON = [
         'tmask_kernels.soft_nms(torch.zeros(3, 4), torch.zeros(3), method="hard")',
         "soft_nms: method: expected 'linear' or 'gaussian', got 'hard'",
     ),
+    PythonCase(
+        "heat maps without an axis of images",
+        "tmask_kernels.decode_keypoints(torch.zeros(2, 17, 56, 56), torch.zeros(1, 2, 4))",
+        "heatmaps: expected floating point [N, D, K, H, W] with H, W >= 1, got torch.float32 (2, 17, 56, 56)",
+    ),
 ]

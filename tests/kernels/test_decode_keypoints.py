@@ -46,18 +46,27 @@ def assert_same(maps: Tensor, boxes: list[list[float]]) -> None:
 
 
 def scenes() -> Tensor:
-    """[4, 1, 8, 9]: each is decoded wrongly if some part of the kernel is wrong."""
-    maps = torch.zeros(4, 1, 8, 9)
+    """[6, 1, 8, 9]: each is decoded wrongly if some part of the kernel is wrong."""
+    maps = torch.zeros(6, 1, 8, 9)
     # Between four equal cells the surface rises to 1.41, above a lone larger cell that stands before them.
     maps[0, 0, 1, 1], maps[0, 0, 4:6, 5:7] = 1.05, 1.0
     # Two such rises in one row of patches, the later one larger; and one below them that equals it.
     maps[1, 0, 1:3, 1:3], maps[1, 0, 1:3, 6:8], maps[1, 0, 5:7, 6:8] = 0.9, 1.0, 1.0
     # Scene 2 is constant: all pixels are equal.
     maps[3] = torch.randn(1, 8, 9, generator=torch.Generator().manual_seed(1))
+    # A lone larger cell, whose pixels are not larger: those between two rows of other cells, or where a plateau ends.
+    maps[4, 0, 1, 1], maps[4, 0, 4, 5:7], maps[4, 0, 5, 5:7] = 1.32, 1.0, 0.9
+    maps[5, 0, 1, 1], maps[5, 0, 2, 5:7], maps[5, 0, 3:6, 5:7] = 1.3, 0.9, 1.0
     return maps
 
 
-SCENE_BOXES = [box(3.0, -2.0, 35.4, 30.9), box(0.0, 0.0, 36.0, 32.0), box(0.5, 0.25, 36.0, 32.0), box(1, 2, 20.3, 17)]
+SCENE_BOXES = [
+    box(3.0, -2.0, 35.4, 30.9),
+    box(0.0, 0.0, 36.0, 32.0),
+    box(0.5, 0.25, 36.0, 32.0),
+    box(1.0, 2.0, 20.3, 17.0),
+]
+SCENE_BOXES += [box(0.0, 0.0, 72.0, 64.0)] * 2
 
 
 def truth(heatmap: Tensor, corners: list[float]) -> Tensor:
@@ -189,7 +198,7 @@ def test_scenes_have_the_answers_that_they_were_made_for(device: torch.device) -
     assert xy[2, 0].tolist() == [1.0, 0.75]
 
 
-@pytest.mark.parametrize("examples", [3, pytest.param(150, marks=pytest.mark.slow)], ids=["few", "many"])
+@pytest.mark.parametrize("examples", [3, pytest.param(30, marks=pytest.mark.slow)], ids=["few", "many"])
 def test_kernel_equals_the_reference_on_any_map(device: torch.device, examples: int) -> None:
     """Maps of few different values have many equal pixels."""
 
@@ -405,7 +414,6 @@ def test_opcheck(backend: str, device: torch.device) -> None:
 
 # Mutants
 
-ANY = (0, 1, 2, 3)  # scenes
 SEEN_FAST = [
     ("OVERSHOOT = -KEYS / 4", "OVERSHOOT = 0.0", (0,)),
     ("(y_first * GW <= index)", "(y_first * GW < 0)", (2,)),
@@ -414,14 +422,14 @@ SEEN_SLOWLY = [
     ("(top == best) & (place < index)", "(top == best) & (place > index)", (1,)),
     ("(value == values) & (place < places)", "(value == values) & (place > places)", (1, 2)),
     ("tl.where(reach & (offs_c > past), offs_c, BLOCK_W)", "tl.where(offs_c > 99, 0, BLOCK_W)", (1,)),
-    ("(A + 2.0) * t) - A)", "(A + 2.0) * t))", ANY),
-    ("outer * rest, after, outer * t", "outer * t, after, outer * rest", ANY),
-    ("(pixel.to(tl.float32) + 0.5) * step - 0.5", "(pixel.to(tl.float32) + 0.5) * step", ANY),
-    ("tl.minimum(patch_y + 2, H - 1)", "tl.minimum(patch_y + 1, H - 1)", ANY),
-    ("low1, high1, low2, high2, low3, high3\n", "low1, high1, low1, high1, low3, high3\n", ANY),
-    ("tl.ceil(width)", "tl.floor(width)", ANY),
-    ("tl.math.div_rn(height, grid_h) + y1", "tl.math.div_rn(width, grid_w) + y1", ANY),
-    ("cell + 2, length - 1", "cell + 1, length - 1", ANY),
+    ("(A + 2.0) * t) - A)", "(A + 2.0) * t))", (3,)),
+    ("outer * rest, after, outer * t", "outer * t, after, outer * rest", (3,)),
+    ("(pixel.to(tl.float32) + 0.5) * step - 0.5", "(pixel.to(tl.float32) + 0.5) * step", (3,)),
+    ("tl.minimum(patch_y + 2, H - 1)", "tl.minimum(patch_y + 1, H - 1)", (5,)),
+    ("low1, high1, low2, high2, low3, high3\n", "low1, high1, low1, high1, low3, high3\n", (4,)),
+    ("tl.ceil(width)", "tl.floor(width)", (3,)),
+    ("tl.math.div_rn(height, grid_h) + y1", "tl.math.div_rn(width, grid_w) + y1", (3,)),
+    ("cell + 2, length - 1", "cell + 1, length - 1", (3,)),
 ]
 
 
