@@ -147,7 +147,7 @@ def test_equals_torchvision(backend: str, device: torch.device, cells: tuple[int
     """The same pixels, of boxes smaller and larger than the map. Its sums are in another order, so scores differ in the
     last bits, and so may pixels that are equal up to those: there are none among these.
     """
-    maps = torch.randn(2 if backend == "triton" else 25, 2, *cells, device=device)
+    maps = torch.randn(*((2, 1) if backend == "triton" else (25, 2)), *cells, device=device)
     boxes = torchvision_boxes(len(maps))
     boxes[0] = torch.tensor([2.0, 3.0, 4.5, 5.2])
     if cells == (1, 1):
@@ -183,12 +183,22 @@ def test_the_pixel_is_the_largest_of_torchs(seed: int, cells: tuple[int, int], s
 # The kernel and the reference
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_kernel_equals_the_reference(device: torch.device, dtype: torch.dtype) -> None:
-    maps = scenes().to(device, dtype)
-    if device.type == "cpu" and dtype != torch.float32:
-        maps = maps[:1]
-    assert_same(maps, SCENE_BOXES[: len(maps)])
+SLOW_SCENES = [(torch.float32, scene) for scene in (1, 3, 4, 5)] + [(torch.float16, 4), (torch.bfloat16, 5)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scene"),
+    [
+        (torch.float32, 0),
+        (torch.float32, 2),
+        (torch.float16, 3),
+        (torch.bfloat16, 0),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_SCENES),
+    ],
+    ids=str,
+)
+def test_kernel_equals_the_reference(device: torch.device, dtype: torch.dtype, scene: int) -> None:
+    assert_same(scenes()[scene : scene + 1].to(device, dtype), SCENE_BOXES[scene : scene + 1])
 
 
 def test_scenes_have_the_answers_that_they_were_made_for(device: torch.device) -> None:
@@ -205,8 +215,8 @@ def test_kernel_equals_the_reference_on_any_map(device: torch.device, examples: 
     @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
     @given(
         seed=st.integers(0, 2**16),
-        cells=st.tuples(st.integers(1, 7), st.integers(1, 7)),
-        sides=st.tuples(st.floats(0.1, 60.0), st.floats(0.1, 60.0)),
+        cells=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+        sides=st.tuples(st.floats(0.1, 24.0), st.floats(0.1, 24.0)),
         levels=st.sampled_from([0.5, 1.0, 1000.0]),
     )
     def check(seed: int, cells: tuple[int, int], sides: tuple[float, float], levels: float) -> None:
@@ -323,15 +333,15 @@ def test_most_pixels_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
         return search(best, index, map_ptr, y_first, y_past, x_first, x_past, *rest)
 
     monkeypatch.setattr(kernels, "_search", counting)
-    y, x = torch.meshgrid(torch.arange(9.0), torch.arange(9.0), indexing="ij")
+    y, x = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
     peak = -((x - 5.2) ** 2 + (y - 3.1) ** 2)
-    for heatmap, share in ((peak, 0.4), (torch.ones(9, 9), 0.2)):
+    for heatmap, share in ((peak, 0.5), (torch.ones(8, 8), 0.25)):
         searched.clear()
-        decode_keypoints(heatmap[None, None, None], torch.tensor([[box(0.0, 0.0, 90.0, 90.0)]]), backend="triton")
-        assert 0 < sum(searched) < share * 90 * 90
+        decode_keypoints(heatmap[None, None, None], torch.tensor([[box(0.0, 0.0, 64.0, 64.0)]]), backend="triton")
+        assert 0 < sum(searched) < share * 64 * 64
     searched.clear()
-    decode_keypoints(peak[None, None, None], torch.tensor([[box(0.0, 0.0, 9.0, 8.5)]]), backend="triton")
-    assert searched == [81]  # no more pixels than cells
+    decode_keypoints(peak[None, None, None], torch.tensor([[box(0.0, 0.0, 8.0, 7.5)]]), backend="triton")
+    assert searched == [64]  # no more pixels than cells
 
 
 # Choice of a backend, errors, tracing
@@ -339,7 +349,7 @@ def test_most_pixels_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_autocast_and_gradients(backend: str, device: torch.device) -> None:
     maps = torch.randn(1, 1, 1, 3, 4, device=device, requires_grad=True)
-    boxes = torch.tensor([[box(0.0, 0.0, 6.2, 5.0)]], device=device, requires_grad=True)
+    boxes = torch.tensor([[box(0.0, 0.0, 3.2, 3.0)]], device=device, requires_grad=True)
     expected = decode_keypoints(maps, boxes, backend=backend)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         got = decode_keypoints(maps, boxes, backend=backend)
@@ -349,7 +359,7 @@ def test_autocast_and_gradients(backend: str, device: torch.device) -> None:
 
 
 def test_float64_is_the_reference(device: torch.device) -> None:
-    maps, boxes = torch.randn(1, 1, 1, 3, 4, device=device).double(), torch.tensor([[box(0.0, 0.0, 6.2, 5.0)]])
+    maps, boxes = torch.randn(1, 1, 1, 3, 4, device=device).double(), torch.tensor([[box(0.0, 0.0, 3.2, 3.0)]])
     boxes = boxes.to(device)
     with pytest.raises(ValueError, match="computes in float32, not float64"):
         decode_keypoints(maps, boxes, backend="triton")
@@ -393,7 +403,7 @@ def test_errors(change: dict[str, Any], message: str) -> None:
 
 def test_compiles_whole(backend: str, device: torch.device) -> None:
     maps = torch.randn(1, 2, 1, 3, 4, device=device)
-    boxes = torch.tensor([[box(0.0, 0.0, 6.2, 5.0)] * 2], device=device)
+    boxes = torch.tensor([[box(0.0, 0.0, 3.2, 3.0)] * 2], device=device)
     valid = torch.tensor([[True, False]], device=device)
 
     def decode(maps: Tensor, boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
