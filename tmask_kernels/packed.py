@@ -46,8 +46,8 @@ def unpack_bits(packed: Tensor, dtype: torch.dtype) -> Tensor:
     """All bits of the words: [..., B] int32 -> [..., B * 32] of `dtype`, 0 or 1."""
     # By bytes, lowest first as in `pack_masks`: an int32 for each pixel on the way would be four times the result.
     value = 1 << torch.arange(8, dtype=torch.uint8, device=packed.device)
-    bits = packed.contiguous().view(torch.uint8)[..., None] & value  # [..., B * 4, 8]
-    return (bits != 0).to(dtype).flatten(-2)
+    octets = packed.contiguous()[..., None].view(torch.uint8)  # [..., B, 4]; a single word may have any stride
+    return ((octets[..., None] & value) != 0).to(dtype).flatten(-3)
 
 
 def check_packed(name: str, packed: Tensor) -> None:

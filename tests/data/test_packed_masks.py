@@ -61,7 +61,7 @@ def crowded(folder: Path, count: int, height: int, width: int) -> tuple[Path, Pa
 
 @pytest.fixture
 def few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transform, "_PIXELS_AT_ONCE", 3 * 40 * 70)
+    monkeypatch.setitem(transform._PIXELS_AT_ONCE, "cpu", 3 * 40 * 70)
 
 
 def assert_same_item(packed: tuple[Tensor, dict[str, Any]], dense: tuple[Tensor, dict[str, Any]]) -> None:
@@ -101,6 +101,17 @@ def test_a_seed_gives_the_items_and_batches_of_byte_masks(tmp_path: Path) -> Non
     assert sizes == set(ALL["min_sizes"])  # type: ignore[call-overload]
 
 
+@pytest.mark.parametrize("side", [40, 64], ids=["same size", "resized"])
+def test_chunks_do_not_show(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = torch.rand(7, 40, 70) > 0.5
+    target = {"boxes": torch.tensor([[3.0, 4.0, 60.0, 30.0]] * 7), "labels": torch.arange(1, 8), "masks": masks}
+    whole = image_transform(side)([torch.rand(3, 40, 70)], [target])[1]
+    monkeypatch.setitem(transform._PIXELS_AT_ONCE, "cpu", 3 * side**2)
+    parts = image_transform(side)([torch.rand(3, 40, 70)], [target])[1]
+    assert torch.equal(whole.masks, parts.masks)  # type: ignore[union-attr,arg-type]
+    assert whole.masks.flatten(2).any(2).all()  # type: ignore[union-attr]
+
+
 @pytest.mark.usefixtures("few_at_once")
 def test_the_loader_gives_the_same_batches(tmp_path: Path) -> None:
     shapes = write_shapes(tmp_path, num_images=4, seed=5, size=64)
@@ -137,7 +148,7 @@ def test_memory(tmp_path: Path, count: int, height: int, width: int, resident: i
         targets = batch()
     assert targets.masks.nbytes == resident == count * height * width // 8
     # numpy's, which PyTorch does not see: the decoded masks of one chunk.
-    assert resident < peak.bytes + transform._PIXELS_AT_ONCE < {256: 14, 800: 72}[height] * 10**6
+    assert resident < peak.bytes + transform._PIXELS_AT_ONCE["cpu"] < {256: 14, 800: 72}[height] * 10**6
 
 
 MOVES: dict[str, Callable[[], Any]] = {

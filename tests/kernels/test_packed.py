@@ -30,6 +30,16 @@ def test_any_nonzero_byte_is_inside_and_strides_do_not_matter(device):
     assert torch.equal(pack_masks(masks.mT), pack_masks(masks.mT.contiguous() != 0))
 
 
+def test_words_of_any_stride_are_read(device):
+    masks = torch.rand(6, 20, device=device) > 0.5
+    packed = torch.empty(1, 6, dtype=torch.int32, device=device).T.copy_(pack_masks(masks))
+    assert packed.stride() == (1, 6)
+    assert packed.is_contiguous()
+    assert torch.equal(unpack_masks(packed, 20), masks)
+    wide = torch.rand(6, 100, device=device) > 0.5
+    assert torch.equal(unpack_masks(pack_masks(wide)[::2, 1:3], 64), wide[::2, 32:96])
+
+
 def test_bits_past_the_width_are_zero(device):
     packed = pack_masks(torch.ones(3, 40, dtype=torch.bool, device=device))
     assert packed[:, 1].tolist() == [0xFF] * 3

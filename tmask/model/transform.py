@@ -19,7 +19,8 @@ from tmask_kernels import pack_masks, unpack_masks
 
 Target = Mapping[str, Any]
 
-_PIXELS_AT_ONCE = 2**20  # of masks that are not packed, or not yet; bounds the memory of crowded images
+# Of masks that are not packed, or not yet: little for a CPU, whose memory crowded images would fill, enough for a GPU.
+_PIXELS_AT_ONCE = {"cpu": 2**20, "cuda": 2**25}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,7 @@ class ImageTransform:
         words = -(-padded[1] // 32)
         packed = torch.zeros(count, padded[0], words, dtype=torch.int32, device=boxes.device)
         if masks is not None:
-            for chunk in mask_chunks(count, max(math.prod(before), math.prod(after))):
+            for chunk in mask_chunks(count, max(math.prod(before), math.prod(after)), masks.device.type):
                 part = masks[chunk]
                 if is_packed(part, before[1]):
                     part = unpack_masks(part, before[1])
@@ -135,9 +136,9 @@ class ImageTransform:
         return scaled
 
 
-def mask_chunks(count: int, pixels: int) -> Iterator[slice]:
+def mask_chunks(count: int, pixels: int, device: str = "cpu") -> Iterator[slice]:
     """Slices of `count` masks of so many pixels each, which may be held with a byte or a float a pixel at once."""
-    step = max(1, _PIXELS_AT_ONCE // max(1, pixels))
+    step = max(1, _PIXELS_AT_ONCE.get(device, 2**20) // max(1, pixels))
     return (slice(first, first + step) for first in range(0, count, step))
 
 
