@@ -254,8 +254,7 @@ def batch(device: torch.device) -> tuple[Tensor, Tensor, list[int], list[tuple[i
     masks, boxes = torch.rand(5, 3, 4, 4, device=device), torch.rand(5, 3, 4, device=device)
     boxes = boxes * torch.tensor([12.0, 3.0, 12.0, 4.0], device=device) - 1
     boxes[..., 2:] += boxes[..., :2]
-    masks[1, 1:] = 1
-    boxes[1, 1:] = torch.tensor([0.0, 0.0, 40.0, 40.0], device=device)
+    masks[1], boxes[1] = 1, torch.tensor([-9.0, -9.0, 40.0, 40.0], device=device)  # up to the last pixel of its image
     boxes[4, 2:] = math.nan
     return guarded(masks), guarded(boxes), [2, 1, 0, 2, 2], [(6, 20), (5, 3), (7, 2), (6, 20), (4, 11)]
 
