@@ -14,6 +14,7 @@ from tmask.config import (
     DataConfig,
     KeypointConfig,
     LossConfig,
+    MaskTransferConfig,
     ModelConfig,
     RoIExtractorConfig,
     TrainConfig,
@@ -37,6 +38,7 @@ FIELDS = {
         mask_head_layers mask_fusion_layers mask_mlp_dim mask_mlp_layers mask_class_agnostic mask_transfer keypoints
         losses loss_rpn_objectness loss_rpn_box loss_classifier loss_box loss_mask loss_keypoint""",
     KeypointConfig: """names edges flip_pairs sigmas pool_size head_channels head_layers""",
+    MaskTransferConfig: """inputs layers activation stop_grad""",
     RoIExtractorConfig: """op reduction interpolation sampling_ratio aligned level_convention""",
     LossConfig: """rpn_objectness rpn_box classifier box mask focal_alpha focal_gamma focal_prior""",
 }
@@ -70,6 +72,14 @@ def test_keypoints_are_given_in_part_or_not_at_all(given: dict[str, object] | No
     else:
         expected = given and {"names": ("a", "b"), "edges": ((0, 1),), "sigmas": (0.1, 0.2)}
         assert config.keypoints == KeypointConfig(**expected)
+    text = yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))))
+    assert from_dict(ModelConfig, yaml.safe_load(text)) == config
+
+
+@pytest.mark.parametrize("given", [{}, {"inputs": "cls", "layers": 1, "stop_grad": False}, None])
+def test_a_weight_transfer_is_given_in_part_or_not_at_all(given: dict[str, object] | None) -> None:
+    config = model_config("tiny", mask_transfer=given)
+    assert config.mask_transfer == (None if given is None else MaskTransferConfig(**given))  # type: ignore[arg-type]
     text = yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))))
     assert from_dict(ModelConfig, yaml.safe_load(text)) == config
 
@@ -222,6 +232,14 @@ def test_the_two_conventions_differ_and_are_named() -> None:
         (ModelConfig, {"mask_mlp_dim": 0}, "mask_mlp_dim: expected at least 1, got 0"),
         (ModelConfig, {"mask_mlp_layers": 0}, "mask_mlp_layers: expected at least 1, got 0"),
         (ModelConfig, {"mask_class_agnostic": 1}, "mask_class_agnostic: expected true or false, got 1"),
+        (ModelConfig, {"mask_fusion_layers": 3}, "mask_fusion_layers: expected 0, 1 or 2, got 3"),
+        (ModelConfig, {"mask_fusion_layers": 1, "mask_head": "mlp"}, "mask_head: expected 'fcn' with mask_fusion_lay"),
+        (ModelConfig, {"mask_transfer": {}, "mask_head": "mlp"}, "mask_head: expected 'fcn' with mask_transfer, got"),
+        (ModelConfig, {"mask_transfer": {}, "losses": {"mask": "softmax"}}, "losses.mask: expected 'sigmoid' with mas"),
+        (ModelConfig, {"mask_transfer": {}, "mask_class_agnostic": True}, "mask_class_agnostic: expected false with"),
+        (ModelConfig, {"mask_transfer": {"layers": 4}}, "mask_transfer: layers: expected in 1..3, got 4"),
+        (ModelConfig, {"mask_transfer": {"layer": 1}}, "mask_transfer: unknown MaskTransferConfig setting 'layer'"),
+        (TrainConfig, {"only": "boxes"}, "only: expected one of masks or none, got 'boxes'"),
         (LossConfig, {"mask": "sigmod"}, "mask: expected 'sigmoid'?, got 'sigmod'"),
         (TrainConfig, {"lr": math.nan}, "lr: expected a finite number, got nan"),
         (TrainConfig, {"lr": 10**400}, "lr: expected a finite number, got 1000"),

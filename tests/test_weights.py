@@ -136,6 +136,8 @@ BAD = {
     "mlp": "mask_head: expected 'fcn', as torchvision's, got 'mlp'",
     "softmax": "losses.mask: expected 'sigmoid', by which these masks are trained, got 'softmax'",
     "agnostic": "mask_class_agnostic: expected false, as there is a mask for each class, got True",
+    "transfer": "mask_transfer: expected None, as torchvision's, got MaskTransferConfig",
+    "fusion": "mask_fusion_layers: expected 0, as torchvision's, got 1",
 }
 
 
@@ -148,6 +150,8 @@ def test_what_is_refused(case: str, state: dict[str, Tensor], tmp_path: Path) ->
         "mlp": {"mask_head": "mlp", "mask_mlp_dim": 8, "num_classes": 9},
         "softmax": {"losses": {"mask": "softmax"}},
         "agnostic": {"mask_class_agnostic": True},
+        "transfer": {"mask_transfer": {}},
+        "fusion": {"mask_fusion_layers": 1, "mask_pool_size": 2},
     }.get(case, {})
     if case in ("v2", "faster", "resnet", "wide"):
         build = {"v2": maskrcnn_resnet50_fpn_v2, "faster": fasterrcnn_resnet50_fpn}.get(case)

@@ -249,6 +249,12 @@ class ModelConfig:
         require(min(self.image_std) > 0, "image_std", "numbers above 0", self.image_std)
         require(0 <= self.trainable_layers <= 5, "trainable_layers", "in 0..5", self.trainable_layers)
         require(0 <= self.mask_fusion_layers <= 2, "mask_fusion_layers", "0, 1 or 2", self.mask_fusion_layers)
+        computed = [name for name in ("mask_transfer", "mask_fusion_layers") if getattr(self, name)]
+        for name in computed:  # they work on what leaves the deconvolution; in a softmax the fusion would cancel out
+            require(self.mask_head == "fcn", "mask_head", f"'fcn' with {name}", self.mask_head)
+            require(self.losses.mask == "sigmoid", "losses.mask", f"'sigmoid' with {name}", self.losses.mask)
+        both = self.mask_transfer is not None and self.mask_class_agnostic
+        require(not both, "mask_class_agnostic", "false with mask_transfer", self.mask_class_agnostic)
         levels = len(NECK_STRIDES[self.neck])
         expected = "5 tuples, one a level P2-P6" if levels > 1 else f"1 tuple, as the neck {self.neck} is one level"
         require(len(self.anchor_sizes) == levels, "anchor_sizes", expected, self.anchor_sizes)

@@ -81,6 +81,8 @@ def _check_architecture(config: ModelConfig, num_classes: int) -> None:
         mask, agnostic = config.losses.mask, config.mask_class_agnostic
         require(mask == "sigmoid", "losses.mask", "'sigmoid', by which these masks are trained", mask)
         require(not agnostic, "mask_class_agnostic", "false, as there is a mask for each class", agnostic)
+        for name, none in (("mask_transfer", None), ("mask_fusion_layers", 0)):
+            require(getattr(config, name) == none, name, f"{none}, as torchvision's", getattr(config, name))
 
 
 def adapted(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

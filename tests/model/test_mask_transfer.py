@@ -211,20 +211,21 @@ def predicted(model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]) -> Any:
 
 
 def test_masks_follow_the_box_head() -> None:
-    """The kernels are made of the present weights: after an update, and after a checkpoint is loaded."""
-    model = build()
-    seen = captured(model)
-    batch = padded(model)
-    predicted(model, batch)
+    """They are made of its present weights: after an update, and after a checkpoint is loaded."""
+    model, other = build(), tmask.build_model("tiny", num_classes=4, **STRICT)
+    x = torch.rand(2, 16, 14, 14)
+
+    def logits(model: tmask.MaskRCNN) -> Tensor:
+        with torch.no_grad():
+            return model.roi_heads._masks_of()(x)
+
+    before, _ = logits(model), logits(other)
     with torch.no_grad():
         model.roi_heads.box_head.classifier.weight[2] += 1.0
-    predicted(model, batch)
-    assert [bool(row.any()) for row in seen[1] - seen[0]] == [False, False, True, False]
-    other = tmask.build_model("tiny", num_classes=4, **STRICT)
-    theirs = captured(other)
+    after = logits(model)
+    assert [bool(change.any()) for change in (after - before).unbind(1)] == [False, False, True, False]
     other.load_state_dict(model.state_dict())
-    predicted(other, batch)
-    assert torch.equal(theirs[0], seen[1])
+    assert torch.equal(logits(other), after)
 
 
 def test_a_detection_gets_the_mask_of_its_class() -> None:
@@ -297,7 +298,11 @@ def test_the_fusion_is_added_to_every_class(num_layers: int) -> None:
     assert head(x[:0]).shape == (0, 4, 6, 6)
 
 
-@pytest.mark.parametrize("settings", [{}, {"mask_transfer": None}], ids=["transfer", "own predictors"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"mask_transfer": None}, {"mask_transfer": None, "mask_class_agnostic": True}],
+    ids=["transfer", "own predictors", "class-agnostic"],
+)
 def test_the_fusion_comes_before_the_sigmoid(settings: dict[str, Any]) -> None:
     model = build(mask_fusion_layers=1, **settings)
     batch = padded(model)
@@ -323,6 +328,7 @@ SLOW_MODES: dict[str, dict[str, Any]] = {
     "without stop_grad": {"mask_transfer": {"layers": 3, "stop_grad": False}},
     "fusion": {"mask_fusion_layers": 1},
     "own predictors and fusion": {"mask_transfer": None, "mask_fusion_layers": 1},
+    "class-agnostic and fusion": {"mask_transfer": None, "mask_class_agnostic": True, "mask_fusion_layers": 1},
     "sigmoid_focal": {"losses": {"classifier": "sigmoid_focal"}},
 }
 
