@@ -140,7 +140,7 @@ def test_info_names_versions_presets_and_reasons(cli: Any, monkeypatch: pytest.M
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
-    for part in (f"torch {torch.__version__.split('+')[0]}", "presets: tiny, r18_fpn", "backends on"):
+    for part in (f"torch {torch.__version__.split('+')[0]}", "presets: tiny, tiny_c5, r18_fpn", "backends on"):
         assert part in out
     for check in OP_CHECKS:
         assert f"  {check.name} " in out
