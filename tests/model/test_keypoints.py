@@ -11,7 +11,6 @@ from torchvision.models.detection.roi_heads import keypointrcnn_loss
 import tmask
 from tests.model.conftest import SPOTS, images_and_targets
 from tests.model.sync import count_blocking
-from tmask.model import keypoint_branch
 from tmask.model.keypoint_branch import KeypointBranch, encode_keypoints
 from tmask.model.keypoint_head import KeypointHead
 from tmask.model.postprocess import to_list
@@ -283,26 +282,10 @@ def test_compact_changes_nothing(keypoint_model: tmask.MaskRCNN, keypoint_batch:
     assert few.any()
 
 
-@pytest.fixture
-def decoded_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference of the decoding reads the boxes' sizes, as no kernel does."""
-
-    def decode(maps: Tensor, boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        return boxes[..., None, :2].expand(*maps.shape[:3], 2) * valid[..., None, None], maps.amax((3, 4))
-
-    monkeypatch.setattr(keypoint_branch, "decode_keypoints", decode)
-
-
-@pytest.mark.usefixtures("decoded_elsewhere")
-@pytest.mark.parametrize("mode", ["train", "inference"])
-def test_no_synchronisation(mode: str, keypoint_model: tmask.MaskRCNN, keypoint_batch: Batch) -> None:
-    model, batch = keypoint_model, keypoint_batch
+def test_losses_never_wait_for_the_host(keypoint_model: tmask.MaskRCNN, keypoint_batch: Batch) -> None:
+    """Inference: tests/model/test_sync_free.py, since the reference of the decoding reads the boxes' sizes."""
     with use_backend("reference"), count_blocking() as found:
-        if mode == "train":
-            total(model.forward_padded(*batch)).backward()
-        else:
-            with torch.no_grad():
-                model.eval().forward_padded(batch[0])
+        total(keypoint_model.forward_padded(*keypoint_batch)).backward()
     assert not found
 
 

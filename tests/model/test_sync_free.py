@@ -12,7 +12,7 @@ from triton.runtime.interpreter import GridExecutor
 
 import tmask
 import tmask_kernels
-from tests.model.conftest import SMALL, images_and_targets
+from tests.model.conftest import KEYPOINTS, SMALL, images_and_targets
 from tests.model.sync import count_blocking
 from tmask.model import rpn
 from tmask.model.postprocess import to_list
@@ -67,13 +67,13 @@ def test_reference_backend(mode: str, small_model: tmask.MaskRCNN, batch: tuple[
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU see tests/gpu/test_model.py")
 @pytest.mark.parametrize("mode", ["train", "inference"])
-def test_triton_backend(mode: str, batch: tuple[ImageBatch, Targets], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_backend(mode: str, keypoint_batch: tuple[ImageBatch, Targets], monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks of 4 x 4: the interpreter runs a program for each row of each target."""
-    model = tmask.build_model("tiny", num_classes=4, **SMALL, mask_pool_size=2)
+    model = tmask.build_model("tiny", num_classes=4, **SMALL, mask_pool_size=2, keypoints=KEYPOINTS)
     with triton_where_there_is_a_kernel(monkeypatch) as used, count_blocking() as found:
-        run(mode, model, batch)
+        run(mode, model, keypoint_batch)
     assert not found
-    assert used >= {"multiscale_roi_align", *(["mask_targets"] if mode == "train" else [])}
+    assert used >= {"multiscale_roi_align", "mask_targets" if mode == "train" else "decode_keypoints"}
 
 
 @pytest.mark.slow
