@@ -330,6 +330,15 @@ SLOW_MODES: dict[str, dict[str, Any]] = {
     "own predictors and fusion": {"mask_transfer": None, "mask_fusion_layers": 1},
     "class-agnostic and fusion": {"mask_transfer": None, "mask_class_agnostic": True, "mask_fusion_layers": 1},
     "sigmoid_focal": {"losses": {"classifier": "sigmoid_focal"}},
+    "c4": {
+        "neck": "c4",
+        "norm": "gn",
+        "anchor_sizes": ((12.0, 24.0, 48.0),),
+        "mask_pool_size": 7,
+        "mask_head_channels": 32,
+        "mask_head_layers": 0,
+        "mask_fusion_layers": 1,
+    },
 }
 
 
