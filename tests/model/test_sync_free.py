@@ -68,8 +68,10 @@ def test_reference_backend(mode: str, small_model: tmask.MaskRCNN, batch: tuple[
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU see tests/gpu/test_model.py")
 @pytest.mark.parametrize("mode", ["train", "inference"])
 def test_triton_backend(mode: str, keypoint_batch: tuple[ImageBatch, Targets], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Masks of 4 x 4: the interpreter runs a program for each row of each target."""
-    model = tmask.build_model("tiny", num_classes=4, **SMALL, mask_pool_size=2, keypoints=KEYPOINTS)
+    """Few RoIs of few bins: the interpreter runs a program for each row of each."""
+    counts = {"rpn_post_nms_top_n_train": 8, "rpn_post_nms_top_n_test": 8, "box_batch_size": 8, "max_detections": 3}
+    sides = {"box_pool_size": 2, "mask_pool_size": 2, "keypoints": {**KEYPOINTS, "pool_size": 2}}
+    model = tmask.build_model("tiny", num_classes=4, **{**SMALL, **counts, **sides})
     with triton_where_there_is_a_kernel(monkeypatch) as used, count_blocking() as found:
         run(mode, model, keypoint_batch)
     assert not found
