@@ -311,6 +311,17 @@ def test_strided_maps(device: torch.device, layout: str) -> None:
     assert torch.equal(got[1], expected[1])
 
 
+@pytest.mark.parametrize("side", [3, 4])
+def test_the_stride_of_an_axis_of_one_cell_may_be_any_number(device: torch.device, side: int) -> None:
+    shape, steps = ((1, 1, 1, 5, 1), (0, 0, 0, 1, 7)) if side == 4 else ((1, 1, 1, 1, 5), (0, 0, 0, 7, 1))
+    maps = torch.randn(40, device=device).as_strided(shape, steps)
+    boxes = torch.tensor([[box(0.0, 0.0, 6.0, 5.5)]], device=device)
+    got = decode_keypoints(maps, boxes, backend="triton")
+    expected = decode_keypoints(maps.contiguous(), boxes, backend="reference")
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 2, 4, 4), (2, 0, 2, 4, 4), (2, 3, 0, 4, 4)], ids=str)
 def test_nothing_to_decode(backend: str, device: torch.device, shape: tuple[int, ...]) -> None:
     maps, boxes = torch.zeros(shape, device=device), torch.zeros(*shape[:2], 4, device=device)

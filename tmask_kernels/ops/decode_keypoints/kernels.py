@@ -266,8 +266,10 @@ def decode_keypoints(heatmaps: Tensor, boxes: Tensor, valid: Tensor | None) -> t
     if not scores.numel():
         return xy, scores
     _, D, K, H, W = heatmaps.shape
-    if heatmaps.stride(3) != W * heatmaps.stride(4):
-        heatmaps = heatmaps.contiguous()
+    # The step from cell to cell of a flattened map; that of an axis of one cell may be any number.
+    stride = heatmaps.stride(4 if W > 1 else 3)
+    if H > 1 and W > 1 and heatmaps.stride(3) != W * stride:
+        heatmaps, stride = heatmaps.contiguous(), 1
     block_w = triton.next_power_of_2(W + 1)
     with on_device(xy):
         _decode_keypoints_kernel[(scores.numel(),)](
@@ -284,7 +286,7 @@ def decode_keypoints(heatmaps: Tensor, boxes: Tensor, valid: Tensor | None) -> t
             stride_n=heatmaps.stride(0),
             stride_d=heatmaps.stride(1),
             stride_k=heatmaps.stride(2),
-            stride=heatmaps.stride(4),
+            stride=stride,
             HAS_VALID=valid is not None,
             A=KEYS,
             OVERSHOOT=OVERSHOOT,
