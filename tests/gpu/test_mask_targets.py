@@ -77,9 +77,10 @@ def test_memory(count: int, size: tuple[int, int], full: bool, device: torch.dev
 
 
 def test_offsets_past_31_bits(full: bool, device: torch.device) -> None:
-    """2,100 masks of 4,000 x 8,160: the last one begins past 2^31 words."""
+    """2,120 masks of 4,000 x 8,160: the last one begins past 2^31 words."""
     need_memory(12, device)
-    count, height, words = (2100, 4000, 255) if full else (2, 6, 2)
+    count, height, words = (2120, 4000, 255) if full else (2, 6, 2)
+    assert (count - 1) * height * words > 2**31 or not full
     packed = torch.zeros(1, count, height, words, dtype=torch.int32, device=device)
     packed[0, -1] = torch.randint(-(2**31), 2**31, (height, words), dtype=torch.int32, device=device)
     box = torch.tensor([words * 32 - 40.0, height - 5.0, words * 32.0, height], device=device).expand(1, 1, 4)

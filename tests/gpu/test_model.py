@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import tmask
 from tests.gpu.tools import counting_waits, need_cuda, recorded, tensors, to, waiting_is_an_error
-from tests.model.conftest import SMALL, images_and_targets
+from tests.model.conftest import KEYPOINTS, SMALL, images_and_targets
 from tmask.data.loader import Batch
 from tmask.engine.evaluate import detect as coco_detections
 from tmask.structures import Detections, ImageBatch, Targets
@@ -99,18 +100,28 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "roi_pool": {"roi_extractor": {"op": "roi_pool"}},
     "mlp-softmax": {"mask_head": "mlp", "mask_mlp_dim": 32, "losses": {"mask": "softmax"}},
     "agnostic": {"mask_class_agnostic": True},
+    "c4": {"neck": "c4", "norm": "frozen_bn", "anchor_sizes": ((16.0, 32.0, 64.0),)},
+    "c5": {"neck": "c5", "anchor_sizes": ((16.0, 32.0, 64.0),)},
+    "keypoints": {"keypoints": KEYPOINTS},
 }
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_never_wait(name: str, device: torch.device) -> None:
     torch.manual_seed(0)
-    model = tmask.build_model("tiny", num_classes=4, **VARIANTS[name], **SMALL).to(device)
-    batch = batch_of(model, False, device)
-    step(model, batch, "bf16", device)  # kernels compile
+    model = tmask.build_model("tiny", num_classes=4, **{**SMALL, **VARIANTS[name]}).to(device)
+    images, targets = batch_of(model, False, device)
+    if targets.keypoints is not None:  # all in the middle of their box
+        middle = (targets.boxes[..., :2] + targets.boxes[..., 2:]) / 2  # [N, G, 2]
+        targets = targets._replace(keypoints=F.pad(middle, (0, 1), value=2.0)[:, :, None].expand(-1, -1, 3, -1))
+    step(model, (images, targets), "bf16", device)  # kernels compile
+    detect(model, images, "bf16", device)
     with waiting_is_an_error(device):
-        loss = step(model, batch, "bf16", device)
+        loss = step(model, (images, targets), "bf16", device)
+        found = detect(model, images, "bf16", device)
     assert loss.isfinite()
+    assert (found.keypoints is not None) == (name == "keypoints")
+    assert all(t.isfinite().all() for t in tensors(found))
 
 
 def test_a_weight_transfer_never_waits(full: bool, device: torch.device) -> None:
@@ -233,9 +244,14 @@ def test_the_familiar_contract(full: bool, device: torch.device) -> None:
     assert all(loss.isfinite() for loss in losses.values())
 
 
-def test_evaluation_waits_as_often_for_a_batch_as_for_an_image(full: bool, device: torch.device) -> None:
-    """Counts, run lengths (twice) and three fields of the results, and what else there is: none of it grows with N."""
+@pytest.mark.parametrize("keypoints", [False, True], ids=["masks", "keypoints"])
+def test_evaluation_waits_as_often_for_a_batch_as_for_an_image(
+    full: bool, keypoints: bool, device: torch.device
+) -> None:
+    """Counts, run lengths (twice) and a field of the results each, and what else there is: none of it grows with N."""
     model = build(full, device).eval()
+    if keypoints:
+        model = tmask.build_model("tiny", num_classes=4, **SMALL, keypoints=KEYPOINTS).to(device).eval()
     found: dict[int, int] = {}
     for count in (1, 3, 1, 3) if device.type == "cuda" else (1, 3):  # kernels compile in the first rounds
         images = [torch.rand(3, 60 + 10 * i, 90) for i in range(count)]

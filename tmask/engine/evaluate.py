@@ -106,7 +106,8 @@ def detect(
 def _on_host(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The results of a batch with their tensors on the host: a wait for each field, however many the images."""
     counts = [len(result["boxes"]) for result in found]
-    fields = {name: torch.cat([result[name] for result in found]).cpu() for name in ("boxes", "scores", "labels")}
+    names = [name for name, value in found[0].items() if isinstance(value, Tensor)]
+    fields = {name: torch.cat([result[name] for result in found]).cpu() for name in names}
     rows = zip(*(values.split(counts) for values in fields.values()), strict=True)
     return [result | dict(zip(fields, row, strict=True)) for result, row in zip(found, rows, strict=True)]
 

@@ -60,5 +60,6 @@ def to_list(
 
 def _scales(image_sizes: Tensor, original_sizes: Sequence[tuple[int, int]]) -> Tensor:
     """Original pixels per resized pixel as a factor of xyxy boxes: [N, 4]."""
-    original = image_sizes.new_tensor(original_sizes).float()  # [N, 2] height, width
+    # [N, 2] height, width; copied without a wait
+    original = torch.tensor(original_sizes, dtype=torch.float32).to(image_sizes.device, non_blocking=True)
     return (original / image_sizes).flip(1).repeat(1, 2)
