@@ -545,6 +545,12 @@ SETTINGS = [
         code=2,
     ),
     Case(
+        "up-down flips of keypoints",
+        "train --model.keypoints.names [left,right] --data.vflip 0.5",
+        "--data.vflip: expected 0 with --model.keypoints, got 0.5",
+        code=2,
+    ),
+    Case(
         "masks alone, and no detector to learn them on",
         "train --train.only masks",
         "--train.only masks: expected --init, the checkpoint of a detector",

@@ -97,6 +97,7 @@ def test_keypoints_are_a_persons_unless_named() -> None:
 
 
 def test_a_persons_keypoints_are_mirrored_by_their_names() -> None:
+    assert make_skeleton(("Right Eye", "Nose", "Left Eye")).flip_pairs == ((2, 0),)
     assert make_skeleton(PERSON.names).flip_pairs == PERSON.flip_pairs
     order = PERSON.flip_order
     assert [order[number] for number in order] == list(range(17))

@@ -56,9 +56,9 @@ def make_skeleton(
 ) -> Skeleton:
     """A skeleton of which some parts are given; without names it is COCO's person.
 
-    Left out: the edges are the person's or none, the flip pairs those whose names differ by left and right alone, the
-    sigmas COCO's for its names and else `UNKNOWN_SIGMA`. Errors: ValueError for no name or one twice, numbers of no
-    keypoint, one in two flip pairs, and sigmas that are not one above 0 for each name.
+    Left out: the edges are the person's or none, the flip pairs those whose names, in small letters, differ by left and
+    right alone, the sigmas COCO's for its names and else `UNKNOWN_SIGMA`. Errors: ValueError for no name or one twice,
+    numbers of no keypoint, one in two flip pairs, and sigmas that are not one above 0 for each name.
     """
     known = PERSON.names if names is None else tuple(names)
     person = known == PERSON.names
@@ -80,6 +80,7 @@ def make_skeleton(
 
 
 def _mirror_pairs(names: Sequence[str]) -> Pairs:
+    names = [name.lower() for name in names]
     place = {name: i for i, name in enumerate(names)}
     pairs = ((i, place.get(name.replace("left", "right"))) for i, name in enumerate(names) if "left" in name)
     return tuple((left, right) for left, right in pairs if right is not None)

@@ -35,6 +35,8 @@ def test_targets_have_keypoints(write: Any, with_keypoints: dict[str, Any]) -> N
     assert keypoints.shape == (3, 3, 3)
     assert not keypoints[1:, :, 2].any()
     assert dataset[1][1]["keypoints"].shape == (0, 3, 3)
+    with_keypoints["annotations"][0]["keypoints"] = []
+    assert not CocoDataset(*write(with_keypoints))[0][1]["keypoints"][..., 2].any()
 
 
 def test_data_without_keypoints_has_none(write: Any, content: dict[str, Any]) -> None:

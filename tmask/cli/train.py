@@ -75,6 +75,8 @@ def train_command(argv: list[str]) -> int:
     if args.resume is None and not args.overwrite and (out / CHECKPOINT_NAME).exists():
         raise UsageError(f"--out {out} holds a checkpoint; go on with --resume {out / CHECKPOINT_NAME} or --overwrite")
     settings = args.model.as_dict()
+    if settings["keypoints"] and data.vflip > 0:  # which would turn left into right too, and top into bottom
+        raise UsageError(f"--data.vflip: expected 0 with --model.keypoints, got {data.vflip}")
     flip_pairs = settings["keypoints"]["flip_pairs"] if settings["keypoints"] else None
     train_set, val_set = open_dataset(data, "train", flip_pairs=flip_pairs), open_dataset(data, "val")
     if settings["num_classes"] is None:

@@ -178,8 +178,8 @@ def keypoints_of(
 
 
 def check_keypoints(keypoints: Any, count: int) -> None:
-    """Raise ValueError unless `keypoints` is None or `count` triples of x, y and visibility."""
-    if keypoints is None:
+    """Raise ValueError unless `keypoints` is None, empty, or `count` triples of x, y and visibility."""
+    if keypoints is None or keypoints == []:
         return
     if not isinstance(keypoints, list) or len(keypoints) != 3 * count:
         got = f"{len(keypoints)}" if isinstance(keypoints, list) else repr(keypoints)
