@@ -38,9 +38,10 @@ def build_model(
 ) -> MaskRCNN:
     """A Mask R-CNN with random heads, in training mode.
 
-    `preset` names an entry of `tmask.config.PRESETS` or is a config; `num_classes` counts the background; `overrides`
+    `preset` names an entry of `tmask.PRESETS` or is a config; `num_classes` counts the background; `overrides`
     replace fields of the config (``min_size=640``, ``convention="torchvision"``...). `backbone` names a ResNet or is
-    any module as tmask/model/backbone.py describes, timm's with ``features_only=True`` among them. `warn_if_untrained`:
+    any module as tmask/model/backbone.py describes, timm's with ``features_only=True`` among them; `norm` and
+    `trainable_layers` do not reach into it, and a checkpoint of it is loaded by hand. `warn_if_untrained`:
     say so when frozen layers hold random weights; off where a checkpoint will fill them. The result has ``.config``.
     Errors: ValueError for unknown names (with the nearest) and impossible values.
     """
@@ -49,6 +50,10 @@ def build_model(
     if isinstance(backbone, str):
         overrides["backbone"], backbone = backbone, None
     config = model_config(preset, **overrides)
+    if backbone is not None and config.backbone_weights is not None:
+        raise ValueError(
+            f"backbone_weights: expected none beside a backbone of your own, got {config.backbone_weights!r}"
+        )
     backbone = _resnet(config, warn_if_untrained) if backbone is None else as_backbone(backbone)
     neck, extractor, channels = _neck(config, backbone)
     model = MaskRCNN(

@@ -182,3 +182,8 @@ def test_a_module_that_is_no_backbone_is_refused() -> None:
             tmask.build_model("tiny", backbone=module)
     with pytest.raises(ValueError, match=r"neck: expected 'fpn' or 'c5' with a backbone of your own"):
         tmask.build_model("r50_c4", backbone=Stripes())
+
+
+def test_weights_do_not_go_with_a_backbone_of_ones_own() -> None:
+    with pytest.raises(ValueError, match=r"backbone_weights: expected none beside a backbone of your own, got 'a.pth'"):
+        tmask.build_model("tiny", backbone=Stripes(), backbone_weights="a.pth")

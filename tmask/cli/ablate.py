@@ -18,7 +18,7 @@ def ablate_command(argv: list[str]) -> int:
     parser.add_argument("--out", type=str | None, default=None, help="folder of the table; else runs/ablate/NAME")
     parser.add_argument(
         "--coco", type=str | None, default=None,
-        help="folder of COCO 2017: trains R50 at full size, for a GPU; else a tiny model on drawn shapes",
+        help="folder of COCO 2017: trains R50 (or R101) at full size, for a GPU; else a tiny model on drawn shapes",
     )  # fmt: skip
     parser.add_argument(
         "--backbone_weights", type=str | None, default=None, help="with --coco: torchvision's ImageNet weights"

@@ -34,7 +34,7 @@ def norm_layer(name: str, eps: float = 1e-5) -> NormLayer:
 
 
 def head_norm_layer(name: str, eps: float = 1e-5) -> NormLayer:
-    """What stands behind the convolutions of neck and heads: GroupNorm if the backbone has it, else nothing.
+    """What stands behind the convolutions of neck and mask head: GroupNorm if the backbone has it, else nothing.
 
     Source: Wu & He 2018, section 4.2, and He et al. 2019, "Rethinking ImageNet Pre-training", section 3.
     """

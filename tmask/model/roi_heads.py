@@ -1,4 +1,4 @@
-"""RoI heads: proposals in, classified boxes with masks (or, in training, three losses) out.
+"""RoI heads: proposals in, classified boxes with masks (or, in training, their losses) out.
 
 This file says which RoIs each head sees; the heads themselves are box_head.py and mask_head.py, and what is learnt of
 masks is mask_branch.py. Letters: N images, P proposals, G ground-truth boxes, S sampled RoIs, D detections, C classes

@@ -43,5 +43,14 @@ TABLE = Table(
         train={"steps": 1200, "batch_size": 4, "lr": 7e-4, "checkpoint_every": 100},
         data={"num_workers": 0},
     ),
-    full=Setting(preset="r50_fpn", model={"neck": "c5", "anchor_sizes": ((32.0, 64.0, 128.0, 256.0, 512.0),)}),
+    full=Setting(
+        preset="r50_fpn",
+        # The one level proposes as many boxes as those of a pyramid together.
+        model={
+            "neck": "c5",
+            "anchor_sizes": ((32.0, 64.0, 128.0, 256.0, 512.0),),
+            "rpn_pre_nms_top_n_train": 12_000,
+            "rpn_pre_nms_top_n_test": 6_000,
+        },
+    ),
 )
