@@ -768,6 +768,12 @@ CHECKPOINTS = [
         "fpn.lateral.1.weight: expected [16, 128, 1, 1], got [8, 128, 1, 1] and 19 more",
     ),
     Case(
+        "detector to be frozen of which not all is there",
+        f"train --init {CHECKPOINT} --train.only masks --model.losses.classifier sigmoid_focal",
+        "init run/checkpoint.pt: expected all weights of the detector, as only the masks learn, "
+        "got none that fit roi_heads.box_head.classifier.weight and 1 more",
+    ),
+    Case(
         "checkpoint of another batch size",
         f"train --resume {CHECKPOINT} --train.batch_size 1",
         "checkpoint run/checkpoint.pt: cannot resume, the run differs: batch_size: 2 -> 1",

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tmask.build import build_model
 from tmask.checks import require
@@ -65,7 +65,7 @@ def load_torchvision(state_dict: Mapping[str, Any] | str | Path, **overrides: An
     settings = {"convention": "torchvision", **_architecture(weights), **overrides}
     model = build_model("r50_fpn", warn_if_untrained=False, **settings)
     _check_architecture(model.config, _architecture(weights)["num_classes"])
-    weights = adapted(weights, model)
+    weights = adapted(weights, model.state_dict())
     problems = misfits(model, weights)
     if problems:
         raise ValueError(f"state_dict: does not fit the model: {problems}")
@@ -85,14 +85,14 @@ def _check_architecture(config: ModelConfig, num_classes: int) -> None:
             require(getattr(config, name) == none, name, f"{none}, as torchvision's", getattr(config, name))
 
 
-def adapted(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """`weights` (by our names) as `model` can begin with them.
+def adapted(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`weights` (by our names) as the model whose state is `own` can begin with them.
 
     Batch-norm counters that it has no place for are left out; if they are of another number of classes, it keeps its
     own layers that depend on that, which the predictor of class-agnostic masks does not. What predicts its masks it
-    keeps where they are of a model that does it otherwise, and its keypoint head where they have none.
+    keeps where they are of a model that does it otherwise, and its keypoint head where they have none. What it keeps
+    are the tensors of `own` themselves.
     """
-    own = model.state_dict()
     out = {name: tensor for name, tensor in weights.items() if name in own or not name.endswith("num_batches_tracked")}
     if _CLASSES in out and _CLASSES in own and out[_CLASSES].shape != own[_CLASSES].shape:
         layers = {name: tensor for name, tensor in own.items() if name.startswith(CLASS_LAYERS)}

@@ -13,10 +13,12 @@ from torch import Tensor
 import tmask
 from tests.engine.toy import CONFIG
 from tests.model.conftest import SMALL, images_and_targets
+from tmask.config import DataConfig
 from tmask.data.coco import CocoDataset
 from tmask.data.loader import make_loader
-from tmask.data.shapes import CLASSES, write_shapes
+from tmask.data.shapes import CLASSES, KEYPOINTS, write_shapes
 from tmask.engine.checkpoint import CheckpointError, load_initial, load_model, save_checkpoint
+from tmask.engine.run import run_training
 from tmask.engine.state import TrainState
 from tmask.engine.train import train
 
@@ -83,6 +85,47 @@ def test_the_second_stage_begins_with_the_detector_of_the_first(tmp_path: Path) 
         assert torch.equal(after[name], trained[name])
     for name in after.keys() - trained.keys():
         assert torch.equal(after[name], own[name])
+
+
+class BegunError(Exception):
+    pass
+
+
+def begun() -> None:
+    raise BegunError
+
+
+KEYPOINT_HEAD = {"names": KEYPOINTS, "head_channels": 16, "head_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "first_kept"),
+    [
+        ({"num_classes": 4}, {}, "box_head.classifier.weight and 3 more"),
+        ({}, {"losses": {"classifier": "sigmoid_focal"}}, "box_head.classifier.weight and 1 more"),
+        ({}, {"keypoints": KEYPOINT_HEAD}, "keypoint_head.convs.0.weight and 3 more"),
+        ({"mask_transfer": None}, {"mask_fusion_layers": 1}, None),
+    ],
+    ids=["other classes", "another classifier", "keypoints", "other masks"],
+)
+def test_no_layer_is_frozen_that_nothing_was_read_for(
+    first: dict[str, Any], second: dict[str, Any], first_kept: str | None, tmp_path: Path
+) -> None:
+    dataset = CocoDataset(*write_shapes(tmp_path / "data", num_images=2, seed=1, size=64, variant="corners"))
+    settings = {"num_classes": len(CLASSES) + 1}
+    path = saved(build(**settings | first), tmp_path / "first.pt")
+    config = build(**settings | second).config
+    options: dict[str, Any] = {"out_dir": tmp_path, "device": torch.device("cpu"), "init": path, "on_start": begun}
+    expected: Any = pytest.raises(BegunError)
+    if first_kept is not None:
+        message = f"first.pt: expected all weights .* only the masks learn, got none that fit roi_heads.{first_kept}"
+        expected = pytest.raises(ValueError, match=message)
+    with expected:
+        run_training(config, MASKS, DataConfig(num_workers=0), dataset, None, **options)
+    with pytest.raises(BegunError):
+        run_training(config, CONFIG, DataConfig(num_workers=0), dataset, None, **options)
+    with pytest.raises(ValueError, match="init: expected the checkpoint of a detector, as only='masks', got none"):
+        run_training(config, MASKS, DataConfig(num_workers=0), dataset, None, **options | {"init": None})
 
 
 def test_a_checkpoint_holds_the_transfer_and_the_fusion(tmp_path: Path) -> None:

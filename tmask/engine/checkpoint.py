@@ -122,11 +122,11 @@ def load_weights(model: nn.Module, weights: dict[str, Any], path: str | Path) ->
     model.load_state_dict(weights)
 
 
-def load_initial(model: nn.Module, path: str | Path) -> None:
+def load_initial(model: nn.Module, path: str | Path) -> list[str]:
     """Let `model` begin with the weights in `path`: a checkpoint's, or those of torchvision's Mask R-CNN.
 
-    Of a run that kept an average it is the average. Layers that depend on the number of classes stay as they are if
-    `path` is of another one. Errors: ValueError for a file that is neither or does not fit.
+    Of a run that kept an average it is the average. What cannot be taken over, as `adapted` says, stays as it is: the
+    names of it are returned. Errors: ValueError for a file that is neither or does not fit.
     """
     content = read_state_dict(path, "init")
     if content.get("format") == FORMAT:
@@ -137,7 +137,10 @@ def load_initial(model: nn.Module, path: str | Path) -> None:
             weights = torchvision_weights(content)
         except ValueError as error:
             raise ValueError(f"init {path}: no checkpoint, and {error}") from error
-    load_weights(model, adapted(weights, model), path)
+    own = model.state_dict()
+    begin = adapted(weights, own)
+    load_weights(model, begin, path)
+    return [name for name, tensor in own.items() if begin[name] is tensor]
 
 
 def config_dict(config: Any) -> dict[str, Any] | None:

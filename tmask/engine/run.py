@@ -22,6 +22,7 @@ from tmask.engine.checkpoint import load_initial
 from tmask.engine.evaluate import evaluate, skeleton_of
 from tmask.engine.files import replace_text
 from tmask.engine.train import TrainResult, train
+from tmask.model.detector import MaskRCNN
 from tmask.model.transform import is_packed
 from tmask.skeleton import Pairs, make_skeleton
 from tmask_kernels import unpack_masks
@@ -75,12 +76,14 @@ def run_training(
 
     A fresh run begins with the weights of `init` (`load_initial`) if it is given, `resume` is a run to go on with.
     ``config.yaml`` is the caller's to write, by `on_start`: called before the first step, once all checks are passed.
-    Errors: ValueError if the model has not the classes or keypoints of the data or the two sets name other categories;
-    and those of `train`.
+    Errors: ValueError if the model has not the classes or keypoints of the data or the two sets name other categories,
+    or ``only`` would freeze layers that begin at random; and those of `train`.
     """
     from tmask.data.coco import check_keypoint_names
     from tmask.data.loader import make_loader
 
+    if train_config.only is not None and init is None and resume is None:
+        raise ValueError(f"init: expected the checkpoint of a detector, as only={train_config.only!r}, got none")
     check_categories(model_config.num_classes, train_set.categories, val_set.categories if val_set else None)
     if model_config.keypoints is not None:
         names = model_config.keypoints.skeleton.names
@@ -95,7 +98,9 @@ def run_training(
         model = build_model(dataclasses.replace(model_config, backbone_weights=None), warn_if_untrained=False)
         model.config = model_config
     if init is not None and resume is None:
-        load_initial(model, init)
+        kept = load_initial(model, init)
+        if train_config.only is not None:
+            _check_frozen(model, kept, init)
     loader = make_loader(
         train_set,
         model.transform,
@@ -140,6 +145,17 @@ def run_training(
         replace_text(out_dir / METRICS_NAME, json.dumps(result.metrics, indent=1))
         draw_pictures(result.model, val_set, out_dir / PICTURES_NAME, device=device, precision=train_config.precision)
     return result
+
+
+def _check_frozen(model: MaskRCNN, kept: Sequence[str], init: str | Path) -> None:
+    """No layer that is to be frozen is among those that `init` left at random: `kept`. Errors: ValueError."""
+    heads = model.roi_heads
+    learning = tuple(f"roi_heads.{name}." for name, part in heads.named_children() if part in heads.mask_parts())
+    random = [name for name in kept if not name.startswith(learning)]
+    if random:
+        more = f" and {len(random) - 1} more" if len(random) > 1 else ""
+        expected = "all weights of the detector, as only the masks learn"
+        raise ValueError(f"init {init}: expected {expected}, got none that fit {random[0]}{more}")
 
 
 def check_categories(
