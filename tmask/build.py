@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tmask.config import NECK_STRIDES, ModelConfig
 from tmask.model.backbone import ResNet, as_backbone, load_backbone, warn_if_random_and_frozen
@@ -110,6 +111,10 @@ def _neck(config: ModelConfig, backbone: Any) -> tuple[FPN | SingleLevel, Extrac
             expected = "'fpn' or 'c5' with a backbone of your own, as c4 puts conv5 of a ResNet into the RoI heads"
             raise ValueError(f"neck: expected {expected}, got 'c4'")
         channels = backbone.out_channels[-1]
+        conv5 = backbone.get_submodule([*backbone.stages.values()][-1])
+        if any(isinstance(module, _BatchNorm) for module in conv5.modules()):  # ModelConfig knows the named ones alone
+            expected = "a ResNet of norm 'frozen_bn' or 'gn', as the neck c4 has its conv5 on RoIs"
+            raise ValueError(f"backbone: expected {expected}, got one with batch statistics")
         stage = backbone.take_last_stage()
         return SingleLevel(backbone.out_channels), StageExtractor(extractor, stage), channels
     kind = FPN if config.neck == "fpn" else SingleLevel

@@ -23,6 +23,8 @@ from tmask.engine.state import TrainState
 from tmask.engine.train import train
 
 MASKS = dataclasses.replace(CONFIG, only="masks", steps=2, ema_decay=0.5, eval_every=1)
+KEYPOINT_HEAD = {"names": KEYPOINTS, "head_channels": 16, "head_layers": 1}
+C4 = {"neck": "c4", "norm": "gn", "anchor_sizes": ((8.0, 16.0),), "mask_head_layers": 0, "mask_head_channels": 32}
 MASK_PARTS = ("roi_heads.mask_head.", "roi_heads.mask_transfer.")
 
 
@@ -62,6 +64,18 @@ def test_the_detector_stays_as_it_is_and_the_masks_learn(tmp_path: Path) -> None
         run(model, tmp_path, dataclasses.replace(MASKS, only=None), resume=result.checkpoint)
 
 
+@pytest.mark.parametrize("settings", [{}, C4, {"keypoints": KEYPOINT_HEAD}], ids=["fpn", "c4", "keypoints"])
+def test_no_statistics_can_move_outside_the_mask_parts(settings: dict[str, Any]) -> None:
+    """RPN and RoI heads themselves stay in training mode, for their limits; what they are made of does not."""
+    model = build(**settings)
+    model.freeze_detector()
+    heads = model.roi_heads
+    expected = {model, model.rpn, heads} | {module for part in heads.mask_parts() for module in part.modules()}
+    assert {module for module in model.modules() if module.training} == expected
+    assert not any(module.training for module in model.eval().modules())
+    assert {module for module in model.train().modules() if module.training} == expected
+
+
 @pytest.mark.slow
 def test_everything_learns_otherwise(tmp_path: Path) -> None:
     model = build()
@@ -93,9 +107,6 @@ class BegunError(Exception):
 
 def begun() -> None:
     raise BegunError
-
-
-KEYPOINT_HEAD = {"names": KEYPOINTS, "head_channels": 16, "head_layers": 1}
 
 
 @pytest.mark.parametrize(

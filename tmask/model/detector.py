@@ -62,9 +62,11 @@ class MaskRCNN(nn.Module):
         """As of any module, but the frozen layers stay in evaluation mode."""
         super().train(mode)
         if self.detector_frozen:
-            # The RPN and the RoI heads have limits of training that stay, and no layer with statistics.
-            for part in (self.backbone, self.fpn, self.roi_heads.box_head):
-                part.eval()
+            # The RPN and the RoI heads have limits of training that stay; what they are made of may have statistics.
+            stay = [self.rpn, self.roi_heads, *self.roi_heads.mask_parts()]
+            for part in (*self.children(), *self.rpn.children(), *self.roi_heads.children()):
+                if part not in stay:
+                    part.eval()
         return self
 
     def forward_padded(
