@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from bench.ablate.table import Setting, Table
-from tmask.config import DataConfig, TrainConfig, from_dict
+from tmask.config import DataConfig, ModelConfig, TrainConfig, from_dict
 from tmask.data.shapes import GENERATOR_VERSION
 from tmask.demo import make_data
 from tmask.engine.checkpoint import differences
@@ -104,10 +104,22 @@ def check_folder(plan: Plan) -> None:
     wanted = plan.record()
     if saved.get("table") != plan.name:
         raise ValueError(f"--out {out}: holds the table {saved.get('table')!r}, not {plan.name!r}")
+    try:
+        saved["variants"] = {variant: _completed(configs) for variant, configs in saved["variants"].items()}
+    except ValueError as error:
+        raise ValueError(f"--out {out}: holds this table in other settings: {error}") from error
     changed = differences(_flat(saved), _flat(wanted))
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise ValueError(f"--out {out}: holds this table in other settings: {'; '.join(changed[:3])}{more}")
+
+
+def _completed(configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """`configs` of a record, with the defaults of settings that are younger. Errors: ValueError for unknown ones."""
+    kinds = {"model": ModelConfig, "train": TrainConfig, "data": DataConfig}
+    out = {name: dataclasses.asdict(from_dict(kind, configs[name])) for name, kind in kinds.items()}
+    del out["model"]["num_classes"]
+    return json.loads(json.dumps(out))
 
 
 def check_data(plan: Plan) -> None:

@@ -106,7 +106,20 @@ def test_more_seeds_may_be_added_but_nothing_else_changed(tmp_path: Path) -> Non
     longer = dataclasses.replace(TABLE, small=dataclasses.replace(SETTING, train={"steps": 5}))
     with pytest.raises(ValueError, match=r"other settings: variants.align.train.steps: 4 -> 5; variants.pool"):
         check_folder(plan(tmp_path, table=longer))
-    (tmp_path / "ablation.json").write_text("{")
+    record = tmp_path / "ablation.json"
+    saved = json.loads(record.read_text())
+    for configs in saved["variants"].values():  # as an older version wrote it, without settings that came later
+        del configs["model"]["neck"], configs["model"]["roi_extractor"]["interpolation"]
+        del configs["train"]["only"], configs["data"]["mask_classes"]
+    record.write_text(json.dumps(saved))
+    check_folder(plan(tmp_path))
+    with pytest.raises(ValueError, match=r"other settings: variants.align.train.steps: 4 -> 5; variants.pool"):
+        check_folder(plan(tmp_path, table=longer))
+    saved["variants"]["pool"]["model"]["gone"] = 1
+    record.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=r"other settings: unknown ModelConfig setting 'gone'"):
+        check_folder(plan(tmp_path))
+    record.write_text("{")
     with pytest.raises(ValueError, match=r"ablation.json: damaged"):
         check_folder(plan(tmp_path))
 

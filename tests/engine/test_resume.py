@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.engine.toy import CONFIG, Loader, Model, batch, run
-from tmask.config import TrainConfig
+from tmask.config import KeypointConfig, ModelConfig, TrainConfig
 from tmask.engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from tmask.engine.log import read_log
 from tmask.engine.stream import BatchStream
@@ -214,3 +214,32 @@ def test_resume_refuses_other_settings(tmp_path: Path) -> None:
     save_checkpoint(path, saved | {"model_config": {"min_size": 800}})
     with pytest.raises(CheckpointError, match="the model differs: min_size: 800 -> None"):
         run(tmp_path, Model(), resume=path)
+
+
+def test_a_checkpoint_from_before_a_setting_existed_goes_on(tmp_path: Path) -> None:
+    def model(**settings: Any) -> Model:
+        own = Model()
+        own.config = ModelConfig(num_classes=3, **settings)  # type: ignore[assignment]
+        return own
+
+    run(tmp_path, model())
+    path = tmp_path / "checkpoint.pt"
+    saved = load_checkpoint(path)
+    for name in ("neck", "keypoints", "loss_keypoint"):
+        del saved["model_config"][name]
+    del saved["model_config"]["roi_extractor"]["interpolation"]
+    del saved["train_config"]["only"], saved["train_config"]["decay_norm_and_bias"]
+    save_checkpoint(path, saved)
+    for settings, message in (
+        ({"min_size": 640}, "min_size: 800 -> 640"),
+        ({"keypoints": KeypointConfig()}, "keypoints: None"),
+    ):
+        with pytest.raises(CheckpointError, match=f"cannot resume, the model differs: {message}"):
+            run(tmp_path, model(**settings), resume=path)
+    with pytest.raises(CheckpointError, match=r"the run differs: decay_norm_and_bias: True -> False$"):
+        run(tmp_path, model(), dataclasses.replace(CONFIG, decay_norm_and_bias=False), resume=path)
+    run(tmp_path, model(), dataclasses.replace(CONFIG, steps=13), resume=path)
+    assert load_checkpoint(path)["model_config"]["neck"] == "fpn"
+    save_checkpoint(path, saved | {"model_config": {"necks": "fpn"}})
+    with pytest.raises(CheckpointError, match=r"checkpoint.pt: model config: unknown ModelConfig setting 'necks'"):
+        run(tmp_path, model(), resume=path)

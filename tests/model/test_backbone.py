@@ -185,7 +185,9 @@ def test_a_module_that_is_no_backbone_is_refused() -> None:
     with torch.device("meta"):
         for norm in ("bn", "sync_bn"):  # of conv5 on RoIs, as the config refuses it
             own = ResNet("resnet10", norm=norm)
-            with pytest.raises(ValueError, match="backbone: expected a ResNet of norm 'frozen_bn' or 'gn', as the neck"):
+            with pytest.raises(
+                ValueError, match="backbone: expected a ResNet of norm 'frozen_bn' or 'gn', as the neck"
+            ):
                 tmask.build_model("r50_c4", backbone=own)
             assert len(own.out_channels) == 4, "as it was"
         assert tmask.build_model("r50_c4", backbone=ResNet("resnet10", norm="frozen_bn")).config.neck == "c4"

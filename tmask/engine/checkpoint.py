@@ -104,14 +104,20 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[An
     weights, average = content.pop("model"), content.pop("ema")
     if content["model_config"] is None:
         raise CheckpointError(f"checkpoint {path}: the model was not made by build_model; load its weights by hand")
-    try:
-        config = from_dict(ModelConfig, content["model_config"])
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {path}: model config: {error}") from error
+    config = read_model_config(content["model_config"], path)
     # The weights are all in the checkpoint: the ImageNet file the run began with may be gone.
     model = build_model(dataclasses.replace(config, backbone_weights=None), warn_if_untrained=False)
     load_weights(model, weights if average is None else average, path)
     return model.to(device).eval(), content
+
+
+def read_model_config(values: dict[str, Any], path: str | Path) -> ModelConfig:
+    """The config that a checkpoint holds, with the defaults of settings that are younger. Errors: CheckpointError."""
+    try:
+        config: ModelConfig = from_dict(ModelConfig, values)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {path}: model config: {error}") from error
+    return config
 
 
 def load_weights(model: nn.Module, weights: dict[str, Any], path: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from tmask.engine.checkpoint import (
     differences,
     load_checkpoint,
     load_weights,
+    read_model_config,
 )
 from tmask.engine.ema import WeightAverage
 from tmask.engine.optimizer import build_optimizer
@@ -99,11 +101,14 @@ class TrainState:
         set_rng_state(self.rng, self.device)  # what `content` gives if no step is left
 
     def _check(self, saved: dict[str, Any], path: str | Path) -> None:
-        changed = differences(saved["model_config"], config_dict(getattr(self.model, "config", None)))
+        old, new = saved["model_config"], config_dict(getattr(self.model, "config", None))
+        if old is not None and new is not None:  # settings that came since have their defaults
+            old = config_dict(read_model_config(old, path))
+        changed = differences(old, new)
         changed = [line for line in changed if line.split(":")[0] != "backbone_weights"]  # read only to begin with
         if changed:
             raise CheckpointError(f"checkpoint {path}: cannot resume, the model differs: {'; '.join(changed)}")
-        changed = differences(saved["train_config"], config_dict(self.config))
+        changed = differences(dataclasses.asdict(TrainConfig()) | saved["train_config"], config_dict(self.config))
         changed = [line for line in changed if line.split(":")[0] in _FIXED_ON_RESUME]
         if changed:
             raise CheckpointError(f"checkpoint {path}: cannot resume, the run differs: {'; '.join(changed)}")
