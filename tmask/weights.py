@@ -37,6 +37,8 @@ _TORCHVISION_NAMES = [
 MASK_LAYERS = tuple(f"roi_heads.{part}." for part in ("mask_head.predictor", "mask_head.fusion", "mask_transfer"))
 CLASS_LAYERS = ("roi_heads.box_head.classifier.", "roi_heads.box_head.regressor.", "roi_heads.mask_head.predictor.")
 _KEYPOINT_HEAD = "roi_heads.keypoint_head."
+_KEYPOINT_LAYER = f"{_KEYPOINT_HEAD}deconv."
+_KEYPOINTS = f"{_KEYPOINT_LAYER}bias"
 _CLASSES = "roi_heads.box_head.classifier.bias"
 _OLD_MASK_CONV = re.compile(r"roi_heads\.mask_head\.mask_fcn(\d)\.(weight|bias)")  # counted from 1
 
@@ -90,8 +92,9 @@ def adapted(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[st
 
     Batch-norm counters that it has no place for are left out; if they are of another number of classes, it keeps its
     own layers that depend on that, which the predictor of class-agnostic masks does not. What predicts its masks it
-    keeps where they are of a model that does it otherwise, and its keypoint head where they have none. What it keeps
-    are the tensors of `own` themselves.
+    keeps where they are of a model that does it otherwise, its keypoint head where they have none, and of that the last
+    layer where they have another number of keypoints. A keypoint head that it has no place for is left out. What it
+    keeps are the tensors of `own` themselves.
     """
     out = {name: tensor for name, tensor in weights.items() if name in own or not name.endswith("num_batches_tracked")}
     if _CLASSES in out and _CLASSES in own and out[_CLASSES].shape != own[_CLASSES].shape:
@@ -100,8 +103,11 @@ def adapted(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[st
     theirs, ours = ({n: t.shape for n, t in part.items() if n.startswith(MASK_LAYERS)} for part in (out, own))
     if theirs and theirs != ours:
         out = {name: tensor for name, tensor in out.items() if name not in theirs} | {name: own[name] for name in ours}
-    if not any(name.startswith(_KEYPOINT_HEAD) for name in out):
-        out |= {name: tensor for name, tensor in own.items() if name.startswith(_KEYPOINT_HEAD)}
+    theirs, ours = ({n: t.shape for n, t in part.items() if n.startswith(_KEYPOINT_HEAD)} for part in (out, own))
+    if not theirs or not ours:
+        out = {name: tensor for name, tensor in out.items() if name not in theirs} | {name: own[name] for name in ours}
+    elif theirs.get(_KEYPOINTS) != ours[_KEYPOINTS]:
+        out |= {name: own[name] for name in ours if name.startswith(_KEYPOINT_LAYER)}
     return out
 
 

@@ -15,6 +15,7 @@ from tmask.engine.checkpoint import load_initial, save_checkpoint
 from tmask.engine.state import TrainState
 from tmask.weights import CLASS_LAYERS
 
+HEAD: dict[str, Any] = {"head_channels": 8, "head_layers": 1}  # of keypoints
 SMALL: dict[str, Any] = {"fpn_channels": 16, "box_head_dim": 16, "mask_head_channels": 16, "mask_head_layers": 1}
 
 
@@ -51,7 +52,7 @@ def test_a_checkpoint_of_the_same_classes(ema: bool, tmp_path: Path) -> None:
 
 def test_a_keypoint_head_begins_anew_where_there_is_none(tmp_path: Path) -> None:
     path, weights = saved(tmp_path / "a.pt")
-    new = model(1, keypoints={"head_channels": 8, "head_layers": 1})
+    new = model(1, keypoints=HEAD)
     before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
     load_initial(new, path)
     after = new.state_dict()
@@ -59,6 +60,30 @@ def test_a_keypoint_head_begins_anew_where_there_is_none(tmp_path: Path) -> None
     assert len(own) == 4
     assert equal_names(before, after) >= own
     assert equal_names(weights, after) == weights.keys() == after.keys() - own
+
+
+def test_a_keypoint_head_is_left_out_where_there_is_no_place(tmp_path: Path) -> None:
+    path, weights = saved(tmp_path / "a.pt", keypoints=HEAD)
+    new = model(1)
+    assert load_initial(new, path) == []
+    own = new.state_dict()
+    assert own.keys() == {name for name in weights if not name.startswith("roi_heads.keypoint_head.")}
+    assert equal_names(own, weights) == own.keys()
+
+
+def test_other_keypoints_keep_their_own_last_layer(tmp_path: Path) -> None:
+    path, weights = saved(tmp_path / "a.pt", keypoints=HEAD)
+    last = {f"roi_heads.keypoint_head.deconv.{part}" for part in ("weight", "bias")}
+    same = model(1, keypoints=HEAD)
+    assert load_initial(same, path) == []
+    assert equal_names(weights, same.state_dict()) == weights.keys()
+    new = model(1, keypoints={**HEAD, "names": ("top", "tail")})
+    before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
+    assert set(load_initial(new, path)) == last
+    assert equal_names(before, new.state_dict()) >= last
+    assert equal_names(weights, new.state_dict()) == weights.keys() - last
+    with pytest.raises(ValueError, match=r"weights do not fit the model: .*keypoint_head.convs.0.weight"):
+        load_initial(model(1, keypoints={**HEAD, "head_channels": 4}), path)
 
 
 def test_other_classes_keep_their_own_layers(tmp_path: Path) -> None:
