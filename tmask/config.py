@@ -287,7 +287,8 @@ class ModelConfig:
             expected = "'frozen_bn' or 'gn', as the neck c4 has conv5 on RoIs, of which batch statistics tell nothing"
             require(self.norm in ("frozen_bn", "gn"), "norm", expected, self.norm)
         if self.norm == "gn":
-            for name in ["fpn_channels"] * (self.neck != "c4") + ["mask_head_channels"] * (self.mask_head == "fcn"):
+            masks = self.mask_head == "fcn" and self.mask_head_layers > 0
+            for name in ["fpn_channels"] * (self.neck != "c4") + ["mask_head_channels"] * masks:
                 require(getattr(self, name) % 32 == 0, name, "a multiple of the 32 groups of gn", getattr(self, name))
 
 

@@ -117,3 +117,13 @@ def test_sync_bn_of_processes_on_a_cpu_says_what_it_needs(one_process: None) -> 
     with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on GPU"):
         backbone(torch.rand(2, 3, 64, 64))
     backbone.eval()(torch.rand(2, 3, 64, 64))
+
+
+def test_group_norm_asks_nothing_of_a_width_that_it_does_not_stand_behind() -> None:
+    tmask.ModelConfig(norm="gn", mask_head="mlp", mask_head_channels=48)
+    bare: dict[str, Any] = {"norm": "gn", "mask_head_layers": 0, "mask_head_channels": 48}
+    with torch.device("meta"):
+        head = tmask.build_model("r50_fpn", 4, warn_if_untrained=False, **bare).roi_heads.mask_head
+        assert head(torch.empty(2, 256, 14, 14)).shape == (2, 4, 28, 28)
+    with pytest.raises(ValueError, match="mask_head_channels: expected a multiple of the 32 groups"):
+        tmask.ModelConfig(norm="gn", mask_head_channels=48)
