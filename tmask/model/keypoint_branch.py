@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tmask.model.mask_branch import Head, Pool
+from tmask.model.roi_extractor import Head, Pool, run_head, to_slots
 from tmask.structures import SampledRois, Targets
 from tmask_kernels import decode_keypoints
 
@@ -38,7 +38,7 @@ class KeypointBranch:
         own = targets.keypoints.gather(1, rows)  # [N, P, Kp, 3]
         cells, learns = encode_keypoints(own, rois.boxes, self.size)
         learns = learns & rois.positive[:, :, None]  # [N, P, Kp]
-        logits, chosen = self._heatmaps(pool, head, rois.boxes, learns.any(2), compact=compact)
+        logits, chosen = run_head(head, pool, rois.boxes, learns.any(2), self.pool_size, compact=compact)
         cells, learns = cells.flatten(0, 1)[chosen], learns.flatten(0, 1)[chosen]  # [R, Kp]
         entropy = F.cross_entropy(logits.flatten(2).flatten(0, 1), cells.flatten(), reduction="none")
         total = torch.where(learns.flatten(), entropy, 0.0).sum()
@@ -49,20 +49,9 @@ class KeypointBranch:
 
         Pixels of the padded image; the score is the heat map's value there. Zeros where not valid.
         """
-        logits, chosen = self._heatmaps(pool, head, boxes, valid, compact=compact)
-        if isinstance(chosen, Tensor):
-            logits = logits.new_zeros(valid.numel(), *logits.shape[1:]).index_copy(0, chosen, logits)
-        xy, scores = decode_keypoints(logits.unflatten(0, valid.shape), boxes, valid)
+        logits, chosen = run_head(head, pool, boxes, valid, self.pool_size, compact=compact)
+        xy, scores = decode_keypoints(to_slots(logits, chosen, valid), boxes, valid)
         return torch.cat([xy, scores[..., None]], dim=-1)
-
-    def _heatmaps(
-        self, pool: Pool, head: Head, boxes: Tensor, valid: Tensor, *, compact: bool
-    ) -> tuple[Tensor, Tensor | slice]:
-        """Heat maps [R, Kp, S, S], and which of the flattened slots their rows are."""
-        pooled = pool(boxes, valid, self.pool_size)
-        # Data-dependent on purpose, and only where the caller asked for it: on a CPU empty slots cost real time.
-        rows = valid.flatten().nonzero().squeeze(1) if compact else slice(None)
-        return head(pooled[rows]), rows
 
 
 def encode_keypoints(keypoints: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor]:

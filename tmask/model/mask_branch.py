@@ -6,19 +6,15 @@ channels, M mask side.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tmask.model.losses import MaskLoss, mask_loss, mask_probabilities
+from tmask.model.roi_extractor import Head, Pool, run_head, to_slots
 from tmask.structures import ImageBatch, SampledRois, Targets
 from tmask_kernels import mask_targets
-
-# Boxes [N, S, 4], valid [N, S] and a side to features [N * S, channels, side, side]: a RoI extractor with its maps.
-Pool = Callable[[Tensor, Tensor, int], Tensor]
-Head = Callable[[Tensor], Tensor]  # pooled features [R, channels, side, side] to logits [R, C, M, M]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +54,7 @@ class MaskBranch:
         if targets.masks is None:
             raise ValueError("targets.masks: expected packed masks [N, G, H, ceil(W / 32)], got None")
         valid = rois.positive & targets.has_mask.gather(1, rois.gt_index.clamp(min=0))  # [N, S]
-        logits, rows = self._logits(pool, head, rois.boxes, valid, compact=compact)
+        logits, rows = run_head(head, pool, rois.boxes, valid, self.pool_size, compact=compact)
         target = mask_targets(
             targets.masks,
             rois.boxes,
@@ -80,18 +76,7 @@ class MaskBranch:
 
         Probabilities in float32, zeros where not valid.
         """
-        logits, rows = self._logits(pool, head, boxes, valid, compact=compact)
+        logits, rows = run_head(head, pool, boxes, valid, self.pool_size, compact=compact)
         masks = mask_probabilities(logits, self._channels(labels).flatten()[rows], self.mask_loss)  # [R, M, M]
         masks = torch.where(valid.flatten()[rows][:, None, None], masks, 0.0)
-        if isinstance(rows, Tensor):
-            masks = masks.new_zeros(valid.numel(), *masks.shape[1:]).index_copy(0, rows, masks)
-        return masks.unflatten(0, valid.shape)
-
-    def _logits(
-        self, pool: Pool, head: Head, boxes: Tensor, valid: Tensor, *, compact: bool
-    ) -> tuple[Tensor, Tensor | slice]:
-        """Mask logits [R, C, M, M], and which of the flattened slots their rows are."""
-        pooled = pool(boxes, valid, self.pool_size)
-        # Data-dependent on purpose, and only where the caller asked for it: on a CPU empty slots cost real time.
-        rows = valid.flatten().nonzero().squeeze(1) if compact else slice(None)
-        return head(pooled[rows]), rows
+        return to_slots(masks, rows, valid)

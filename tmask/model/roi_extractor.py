@@ -17,6 +17,9 @@ from tmask_kernels import multiscale_roi_align, pyramid_levels, roi_pool
 
 # Levels, boxes, valid and the side of the output, to the features of the boxes: see `RoIExtractor`.
 Extractor = Callable[[Sequence[Tensor], Tensor, Tensor, int], Tensor]
+# Boxes [N, S, 4], valid [N, S] and a side to features [N * S, C, side, side]: an extractor with its maps.
+Pool = Callable[[Tensor, Tensor, int], Tensor]
+Head = Callable[[Tensor], Tensor]  # features [R, C, side, side] of R boxes to maps [R, ..., M, M]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,3 +75,23 @@ class StageExtractor(nn.Module):
         """Levels [N, C, H, W], boxes [N, P, 4], valid [N, P] to [N * P, C', output_size, output_size]."""
         out: Tensor = self.stage(self.pool(features, boxes, valid, 2 * output_size))
         return out
+
+
+def run_head(
+    head: Head, pool: Pool, boxes: Tensor, valid: Tensor, side: int, *, compact: bool
+) -> tuple[Tensor, Tensor | slice]:
+    """What `head` makes of boxes [N, S, 4], and which of the flattened slots its rows are: all, or the valid ones.
+
+    `compact`: see `MaskRCNN.forward_padded`.
+    """
+    pooled = pool(boxes, valid, side)
+    # Data-dependent on purpose, and only where the caller asked for it: on a CPU empty slots cost real time.
+    rows = valid.flatten().nonzero().squeeze(1) if compact else slice(None)
+    return head(pooled[rows]), rows
+
+
+def to_slots(values: Tensor, rows: Tensor | slice, valid: Tensor) -> Tensor:
+    """Rows of `run_head` [R, ...] at their slots of valid [N, S]: [N, S, ...], zeros in slots that have no row."""
+    if isinstance(rows, Tensor):
+        values = values.new_zeros(valid.numel(), *values.shape[1:]).index_copy(0, rows, values)
+    return values.unflatten(0, valid.shape)

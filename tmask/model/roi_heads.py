@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from tmask.model.keypoint_branch import KeypointBranch
 from tmask.model.losses import BoxLoss, ClassLoss, Focal, box_losses, class_probabilities
-from tmask.model.mask_branch import Head, MaskBranch
+from tmask.model.mask_branch import MaskBranch
 from tmask.model.mask_transfer import MaskTransfer
-from tmask.model.roi_extractor import Extractor
+from tmask.model.roi_extractor import Extractor, Head
 from tmask.model.sampling import Sampler, sample, take_rows
 from tmask.structures import Detections, ImageBatch, Proposals, SampledRois, Targets
 from tmask_kernels import decode_boxes, detections, match_anchors
