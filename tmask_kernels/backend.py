@@ -66,14 +66,21 @@ def triton_reasons(*tensors: Tensor) -> list[str]:
     return reasons
 
 
+# How ``auto`` tries backends on a CUDA device, and elsewhere: torchvision's kernels wait for the host on the one, and
+# Triton's are interpreted on the other.
+_ON_CUDA, _ELSEWHERE = ("triton", "reference", "torchvision"), ("torchvision", "reference", "triton")
+
+
 def resolve(op: str, backend: str | None, reasons: Mapping[str, Sequence[str]], *, device: torch.device) -> str:
     """Name the backend that serves this call of `op`.
 
-    `reasons` maps each backend the op has, in the order ``auto`` tries them on `device`, to the reasons why it
-    cannot serve this call. ``auto`` takes the first with none; on a CUDA device it warns once when that is not
-    Triton. An explicit backend that the op lacks, or that has reasons, is a ValueError that lists them. A default from
-    `use_backend` or the environment holds for many ops, so one that lacks it says so once and goes on as ``auto``.
+    `reasons` maps each backend the op has to the reasons why it cannot serve this call. ``auto`` takes the first with
+    none, in the order of `device`; on a CUDA device it warns once when that is not Triton. An explicit backend that the
+    op lacks, or that has reasons, is a ValueError that lists them. A default from `use_backend` or the environment
+    holds for many ops, so one that lacks it says so once and goes on as ``auto``.
     """
+    order = _ON_CUDA if device.type == "cuda" else _ELSEWHERE
+    reasons = {candidate: reasons[candidate] for candidate in order if candidate in reasons}
     name = default_backend() if backend is None else backend
     _check_name("backend", name)
     if backend is None and name != "auto" and name not in reasons:

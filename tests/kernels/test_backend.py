@@ -36,6 +36,18 @@ def test_auto_takes_the_first_without_reasons() -> None:
     assert resolve("op", "auto", reasons, device=CPU) == "torchvision"
 
 
+@pytest.mark.parametrize(
+    ("device", "order"), [("cuda", "triton reference torchvision"), ("cpu", "torchvision reference triton")]
+)
+def test_auto_goes_by_the_device_and_not_by_the_order_of_the_reasons(device: str, order: str) -> None:
+    names = order.split()
+    for first in range(3):
+        reasons = {name: ["no"] if name in names[:first] else [] for name in sorted(names)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert resolve("op", "auto", reasons, device=torch.device(device)) == names[first]
+
+
 def test_explicit_backend_lists_every_reason() -> None:
     with pytest.raises(ValueError, match="'triton' cannot serve this call: too old; too slow"):
         resolve("op", "triton", {"triton": ["too old", "too slow"], "reference": []}, device=CPU)

@@ -187,9 +187,7 @@ def _suppress_and_select(
 
 
 def _choose(name: str, backend: str | None, reasons: list[str], tensor: Tensor) -> str:
-    none: list[str] = []
-    ordered = {"triton": reasons, "reference": none} if tensor.is_cuda else {"reference": none, "triton": reasons}
-    return resolve(name, backend, ordered, device=tensor.device)
+    return resolve(name, backend, {"triton": reasons, "reference": []}, device=tensor.device)
 
 
 def _coding_reasons(coded: Tensor, anchors: Tensor) -> list[str]:

@@ -43,11 +43,7 @@ def decode_keypoints(
         raise ValueError(f"valid: expected bool {slots}, got {valid.dtype} {tuple(valid.shape)}")
     check_device("decode_keypoints", heatmaps.device, boxes=boxes, valid=valid)
     heatmaps, boxes = heatmaps.detach(), boxes.detach().float()
-    triton = _triton_reasons(heatmaps, boxes)
-    if heatmaps.device.type == "cuda":
-        reasons: dict[str, list[str]] = {"triton": triton, "reference": []}
-    else:
-        reasons = {"reference": [], "triton": triton}
+    reasons: dict[str, list[str]] = {"triton": _triton_reasons(heatmaps, boxes), "reference": []}
     if resolve("decode_keypoints", backend, reasons, device=heatmaps.device) == "triton":
         from tmask_kernels.ops.decode_keypoints import kernels
 

@@ -39,11 +39,8 @@ def sigmoid_focal_loss(
     _check_options(alpha, gamma, reduction)
     if targets.device != inputs.device:
         raise ValueError(f"targets: expected the device of inputs {inputs.device}, got {targets.device}")
-    triton = _triton_reasons(inputs, targets)
-    ordered: dict[str, list[str]] = {"triton": triton, "reference": []}
-    if inputs.device.type != "cuda":
-        ordered = {"reference": [], "triton": triton}
-    if resolve("sigmoid_focal_loss", backend, ordered, device=inputs.device) == "triton":
+    reasons: dict[str, list[str]] = {"triton": _triton_reasons(inputs, targets), "reference": []}
+    if resolve("sigmoid_focal_loss", backend, reasons, device=inputs.device) == "triton":
         from tmask_kernels.ops.focal_loss import kernels
 
         return kernels.sigmoid_focal_loss(inputs, targets, float(alpha), float(gamma), reduction)

@@ -37,11 +37,8 @@ def mask_bce(logits: Tensor, classes: Tensor, targets: Tensor, *, valid: Tensor,
     where = {str(t.device) for t in (logits, classes, targets, valid)}
     if len(where) > 1:
         raise ValueError(f"logits: expected all tensors on one device, got {', '.join(sorted(where))}")
-    triton = _triton_reasons(logits, targets)
-    ordered: dict[str, list[str]] = {"triton": triton, "reference": []}
-    if logits.device.type != "cuda":
-        ordered = {"reference": [], "triton": triton}
-    if resolve("mask_bce", backend, ordered, device=logits.device) == "triton":
+    reasons: dict[str, list[str]] = {"triton": _triton_reasons(logits, targets), "reference": []}
+    if resolve("mask_bce", backend, reasons, device=logits.device) == "triton":
         from tmask_kernels.ops.mask_bce import kernels
 
         return kernels.mask_bce(logits, classes, targets, valid)[0]

@@ -58,11 +58,7 @@ def mask_targets(
     if image_sizes is not None and image_sizes.shape != (n, 2):
         raise ValueError(f"image_sizes: expected shape [{n}, 2], got {tuple(image_sizes.shape)}")
     check_device("mask_targets", packed.device, boxes=boxes, gt_index=gt_index, image_sizes=image_sizes)
-    triton = _triton_reasons(packed, boxes)
-    if packed.device.type == "cuda":
-        reasons: dict[str, list[str]] = {"triton": triton, "reference": []}
-    else:
-        reasons = {"reference": [], "triton": triton}
+    reasons: dict[str, list[str]] = {"triton": _triton_reasons(packed, boxes), "reference": []}
     chosen = resolve("mask_targets", backend, reasons, device=packed.device)
     boxes = boxes.detach().to(torch.promote_types(boxes.dtype, torch.float32))
     if chosen == "triton":

@@ -37,9 +37,7 @@ def match_anchors(
     _check(anchors, gt_boxes, gt_valid, gt_crowd)
     if not 0 <= low <= high <= 1:
         raise ValueError(f"match_anchors: low, high: expected 0 <= low <= high <= 1, got {low}, {high}")
-    reasons: dict[str, list[str]] = {"reference": [], "triton": triton_reasons(anchors, gt_boxes)}
-    if gt_boxes.is_cuda:
-        reasons = {"triton": reasons["triton"], "reference": []}
+    reasons: dict[str, list[str]] = {"triton": triton_reasons(anchors, gt_boxes), "reference": []}
     chosen = resolve("match_anchors", backend, reasons, device=gt_boxes.device)
     if anchors.ndim == 2:
         anchors = anchors[None]

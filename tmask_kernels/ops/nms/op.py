@@ -193,11 +193,8 @@ def _(
 
 
 def backend_reasons(boxes: Tensor) -> dict[str, list[str]]:
-    """For each backend, in the order auto tries them, why it cannot serve these boxes."""
-    triton, torchvision = triton_reasons(boxes), _torchvision_reasons(boxes)
-    if boxes.is_cuda:
-        return {"triton": triton, "reference": [], "torchvision": torchvision}
-    return {"torchvision": torchvision, "reference": [], "triton": triton}
+    """For each backend why it cannot serve these boxes."""
+    return {"triton": triton_reasons(boxes), "reference": [], "torchvision": _torchvision_reasons(boxes)}
 
 
 def _torchvision_reasons(boxes: Tensor) -> list[str]:

@@ -163,9 +163,7 @@ def _runs(
 
 
 def _choose(masks: Tensor, boxes: Tensor, image_size: tuple[int, int], backend: str | None) -> str:
-    reasons: dict[str, list[str]] = {"reference": [], "triton": _triton_reasons(masks, boxes, image_size)}
-    if masks.device.type == "cuda":
-        reasons = {"triton": reasons["triton"], "reference": []}
+    reasons: dict[str, list[str]] = {"triton": _triton_reasons(masks, boxes, image_size), "reference": []}
     return resolve("paste_masks", backend, reasons, device=masks.device)
 
 

@@ -130,10 +130,7 @@ def _roi_align(
     triton = _triton_reasons(features, boxes, is_max, adaptive)
     reference = ["the adaptive grid of max is searched as far as the data say, which cannot be traced"]
     reference = reference if is_max and adaptive and traced else []
-    if device.type == "cuda":
-        reasons = {"triton": triton, "reference": reference, "torchvision": torchvision}
-    else:
-        reasons = {"torchvision": torchvision, "reference": reference, "triton": triton}
+    reasons = {"triton": triton, "reference": reference, "torchvision": torchvision}
     chosen = resolve(op, backend, reasons, device=device)
     if chosen == "torchvision":
         return multiscale_roi_align_cpu(features, boxes, valid, size, scales, sampling_ratio, aligned, thresholds)

@@ -55,10 +55,7 @@ def roi_pool(
     boxes = boxes.detach().float()
 
     torchvision, triton = _torchvision_reasons(input, traced), _triton_reasons(input, boxes)
-    if input.device.type == "cuda":
-        reasons: dict[str, list[str]] = {"triton": triton, "reference": [], "torchvision": torchvision}
-    else:
-        reasons = {"torchvision": torchvision, "reference": [], "triton": triton}
+    reasons: dict[str, list[str]] = {"triton": triton, "reference": [], "torchvision": torchvision}
     chosen = resolve("roi_pool", backend, reasons, device=input.device)
     if chosen == "triton":
         from tmask_kernels.ops.roi_pool import kernels
