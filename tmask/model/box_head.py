@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tmask.model.init import xavier
+
 
 class BoxHead(nn.Module):
     """Two fully connected layers, then one classifier and one box regressor for each class.
@@ -31,9 +33,7 @@ class BoxHead(nn.Module):
         self.fc7 = nn.Linear(hidden, hidden)
         self.classifier = nn.Linear(hidden, num_classes if background else num_classes - 1)
         self.regressor = nn.Linear(hidden, 4 * num_classes)
-        for layer in (self.fc6, self.fc7):
-            nn.init.kaiming_uniform_(layer.weight, a=1)  # variance 1 / fan_in
-            nn.init.zeros_(layer.bias)
+        xavier([self.fc6, self.fc7])
         _init_predictors(self.classifier, self.regressor, class_bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tmask.model.init import xavier
 from tmask.model.norm import NormLayer
 
 
@@ -25,9 +26,7 @@ class FPN(nn.Module):
         self.out_channels = out_channels
         self.lateral = nn.ModuleList(nn.Conv2d(channels, out_channels, 1) for channels in in_channels)
         self.output = nn.ModuleList(nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in in_channels)
-        for conv in [*self.lateral, *self.output]:
-            nn.init.kaiming_uniform_(conv.weight, a=1)  # "Xavier" of the original code: variance 1 / fan_in
-            nn.init.zeros_(conv.bias)
+        xavier([*self.lateral, *self.output])
         self.lateral_norm = nn.ModuleList(norm(out_channels) for _ in in_channels)
         self.output_norm = nn.ModuleList(norm(out_channels) for _ in in_channels)
 

@@ -10,6 +10,8 @@ import itertools
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tmask.model.init import msra
+
 
 class KeypointHead(nn.Module):
     """`num_layers` 3x3 convolutions, a 4x4 deconvolution of stride 2 to the keypoints, bilinear upsampling by 2.
@@ -24,9 +26,7 @@ class KeypointHead(nn.Module):
             nn.Conv2d(before, after, 3, padding=1) for before, after in itertools.pairwise(widths)
         )
         self.deconv = nn.ConvTranspose2d(channels, num_keypoints, 4, stride=2, padding=1)
-        for layer in [*self.convs, self.deconv]:
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+        msra([*self.convs, self.deconv])
 
     def forward(self, x: Tensor) -> Tensor:
         """Pooled features [R, in_channels, S / 4, S / 4] to heat maps of logits [R, Kp, S, S], float32."""

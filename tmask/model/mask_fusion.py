@@ -11,6 +11,8 @@ import itertools
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tmask.model.init import xavier
+
 HIDDEN = 1024  # of the variant with two layers
 
 
@@ -25,9 +27,7 @@ class MaskFusion(nn.Module):
         self.size = size
         widths = [channels * size**2] + [HIDDEN] * (num_layers - 1) + [size**2]
         layers = [nn.Linear(before, after) for before, after in itertools.pairwise(widths)]
-        for layer in layers:
-            nn.init.kaiming_uniform_(layer.weight, a=1)  # variance 1 / fan_in, as in the box head
-            nn.init.zeros_(layer.bias)
+        xavier(layers)
         nn.init.normal_(layers[-1].weight, std=0.001)
         self.layers = nn.ModuleList(layers)
 

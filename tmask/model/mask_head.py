@@ -6,11 +6,11 @@ Letters: R RoIs, C mask channels (see `MaskBranch.num_channels`), M mask side (t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tmask.model.init import msra
 from tmask.model.norm import NormLayer
 
 
@@ -40,7 +40,9 @@ class MaskHead(nn.Module):
         self.norms = nn.ModuleList(norm(channels) for _ in self.convs)
         self.deconv = nn.ConvTranspose2d(widths[-1], channels, 2, stride=2)
         self.predictor = nn.Conv2d(channels, num_masks, 1) if num_masks is not None else None
-        _init([*self.convs, self.deconv], self.predictor)
+        msra([*self.convs, self.deconv])
+        if self.predictor is not None:
+            _init_predictor(self.predictor)
         self.fusion = fusion
 
     def forward(self, x: Tensor, predictor: Tensor | None = None) -> Tensor:
@@ -73,7 +75,8 @@ class MLPMaskHead(nn.Module):
         widths = [in_channels * pool_size**2] + [hidden] * num_layers
         self.fcs = nn.ModuleList(nn.Linear(before, after) for before, after in itertools.pairwise(widths))
         self.predictor = nn.Linear(hidden, num_masks * self.side**2)
-        _init(self.fcs, self.predictor)
+        msra(self.fcs)
+        _init_predictor(self.predictor)
 
     def forward(self, x: Tensor) -> Tensor:
         """Pooled features [R, in_channels, M / 2, M / 2] to mask logits [R, C, M, M]."""
@@ -83,14 +86,11 @@ class MLPMaskHead(nn.Module):
         return self.predictor(x).unflatten(1, (-1, self.side, self.side))
 
 
-def _init(layers: Iterable[nn.Module], predictor: nn.Module | None) -> None:
-    """MSRA's normal distribution before each ReLU (std sqrt(2 / fan_out)), and a predictor that begins near 0.5."""
-    for layer in layers:
-        nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")  # type: ignore[arg-type]
-        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-    if predictor is not None:
-        nn.init.normal_(predictor.weight, std=0.001)  # type: ignore[arg-type]
-        nn.init.zeros_(predictor.bias)  # type: ignore[arg-type]
+def _init_predictor(predictor: nn.Conv2d | nn.Linear) -> None:
+    """So that every pixel begins near 0.5."""
+    nn.init.normal_(predictor.weight, std=0.001)
+    assert predictor.bias is not None
+    nn.init.zeros_(predictor.bias)
 
 
 def _deconv(x: Tensor, deconv: nn.ConvTranspose2d) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tmask.model.init import msra
+
 _INPUTS = {"cls": ("cls",), "box": ("box",), "cls_box": ("cls", "box")}
 _ROWS = {"cls": 1, "box": 4}  # of D weights, that a class has
 
@@ -39,8 +41,7 @@ class MaskTransfer(nn.Module):
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise([width] + [channels] * num_layers):
             linear = nn.Linear(before, after)
-            nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")  # std sqrt(2 / fan_out)
-            nn.init.zeros_(linear.bias)
+            msra([linear])
             layers += [linear, _ACTIVATIONS[activation]()]
         self.layers = nn.Sequential(*layers[:-1])
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from tmask.model.init import xavier
 from tmask.model.norm import NormLayer
 
 
@@ -28,8 +29,7 @@ class SingleLevel(nn.Module):
         self.lateral = nn.Sequential()
         if out_channels is not None:
             conv = nn.Conv2d(in_channels[-1], out_channels, 1)
-            nn.init.kaiming_uniform_(conv.weight, a=1)  # as the FPN's
-            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+            xavier([conv])
             self.lateral.extend([conv, norm(out_channels)])
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
