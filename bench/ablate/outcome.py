@@ -43,7 +43,7 @@ def result(plan: Plan, machine: dict[str, Any]) -> dict[str, Any]:
         "machine": machine,
         "seeds": plan.seeds,
         "settings": _shared(plan),
-        "runs": [_run(run, plan) for run in plan.runs()],
+        "runs": [run_result(run, plan) for run in plan.runs()],
     }
 
 
@@ -61,7 +61,8 @@ def _changed(part: Setting | Variant) -> dict[str, Any]:
     return json.loads(json.dumps(changed))  # as a file gives it back: lists for tuples
 
 
-def _run(run: Run, plan: Plan) -> dict[str, Any]:
+def run_result(run: Run, plan: Plan) -> dict[str, Any]:
+    """What one run has come to: its state, and its figures or why it failed."""
     found: dict[str, Any] = {"variant": run.variant, "seed": run.seed, "state": state(run)}
     if found["state"] == DONE:
         metrics = json.loads((run.folder / METRICS_NAME).read_text(encoding="utf-8"))

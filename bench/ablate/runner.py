@@ -15,9 +15,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from bench.ablate.outcome import BEGUN, BROKEN, DONE, FAILED, TRAIN_LOG, log_rows, machine, result, state
+from bench.ablate.outcome import BEGUN, BROKEN, DONE, FAILED, TRAIN_LOG, log_rows, machine, result, run_result, state
 from bench.ablate.plan import LOCK, SETTINGS, Plan, Run, prepare
-from bench.ablate.report import percent, write
+from bench.ablate.report import MARKDOWN, percent, write
 from bench.process import last_words
 from bench.rows import ROOT
 from tmask.engine.files import replace_text
@@ -50,7 +50,7 @@ def run_table(plan: Plan, *, command: Sequence[str] = TRAIN, say: Say = print) -
             _train(plan, run, command, lock=lock, stop=stop, clock=clock, say=say)
             write(plan, result(plan, where))
         found = [state(run) for run in plan.runs()]
-    say(f"{found.count(DONE)} of {len(found)} runs done, {found.count(BROKEN)} failed: {plan.out / 'table.md'}")
+    say(f"{found.count(DONE)} of {len(found)} runs done, {found.count(BROKEN)} failed: {plan.out / MARKDOWN}")
     if stop.number is not None:
         say("stopped; the same command goes on")
         return 128 + stop.number
@@ -170,8 +170,7 @@ def _train(plan: Plan, run: Run, command: Sequence[str], *, lock: int, stop: Sto
             say(f"{name}: step {step} of {clock.steps[run]}{clock.left()}")
     if state(run) == DONE:
         metric = plan.table.metrics[0]
-        found = next(r for r in result(plan, {})["runs"] if (r["variant"], r["seed"]) == (run.variant, run.seed))
-        value = percent(found["metrics"].get(metric))
+        value = percent(run_result(run, plan)["metrics"].get(metric))
         say(f"{name}: {metric} {value} in {duration(time.monotonic() - start)}{clock.left()}")
     elif not stopped:
         reason = _reason(process.returncode, run.folder / TRAIN_LOG)

@@ -8,20 +8,15 @@ import pytest
 import torch
 
 from bench import mask_evaluation
-from tests.engine.predictions import CATEGORIES, make_model
+from tests.engine.predictions import make_model, write_checkpoint
 from tmask.config import TrainConfig
 from tmask.data.shapes import write_shapes
-from tmask.engine.checkpoint import FORMAT, KEYS, VERSION, save_checkpoint
 
 
 @pytest.fixture
 def arguments(tmp_path: Path) -> list[str]:
-    model = make_model()
-    content: dict[str, Any] = dict.fromkeys(KEYS)
-    content |= {"format": FORMAT, "version": VERSION, "model": model.state_dict(), "categories": CATEGORIES}
     training = TrainConfig(batch_size=2, precision="fp32")
-    content |= {"model_config": dataclasses.asdict(model.config), "train_config": dataclasses.asdict(training)}
-    save_checkpoint(tmp_path / "a.pt", content)
+    write_checkpoint(tmp_path / "a.pt", make_model(), train_config=dataclasses.asdict(training))
     images, annotations = write_shapes(tmp_path / "shapes", num_images=3, seed=0, size=64)
     return ["--checkpoint", str(tmp_path / "a.pt"), "--images", str(images), "--annotations", str(annotations)]
 

@@ -1,14 +1,12 @@
 """Fixtures of the tests of prediction."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engine.predictions import CATEGORIES, make_model
+from tests.engine.predictions import make_model, write_checkpoint
 from tmask.data.shapes import write_shapes
-from tmask.engine.checkpoint import FORMAT, KEYS, VERSION, save_checkpoint
 
 
 @pytest.fixture
@@ -18,11 +16,7 @@ def model() -> Any:
 
 @pytest.fixture
 def checkpoint(model: Any, tmp_path: Path) -> Path:
-    content: dict[str, Any] = dict.fromkeys(KEYS)
-    content |= {"format": FORMAT, "version": VERSION, "model": model.state_dict(), "categories": CATEGORIES}
-    content |= {"model_config": dataclasses.asdict(model.config)}
-    save_checkpoint(tmp_path / "a.pt", content)
-    return tmp_path / "a.pt"
+    return write_checkpoint(tmp_path / "a.pt", model)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What the tests of prediction share: a small model, and readers of what a run left."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from PIL import Image
 
 import tmask
 from tmask.data.shapes import CLASSES
+from tmask.engine.checkpoint import FORMAT, KEYS, VERSION, save_checkpoint
 
 CATEGORIES = [{"id": 10 * label, "name": name} for label, name in enumerate(CLASSES, start=1)]
 
@@ -20,6 +22,15 @@ def make_model(seed: int = 0, **options: Any) -> Any:
     return tmask.build_model(
         "tiny", len(CLASSES) + 1, **{**small, "max_detections": 5, "box_score_threshold": 1e-6, **options}
     )
+
+
+def write_checkpoint(path: Path, model: Any, **entries: Any) -> Path:
+    """A checkpoint of `model` with no more entries than it needs, and `entries`."""
+    content: dict[str, Any] = dict.fromkeys(KEYS)
+    content |= {"format": FORMAT, "version": VERSION, "model": model.state_dict(), "categories": CATEGORIES}
+    content |= {"model_config": dataclasses.asdict(model.config), **entries}
+    save_checkpoint(path, content)
+    return path
 
 
 def by_name(paths: list[Path]) -> dict[str, Path]:

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from tmask.data.annotations import compressed, fill_annotations, keypoints_of, naming, outlines_nothing, read_coco
 from tmask.data.images import read_image
 from tmask.data.mask_classes import mask_category_ids
-from tmask.model.transform import mask_chunks
+from tmask.model.transform import mask_chunks, num_words
 from tmask_kernels import pack_masks
 
 Target = dict[str, Any]
@@ -201,7 +201,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         """Decode the annotations of an image of `size` (H, W): [G, H, W] uint8 or packed."""
         from pycocotools import mask as coco_mask
 
-        width, dtype = (-(-size[1] // 32), torch.int32) if self.packed_masks else (size[1], torch.uint8)
+        width, dtype = (num_words(size[1]), torch.int32) if self.packed_masks else (size[1], torch.uint8)
         masks = torch.zeros(len(annotations), size[0], width, dtype=dtype)
         runs, rows = [], []
         for g, item in enumerate(annotations):

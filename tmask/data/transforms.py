@@ -106,8 +106,7 @@ class RandomHorizontalFlip:
         """Image, boxes, masks and keypoints as v2's types."""
         if torch.rand(1) >= self.probability:
             return image, target
-        is_moved = {name: isinstance(value, tv_tensors.TVTensor) for name, value in target.items()}
-        out = {name: F.horizontal_flip(value) if is_moved[name] else value for name, value in target.items()}
+        out = target | {name: F.horizontal_flip(target[name]) for name in _MOVED if name in target}
         if self.flip_order and "keypoints" in out:
             order = list(self.flip_order)
             out["keypoints"] = tv_tensors.wrap(out["keypoints"][:, order], like=out["keypoints"])

@@ -273,9 +273,9 @@ def _summarize(evaluation: Any, kind: str, boxes_only: Collection[int]) -> dict[
     thresholds = evaluation.params.iouThrs
     at50, at75 = (int(np.argmin(np.abs(thresholds - value))) for value in (0.5, 0.75))
     apart = np.isin(evaluation.params.catIds, list(boxes_only))
-    groups = {"": np.ones_like(apart)} | ({"_with_masks": ~apart, "_boxes_only": apart} if boxes_only else {})
+    groups = [np.ones_like(apart), *([~apart, apart] if boxes_only else [])]  # as those of GROUPS
     metrics: dict[str, float] = {}
-    for suffix, chosen in groups.items():
+    for suffix, chosen in zip(GROUPS.values(), groups, strict=False):
         metrics |= {
             f"{kind}/AP{suffix}": _mean(precision[:, :, chosen, 0]),
             f"{kind}/AP50{suffix}": _mean(precision[at50, :, chosen, 0]),

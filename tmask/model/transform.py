@@ -111,7 +111,7 @@ class ImageTransform:
         crowd = target.get("iscrowd", boxes.new_zeros(count)).to(torch.bool)
         masks = target.get("masks")
         has_mask = target.get("has_mask", boxes.new_full((count,), float(masks is not None))).to(torch.bool)
-        words = -(-padded[1] // 32)
+        words = num_words(padded[1])
         packed = torch.zeros(count, padded[0], words, dtype=torch.int32, device=boxes.device)
         if masks is not None:
             for chunk in mask_chunks(count, max(math.prod(before), math.prod(after)), masks.device.type):
@@ -121,7 +121,7 @@ class ImageTransform:
                 if after != before:
                     part = F.interpolate(part.float()[:, None], size=after, mode=self.mask_resize)[:, 0]
                 part = part if part.dtype == torch.bool else part >= 0.5
-                packed[chunk, : after[0], : -(-after[1] // 32)] = pack_masks(part)
+                packed[chunk, : after[0], : num_words(after[1])] = pack_masks(part)
         scaled = {
             "boxes": boxes * scale,
             "labels": target["labels"].to(torch.int64),
@@ -142,9 +142,14 @@ def mask_chunks(count: int, pixels: int, device: str = "cpu") -> Iterator[slice]
     return (slice(first, first + step) for first in range(0, count, step))
 
 
+def num_words(width: int) -> int:
+    """Of a row of packed masks of `width` pixels."""
+    return -(-width // 32)
+
+
 def is_packed(masks: Tensor, width: int) -> bool:
     """Whether these are packed masks of `width` pixels, and not a number a pixel."""
-    return masks.dtype == torch.int32 and masks.shape[-1] == -(-width // 32)
+    return masks.dtype == torch.int32 and masks.shape[-1] == num_words(width)
 
 
 def _stack(targets: Sequence[dict[str, Tensor]]) -> Targets:
@@ -192,7 +197,7 @@ def _check_target(name: str, target: Target, image: Tensor, num_keypoints: int) 
     height, width = image.shape[-2:]
     masks = target.get("masks")
     packed = isinstance(masks, Tensor) and masks.ndim and is_packed(masks, width)
-    shapes["masks"] = (count, height, -(-width // 32) if packed else width)
+    shapes["masks"] = (count, height, num_words(width) if packed else width)
     if num_keypoints:
         shapes["keypoints"] = (count, num_keypoints, 3)
     for key, shape in shapes.items():
