@@ -106,6 +106,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+def without_waiting(
+    model: tmask.MaskRCNN, images: ImageBatch, targets: Targets, device: torch.device
+) -> tuple[Tensor, Detections]:
+    """The loss of a training step and the detections, where a wait is an error."""
+    step(model, (images, targets), "bf16", device)  # kernels compile
+    detect(model, images, "bf16", device)
+    with waiting_is_an_error(device):
+        return step(model, (images, targets), "bf16", device), detect(model, images, "bf16", device)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_never_wait(name: str, device: torch.device) -> None:
     torch.manual_seed(0)
@@ -114,11 +124,7 @@ def test_variants_never_wait(name: str, device: torch.device) -> None:
     if targets.keypoints is not None:  # all in the middle of their box
         middle = (targets.boxes[..., :2] + targets.boxes[..., 2:]) / 2  # [N, G, 2]
         targets = targets._replace(keypoints=F.pad(middle, (0, 1), value=2.0)[:, :, None].expand(-1, -1, 3, -1))
-    step(model, (images, targets), "bf16", device)  # kernels compile
-    detect(model, images, "bf16", device)
-    with waiting_is_an_error(device):
-        loss = step(model, (images, targets), "bf16", device)
-        found = detect(model, images, "bf16", device)
+    loss, found = without_waiting(model, images, targets, device)
     assert loss.isfinite()
     assert (found.keypoints is not None) == (name == "keypoints")
     assert all(t.isfinite().all() for t in tensors(found))
@@ -131,11 +137,7 @@ def test_a_weight_transfer_never_waits(full: bool, device: torch.device) -> None
     model = tmask.build_model("tiny", num_classes=4, **settings).to(device)
     images, targets = batch_of(model, False, device)
     targets = targets._replace(has_mask=targets.labels == 1)
-    step(model, (images, targets), "bf16", device)  # kernels compile
-    detect(model, images, "bf16", device)
-    with waiting_is_an_error(device):
-        loss = step(model, (images, targets), "bf16", device)
-        found = detect(model, images, "bf16", device)
+    loss, found = without_waiting(model, images, targets, device)
     assert loss.isfinite()
     assert found.masks is not None
     assert found.masks.isfinite().all()
