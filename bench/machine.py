@@ -83,7 +83,7 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in PACKAGES},
         "commit": _git("rev-parse", "HEAD"),
-        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "changed": _changed(),
         "date": now.strftime("%Y-%m-%d"),
         "time": now.strftime("%H:%M"),
     }
@@ -107,6 +107,16 @@ def _driver() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.splitlines()[0].strip() if done.stdout.strip() else None
+
+
+def checkout() -> str:
+    """The commit that runs here, in ten digits, and whether files differ from it; "unknown" where there is no git."""
+    found = _git("rev-parse", "HEAD")
+    return found[:10] + (" with changes" if _changed() else "") if found else "unknown"
+
+
+def _changed() -> bool:
+    return bool(_git("status", "--porcelain", "--untracked-files=no"))
 
 
 def _git(*arguments: str) -> str | None:

@@ -21,6 +21,7 @@ from tmask.engine.train import CHECKPOINT_NAME
 
 VERSION = 1
 TRAIN_LOG = "train.log"  # what the training said, in the folder of a run
+COMMITS = "commits.txt"  # a line for each that trained it: a run that was broken off may have two
 FAILED = "failed.txt"  # why it failed; gone as soon as it is tried again
 DONE, BROKEN, BEGUN, WAITING = "done", "failed", "begun", "waiting"
 
@@ -69,10 +70,17 @@ def run_result(run: Run, plan: Plan) -> dict[str, Any]:
         metrics = _apart(metrics, run, plan.setting.data.get("mask_classes")) | metrics
         found["metrics"] = {name: value for name, value in metrics.items() if name.count("/") == 1}  # not each class's
         found["minutes"] = training_minutes(run.folder)
+        found["commits"] = commits(run)
     if found["state"] == BROKEN:
         found["reason"] = (run.folder / FAILED).read_text(encoding="utf-8").strip()
         found["log"] = str((run.folder / TRAIN_LOG).relative_to(plan.out))
     return found
+
+
+def commits(run: Run) -> list[str]:
+    """Those that trained a run, the first first."""
+    path = run.folder / COMMITS
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 def _apart(metrics: dict[str, float], run: Run, mask_classes: str | None) -> dict[str, float]:

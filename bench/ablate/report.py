@@ -144,4 +144,8 @@ def _settings(table: Table, result: Result) -> Iterator[str]:
     minutes = [run["minutes"] for run in result["runs"] if run.get("minutes") is not None]
     if minutes:
         machine = result["machine"]
-        yield f"{machine['device']}, torch {machine['torch']}; a run trained for {statistics.median(minutes):.1f} min."
+        used = sorted({commit for run in result["runs"] for commit in run.get("commits", ())})
+        yield (
+            f"{machine['device']}, torch {machine['torch']}; a run trained for {statistics.median(minutes):.1f} min, "
+            f"commit {' and '.join(used) or 'unknown'}."
+        )

@@ -15,9 +15,23 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from bench.ablate.outcome import BEGUN, BROKEN, DONE, FAILED, TRAIN_LOG, log_rows, machine, result, run_result, state
+from bench.ablate.outcome import (
+    BEGUN,
+    BROKEN,
+    COMMITS,
+    DONE,
+    FAILED,
+    TRAIN_LOG,
+    commits,
+    log_rows,
+    machine,
+    result,
+    run_result,
+    state,
+)
 from bench.ablate.plan import LOCK, SETTINGS, Plan, Run, prepare
 from bench.ablate.report import MARKDOWN, percent, write
+from bench.machine import checkout
 from bench.process import last_words
 from bench.rows import ROOT
 from tmask.engine.files import replace_text
@@ -152,6 +166,7 @@ def _train(plan: Plan, run: Run, command: Sequence[str], *, lock: int, stop: Sto
     if (run.folder / CHECKPOINT_NAME).is_file():
         words += ["--resume", str(run.folder / CHECKPOINT_NAME)]
     (run.folder / FAILED).unlink(missing_ok=True)
+    _note_commit(run)
     with (run.folder / TRAIN_LOG).open("ab") as log:
         # A session of its own: of Ctrl-C in a terminal it hears from here alone, once.
         process = subprocess.Popen(
@@ -177,6 +192,13 @@ def _train(plan: Plan, run: Run, command: Sequence[str], *, lock: int, stop: Sto
         replace_text(run.folder / FAILED, reason + "\n")
         clock.skipped.add(run)
         say(f"{name}: failed: {reason} ({run.folder / TRAIN_LOG})")
+
+
+def _note_commit(run: Run) -> None:
+    """Put down what trains it from here on."""
+    before, now = commits(run), checkout()
+    if now not in before[-1:]:
+        replace_text(run.folder / COMMITS, "\n".join([*before, now]) + "\n")
 
 
 def _reason(code: int, log: Path) -> str:

@@ -206,6 +206,7 @@ def result(**states: Any) -> dict[str, Any]:
             run |= {"state": "failed", "reason": value, "log": f"{key[:-1]}/seed-{key[-1]}/train.log"}
         elif value is not None:
             run |= {"state": "done", "metrics": {"segm/AP75": value[0], "bbox/AP": value[1]}, "minutes": value[2]}
+            run |= {"commits": ["0123456789"]}
         runs.append(run)
     variants = {"pool": {"model.roi_extractor": {"op": "roi_pool"}}, "align": {}}
     settings = {"preset": "tiny", "shapes": vars(SETTING.shapes), "changed": {"train.steps": 4}, "variants": variants}
@@ -227,7 +228,7 @@ def test_a_whole_table_shows_every_seed_and_what_came_out() -> None:
     assert "2 standard errors" in text
     assert "preset `tiny`, `train.steps` 4; seeds 0 to 1." in text
     assert '- RoIPool: `model.roi_extractor` {"op": "roi_pool"}.' in text
-    assert "CPU, 2 cores, torch 2.11.0; a run trained for 5.5 min." in text
+    assert "CPU, 2 cores, torch 2.11.0; a run trained for 5.5 min, commit 0123456789." in text
     assert "![" in text
     assert "Partial" not in text
     assert "Failed" not in text

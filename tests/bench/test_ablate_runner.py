@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from bench.ablate import chart
-from bench.ablate.outcome import result, state
+from bench import machine
+from bench.ablate import chart, runner
+from bench.ablate.outcome import commits, result, state
 from bench.ablate.plan import Plan, Run
 from bench.ablate.runner import duration, held, run_table
 from bench.ablate.table import Drawn, Setting, Table, Variant
@@ -69,6 +70,7 @@ def command(tmp_path: Path) -> list[str]:
 @pytest.fixture
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     monkeypatch.setattr(chart, "draw", lambda table, result, file: file.write(b"a chart"))  # which takes its time
+    monkeypatch.setattr(runner, "checkout", lambda: "0123456789")
     return Plan(name="pooling", table=TABLE, out=tmp_path / "out", seeds=2)
 
 
@@ -99,6 +101,7 @@ def test_all_runs_are_done_once_and_the_table_is_written(plan: Plan, command: li
     found = json.loads((plan.out / "result.json").read_text())
     assert found["runs"][0] == {
         "variant": "pool", "seed": 0, "state": "done", "metrics": {"segm/AP75": 0.3, "bbox/AP": 0.5}, "minutes": 0.1,
+        "commits": ["0123456789"],
     }  # fmt: skip
 
     assert run_table(plan, command=command, say=said.append) == 0
@@ -148,7 +151,9 @@ def send(number: int, run: Run) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def test_a_signal_lets_the_training_save_and_the_table_goes_on_later(plan: Plan, command: list[str]) -> None:
+def test_a_signal_lets_the_training_save_and_the_table_goes_on_later(
+    plan: Plan, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     wish(plan, "align", "wait")
     before = signal.getsignal(signal.SIGTERM)
     send(signal.SIGTERM, plan.runs()[1])
@@ -161,6 +166,13 @@ def test_a_signal_lets_the_training_save_and_the_table_goes_on_later(plan: Plan,
     wish(plan, "align", None)
     assert run_table(plan, command=command, say=said.append) == 0
     assert calls(plan)["align0"] == ["fresh", "resume"]
+    assert [run["commits"] for run in result(plan, {})["runs"]] == [["0123456789"]] * 4
+
+    again = plan.runs()[1]
+    (again.folder / "metrics.json").unlink()
+    monkeypatch.setattr(runner, "checkout", lambda: "abcdef0123 with changes")
+    assert run_table(plan, command=command, say=said.append) == 0
+    assert commits(again) == ["0123456789", "abcdef0123 with changes"], "it was trained by two"
 
 
 def test_two_at_work_on_a_folder_are_one_too_many(tmp_path: Path) -> None:
@@ -182,6 +194,19 @@ def test_the_training_of_a_killed_table_is_waited_for(tmp_path: Path) -> None:
     with held(tmp_path, said.append):
         assert training.poll() is not None or training.wait(0.1) == 0
     assert said == ["waiting for the training of a table that was killed to save and end"]
+
+
+@pytest.mark.parametrize(
+    ("head", "status", "words"),
+    [
+        ("0123456789abcdef", "", "0123456789"),
+        ("0123456789abcdef", " M bench/rows.py", "0123456789 with changes"),
+        (None, None, "unknown"),
+    ],
+)
+def test_the_commit_in_words(head: str | None, status: str | None, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_git", lambda command, *_: {"rev-parse": head, "status": status}[command])
+    assert machine.checkout() == words
 
 
 def test_durations_in_words() -> None:
