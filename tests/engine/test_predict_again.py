@@ -1,6 +1,7 @@
 """Prediction into a folder that holds a run: it goes on, and nothing is lost."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -179,6 +180,26 @@ def test_another_checkpoint_is_refused(model: Any, images: list[Path], tmp_path:
     renamed = [{**CATEGORIES[0], "name": "new"}, *CATEGORIES[1:]]
     with pytest.raises(OtherSettingsError, match=r"made with other settings \(categories\)"):
         predict(make_model(), by_name(images), renamed, out_dir=tmp_path)
+
+
+def test_a_record_from_before_a_setting_goes_on(model: Any, images: list[Path], tmp_path: Path) -> None:
+    """It was made with the default of that setting, whatever else the model has now."""
+    path = tmp_path / "predictions.jsonl"
+    predict(model, by_name(images[:1]), CATEGORIES, out_dir=tmp_path)
+
+    def edit(change: Any) -> None:
+        first, *rest = path.read_text().splitlines(keepends=True)
+        header = json.loads(first)
+        change(header["settings"]["model"])
+        path.write_text("".join([json.dumps(header) + "\n", *rest]))
+
+    edit(lambda settings: settings.pop("mask_fusion_layers"))
+    assert predict(model, by_name(images[:1]), CATEGORIES, out_dir=tmp_path).reused == 1
+    for wrong in ({"mask_fusion_layers": 2}, {"from_the_future": 1}):
+        edit(lambda settings, wrong=wrong: settings.update(wrong))
+        with pytest.raises(OtherSettingsError, match=r"made with other settings \(model\)"):
+            predict(model, by_name(images[:1]), CATEGORIES, out_dir=tmp_path)
+        edit(lambda settings, wrong=wrong: [settings.pop(name) for name in wrong])
 
 
 @pytest.mark.parametrize("content", ["", "no record", '{"format": "other"}\n', "[]\n"])

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tmask.engine.checkpoint import config_dict
+from tmask.engine.checkpoint import config_dict, read_model_config
 from tmask.engine.device import autocast
 from tmask.engine.evaluate import coco_results, skeleton_of
 from tmask.engine.files import replacing
 from tmask.engine.progress import progress
-from tmask.engine.record import Record, file_state
+from tmask.engine.record import RECORD_NAME, Record, file_state
 from tmask.skeleton import Pairs
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -117,7 +117,8 @@ def predict(
     device = torch.device(device)
     model.to(device).eval()
     settings = {"precision": precision, "score_threshold": score_threshold, "exif": coco_images is None}
-    record = Record(out_dir, _model_settings(model, categories) | settings, overwrite=overwrite)
+    settings = _model_settings(model, categories) | settings
+    record = Record(out_dir, settings, overwrite=overwrite, completed=_completed)
     # A glob may find the pictures of an earlier run.
     files = {name: path for name, path in images.items() if not record.is_own_picture(path)}
     numbers = {name: coco_images[name]["id"] if coco_images else i for i, name in enumerate(files, start=1)}
@@ -227,6 +228,14 @@ def _model_settings(model: Any, categories: Sequence[dict[str, Any]]) -> dict[st
         "categories": [[category["id"], category["name"]] for category in categories],
         "max_detections": model.roi_heads.max_detections,
     }
+
+
+def _completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of a record; model settings that came since it was made have their defaults."""
+    try:
+        return settings | {"model": config_dict(read_model_config(settings["model"], RECORD_NAME))}
+    except (KeyError, ValueError):  # of a model of one's own, or one that knows more than this
+        return settings
 
 
 def _digest(model: Any) -> str:

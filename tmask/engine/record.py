@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,12 +40,21 @@ class Record:
 
     `settings` are values for JSON that decide about the results. Errors: OtherSettingsError if the record in
     `out_dir` was made with others, or is none, or if results stand there without a record; not with `overwrite`, which
-    forgets the record and removes its pictures.
+    forgets the record and removes its pictures. `completed` gives the settings of an earlier record those that have
+    come since.
     """
 
-    def __init__(self, out_dir: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        out_dir: str | Path,
+        settings: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+        completed: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    ) -> None:
         self.out_dir = Path(out_dir)
         self.path = self.out_dir / RECORD_NAME
+        self._completed = completed
         self._entries: dict[str, Entry] = {}
         self._pictures: set[str] = set()
         self._replaced: set[str] = set()  # those of the record that `overwrite` forgot
@@ -93,7 +102,7 @@ class Record:
             raise OtherSettingsError(
                 f"{self.path}: expected the record of an earlier run, got something else; {_WAY_OUT}"
             )
-        old, new = found["settings"], header["settings"]
+        old, new = json.loads(json.dumps(self._completed(found["settings"]))), header["settings"]
         names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
         if names:
             short = {name: f": {old[name]} -> {new[name]}" for name in names if _is_short(old, new, name)}
