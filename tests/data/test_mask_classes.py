@@ -1,9 +1,13 @@
 """Classes with masks and classes of boxes alone: the splits, and what a data set shows of each."""
 
+import contextlib
+
 import pytest
 
+from tmask.config import DataConfig
 from tmask.data.coco import CocoDataset
 from tmask.data.mask_classes import mask_category_ids
+from tmask.engine.run import open_dataset
 
 COCO = (
     "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
@@ -72,4 +76,35 @@ def test_a_split_leaves_out_the_masks_of_the_others(write, content) -> None:
     assert target["masks"][1:].equal(everything["masks"][1:])
     for name in ("boxes", "labels", "iscrowd"):
         assert target[name].equal(everything[name])
+    assert (whole.num_masks, part.num_masks) == (2, 1), "one is of a crowd"
     assert all("segmentation" in item for item in part.coco.dataset["annotations"]), "what is evaluated keeps them"
+
+
+@pytest.mark.parametrize("fault", ["without", "empty", "crowd", "outside"])
+def test_classes_without_a_mask_are_refused(write, content, fault: str) -> None:
+    """They would train a mask head that learns nothing, and without a word."""
+    for item in content["annotations"]:
+        item["segmentation"] = [[1, 1, 9, 1, 9, 9]]
+    planes = [item for item in content["annotations"] if item["category_id"] == 5]
+    folder, file = write(content)
+    paths = {
+        f"{split}_{kind}": str(p)
+        for split in ("train", "val")
+        for kind, p in [("images", folder), ("annotations", file)]
+    }
+    data = DataConfig(**paths, mask_classes="plane")
+    assert open_dataset(data, "train").num_masks == 1
+    for item in planes:
+        if fault == "without":
+            del item["segmentation"]
+        elif fault == "empty":
+            item["segmentation"] = []
+        elif fault == "crowd":
+            item["iscrowd"] = 1
+        else:
+            item["bbox"] = [500, 500, 5, 5]
+    write(content)
+    with pytest.warns() if fault in ("empty", "outside") else contextlib.nullcontext():
+        with pytest.raises(ValueError, match=r": expected a mask of mask_classes 'plane' to train on, got none"):
+            open_dataset(data, "train")
+        open_dataset(data, "val")  # masks of all classes are evaluated

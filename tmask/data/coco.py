@@ -106,6 +106,15 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         """Number of annotations to learn from: all that are not left out and no crowd."""
         return sum(not item["iscrowd"] for items in self._annotations for item in items)
 
+    @property
+    def num_masks(self) -> int:
+        """Number of them whose mask is used."""
+        return sum(
+            not item["iscrowd"] and item["category_id"] not in self.boxes_only and _is_outlined(item)
+            for items in self._annotations
+            for item in items
+        )
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -217,6 +226,11 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             part = torch.from_numpy(decoded.transpose(2, 1, 0)).mT  # [rows, H, W]
             masks[rows[chunk]] = pack_masks(part) if self.packed_masks else part
         return masks
+
+
+def _is_outlined(item: dict[str, Any]) -> bool:
+    segmentation = item.get("segmentation")
+    return segmentation is not None and not outlines_nothing(segmentation)
 
 
 def check_instances(dataset: CocoDataset, *, train: bool) -> None:

@@ -39,7 +39,8 @@ def open_dataset(data: DataConfig, split: str, *, flip_pairs: Pairs | None = Non
     """The CocoDataset of split ``"train"`` (with its random transforms) or ``"val"``; None if `data` names none.
 
     `flip_pairs`: keypoints that a left-right flip swaps; None: those whose names differ by left and right.
-    Errors: those of CocoDataset, and ValueError if there is nothing to train on.
+    Errors: those of CocoDataset, and ValueError if there is nothing to train on, or no mask of the classes that are
+    chosen for their masks.
     """
     from tmask.data.coco import CocoDataset, check_instances
     from tmask.data.transforms import train_transforms
@@ -56,6 +57,8 @@ def open_dataset(data: DataConfig, split: str, *, flip_pairs: Pairs | None = Non
             data.hflip, data.vflip, min_crop=data.min_crop, min_sizes=data.min_sizes, flip_order=order
         )
     check_instances(dataset, train=split == "train")
+    if mask_classes is not None and not dataset.num_masks:
+        raise ValueError(f"{annotations}: expected a mask of mask_classes {mask_classes!r} to train on, got none")
     return dataset
 
 
