@@ -43,6 +43,13 @@ def _kernels_where_there_are(device: torch.device) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _one_type_is_enough_to_rehearse(request: pytest.FixtureRequest, device: torch.device) -> None:
+    given = request.node.callspec.params
+    if device.type != "cuda" and "dtype" in given and given["dtype"] != given["check"].dtypes[0]:
+        pytest.skip("a rehearsal is of one type")
+
+
 def make(check: OpCheck, dtype: torch.dtype, device: torch.device) -> Inputs:
     return {k: v.to(device, dtype if k in check.features else v.dtype) for k, v in check.make().items()}
 
