@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, BinaryIO
 
 from bench.ablate.outcome import DONE
-from bench.ablate.report import progress, published, values, verdict
+from bench.ablate.report import machines, progress, published, values, verdict
 from bench.ablate.table import Table
 from bench.ablate.verdict import Spread
 from bench.charts.style import BASE, DPI, FAINT, GREY, STYLE, WIDTH, WIN
@@ -45,8 +45,7 @@ def draw(table: Table, result: dict[str, Any], file: BinaryIO) -> None:
 
 def _about(result: dict[str, Any]) -> str:
     data = "drawn shapes" if result["settings"]["shapes"] else "COCO 2017"
-    machine = result["machine"]
-    return f"{data}, preset {result['settings']['preset']}; {machine['device']}, torch {machine['torch']}"
+    return "; ".join(part for part in (f"{data}, preset {result['settings']['preset']}", machines(result)) if part)
 
 
 def _rows(axes: Any, table: Table, result: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import yaml
 
 from bench.ablate.plan import SETTINGS, Plan, Run
 from bench.ablate.table import Setting, Variant
+from bench.machine import checkout
 from tmask.data.mask_classes import mask_category_ids
 from tmask.engine.log import read_log
 from tmask.engine.report import LOG_NAME
@@ -21,7 +22,7 @@ from tmask.engine.train import CHECKPOINT_NAME
 
 VERSION = 1
 TRAIN_LOG = "train.log"  # what the training said, in the folder of a run
-COMMITS = "commits.txt"  # a line for each that trained it: a run that was broken off may have two
+TRAINED_BY = "trained_by.txt"  # device, torch and commit; a run that was broken off may have two lines
 FAILED = "failed.txt"  # why it failed; gone as soon as it is tried again
 DONE, BROKEN, BEGUN, WAITING = "done", "failed", "begun", "waiting"
 
@@ -35,13 +36,12 @@ def state(run: Run) -> str:
     return BEGUN if (run.folder / CHECKPOINT_NAME).is_file() else WAITING
 
 
-def result(plan: Plan, machine: dict[str, Any]) -> dict[str, Any]:
+def result(plan: Plan) -> dict[str, Any]:
     """The settings of the table and what each run has come to. Figures are COCO's, 0..1."""
     return {
         "version": VERSION,
         "table": plan.name,
         "setting": "small" if plan.coco is None else "full",
-        "machine": machine,
         "seeds": plan.seeds,
         "settings": _shared(plan),
         "runs": [run_result(run, plan) for run in plan.runs()],
@@ -70,16 +70,16 @@ def run_result(run: Run, plan: Plan) -> dict[str, Any]:
         metrics = _apart(metrics, run, plan.setting.data.get("mask_classes")) | metrics
         found["metrics"] = {name: value for name, value in metrics.items() if name.count("/") == 1}  # not each class's
         found["minutes"] = training_minutes(run.folder)
-        found["commits"] = commits(run)
+        found["trained_by"] = trained_by(run)
     if found["state"] == BROKEN:
         found["reason"] = (run.folder / FAILED).read_text(encoding="utf-8").strip()
         found["log"] = str((run.folder / TRAIN_LOG).relative_to(plan.out))
     return found
 
 
-def commits(run: Run) -> list[str]:
-    """Those that trained a run, the first first."""
-    path = run.folder / COMMITS
+def trained_by(run: Run) -> list[str]:
+    """Device, torch and commit of a run; several if it was broken off and went on with others."""
+    path = run.folder / TRAINED_BY
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
@@ -114,12 +114,12 @@ def log_rows(folder: Path) -> Iterator[dict[str, Any]]:
         yield from (row for row in read_log(path) if "seconds_per_step" in row)
 
 
-def machine() -> dict[str, Any]:
-    """What the table is trained on."""
+def machine() -> str:
+    """What trains here: device, torch and the commit of this checkout."""
     import torch
 
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
         device = f"CPU, {len(os.sched_getaffinity(0))} cores"
-    return {"device": device, "torch": torch.__version__}
+    return f"{device}, torch {torch.__version__}, commit {checkout()}"

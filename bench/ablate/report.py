@@ -45,6 +45,11 @@ def markdown(table: Table, result: Result, *, chart: str) -> str:
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
+def machines(result: Result) -> str:
+    """What trained the runs: device, torch and commit, once for all that have it in common."""
+    return " and ".join(sorted({line for run in result["runs"] for line in run.get("trained_by", ())}))
+
+
 def progress(result: Result) -> str:
     """How much of the table is there, unless it is all."""
     done = sum(run["state"] == DONE for run in result["runs"])
@@ -106,7 +111,7 @@ def _claims(table: Table, result: Result) -> str:
                 published(claim) or "-",
                 "-" if found.difference is None else f"{found.difference:+.1f}",
                 "-" if found.error is None else f"{found.error:.1f}",
-                found.word + (" (too small a thing for this data)" if unexpected else ""),
+                found.word + (" (not expected of a small data set)" if unexpected else ""),
             )
         )
     head = ("direction", "published", "here", "standard error", "verdict")
@@ -143,9 +148,4 @@ def _settings(table: Table, result: Result) -> Iterator[str]:
         yield f"{table.variants[variant].label}: {', '.join(words) or 'as it is'}."
     minutes = [run["minutes"] for run in result["runs"] if run.get("minutes") is not None]
     if minutes:
-        machine = result["machine"]
-        used = sorted({commit for run in result["runs"] for commit in run.get("commits", ())})
-        yield (
-            f"{machine['device']}, torch {machine['torch']}; a run trained for {statistics.median(minutes):.1f} min, "
-            f"commit {' and '.join(used) or 'unknown'}."
-        )
+        yield f"{machines(result)}; a run trained for {statistics.median(minutes):.1f} min."

@@ -18,20 +18,19 @@ from typing import Any
 from bench.ablate.outcome import (
     BEGUN,
     BROKEN,
-    COMMITS,
     DONE,
     FAILED,
     TRAIN_LOG,
-    commits,
+    TRAINED_BY,
     log_rows,
     machine,
     result,
     run_result,
     state,
+    trained_by,
 )
 from bench.ablate.plan import LOCK, SETTINGS, Plan, Run, prepare
 from bench.ablate.report import MARKDOWN, percent, write
-from bench.machine import checkout
 from bench.process import last_words
 from bench.rows import ROOT
 from tmask.engine.files import replace_text
@@ -53,16 +52,15 @@ def run_table(plan: Plan, *, command: Sequence[str] = TRAIN, say: Say = print) -
     with held(plan.out, say) as lock, Stop() as stop:
         say(f"{plan.table.title}: {len(plan.runs())} runs in {plan.out}")
         prepare(plan)
-        where = machine()
         left = [run for run in plan.runs() if state(run) != DONE]
         clock = Clock(plan, left)
-        write(plan, result(plan, where))
+        write(plan, result(plan))
         for run in left:
             if stop.number is not None:
                 break
             say(f"{_name(plan, run)}: {'goes on from its checkpoint' if state(run) == BEGUN else 'begins'}")
             _train(plan, run, command, lock=lock, stop=stop, clock=clock, say=say)
-            write(plan, result(plan, where))
+            write(plan, result(plan))
         found = [state(run) for run in plan.runs()]
     say(f"{found.count(DONE)} of {len(found)} runs done, {found.count(BROKEN)} failed: {plan.out / MARKDOWN}")
     if stop.number is not None:
@@ -166,7 +164,7 @@ def _train(plan: Plan, run: Run, command: Sequence[str], *, lock: int, stop: Sto
     if (run.folder / CHECKPOINT_NAME).is_file():
         words += ["--resume", str(run.folder / CHECKPOINT_NAME)]
     (run.folder / FAILED).unlink(missing_ok=True)
-    _note_commit(run)
+    _note_machine(run)
     with (run.folder / TRAIN_LOG).open("ab") as log:
         # A session of its own: of Ctrl-C in a terminal it hears from here alone, once.
         process = subprocess.Popen(
@@ -194,11 +192,11 @@ def _train(plan: Plan, run: Run, command: Sequence[str], *, lock: int, stop: Sto
         say(f"{name}: failed: {reason} ({run.folder / TRAIN_LOG})")
 
 
-def _note_commit(run: Run) -> None:
+def _note_machine(run: Run) -> None:
     """Put down what trains it from here on."""
-    before, now = commits(run), checkout()
+    before, now = trained_by(run), machine()
     if now not in before[-1:]:
-        replace_text(run.folder / COMMITS, "\n".join([*before, now]) + "\n")
+        replace_text(run.folder / TRAINED_BY, "\n".join([*before, now]) + "\n")
 
 
 def _reason(code: int, log: Path) -> str:

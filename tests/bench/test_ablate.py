@@ -206,12 +206,11 @@ def result(**states: Any) -> dict[str, Any]:
             run |= {"state": "failed", "reason": value, "log": f"{key[:-1]}/seed-{key[-1]}/train.log"}
         elif value is not None:
             run |= {"state": "done", "metrics": {"segm/AP75": value[0], "bbox/AP": value[1]}, "minutes": value[2]}
-            run |= {"commits": ["0123456789"]}
+            run |= {"trained_by": ["CPU, 2 cores, torch 2.11.0, commit 0123456789"]}
         runs.append(run)
     variants = {"pool": {"model.roi_extractor": {"op": "roi_pool"}}, "align": {}}
     settings = {"preset": "tiny", "shapes": vars(SETTING.shapes), "changed": {"train.steps": 4}, "variants": variants}
-    machine = {"device": "CPU, 2 cores", "torch": "2.11.0"}
-    return {"setting": "small", "machine": machine, "seeds": 2, "settings": settings, "runs": runs}
+    return {"setting": "small", "seeds": 2, "settings": settings, "runs": runs}
 
 
 WHOLE = result(pool0=(0.2, 0.3, 4), align0=(0.3, 0.3, 5), pool1=(0.22, 0.4, 6), align1=(0.33, 0.31, 7))
@@ -223,12 +222,12 @@ def test_a_whole_table_shows_every_seed_and_what_came_out() -> None:
     assert "| RoIPool | 20.0, 22.0 | 21.0 | 20.0..22.0 | 1.4 | 35.0 | 23.6 |" in text
     assert "| RoIAlign | 30.0, 33.0 | 31.5 | 30.0..33.0 | 2.1 | 30.5 | 30.9 |" in text
     assert "| RoIAlign over RoIPool, segm/AP75 | +10.5 | +10.5 | 1.8 | came out |" in text
-    verdict = "within the spread (too small a thing for this data)"
+    verdict = "within the spread (not expected of a small data set)"
     assert f"| RoIAlign over RoIPool, bbox/AP | - | -4.5 | 5.0 | {verdict} |" in text
     assert "2 standard errors" in text
     assert "preset `tiny`, `train.steps` 4; seeds 0 to 1." in text
     assert '- RoIPool: `model.roi_extractor` {"op": "roi_pool"}.' in text
-    assert "CPU, 2 cores, torch 2.11.0; a run trained for 5.5 min, commit 0123456789." in text
+    assert "CPU, 2 cores, torch 2.11.0, commit 0123456789; a run trained for 5.5 min." in text
     assert "![" in text
     assert "Partial" not in text
     assert "Failed" not in text
@@ -298,7 +297,7 @@ def test_classes_of_boxes_only_are_apart_also_where_all_masks_were_learnt(tmp_pa
     (tmp_path / "pool" / "seed-0" / "metrics.json").write_text(json.dumps(metrics))
     told = {**metrics, "segm/AP_boxes_only": 0.9, "segm/AP_with_masks": 0.8}
     (tmp_path / "align" / "seed-0" / "metrics.json").write_text(json.dumps(told))
-    oracle, other = (run["metrics"] for run in outcome.result(asked, {})["runs"])
+    oracle, other = (run["metrics"] for run in outcome.result(asked)["runs"])
     assert oracle == pytest.approx({"segm/AP_with_masks": (0.0 + 0.3) / 2, "segm/AP_boxes_only": (0.1 + 0.2 + 1.5) / 5})
     assert other == {"segm/AP_boxes_only": 0.9, "segm/AP_with_masks": 0.8}
 

@@ -17,7 +17,7 @@ import pytest
 
 from bench import machine
 from bench.ablate import chart, runner
-from bench.ablate.outcome import commits, result, state
+from bench.ablate.outcome import result, state, trained_by
 from bench.ablate.plan import Plan, Run
 from bench.ablate.runner import duration, held, run_table
 from bench.ablate.table import Drawn, Setting, Table, Variant
@@ -70,7 +70,7 @@ def command(tmp_path: Path) -> list[str]:
 @pytest.fixture
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     monkeypatch.setattr(chart, "draw", lambda table, result, file: file.write(b"a chart"))  # which takes its time
-    monkeypatch.setattr(runner, "checkout", lambda: "0123456789")
+    monkeypatch.setattr(runner, "machine", lambda: "CPU, 2 cores, torch 2.11.0, commit 0123456789")
     return Plan(name="pooling", table=TABLE, out=tmp_path / "out", seeds=2)
 
 
@@ -101,7 +101,7 @@ def test_all_runs_are_done_once_and_the_table_is_written(plan: Plan, command: li
     found = json.loads((plan.out / "result.json").read_text())
     assert found["runs"][0] == {
         "variant": "pool", "seed": 0, "state": "done", "metrics": {"segm/AP75": 0.3, "bbox/AP": 0.5}, "minutes": 0.1,
-        "commits": ["0123456789"],
+        "trained_by": ["CPU, 2 cores, torch 2.11.0, commit 0123456789"],
     }  # fmt: skip
 
     assert run_table(plan, command=command, say=said.append) == 0
@@ -127,7 +127,7 @@ def test_a_failed_run_is_shown_with_its_log_and_tried_again(plan: Plan, command:
     wish(plan, "pool", "fail")
     said: list[str] = []
     assert run_table(plan, command=command, say=said.append) == 1
-    assert [run["state"] for run in result(plan, {})["runs"]] == ["failed", "done", "failed", "done"]
+    assert [run["state"] for run in result(plan)["runs"]] == ["failed", "done", "failed", "done"]
     reason = "ended with exit code 1: tmask train: error: no memory"
     assert f"Failed**: RoIPool, seed 0: {reason} (`pool/seed-0/train.log`)" in (plan.out / "table.md").read_text()
     assert any(line.startswith(f"[1/4] RoIPool, seed 0: failed: {reason}") for line in said)
@@ -160,19 +160,21 @@ def test_a_signal_lets_the_training_save_and_the_table_goes_on_later(
     said: list[str] = []
     assert run_table(plan, command=command, say=said.append) == 143
     assert signal.getsignal(signal.SIGTERM) is before
-    assert [run["state"] for run in result(plan, {})["runs"]] == ["done", "begun", "waiting", "waiting"]
+    assert [run["state"] for run in result(plan)["runs"]] == ["done", "begun", "waiting", "waiting"]
     assert "**Partial: 1 of 4 runs.**" in (plan.out / "table.md").read_text()
     assert said[-1] == "stopped; the same command goes on"
     wish(plan, "align", None)
     assert run_table(plan, command=command, say=said.append) == 0
     assert calls(plan)["align0"] == ["fresh", "resume"]
-    assert [run["commits"] for run in result(plan, {})["runs"]] == [["0123456789"]] * 4
+    assert all(len(run["trained_by"]) == 1 for run in result(plan)["runs"]), "the same, before and after a break"
 
     again = plan.runs()[1]
     (again.folder / "metrics.json").unlink()
-    monkeypatch.setattr(runner, "checkout", lambda: "abcdef0123 with changes")
+    monkeypatch.setattr(runner, "machine", lambda: "a GPU")
     assert run_table(plan, command=command, say=said.append) == 0
-    assert commits(again) == ["0123456789", "abcdef0123 with changes"], "it was trained by two"
+    assert trained_by(again) == ["CPU, 2 cores, torch 2.11.0, commit 0123456789", "a GPU"]
+    assert run_table(plan, command=command, say=said.append) == 0
+    assert trained_by(plan.runs()[0]) == ["CPU, 2 cores, torch 2.11.0, commit 0123456789"], "who only looks trains not"
 
 
 def test_two_at_work_on_a_folder_are_one_too_many(tmp_path: Path) -> None:
