@@ -94,7 +94,8 @@ def check_folder(plan: Plan) -> None:
     """Errors: ValueError for a folder that holds something else than this table in these settings."""
     out, path = plan.out, plan.out / RECORD
     if not path.is_file():
-        if out.is_dir() and {item.name for item in out.iterdir()} - {LOCK, LOG}:
+        ours = {LOCK, LOG, f".{RECORD}.part"}  # the last is what a kill leaves of the first file
+        if out.is_dir() and {item.name for item in out.iterdir()} - ours:
             raise ValueError(f"--out {out}: expected an empty folder or one of this table, but it holds other files")
         return
     try:

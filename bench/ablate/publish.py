@@ -2,7 +2,8 @@
 
     python -m bench.ablate.publish [FOLDER ...]
 
-FOLDER is that of a table (``runs/ablate/NAME``): its result goes to bench/ablate/results and its chart to docs/images.
+FOLDER is that of a table (``runs/ablate/NAME``): its result goes to bench/ablate/results and its chart to docs/images;
+that of the small setting and that of COCO stand beside each other.
 The page is made of what is there, so without a folder it is only written anew.
 """
 
@@ -25,6 +26,8 @@ RESULTS = Path(__file__).parent / "results"
 PAGE = ROOT / "docs" / "ablations.md"
 BEGIN, END = "<!-- ablate:begin -->", "<!-- ablate:end -->"
 
+HEADING = {"small": "", "full": "### On COCO\n\n"}  # by the setting of a result
+
 
 def page(text: str, results: Path = RESULTS) -> str:
     """`text` with what stands between its marks made anew. Errors: ValueError if the marks are missing."""
@@ -32,18 +35,27 @@ def page(text: str, results: Path = RESULTS) -> str:
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"docs/ablations.md: expected {BEGIN} and {END}")
-    blocks = [_section(name, results / f"{name}.json") for name in tables.names()]
+    blocks = [_section(name, results) for name in tables.names()]
     return f"{before}{BEGIN}\n{chr(10).join(blocks)}{END}{after}"
 
 
-def _section(name: str, path: Path) -> str:
+def _section(name: str, results: Path) -> str:
     table = tables.load(name)
-    head = f"## {table.title}\n\n`tmask ablate {name}`\n\n"
-    if path.is_file():
-        return head + markdown(table, load(path), chart=f"images/ablate_{name}.png")
+    head = f"## {table.title}\n\n`tmask ablate {name}`\n\n{table.about}\n\n"
+    found = {setting: path for setting in HEADING if (path := results / f"{_stem(name, setting)}.json").is_file()}
+    if found:
+        blocks = [
+            HEADING[setting] + markdown(table, load(path), chart=f"images/ablate_{path.stem}.png")
+            for setting, path in found.items()
+        ]
+        return head + "\n".join(blocks)
     rows = [f"- {variant.label}: {variant.published or 'no figure'}" for variant in table.variants.values()]
     published = "\n".join([f"Published ({table.source}):", "", *rows])
-    return f"{head}{table.about}\n\n**Not measured yet.** {published}\n"
+    return f"{head}**Not measured yet.** {published}\n"
+
+
+def _stem(name: str, setting: str) -> str:
+    return name if setting == "small" else f"{name}_{setting}"
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -62,10 +74,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         for folder in arguments:
             result = load(Path(folder) / RESULT)
-            name = result["table"]
-            replace_text(RESULTS / f"{name}.json", json.dumps(result, indent=1) + "\n")
-            with replacing(PAGE.parent / "images" / f"ablate_{name}.png") as file:
-                draw(tables.load(name), result, file)
+            stem = _stem(result["table"], result["setting"])
+            replace_text(RESULTS / f"{stem}.json", json.dumps(result, indent=1) + "\n")
+            with replacing(PAGE.parent / "images" / f"ablate_{stem}.png") as file:
+                draw(tables.load(result["table"]), result, file)
         replace_text(PAGE, page(PAGE.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         print(f"bench.ablate.publish: {error}", file=sys.stderr)

@@ -27,13 +27,15 @@ def write(plan: Plan, result: Result) -> None:
     replace_text(plan.out / RESULT, json.dumps(result, indent=1) + "\n")
     with replacing(plan.out / CHART) as file:
         draw(plan.table, result, file)
-    replace_text(plan.out / MARKDOWN, f"# {plan.table.title}\n\n{markdown(plan.table, result, chart=CHART)}")
+    replace_text(
+        plan.out / MARKDOWN,
+        f"# {plan.table.title}\n\n{plan.table.about}\n\n{markdown(plan.table, result, chart=CHART)}",
+    )
 
 
 def markdown(table: Table, result: Result, *, chart: str) -> str:
     """The table with every seed's value, the published directions and what came of them."""
     blocks = [
-        table.about,
         progress(result),
         _variants(table, result),
         f"![Every seed's value of each variant]({chart})",

@@ -126,6 +126,7 @@ def test_more_seeds_may_be_added_but_nothing_else_changed(tmp_path: Path) -> Non
 
 def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
     check_folder(plan(tmp_path / "none"))
+    (tmp_path / ".ablation.json.part").touch()
     (tmp_path / "lock").touch()  # of a call that was killed before it wrote anything else
     check_folder(plan(tmp_path))
     (tmp_path / "thesis.tex").touch()
@@ -279,6 +280,15 @@ def test_a_result_is_published_with_its_chart(tmp_path: Path, monkeypatch: pytes
     assert markdown(TABLE, WHOLE, chart="images/ablate_pooling.png") in text
     assert (tmp_path / "images" / "ablate_pooling.png").is_file()
     assert json.loads((tmp_path / "results" / "pooling.json").read_text()) == found
+
+    (tmp_path / "result.json").write_text(json.dumps({**found, "setting": "full", "seeds": 7}))
+    assert publish.main([str(tmp_path)]) == 0
+    both = (tmp_path / "page.md").read_text()
+    assert both.startswith(text[: text.index("after")].removesuffix(publish.END + "\n")), "the small one stays"
+    assert "\n### On COCO\n\n" in both
+    assert "(images/ablate_pooling_full.png)" in both
+    assert (tmp_path / "images" / "ablate_pooling_full.png").is_file()
+
     found["settings"] = {**found["settings"], "variants": {"pool": {}}}
     (tmp_path / "result.json").write_text(json.dumps(found))
     assert publish.main([str(tmp_path)]) == 2

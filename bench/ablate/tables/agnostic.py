@@ -1,7 +1,7 @@
 """A mask a class against one mask for all classes."""
 
 from bench.ablate.table import Claim, Table, Variant
-from bench.ablate.tables._settings import CROSSED, MASK_RCNN, R50_FPN
+from bench.ablate.tables._settings import CROSSED, MASK_RCNN, R50_C4
 
 TABLE = Table(
     title="Class-specific or class-agnostic masks",
@@ -15,5 +15,5 @@ TABLE = Table(
     },
     claims=(Claim(better="specific", worse="agnostic", metric="segm/AP", published=0.6),),
     small=CROSSED,
-    full=R50_FPN,
+    full=R50_C4,
 )

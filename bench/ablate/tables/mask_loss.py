@@ -1,7 +1,7 @@
 """A sigmoid a class against a softmax over classes, of the mask."""
 
 from bench.ablate.table import Claim, Table, Variant
-from bench.ablate.tables._settings import CROSSED, MASK_RCNN, R50_FPN
+from bench.ablate.tables._settings import CROSSED, MASK_RCNN, R50_C4
 
 TABLE = Table(
     title="Sigmoid or softmax of the mask",
@@ -16,5 +16,5 @@ TABLE = Table(
     },
     claims=(Claim(better="sigmoid", worse="softmax", metric="segm/AP", published=5.5),),
     small=CROSSED,
-    full=R50_FPN,
+    full=R50_C4,
 )

@@ -8,14 +8,14 @@ TABLE = Table(
     about="Half of the classes have no masks in training. A class-agnostic head can only segment what they have in "
     "common with the others; weight transfer makes a predictor for each from its weights in the box head. Drawn wedges "
     "and dumbbells have boxes alone, and rise or fall as the bars and leaves do that have masks.",
-    source=f"{MASK_X}, which has the order alone: both inputs, then the regressor's, the classifier's, and far below "
-    "the agnostic head",
+    source=f"{MASK_X} table 1a, from above: both inputs, the regressor's, the classifier's, and far below the agnostic "
+    "head. With an MLP fused in, both inputs have 23.8 mask AP on the classes without masks (R101-FPN, table 2)",
     metrics=("segm/AP_boxes_only", "segm/AP_with_masks", "bbox/AP"),
     variants={
         "agnostic": Variant(label="class-agnostic", model={"mask_class_agnostic": True}),
         "cls": Variant(label="classifier's weights", model={"mask_transfer": {"inputs": "cls"}}),
         "box": Variant(label="regressor's weights", model={"mask_transfer": {"inputs": "box"}}),
-        "cls_box": Variant(label="both", published="23.8 mask AP", model={"mask_transfer": {"inputs": "cls_box"}}),
+        "cls_box": Variant(label="both", model={"mask_transfer": {"inputs": "cls_box"}}),
     },
     claims=(
         Claim(better="cls_box", worse="agnostic", metric="segm/AP_boxes_only", published="above"),
