@@ -13,8 +13,8 @@ RULE = (
     "A direction *came out* if the difference of the means has the published sign and is at least "
     f"{FACTOR:g} standard errors; it *did not* if it is at least as large with the other sign; else it lies *within "
     "the spread*. The standard error is sqrt(s1²/n1 + s2²/n2), with the standard deviations s and numbers n of the "
-    "seeds. Where nothing but chance differs, three seeds reach that in about 6 of 100 comparisons on each side. Where no "
-    "direction was published, the words are *above* and *below*."
+    "seeds. Where nothing but chance differs, three seeds reach that in about 6 of 100 comparisons on each side. Where "
+    "no direction was published, the words are *above* and *below*."
 )
 
 

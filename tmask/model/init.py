@@ -8,14 +8,17 @@ from torch import nn
 
 
 def msra(layers: Iterable[nn.Module]) -> None:
-    """Before a ReLU: normal of std sqrt(2 / fan_out), which keeps the size of gradients. Source: He et al. 2015, "Delving Deep into Rectifiers"."""
+    """Before a ReLU: normal of std sqrt(2 / fan_out), which keeps the size of gradients.
+
+    Source: He et al. 2015, "Delving Deep into Rectifiers", equation 14.
+    """
     for layer in layers:
         nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")  # type: ignore[arg-type]
         nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
 
 def xavier(layers: Iterable[nn.Module]) -> None:
-    """Uniform of variance 1 / fan_in, which keeps the size of linear outputs, the "Xavier" of the original code of FPN and box head."""
+    """Uniform of variance 1 / fan_in, which keeps the size of linear outputs: the "Xavier" of the original FPN's code."""
     for layer in layers:
         nn.init.kaiming_uniform_(layer.weight, a=1)  # type: ignore[arg-type]
         nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
