@@ -107,6 +107,36 @@ def test_a_persons_keypoints_are_mirrored_by_their_names() -> None:
         assert PERSON.names[other] == (PERSON.names[number].replace(side, sides[side]) if side else "nose")
 
 
+# He et al. 2017 and the schedule that its followers train R50-FPN with; the steps at which the rate falls:
+# tests/engine/test_optimizer.py.
+PUBLISHED_MODEL = {
+    "min_size": 800, "max_size": 1333, "size_divisible": 32, "backbone": "resnet50", "norm": "frozen_bn",
+    "trainable_layers": 3, "neck": "fpn", "fpn_channels": 256,
+    "anchor_sizes": ((32,), (64,), (128,), (256,), (512,)), "anchor_aspect_ratios": (0.5, 1, 2),
+    "rpn_fg_iou": 0.7, "rpn_bg_iou": 0.3, "rpn_batch_size": 256, "rpn_positive_fraction": 0.5,
+    "rpn_pre_nms_top_n_train": 2000, "rpn_pre_nms_top_n_test": 1000, "rpn_nms_threshold": 0.7,
+    "rpn_post_nms_top_n_train": 2000, "rpn_post_nms_top_n_test": 1000,
+    "box_pool_size": 7, "box_head_dim": 1024, "box_fg_iou": 0.5, "box_bg_iou": 0.5, "box_batch_size": 512,
+    "box_positive_fraction": 0.25, "box_score_threshold": 0.05, "box_nms_threshold": 0.5, "max_detections": 100,
+    "mask_pool_size": 14, "mask_head": "fcn", "mask_head_channels": 256, "mask_head_layers": 4,
+    "mask_mlp_dim": 1024, "mask_mlp_layers": 2,
+}  # fmt: skip
+PUBLISHED_TRAINING = {
+    "optimizer": "sgd", "lr": 0.02, "batch_size": 16, "accumulate": 1, "momentum": 0.9, "weight_decay": 1e-4,
+    "steps": 90_000, "schedule": "steps",
+}  # fmt: skip
+PUBLISHED_KEYPOINTS = {"pool_size": 14, "head_channels": 512, "head_layers": 8}
+
+
+def test_defaults_are_the_published_settings() -> None:
+    for config, table in (
+        (PRESETS["r50_fpn"], PUBLISHED_MODEL),
+        (TRAIN_PRESETS["r50_fpn"], PUBLISHED_TRAINING),
+        (KeypointConfig(), PUBLISHED_KEYPOINTS),
+    ):
+        assert {name: getattr(config, name) for name in table} == table
+
+
 def test_every_model_preset_has_training_defaults() -> None:
     assert sorted(PRESETS) == sorted(TRAIN_PRESETS)
 

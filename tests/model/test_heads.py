@@ -1,9 +1,13 @@
 """The heads: shapes, and the mask head against the layers it is defined by."""
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+import tmask
 from tmask.model.box_head import BoxHead
 from tmask.model.mask_head import MaskHead, MLPMaskHead
 from tmask_kernels.testing import assert_close
@@ -51,16 +55,39 @@ def test_mlp_mask_head_equals_its_layers(num_rois: int, num_layers: int) -> None
     assert_close(head(x.contiguous(memory_format=torch.channels_last)), logits.double())
 
 
+def shapes(layers: Iterable[nn.Module]) -> list[tuple[int, ...]]:
+    return [tuple(layer.weight.shape) for layer in layers]
+
+
 def test_published_sizes_of_the_mask_heads() -> None:
+    """As `build_model` makes them, on tensors without memory; a third layer of the MLP is a setting."""
     with torch.device("meta"):
-        fcn = MaskHead(in_channels=256, channels=256, num_layers=4, num_masks=80)
-        mlp = MLPMaskHead(in_channels=256, pool_size=14, hidden=1024, num_layers=2, num_masks=80)
+        fcn, mlp, deep = (
+            tmask.build_model("r50_fpn", 80, **settings, warn_if_untrained=False).roi_heads.mask_head
+            for settings in ({}, {"mask_head": "mlp"}, {"mask_head": "mlp", "mask_mlp_dim": 64, "mask_mlp_layers": 3})
+        )
         rois = torch.empty(3, 256, 14, 14)
-    assert [tuple(fc.weight.shape) for fc in mlp.fcs] == [(1024, 14 * 14 * 256), (1024, 1024)]
+    assert shapes(fcn.convs) == [(256, 256, 3, 3)] * 4
+    assert shapes(mlp.fcs) == [(1024, 14 * 14 * 256), (1024, 1024)]
+    assert shapes(deep.fcs) == [(64, 14 * 14 * 256), (64, 64), (64, 64)]
     assert mlp.predictor.weight.shape == (80 * 28 * 28, 1024)
     assert fcn(rois).shape == mlp(rois).shape == (3, 80, 28, 28)
     sizes = [sum(p.numel() for p in head.parameters()) for head in (fcn, mlp)]
     assert 40 * sizes[0] < sizes[1]
+
+
+def test_published_sizes_of_box_and_keypoint_head_and_samples() -> None:
+    with torch.device("meta"):
+        model = tmask.build_model("r50_fpn", 81, keypoints={}, warn_if_untrained=False)
+        keypoints = model.roi_heads.keypoint_head
+        maps = keypoints(torch.empty(3, 256, 14, 14))
+    assert shapes(keypoints.convs) == [(512, 256, 3, 3), *[(512, 512, 3, 3)] * 7]
+    assert maps.shape == (3, 17, 56, 56)
+    box = model.roi_heads.box_head
+    assert shapes([box.fc6, box.fc7]) == [(1024, 256 * 7 * 7), (1024, 1024)]
+    assert shapes([box.classifier, box.regressor]) == [(81, 1024), (4 * 81, 1024)]
+    assert (model.rpn.batch_size, model.rpn.positive_fraction) == (256, 0.5)
+    assert (model.roi_heads.batch_size, model.roi_heads.positive_fraction) == (512, 0.25)
 
 
 def test_mask_heads_begin_as_published() -> None:
