@@ -5,6 +5,7 @@ import copy
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from tests.engine.predictions import CATEGORIES, by_name, make_model, read_pixels, rows
-from tmask.config import DataConfig
+from tmask.config import DataConfig, KeypointConfig
 from tmask.data.coco import CocoDataset
 from tmask.data.shapes import KEYPOINTS, write_shapes
 from tmask.engine.evaluate import coco_metrics, coco_results, evaluate, results_table
@@ -179,6 +180,19 @@ def test_evaluation_counts_keypoints_where_model_and_data_have_them(corners: tup
         loader = make_loader(dataset, model.transform, batch_size=2, shuffle=False)
         metrics = evaluate(model, loader, dataset)
         assert {name.split("/")[0] for name in metrics} == kinds
+
+
+def test_configured_sigmas_decide_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    truth, results = fixture(4)
+    results = [{**item, "bbox": [0, 0, 5, 5]} for item in results]
+    monkeypatch.setattr("tmask.engine.evaluate.detect", lambda *args, **options: results)
+    dataset = SimpleNamespace(coco=SimpleNamespace(dataset=truth), category_ids=[1])
+    found = []
+    for sigmas in ((0.02,) * 4, (0.05, 0.1, 0.02, 0.08)):
+        config = SimpleNamespace(keypoints=KeypointConfig(names=tuple("abcd"), sigmas=sigmas))
+        found.append(evaluate(SimpleNamespace(config=config), [], dataset)["keypoints/AP"])
+        assert found[-1] == pytest.approx(pycocotools_stats(truth, results, sigmas)["keypoints/AP"], abs=1e-12)
+    assert found[0] < found[1]
 
 
 def test_predictions_hold_keypoints_and_draw_them(
