@@ -85,6 +85,24 @@ def test_masks_of_some_objects_only(small_model: tmask.MaskRCNN, batch: tuple[Im
     assert losses["loss_classifier"] > 0
 
 
+def test_an_image_without_masks_beside_one_with_them(
+    small_model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]
+) -> None:
+    """Its boxes are learnt from; its masks are unknown, not empty."""
+    images, targets = images_and_targets()
+    del targets[1]["masks"]
+    padded, packed = small_model.transform(images, targets)
+    assert packed is not None
+    assert packed.has_mask.tolist() == [[True, True], [False, False]]
+    unread = batch[1]._replace(has_mask=packed.has_mask)
+    actual = same_state(small_model, padded, packed, compact=True)
+    expected = same_state(small_model, batch[0], unread, compact=True)
+    assert actual["loss_mask"] > 0
+    for name in LOSSES:
+        torch.testing.assert_close(actual[name], expected[name], msg=name)
+    sum(actual.values()).backward()
+
+
 def same_state(model: tmask.MaskRCNN, images: ImageBatch, targets: Targets | None, compact: bool):
     torch.manual_seed(3)
     return copy.deepcopy(model).forward_padded(images, targets, compact=compact)
@@ -128,16 +146,25 @@ def test_detections_of_an_image_do_not_depend_on_its_batch(small_model: tmask.Ma
         torch.testing.assert_close(together[1][name], alone[0][name], rtol=1e-4, atol=1e-4)
 
 
-def test_loss_weights(batch: tuple[ImageBatch, Targets]) -> None:
-    overrides = {"loss_mask": 3.0, "loss_rpn_box": 0.0, "loss_classifier": 0.5}
-    torch.manual_seed(0)
-    plain = tmask.build_model("tiny", num_classes=4, **SMALL)
-    torch.manual_seed(0)
-    weighted = tmask.build_model("tiny", num_classes=4, **SMALL, **overrides)
-    a, b = same_state(plain, *batch, compact=False), same_state(weighted, *batch, compact=False)
-    factors = {"loss_mask": 3.0, "loss_rpn_box_reg": 0.0, "loss_classifier": 0.5}
-    for name in LOSSES:
-        torch.testing.assert_close(b[name], a[name] * factors.get(name, 1.0))
+def test_loss_weights(keypoint_model: tmask.MaskRCNN, keypoint_batch: tuple[ImageBatch, Targets]) -> None:
+    """Each setting is the factor of its own loss and of no other."""
+    factors = {
+        "loss_rpn_objectness": ("loss_objectness", 2.0),
+        "loss_rpn_box": ("loss_rpn_box_reg", 0.0),
+        "loss_classifier": ("loss_classifier", 0.5),
+        "loss_box": ("loss_box_reg", 5.0),
+        "loss_mask": ("loss_mask", 3.0),
+        "loss_keypoint": ("loss_keypoint", 7.0),
+    }
+    settings = {setting: factor for setting, (_, factor) in factors.items()}
+    torch.manual_seed(0)  # as the fixture
+    weighted = tmask.build_model(keypoint_model.config, **settings)
+    plain = same_state(keypoint_model, *keypoint_batch, compact=True)
+    losses = same_state(weighted, *keypoint_batch, compact=True)
+    assert set(losses) == {*LOSSES, "loss_keypoint"}
+    for name, factor in factors.values():
+        assert plain[name] > 0, name
+        torch.testing.assert_close(losses[name], factor * plain[name], msg=name)
 
 
 def test_mask_gradient_stays_in_the_class(small_model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]) -> None:

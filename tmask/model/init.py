@@ -18,7 +18,7 @@ def msra(layers: Iterable[nn.Module]) -> None:
 
 
 def xavier(layers: Iterable[nn.Module]) -> None:
-    """Uniform of variance 1 / fan_in, which keeps the size of linear outputs: the "Xavier" of the original FPN's code."""
+    """Uniform of variance 1 / fan_in, which keeps the size of linear outputs: "Xavier" in FPN's original code."""
     for layer in layers:
         nn.init.kaiming_uniform_(layer.weight, a=1)  # type: ignore[arg-type]
         nn.init.zeros_(layer.bias)  # type: ignore[arg-type]

@@ -51,10 +51,10 @@ class ImageTransform:
         """Images [3, h, w], uint8 or float in 0..1, and torchvision's target dicts, as padded batches.
 
         A target holds ``boxes`` [G, 4] xyxy in pixels, ``labels`` [G], ``masks`` [G, h, w] of 0 and 1 or packed
-        [G, h, ceil(w / 32)] int32 (`tmask_kernels.pack_masks`), and may hold ``iscrowd`` [G], ``has_mask`` [G],
-        ``keypoints`` [G, Kp, 3] (x and y in pixels, and visibility, 0 for a keypoint that is not known, as all are
-        without this entry) and ``min_size``, the short side of this image. Masks are never all held as bytes or floats,
-        unless they came so.
+        [G, h, ceil(w / 32)] int32 (`tmask_kernels.pack_masks`; left out if they are not known), and may hold
+        ``iscrowd`` [G], ``has_mask`` [G], ``keypoints`` [G, Kp, 3] (x and y in pixels, and visibility, 0 for a keypoint
+        that is not known, as all are without this entry) and ``min_size``, the short side of this image. Masks are
+        never all held as bytes or floats, unless they came so.
 
         Errors: ValueError for wrong types, shapes, counts or devices, images, boxes or keypoints that are not
         finite, boxes without area (but of crowds), and labels outside 1..num_classes-1 (`num_classes` counts the
