@@ -123,6 +123,25 @@ def build(**settings: Any) -> tmask.MaskRCNN:
     return tmask.build_model("tiny", num_classes=4, **{**STRICT, **settings})
 
 
+def test_every_option_reaches_the_model() -> None:
+    """Of a box head of 32 features and a mask head of 16 channels."""
+
+    def described(**settings: Any) -> tuple[list[str], bool]:
+        with torch.device("meta"):
+            built = build(mask_transfer=settings).roi_heads.mask_transfer
+        return [str(layer) for layer in built.layers], built.stop_grad
+
+    widths = {"cls": 32, "box": 128, "cls_box": 160}
+    for inputs, layers, activation in itertools.product(widths, (1, 2, 3), ("leaky_relu", "relu")):
+        between = {"leaky_relu": "LeakyReLU(negative_slope=0.1)", "relu": "ReLU()"}[activation]
+        expected = [f"Linear(in_features={widths[inputs]}, out_features=16, bias=True)"]
+        expected += [between, "Linear(in_features=16, out_features=16, bias=True)"] * (layers - 1)
+        settings = {"inputs": inputs, "layers": layers, "activation": activation}
+        assert described(**settings) == (expected, True)
+        if settings == {"inputs": "cls_box", "layers": 2, "activation": "leaky_relu"}:
+            assert described() == (expected, True), "the published choice is the default"
+
+
 def padded(model: tmask.MaskRCNN, boxes_only: tuple[int, ...] = ()) -> tuple[ImageBatch, Targets]:
     """The first image has objects of classes 1 and 2, the second of class 1. Those of `boxes_only` have no mask."""
     images, targets = images_and_targets()
@@ -143,12 +162,21 @@ def mask_loss(model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]) -> Tenso
 BOX_HEAD = ("roi_heads.box_head.classifier.weight", "roi_heads.box_head.regressor.weight")
 
 
-@pytest.mark.parametrize("stop_grad", [True, False])
-def test_what_learns_from_the_mask_loss(stop_grad: bool) -> None:
-    model = build(mask_transfer={"stop_grad": stop_grad})
+@pytest.mark.parametrize(
+    ("settings", "learns"),
+    [
+        ({}, set()),
+        ({"stop_grad": False}, {*BOX_HEAD}),
+        ({"stop_grad": False, "inputs": "cls"}, {BOX_HEAD[0]}),
+        ({"stop_grad": False, "inputs": "box"}, {BOX_HEAD[1]}),
+    ],
+    ids=["default", "cls_box", "cls", "box"],
+)
+def test_what_learns_from_the_mask_loss(settings: dict[str, Any], learns: set[str]) -> None:
+    model = build(mask_transfer=settings)
     mask_loss(model, padded(model)).backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    assert ({*BOX_HEAD} & moved) == (set() if stop_grad else {*BOX_HEAD})
+    assert ({*BOX_HEAD} & moved) == learns
     assert not any(name.startswith("roi_heads.box_head.") for name in moved - {*BOX_HEAD})
     for part in ("roi_heads.mask_transfer.layers.0.", "roi_heads.mask_transfer.layers.2.", "roi_heads.mask_head."):
         parameters = {name for name, _ in model.named_parameters() if name.startswith(part)}
@@ -229,24 +257,18 @@ def test_masks_follow_the_box_head() -> None:
 
 
 def test_a_detection_gets_the_mask_of_its_class() -> None:
-    model = build()
-    batch = padded(model)
-    linear = model.roi_heads.mask_transfer.layers[-1]
-    torch.nn.init.zeros_(linear.weight)
-    masks = predicted(model, batch).masks
-    assert (masks == 0.5).any(), "kernels of zeros"
-    torch.nn.init.constant_(linear.bias, 100.0)
-    found = predicted(model, batch)
-    assert (found.masks[found.valid()] > 0.5).any()
-    hidden = model.roi_heads.mask_head
-    logits = hidden(torch.rand(2, 16, 14, 14), predictor=seen_kernel(model))
-    assert not logits[:, 0].any(), "nothing is predicted of the background"
-    assert torch.equal(logits[:, 1], logits[:, 2])
-
-
-def seen_kernel(model: tmask.MaskRCNN) -> Tensor:
-    head = model.roi_heads.box_head
-    return model.roi_heads.mask_transfer(head.classifier.weight, head.regressor.weight)
+    """Made so that a class's kernel is its first weight in the classifier times 10, and the features are ones."""
+    model = build(mask_transfer={"inputs": "cls", "layers": 1})
+    (linear,), deconv = model.roi_heads.mask_transfer.layers, model.roi_heads.mask_head.deconv
+    for weight in (linear.weight, linear.bias, deconv.weight):
+        torch.nn.init.zeros_(weight)
+    torch.nn.init.constant_(linear.weight[:, 0], 10.0)
+    torch.nn.init.ones_(deconv.bias)
+    found = predicted(model, padded(model))
+    assert {1, 2, 3} <= {*found.labels.flatten().tolist()}
+    of_class = (16 * 10 * model.roi_heads.box_head.classifier.weight[:, 0]).double().sigmoid()
+    expected = torch.where(found.valid(), of_class[found.labels], 0.0)[..., None, None]
+    assert_close(found.masks, expected.expand_as(found.masks))
 
 
 def test_a_given_predictor_is_a_convolution_without_bias() -> None:
@@ -284,28 +306,36 @@ def test_the_fusion_is_added_to_every_class(num_layers: int) -> None:
     for layer in fusion.layers:
         torch.nn.init.normal_(layer.weight)
         torch.nn.init.normal_(layer.bias)
-    sizes = {"in_channels": 3, "channels": 5, "num_layers": 1, "num_masks": 4}
-    head = MaskHead(**sizes, fusion=fusion).double()
-    plain = MaskHead(**sizes).double()
-    plain.load_state_dict({name: t for name, t in head.state_dict().items() if not name.startswith("fusion.")})
-    x = torch.randn(2, 3, 3, 3, dtype=torch.float64)
+    head = MaskHead(in_channels=3, channels=5, num_layers=1, num_masks=4).double()
+    x = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
     wide = F.relu(head.deconv(F.relu(head.convs[0](x))))  # [R, channels, M, M]
     hidden = wide.unflatten(3, (3, 2)).unflatten(2, (3, 2)).permute(0, 2, 4, 3, 5, 1).flatten(1)
     for layer in fusion.layers[:-1]:
         hidden = F.relu(F.linear(hidden, layer.weight, layer.bias))
     mask = F.linear(hidden, fusion.layers[-1].weight, fusion.layers[-1].bias).view(2, 1, 6, 6)
-    assert_close(head(x), plain(x) + mask)
+    expected = head(x) + mask
+    head.fusion = fusion
+    actual = head(x)
+    assert_close(actual, expected)
+    upstream, learn = torch.randn_like(actual), [x, *head.parameters()]
+    gradients = (torch.autograd.grad(value, learn, upstream) for value in (actual, expected))
+    for got, want in zip(*gradients, strict=True):
+        assert_close(got, want)
     assert head(x[:0]).shape == (0, 4, 6, 6)
 
 
+@pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize(
     "settings",
     [{}, {"mask_transfer": None}, {"mask_transfer": None, "mask_class_agnostic": True}],
     ids=["transfer", "own predictors", "class-agnostic"],
 )
-def test_the_fusion_comes_before_the_sigmoid(settings: dict[str, Any]) -> None:
-    model = build(mask_fusion_layers=1, **settings)
+def test_the_fusion_learns_and_comes_before_the_sigmoid(settings: dict[str, Any], num_layers: int) -> None:
+    model = build(mask_fusion_layers=num_layers, mask_pool_size=7, **settings)
     batch = padded(model)
+    fusion = [*model.roi_heads.mask_head.fusion.parameters()]
+    assert len(fusion) == 2 * num_layers
+    assert all(gradient.any() for gradient in torch.autograd.grad(mask_loss(model, batch), fusion))
     torch.nn.init.constant_(model.roi_heads.mask_head.fusion.layers[-1].bias, 30.0)
     found = predicted(model, batch)
     assert found.valid().any()
