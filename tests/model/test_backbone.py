@@ -163,6 +163,17 @@ def test_a_backbone_of_ones_own_trains(kind: str, preset: str) -> None:
         assert strides == ({4, 8, 16, 32} if preset == "tiny" else {32})
 
 
+@pytest.mark.parametrize("name", ["convnext_atto", "mobilenetv3_small_050"])  # without and with a map of stride 2
+def test_a_network_of_timm_trains(name: str) -> None:
+    """Runs where timm is installed. Every parameter of it feeds one of the four maps."""
+    network = pytest.importorskip("timm").create_model(name, pretrained=False, features_only=True)
+    model = tmask.build_model("tiny", num_classes=4, backbone=network, **SMALL)
+    losses = model(*images_and_targets())
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
 def test_the_maps_of_a_timm_model_are_found_by_their_strides() -> None:
     backbone = as_backbone(TimmLike([2, 4, 8, 16, 32, 64]))
     assert backbone.out_channels == (14, 18, 26, 42)
