@@ -41,7 +41,7 @@ ALL_BUT_ONE_SLOW = [*(pytest.param(name, marks=pytest.mark.slow) for name in [*V
 
 def build(name: str = "default", **settings: Any) -> tmask.MaskRCNN:
     torch.manual_seed(0)
-    return tmask.build_model("tiny", num_classes=4, **SMALL, **VARIANTS[name], **settings)
+    return tmask.build_model("tiny", num_classes=4, **SMALL | VARIANTS[name] | settings)
 
 
 def training_losses(model: tmask.MaskRCNN) -> dict[str, Tensor]:
@@ -306,6 +306,14 @@ def test_the_chosen_loss_is_the_one_executed(name: str, monkeypatch: pytest.Monk
 
 
 # The model
+
+
+def test_a_class_agnostic_predictor_begins_as_published() -> None:
+    """One channel, N(0, 0.001): Hu et al. 2018 found that MSRA's initial weights diverge there."""
+    predictor = build("agnostic", mask_head_channels=256, mask_head_layers=0).roi_heads.mask_head.predictor
+    assert predictor.weight.shape == (1, 256, 1, 1)
+    assert predictor.weight.std().item() == pytest.approx(0.001, rel=0.15)
+    assert not predictor.bias.any()
 
 
 @pytest.mark.parametrize("name", ALL_BUT_ONE_SLOW)
