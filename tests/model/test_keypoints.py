@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.models.detection.roi_heads import keypointrcnn_loss
+from torchvision.models.detection.roi_heads import heatmaps_to_keypoints, keypointrcnn_loss
 
 import tmask
-from tests.model.conftest import SPOTS, images_and_targets
+from tests.model.conftest import KEYPOINTS, SMALL, SPOTS, images_and_targets
 from tests.model.sync import count_blocking
 from tmask.model.keypoint_branch import KeypointBranch, encode_keypoints
 from tmask.model.keypoint_head import KeypointHead
@@ -93,30 +93,36 @@ def test_an_empty_box_has_no_cells() -> None:
         assert not cell.any()
 
 
+def boxes_of(sides: list[list[list[float]]]) -> Tensor:
+    """Boxes [N, D, 4] of sides [N, D, 2], each in a place of its own, and on a grid that float32 holds exactly."""
+    far = torch.tensor(sides)
+    corner = 7.25 * torch.arange(1.0, 1 + far.numel()).view(far.shape) - 20
+    return torch.cat([corner, corner + far], dim=2)
+
+
 def test_decoding_an_encoded_point_is_off_by_half_a_cell_at_most() -> None:
-    generator = torch.Generator().manual_seed(0)
-    corner = 50 * torch.rand(1, 6, 2, generator=generator)
-    boxes = torch.cat([corner, corner + 20 + 200 * torch.rand(1, 6, 2, generator=generator)], dim=2)
-    sides = boxes[..., None, 2:] - boxes[..., None, :2]  # [1, 6, 1, 2]
-    xy = boxes[..., None, :2] + sides * torch.rand(1, 6, 9, 2, generator=generator)
-    cells, valid = encode_keypoints(torch.cat([xy, torch.ones(1, 6, 9, 1)], dim=-1), boxes, SIDE)
+    """Of cells that have a pixel at their centre; those at the border: tests/kernels/test_decode_keypoints.py."""
+    boxes = boxes_of([[[56, 168], [168, 280], [280, 56]]])
+    sides = boxes[..., None, 2:] - boxes[..., None, :2]  # [1, 3, 1, 2]
+    cell = torch.stack([torch.arange(54), 37 * torch.arange(54) % 54], dim=1) + 1  # every row and column but the outer
+    part = torch.tensor([0.0, 0.5, 0.999]).repeat(18)[:, None]  # where in the cell
+    xy = boxes[..., None, :2] + sides * (cell + part) / SIDE
+    cells, valid = encode_keypoints(torch.cat([xy, torch.ones(1, 3, 54, 1)], dim=-1), boxes, SIDE)
     assert valid.all()
     maps = 10.0 * F.one_hot(cells, SIDE * SIDE).float().unflatten(-1, (SIDE, SIDE))
-    decoded, _ = decode_keypoints(maps, boxes, torch.ones(1, 6, dtype=torch.bool))
-    # Half a cell for the cell's size and half a pixel for the grid of the decoding.
-    assert ((decoded - xy).abs() <= 0.5 * sides / SIDE + 0.5).all()
-    assert (decoded - xy).abs().max() > 0.5
+    decoded, _ = decode_keypoints(maps, boxes, torch.ones(1, 3, dtype=torch.bool))
+    assert ((decoded - xy).abs() * SIDE / sides).max() <= 0.5 + 1e-3
 
 
 class Fixed:
-    """Stands for extractor and head: the heat maps are given, the slots asked for are kept."""
+    """Stands for extractor and head: the heat maps are given, what was asked for is kept."""
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits  # [P, Kp, S, S]
-        self.asked = torch.zeros(0)
+        self.asked, self.boxes, self.side = torch.zeros(0), torch.zeros(0), 0
 
     def pool(self, boxes: Tensor, valid: Tensor, side: int) -> Tensor:
-        self.asked = valid
+        self.asked, self.boxes, self.side = valid, boxes, side
         return torch.arange(valid.numel())
 
     def head(self, rows: Tensor) -> Tensor:
@@ -299,6 +305,41 @@ def test_bf16_features_give_float32_keypoints_and_losses(keypoint_model: tmask.M
     assert losses["loss_keypoint"].dtype == torch.float32
     assert losses["loss_keypoint"].isfinite()
     assert found.keypoints.dtype == torch.float32
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("pool_size", [7, 14])
+def test_the_built_branch_finds_what_was_encoded_for_its_head(pool_size: int, compact: bool) -> None:
+    heads = tmask.build_model("tiny", **SMALL, keypoints=KEYPOINTS | {"pool_size": pool_size}).roi_heads
+    side = heads.keypoint_head(torch.zeros(1, 16, pool_size, pool_size)).shape[-1]
+    boxes = boxes_of((side * torch.tensor([[[1.0, 3], [5, 1]], [[3, 5], [5, 3]]])).tolist())
+    sides = boxes[..., None, 2:] - boxes[..., None, :2]  # [2, 2, 1, 2]
+    xy = boxes[..., None, :2] + sides * torch.tensor([[0.21, 0.8], [0.5, 0.33], [0.72, 0.64]])
+    cells, inside = encode_keypoints(torch.cat([xy, torch.ones(2, 2, 3, 1)], dim=-1), boxes, heads.keypoint_branch.size)
+    assert inside.all()
+    maps = F.one_hot(cells.flatten(0, 1), side**2).float().unflatten(-1, (side, side))
+    valid, fixed = torch.tensor([[True, True], [False, True]]), Fixed(maps)
+    found = heads.keypoint_branch.keypoints(fixed.pool, fixed.head, boxes, valid, compact=compact)
+    assert fixed.boxes is boxes
+    assert fixed.side == pool_size
+    assert ((found[..., :2] - xy).abs() * side / sides)[valid].max() <= 0.5 + 1e-3
+    assert not found[~valid].any()
+    theirs, scores = heatmaps_to_keypoints(maps, boxes.flatten(0, 1))
+    assert torch.equal(found[valid][..., :2], theirs[valid.flatten()][..., :2])
+    assert_close(found[valid][..., 2], scores[valid.flatten()].double())
+
+
+def test_keypoints_of_the_model_are_those_of_its_detections(
+    keypoint_model: tmask.MaskRCNN, keypoint_batch: Batch
+) -> None:
+    peak = torch.zeros(3, SIDE, SIDE)
+    peak[range(3), (10, 20, 30), (40, 15, 25)] = 1
+    keypoint_model.roi_heads.keypoint_head.register_forward_hook(lambda head, x, out: peak.expand_as(out))
+    with torch.no_grad():
+        found = keypoint_model.eval().forward_padded(keypoint_batch[0])
+    expected, _ = decode_keypoints(peak.expand(2, 10, -1, -1, -1), found.boxes, found.valid())
+    assert len(found.boxes[found.valid()].unique(dim=0)) > 10
+    assert torch.equal(found.keypoints[..., :2], expected)
 
 
 def test_results_are_in_original_pixels_and_padding_is_dropped() -> None:

@@ -60,6 +60,10 @@ def encode_keypoints(keypoints: Tensor, boxes: Tensor, size: int) -> tuple[Tenso
     keypoints [..., Kp, 3] of x, y and visibility, boxes [..., 4] in the same pixels. Cells [..., Kp] int64, row by row:
     ``floor((y - y1) * size / h) * size + floor((x - x1) * size / w)``, where the right and the bottom edge belong to
     the last cell; 0 where the second value, [..., Kp] bool, is False: not visible (0) or outside the box.
+
+    Decoding picks a pixel, so it gives the point back to within half a cell only where a pixel stands at the cell's
+    centre, as in boxes whose sides are odd multiples of `size`; else it is half a pixel more. See "Accuracy" in the
+    README of decode_keypoints for cells at the border and small boxes.
     """
     corner, far = boxes[..., None, :2], boxes[..., None, 2:]  # [..., 1, 2]
     xy = keypoints[..., :2]
