@@ -91,15 +91,22 @@ def test_published_sizes_of_box_and_keypoint_head_and_samples() -> None:
 
 
 def test_mask_heads_begin_as_published() -> None:
-    """MSRA's normal distribution of fan_out, predictors N(0, 0.001), no biases."""
+    """Convolutions by MSRA's normal distribution of fan_out, fully connected layers as the box head's, by fan_in.
+
+    Predictors N(0, 0.001), no biases.
+    """
     fcn = MaskHead(in_channels=32, channels=64, num_layers=2, num_masks=40)
     mlp = MLPMaskHead(in_channels=32, pool_size=7, hidden=128, num_layers=2, num_masks=20)
     stds = [(conv.weight, (2 / (9 * 64)) ** 0.5) for conv in fcn.convs]
     stds += [(fcn.deconv.weight, (2 / (4 * 64)) ** 0.5), (fcn.predictor.weight, 0.001)]
-    stds += [(fc.weight, (2 / 128) ** 0.5) for fc in mlp.fcs] + [(mlp.predictor.weight, 0.001)]
+    stds.append((mlp.predictor.weight, 0.001))
     for weight, std in stds:
         assert 0.95 < weight.std().item() / std < 1.05
         assert weight.abs().max() > 2.8 * std, "normal, not uniform"
+    for fc in mlp.fcs:
+        bound = (3 / fc.in_features) ** 0.5
+        assert 0.99 * bound < fc.weight.abs().max() <= bound, "uniform"
+        assert fc.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
     assert not any(p.any() for head in (fcn, mlp) for name, p in head.named_parameters() if name.endswith("bias"))
 
 

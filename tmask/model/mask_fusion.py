@@ -27,8 +27,9 @@ class MaskFusion(nn.Module):
         self.size = size
         widths = [channels * size**2] + [HIDDEN] * (num_layers - 1) + [size**2]
         layers = [nn.Linear(before, after) for before, after in itertools.pairwise(widths)]
-        xavier(layers)
+        xavier(layers[:-1])
         nn.init.normal_(layers[-1].weight, std=0.001)
+        nn.init.zeros_(layers[-1].bias)
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import itertools
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tmask.model.init import msra
+from tmask.model.init import msra, xavier
 from tmask.model.norm import NormLayer
 
 
@@ -75,7 +75,7 @@ class MLPMaskHead(nn.Module):
         widths = [in_channels * pool_size**2] + [hidden] * num_layers
         self.fcs = nn.ModuleList(nn.Linear(before, after) for before, after in itertools.pairwise(widths))
         self.predictor = nn.Linear(hidden, num_masks * self.side**2)
-        msra(self.fcs)
+        xavier(self.fcs)  # as the box head's: MSRA's fan_out would triple what the wide first layer is given
         _init_predictor(self.predictor)
 
     def forward(self, x: Tensor) -> Tensor:
