@@ -206,10 +206,12 @@ def test_a_sweep_shows_its_best_and_the_present_one() -> None:
         ("W1", "backward", "≥ 6x"),
         ("W3-bicubic", "forward", "≤ 2.5x the time of bilinear"),
         ("W3", "forward", "None"),
-        ("W7-10k-dense", "forward", "≤ 300 us"),
+        ("W7-10k-dense", "forward", "≤ 300 us, ≤ 1.19 MiB"),
+        ("W7-1M", "forward", "≤ 11,921 MiB"),
         ("W7-1k", "forward", "≤ 100 us"),
         ("W8-decode", "forward", "None"),
-        ("W10", "rle", "≥ 50x, ≤ 1.00 ms"),
+        ("W10", "rle", "≥ 50x, ≤ 1.00 ms, ≤ 30.5 MiB"),
+        ("W13-b16", "train", "≥ 4x, ≤ 160 ms"),
         ("W12-batch1", "forward", "≥ 4x, ≥ 8x its fp32"),
         ("W14", "forward", "None"),
     ],
@@ -237,6 +239,26 @@ def test_an_aim_in_microseconds() -> None:
     assert Standing("nms", "W7-1k", "forward", (ours,)).aim_met is True
     assert Standing("nms", "W7-1k", "forward", (dataclasses.replace(ours, median_us=101.0),)).aim_met is False
     assert Standing("nms", "W7-1k", "forward", (dataclasses.replace(ours, size="reduced"),)).aim_met is None
+
+
+@pytest.mark.parametrize(
+    ("microseconds", "eager", "graph", "met"),
+    [
+        (299, 1.0, None, True),
+        (299, 1.3, None, False),
+        (301, 1.0, None, False),
+        (301, None, None, False),
+        (299, None, None, None),
+        (299, 1.0, 50.0, True),
+        (299, 1.3, 50.0, False),
+    ],
+)
+def test_an_aim_of_time_and_memory(microseconds: float, eager: float | None, graph: float | None, met: Any) -> None:
+    """A graph is faster and has no memory of its own, so that of the eager call counts."""
+    rows = [dataclasses.replace(timed("nms/W7-10k/forward/fp32/-/triton", microseconds), peak_mib=eager)]
+    if graph:
+        rows.append(dataclasses.replace(timed("nms/W7-10k/forward/fp32/-/triton-graph", graph), peak_mib=None))
+    assert Standing("nms", "W7-10k", "forward", tuple(rows)).aim_met is met
 
 
 @pytest.mark.parametrize(
