@@ -6,7 +6,7 @@ The names of the parameters differ, the tensors do not: nothing is transposed or
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,13 @@ _TORCHVISION_NAMES = [
     (r"roi_heads\.mask_predictor\.conv5_mask\.(weight|bias)", r"roi_heads.mask_head.deconv.\1"),
     (r"roi_heads\.mask_predictor\.mask_fcn_logits\.(weight|bias)", r"roi_heads.mask_head.predictor.\1"),
 ]
-MASK_LAYERS = tuple(f"roi_heads.{part}." for part in ("mask_head.predictor", "mask_head.fusion", "mask_transfer"))
-CLASS_LAYERS = ("roi_heads.box_head.classifier.", "roi_heads.box_head.regressor.", "roi_heads.mask_head.predictor.")
+MASK_PREDICTOR = "roi_heads.mask_head.predictor."
+MASK_LAYERS = (MASK_PREDICTOR, "roi_heads.mask_head.fusion.", "roi_heads.mask_transfer.")
+BOX_PREDICTORS = ("roi_heads.box_head.classifier.", "roi_heads.box_head.regressor.")
+CLASS_LAYERS = (*BOX_PREDICTORS, MASK_PREDICTOR)
 _KEYPOINT_HEAD = "roi_heads.keypoint_head."
-_KEYPOINT_LAYER = f"{_KEYPOINT_HEAD}deconv."
-_KEYPOINTS = f"{_KEYPOINT_LAYER}bias"
+KEYPOINT_LAYER = f"{_KEYPOINT_HEAD}deconv."
+_KEYPOINTS = f"{KEYPOINT_LAYER}bias"
 _CLASSES = "roi_heads.box_head.classifier.bias"
 _OLD_MASK_CONV = re.compile(r"roi_heads\.mask_head\.mask_fcn(\d)\.(weight|bias)")  # counted from 1
 
@@ -87,19 +89,23 @@ def _check_architecture(config: ModelConfig, num_classes: int) -> None:
             require(getattr(config, name) == none, name, f"{none}, as torchvision's", getattr(config, name))
 
 
-def adapted(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def adapted(
+    weights: Mapping[str, Tensor], own: Mapping[str, Tensor], *, other: Sequence[str] = ()
+) -> dict[str, Tensor]:
     """`weights` (by our names) as the model whose state is `own` can begin with them.
 
     Batch-norm counters that it has no place for are left out; if they are of another number of classes, it keeps its
     own layers that depend on that, which the predictor of class-agnostic masks does not. What predicts its masks it
     keeps where they are of a model that does it otherwise, its keypoint head where they have none, and of that the last
-    layer where they have another number of keypoints. A keypoint head that it has no place for is left out. What it
+    layer where they have another number of keypoints. A keypoint head that it has no place for is left out. It keeps
+    layers whose names begin as one of `other`, where they mean something else in it, whatever their shapes. What it
     keeps are the tensors of `own` themselves.
     """
     out = {name: tensor for name, tensor in weights.items() if name in own or not name.endswith("num_batches_tracked")}
     if _CLASSES in out and _CLASSES in own and out[_CLASSES].shape != own[_CLASSES].shape:
         layers = {name: tensor for name, tensor in own.items() if name.startswith(CLASS_LAYERS)}
         out |= {name: tensor for name, tensor in layers.items() if name not in out or out[name].shape != tensor.shape}
+    out |= {name: own[name] for name in own if name in out and name.startswith(tuple(other))}
     theirs, ours = ({n: t.shape for n, t in part.items() if n.startswith(MASK_LAYERS)} for part in (out, own))
     if theirs and theirs != ours:
         out = {name: tensor for name, tensor in out.items() if name not in theirs} | {name: own[name] for name in ours}
@@ -107,7 +113,7 @@ def adapted(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[st
     if not theirs or not ours:
         out = {name: tensor for name, tensor in out.items() if name not in theirs} | {name: own[name] for name in ours}
     elif theirs.get(_KEYPOINTS) != ours[_KEYPOINTS]:
-        out |= {name: own[name] for name in ours if name.startswith(_KEYPOINT_LAYER)}
+        out |= {name: own[name] for name in ours if name.startswith(KEYPOINT_LAYER)}
     return out
 
 

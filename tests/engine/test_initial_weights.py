@@ -24,10 +24,12 @@ def model(seed: int, num_classes: int = 4, **settings: Any) -> tmask.MaskRCNN:
     return tmask.build_model("tiny", num_classes, **SMALL | settings)
 
 
-def saved(path: Path, *, ema: bool = False, **settings: Any) -> tuple[Path, dict[str, torch.Tensor]]:
+def saved(
+    path: Path, *, ema: bool = False, categories: Any = (), **settings: Any
+) -> tuple[Path, dict[str, torch.Tensor]]:
     """A checkpoint and the weights in it that a new run is to begin with."""
     trained = model(0, **settings)
-    state = TrainState(trained, TrainConfig(ema_decay=0.5 if ema else 0.0), torch.device("cpu"), [])
+    state = TrainState(trained, TrainConfig(ema_decay=0.5 if ema else 0.0), torch.device("cpu"), categories)
     if state.average is not None:
         state.average.update()
         with torch.no_grad():
@@ -65,7 +67,7 @@ def test_a_keypoint_head_begins_anew_where_there_is_none(tmp_path: Path) -> None
 def test_a_keypoint_head_is_left_out_where_there_is_no_place(tmp_path: Path) -> None:
     path, weights = saved(tmp_path / "a.pt", keypoints=HEAD)
     new = model(1)
-    assert load_initial(new, path) == []
+    assert load_initial(new, path) == {}
     own = new.state_dict()
     assert own.keys() == {name for name in weights if not name.startswith("roi_heads.keypoint_head.")}
     assert equal_names(own, weights) == own.keys()
@@ -75,7 +77,7 @@ def test_other_keypoints_keep_their_own_last_layer(tmp_path: Path) -> None:
     path, weights = saved(tmp_path / "a.pt", keypoints=HEAD)
     last = {f"roi_heads.keypoint_head.deconv.{part}" for part in ("weight", "bias")}
     same = model(1, keypoints=HEAD)
-    assert load_initial(same, path) == []
+    assert load_initial(same, path) == {}
     assert equal_names(weights, same.state_dict()) == weights.keys()
     new = model(1, keypoints={**HEAD, "names": ("top", "tail")})
     before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
@@ -106,13 +108,54 @@ def test_class_agnostic_masks_serve_other_classes(tmp_path: Path) -> None:
     assert masks <= equal_names(weights, new.state_dict())
 
 
-@pytest.mark.parametrize("norm", ["frozen_bn", "bn"])
-def test_torchvision(norm: str, tmp_path: Path) -> None:
+CATS = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 3, "name": "cow"}]
+BOX, MASK = (
+    {f"roi_heads.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    for layers in (("box_head.classifier", "box_head.regressor"), ("mask_head.predictor",))
+)
+KEYPOINTS = {**HEAD, "names": ("top", "tail")}
+OTHERS = {
+    "another order": ({}, {}, ("dog", "cat", "cow"), BOX | MASK, "label 1 is 'cat' there and 'dog' here"),
+    "other names": ({}, {}, ("cat", "dog", "car"), BOX | MASK, "label 3 is 'cow' there and 'car' here"),
+    "class-agnostic masks": (
+        *({"mask_class_agnostic": True},) * 2,
+        *(("dog", "cat", "cow"), BOX, "label 1 is 'cat' there and 'dog' here"),
+    ),
+    "another mask loss": ({}, {"losses": {"mask": "softmax"}}, ("cat", "dog", "cow"), MASK, "of another kind"),
+    "other keypoints": (
+        *({"keypoints": KEYPOINTS}, {"keypoints": {**HEAD, "names": ("tail", "top")}}, ("cat", "dog", "cow")),
+        *({f"roi_heads.keypoint_head.deconv.{part}" for part in ("weight", "bias")}, "keypoints are others"),
+    ),
+    "other ids": ({}, {}, ("cat", "dog", "cow"), set(), ""),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_what_means_something_else_begins_anew_though_it_fits(case: str, tmp_path: Path) -> None:
+    first, second, names, layers, why = OTHERS[case]
+    path, weights = saved(tmp_path / "a.pt", categories=CATS, **first)
+    new = model(1, **second)
+    before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
+    kept = load_initial(new, path, [{"id": 10 * i, "name": name} for i, name in enumerate(names)])
+    assert kept.keys() == layers
+    assert all(why in reason and reason for reason in kept.values())
+    assert equal_names(before, new.state_dict()) >= layers
+    assert equal_names(weights, new.state_dict()) >= weights.keys() - layers
+    if why.startswith("label"):
+        assert load_initial(model(1, **second), path) == {}, "no names to compare: shapes decide"
+
+
+@pytest.mark.parametrize(
+    ("norm", "num_classes", "mask", "kept"),
+    [("frozen_bn", 3, "softmax", MASK), ("bn", 91, "sigmoid", BOX | MASK)],
+    ids=["frozen_bn, another mask loss", "bn, other classes"],
+)
+def test_torchvision(norm: str, num_classes: int, mask: str, kept: set[str], tmp_path: Path) -> None:
     layer = FrozenBatchNorm2d if norm == "frozen_bn" else torch.nn.BatchNorm2d
-    theirs = MaskRCNN(resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=layer), 91)
+    theirs = MaskRCNN(resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=layer), num_classes)
     torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
-    new = tmask.build_model("r18_fpn", 3, norm="frozen_bn", trainable_layers=5)
-    load_initial(new, tmp_path / "theirs.pth")
+    new = tmask.build_model("r18_fpn", 3, norm="frozen_bn", trainable_layers=5, losses={"mask": mask})
+    assert load_initial(new, tmp_path / "theirs.pth").keys() == kept
     assert torch.equal(new.rpn.head.conv.weight, theirs.rpn.head.conv[0][0].weight)
     assert torch.equal(new.roi_heads.box_head.fc6.weight, theirs.roi_heads.box_head.fc6.weight)
     assert new.roi_heads.box_head.classifier.weight.shape == (3, 1024)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,8 +85,9 @@ def test_everything_learns_otherwise(tmp_path: Path) -> None:
     assert not [name for name, tensor in model.state_dict().items() if torch.equal(tensor, before[name])]
 
 
-def saved(model: tmask.MaskRCNN, path: Path) -> Path:
-    save_checkpoint(path, TrainState(model, CONFIG, torch.device("cpu"), []).content())
+def saved(model: tmask.MaskRCNN, path: Path, *names: str) -> Path:
+    categories = [{"id": label, "name": name} for label, name in enumerate(names, start=1)]
+    save_checkpoint(path, TrainState(model, CONFIG, torch.device("cpu"), categories).content())
     return path
 
 
@@ -137,6 +139,20 @@ def test_no_layer_is_frozen_that_nothing_was_read_for(
         run_training(config, CONFIG, DataConfig(num_workers=0), dataset, None, **options)
     with pytest.raises(ValueError, match="init: expected the checkpoint of a detector, as only='masks', got none"):
         run_training(config, MASKS, DataConfig(num_workers=0), dataset, None, **options | {"init": None})
+
+
+def test_classes_in_another_order_are_not_frozen_either(tmp_path: Path, capsys: Any) -> None:
+    """Their layers would fit, and every label be wrong."""
+    dataset = CocoDataset(*write_shapes(tmp_path / "data", num_images=2, seed=1, size=64))
+    first = build(num_classes=len(CLASSES) + 1)
+    path = saved(first, tmp_path / "first.pt", *reversed(CLASSES))
+    options: dict[str, Any] = {"out_dir": tmp_path, "device": torch.device("cpu"), "init": path, "on_start": begun}
+    why = rf"box_head.classifier.weight and 3 more \(label 1 is '{CLASSES[-1]}' there and '{CLASSES[0]}' here\)"
+    with pytest.raises(ValueError, match=f"first.pt: expected all weights .*, got none that fit roi_heads.{why}"):
+        run_training(first.config, MASKS, DataConfig(num_workers=0), dataset, None, **options)
+    with pytest.raises(BegunError):
+        run_training(first.config, CONFIG, DataConfig(num_workers=0), dataset, None, **options)
+    assert re.fullmatch(f"init .*first.pt: begins anew: roi_heads.{why}\n", capsys.readouterr().err)
 
 
 def test_a_checkpoint_holds_the_transfer_and_the_fusion(tmp_path: Path) -> None:

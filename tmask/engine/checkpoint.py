@@ -6,7 +6,9 @@ The file is written whole or not at all, and is read with ``weights_only=True``:
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from tmask.build import build_model
 from tmask.config import ModelConfig, from_dict
 from tmask.engine.files import replacing
 from tmask.model.state_dict import misfits, read_state_dict
-from tmask.weights import adapted, torchvision_weights
+from tmask.weights import BOX_PREDICTORS, CLASS_LAYERS, KEYPOINT_LAYER, MASK_PREDICTOR, adapted, torchvision_weights
 
 FORMAT = "tmask checkpoint"
 VERSION = 2
@@ -128,25 +130,63 @@ def load_weights(model: nn.Module, weights: dict[str, Any], path: str | Path) ->
     model.load_state_dict(weights)
 
 
-def load_initial(model: nn.Module, path: str | Path) -> list[str]:
+def load_initial(model: nn.Module, path: str | Path, categories: Sequence[dict[str, Any]] = ()) -> dict[str, str]:
     """Let `model` begin with the weights in `path`: a checkpoint's, or those of torchvision's Mask R-CNN.
 
-    Of a run that kept an average it is the average. What cannot be taken over, as `adapted` says, stays as it is: the
-    names of it are returned. Errors: ValueError for a file that is neither or does not fit.
+    Of a run that kept an average it is the average. What cannot be taken over, as `adapted` says, stays as it is, and
+    so does what means something else in `model`: layers of the classes where the names of `categories`, those of the
+    data, are not the checkpoint's, the predictor of masks that go by another loss, and that of other keypoints. The
+    names of what stays are returned, with the reason where it is not the shape.
+    Errors: ValueError for a file that is neither or does not fit.
     """
     content = read_state_dict(path, "init")
+    own_config = getattr(model, "config", None)
+    others: dict[str, str] = {}
     if content.get("format") == FORMAT:
         saved = _checked(content, path)
         weights = saved["model"] if saved["ema"] is None else saved["ema"]
+        others = _other_classes(saved["categories"], categories, own_config)
+        config = saved["model_config"] and read_model_config(saved["model_config"], path)
     else:
         try:
             weights = torchvision_weights(content)
         except ValueError as error:
             raise ValueError(f"init {path}: no checkpoint, and {error}") from error
+        config = ModelConfig()  # whose masks are as torchvision's
+    others |= _other_predictors(config, own_config)
     own = model.state_dict()
-    begin = adapted(weights, own)
+    begin = adapted(weights, own, other=tuple(others))
     load_weights(model, begin, path)
-    return [name for name, tensor in own.items() if begin[name] is tensor]
+    kept = [name for name, tensor in own.items() if begin[name] is tensor]
+    return {name: next((why for part, why in others.items() if name.startswith(part)), "") for name in kept}
+
+
+def _other_classes(
+    saved: Sequence[dict[str, Any]], current: Sequence[dict[str, Any]], config: ModelConfig | None
+) -> dict[str, str]:
+    """The layers, by the beginnings of their names, whose classes are others, and why. Where either has no names: none.
+
+    The ids are those of a file, and may change.
+    """
+    names = [[str(category["name"]) for category in part] for part in (saved, current)]
+    if not all(names) or names[0] == names[1]:
+        return {}
+    pairs = enumerate(itertools.zip_longest(*names), start=1)
+    why = next(f"label {label} is {old!r} there and {new!r} here" for label, (old, new) in pairs if old != new)
+    return dict.fromkeys(BOX_PREDICTORS if config and config.mask_class_agnostic else CLASS_LAYERS, why)
+
+
+def _other_predictors(saved: ModelConfig | None, current: ModelConfig | None) -> dict[str, str]:
+    """The same of masks and keypoints that mean something else by the settings of the model."""
+    others: dict[str, str] = {}
+    if saved is None or current is None:
+        return others
+    masks = [(config.losses.mask, config.mask_class_agnostic) for config in (saved, current)]
+    if masks[0] != masks[1]:
+        others[MASK_PREDICTOR] = "the masks are of another kind there"
+    if saved.keypoints and current.keypoints and saved.keypoints.skeleton.names != current.keypoints.skeleton.names:
+        others[KEYPOINT_LAYER] = "the keypoints are others there"
+    return others
 
 
 def config_dict(config: Any) -> dict[str, Any] | None:

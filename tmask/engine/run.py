@@ -10,7 +10,8 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,11 @@ def run_training(
         model = build_model(dataclasses.replace(model_config, backbone_weights=None), warn_if_untrained=False)
         model.config = model_config
     if init is not None and resume is None:
-        kept = load_initial(model, init)
+        kept = load_initial(model, init, train_set.categories)
         if train_config.only is not None:
             _check_frozen(model, kept, init)
+        if kept:
+            print(f"init {init}: begins anew: {_listed(kept)}", file=sys.stderr)
     loader = make_loader(
         train_set,
         model.transform,
@@ -150,15 +153,21 @@ def run_training(
     return result
 
 
-def _check_frozen(model: MaskRCNN, kept: Sequence[str], init: str | Path) -> None:
+def _check_frozen(model: MaskRCNN, kept: Mapping[str, str], init: str | Path) -> None:
     """No layer that is to be frozen is among those that `init` left at random: `kept`. Errors: ValueError."""
     heads = model.roi_heads
     learning = tuple(f"roi_heads.{name}." for name, part in heads.named_children() if part in heads.mask_parts())
-    random = [name for name in kept if not name.startswith(learning)]
+    random = {name: why for name, why in kept.items() if not name.startswith(learning)}
     if random:
-        more = f" and {len(random) - 1} more" if len(random) > 1 else ""
         expected = "all weights of the detector, as only the masks learn"
-        raise ValueError(f"init {init}: expected {expected}, got none that fit {random[0]}{more}")
+        raise ValueError(f"init {init}: expected {expected}, got none that fit {_listed(random)}")
+
+
+def _listed(kept: Mapping[str, str]) -> str:
+    """The first of the names, and the reasons there are."""
+    first, more = next(iter(kept)), len(kept) - 1
+    reasons = "; ".join(dict.fromkeys(why for why in kept.values() if why))
+    return first + (f" and {more} more" if more else "") + (f" ({reasons})" if reasons else "")
 
 
 def check_categories(
