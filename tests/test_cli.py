@@ -82,7 +82,8 @@ def test_train_leaves_a_whole_run(run: Path) -> None:
         "pictures",
         "results.json",
     }
-    assert len(list((run / "pictures").glob("*.png"))) == 4  # and the overview
+    names = {"overview.png", "1-000000.png", "2-000001.png", "3-000002.png"}
+    assert {item.name for item in (run / "pictures").iterdir()} == names
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["model"]["num_classes"] == len(CLASSES) + 1
     assert config["model"]["convention"]["roi_aligned"] is False

@@ -148,8 +148,9 @@ def run_training(
         on_start=on_start,
     )
     if val_set is not None:
-        replace_text(out_dir / METRICS_NAME, json.dumps(result.metrics, indent=1))
         draw_pictures(result.model, val_set, out_dir / PICTURES_NAME, device=device, precision=train_config.precision)
+        # Last: who finds metrics finds a whole run.
+        replace_text(out_dir / METRICS_NAME, json.dumps(result.metrics, indent=1))
     return result
 
 
@@ -195,7 +196,7 @@ def draw_pictures(
     count: int = NUM_PICTURES,
     score_threshold: float = 0.5,
 ) -> list[Path]:
-    """For the first `count` images of `dataset`: a PNG with the prediction beside the ground truth.
+    """For the first `count` images of `dataset`: a PNG ``1-NAME.png`` of the prediction beside the ground truth.
 
     ``overview.png`` shows the first few of them on one page.
     """
@@ -220,7 +221,8 @@ def draw_pictures(
         if skeleton is not None and "keypoints" in target:
             truth["keypoints"] = target["keypoints"]
         pictures.append(comparison(image, found, truth, names, min_score=score_threshold, edges=edges))
-        paths.append(folder / f"{Path(dataset.image_path(index)).stem}.png")
+        # By place: images in two folders may share a name, and one may be called as the overview.
+        paths.append(folder / f"{index + 1}-{Path(dataset.image_path(index)).stem}.png")
         save_png(paths[-1], pictures[-1])
     if pictures:
         save_png(folder / OVERVIEW_NAME, grid(pictures[:OVERVIEW_PICTURES], columns=2))
