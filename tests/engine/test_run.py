@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.predictions import make_model, pictures
+from tests.engine.predictions import make_model, pictures, touch
 from tmask.config import DataConfig, TrainConfig
 from tmask.data.coco import CocoDataset
 from tmask.data.shapes import write_shapes
 from tmask.engine import run
+from tmask.engine.checkpoint import save_checkpoint
 from tmask.engine.run import draw_pictures, run_training
+from tmask.engine.state import TrainState
 
 CPU = torch.device("cpu")
+CONFIG = TrainConfig(steps=1, batch_size=2, precision="fp32")
 
 
 @pytest.fixture
@@ -33,14 +36,7 @@ def dataset(tmp_path: Path) -> CocoDataset:
 
 def train(dataset: CocoDataset, out: Path, **options: Any) -> Any:
     options = {"out_dir": out, "device": CPU, **options}
-    return run_training(
-        make_model().config,
-        TrainConfig(steps=1, precision="fp32"),
-        DataConfig(num_workers=0),
-        dataset,
-        dataset,
-        **options,
-    )
+    return run_training(make_model().config, CONFIG, DataConfig(num_workers=0), dataset, dataset, **options)
 
 
 def test_each_image_has_its_own_picture(dataset: CocoDataset, tmp_path: Path) -> None:
@@ -63,3 +59,34 @@ def test_metrics_come_last(dataset: CocoDataset, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(run, "draw_pictures", lambda *_, **__: [])
     train(dataset, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == {"bbox/AP": 0.5}
+
+
+class BegunError(Exception):
+    pass
+
+
+def begun() -> None:
+    raise BegunError
+
+
+OWN = ("metrics.json", "results.json", "pictures/1-1.png", "pictures/2-a.png", "pictures/overview.png")
+FOREIGN = ("notes.txt", "data.json", "pictures/mine.png", "pictures/10-days.png")
+
+
+@pytest.mark.parametrize("fresh", ["fresh", "from itself", "no run there", "resumed"])
+def test_a_fresh_run_removes_what_would_be_taken_for_its_own(fresh: str, dataset: CocoDataset, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    touch(out, *OWN, *FOREIGN)
+    checkpoint = out / "checkpoint.pt"
+    state = TrainState(make_model(), CONFIG, CPU, dataset.categories)
+    options: dict[str, Any] = {"on_start": begun}
+    if fresh != "no run there":
+        save_checkpoint(checkpoint, state.content())
+    if fresh in ("from itself", "resumed"):
+        options["init" if fresh == "from itself" else "resume"] = checkpoint
+    with pytest.raises(BegunError):
+        train(dataset, out, **options)
+    left = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert left == {*FOREIGN, *([] if fresh in ("fresh", "from itself") else OWN)} | (
+        {"checkpoint.pt"} if fresh in ("from itself", "resumed") else set()
+    )

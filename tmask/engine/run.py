@@ -22,7 +22,7 @@ from tmask.config import DataConfig, ModelConfig, TrainConfig
 from tmask.engine.checkpoint import load_initial
 from tmask.engine.evaluate import evaluate, skeleton_of
 from tmask.engine.files import replace_text
-from tmask.engine.train import TrainResult, train
+from tmask.engine.train import CHECKPOINT_NAME, TrainResult, train
 from tmask.model.detector import MaskRCNN
 from tmask.model.transform import is_packed
 from tmask.skeleton import Pairs, make_skeleton
@@ -78,7 +78,8 @@ def run_training(
 ) -> TrainResult:
     """Train on `train_set`, evaluate on `val_set` (if given) and leave everything in `out_dir`.
 
-    A fresh run begins with the weights of `init` (`load_initial`) if it is given, `resume` is a run to go on with.
+    A fresh run begins with the weights of `init` (`load_initial`) if it is given, `resume` is a run to go on with. Of a
+    run that stands in `out_dir` a fresh one removes what it will not write anew at once, before the first step.
     ``config.yaml`` is the caller's to write, by `on_start`: called before the first step, once all checks are passed.
     Errors: ValueError if the model has not the classes or keypoints of the data or the two sets name other categories,
     or ``only`` would freeze layers that begin at random; and those of `train`.
@@ -107,6 +108,13 @@ def run_training(
             _check_frozen(model, kept, init)
         if kept:
             print(f"init {init}: begins anew: {_listed(kept)}", file=sys.stderr)
+
+    def start() -> None:
+        if resume is None:
+            _remove_run(out_dir, init)
+        if on_start is not None:
+            on_start()
+
     loader = make_loader(
         train_set,
         model.transform,
@@ -145,13 +153,28 @@ def run_training(
         categories=[{**item, "boxes_only": item["id"] in train_set.boxes_only} for item in train_set.categories],
         evaluate_fn=measure,
         resume=resume,
-        on_start=on_start,
+        on_start=start,
     )
     if val_set is not None:
         draw_pictures(result.model, val_set, out_dir / PICTURES_NAME, device=device, precision=train_config.precision)
         # Last: who finds metrics finds a whole run.
         replace_text(out_dir / METRICS_NAME, json.dumps(result.metrics, indent=1))
     return result
+
+
+def _remove_run(out_dir: Path, init: str | Path | None) -> None:
+    """Remove the results, the pictures and the checkpoint, unless it is `init`, of an earlier run; nothing without one.
+
+    Should the new run end early or have no validation images, they would be taken for its own.
+    """
+    checkpoint = out_dir / CHECKPOINT_NAME
+    if not checkpoint.is_file():
+        return
+    names = (METRICS_NAME, RESULTS_NAME, f"{PICTURES_NAME}/{OVERVIEW_NAME}")
+    for path in (*(out_dir / name for name in names), *(out_dir / PICTURES_NAME).glob("[1-9]-*.png")):
+        path.unlink(missing_ok=True)
+    if init is None or not checkpoint.samefile(init):
+        checkpoint.unlink()  # last: by it an earlier run is known
 
 
 def _check_frozen(model: MaskRCNN, kept: Mapping[str, str], init: str | Path) -> None:
