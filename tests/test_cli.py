@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -298,17 +299,18 @@ def test_a_keypoint_model_takes_its_skeleton_from_the_data(tmp_path: Path, capsy
     assert "expected the keypoints top, left, bottom, right, got a, b, c, d" in capsys.readouterr().err
 
 
-def test_flip_pairs_reach_the_training_data(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = []
+def test_flip_pairs_reach_the_training_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    orders = []
 
-    def spy(settings: Any, split: str, *, flip_pairs: Any = None) -> Any:
-        opened.append((split, flip_pairs))
+    def spy(*_: Any, flip_order: Any, **__: Any) -> Any:
+        orders.append(flip_order)
         raise ValueError("seen enough")
 
-    monkeypatch.setattr("tmask.engine.run.open_dataset", spy)
-    options = [*data.options(), "--model.keypoints.names=[a, b, c]", "--model.keypoints.flip_pairs=[[0, 2]]"]
-    assert call("train", *options, out=tmp_path / "out") == 1
-    assert opened == [("train", ((0, 2),))]
+    monkeypatch.setattr("tmask.data.transforms.train_transforms", spy)
+    data = write_shapes(tmp_path / "corners", num_images=1, seed=1, size=64, variant="corners")
+    options = [*Data(*data, *data).options(), "--model.keypoints.flip_pairs=[[0, 2]]"]
+    assert call("train", *options, preset="tiny", out=tmp_path / "out") == 1
+    assert orders == [(2, 1, 0, 3)]
 
 
 def test_keypoints_need_data_that_has_them(data: Data, tmp_path: Path, capsys: Any) -> None:
@@ -316,6 +318,17 @@ def test_keypoints_need_data_that_has_them(data: Data, tmp_path: Path, capsys: A
     assert call("train", *data.options(), "--model.keypoints={}", "--model.keypoints.names=[a]", out=out) == 1
     assert "categories: expected the keypoints a, got none" in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize(("pairs", "said"), [("[[0,4]]", "numbers in 0..3"), ("[[0,1],[1,2]]", "in one pair at most")])
+def test_flip_pairs_are_checked_by_the_keypoints_of_the_data(
+    pairs: str, said: str, tmp_path: Path, capsys: Any
+) -> None:
+    data = write_shapes(tmp_path / "corners", num_images=1, seed=1, size=64, variant="corners")
+    words = Data(*data, *data).options()
+    assert call("train", *words, f"--model.keypoints.flip_pairs={pairs}", preset="tiny", out=tmp_path / "out") == 2
+    assert re.search(f"error: --model.keypoints: flip_pairs: expected .*{said}", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_published_small_data_recipe_can_be_written_down(capsys: Any) -> None:

@@ -52,7 +52,7 @@ class DemoConfig:
 def run_demo(config: DemoConfig, *, device: torch.device) -> dict[str, float]:
     """Make (or reuse) the data, train, evaluate, draw, and print what came out; gives the metrics."""
     from tmask.engine.evaluate import results_table
-    from tmask.engine.run import CONFIG_NAME, PICTURES_NAME, open_dataset, run_training, write_config
+    from tmask.engine.run import CONFIG_NAME, PICTURES_NAME, augment, open_dataset, run_training, write_config
 
     began = time.perf_counter()
     out = Path(config.out)
@@ -71,6 +71,7 @@ def run_demo(config: DemoConfig, *, device: torch.device) -> dict[str, float]:
     )
     train_set, val_set = open_dataset(data, "train"), open_dataset(data, "val")
     model = dataclasses.replace(PRESETS[PRESET], num_classes=train_set.num_classes)
+    augment(train_set, data, model)
     training = dataclasses.replace(
         TRAIN_PRESETS[PRESET],
         steps=config.steps,

@@ -15,12 +15,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from tests.engine.predictions import CATEGORIES, by_name, make_model, read_pixels, rows
-from tmask.config import DataConfig, KeypointConfig
+from tmask.config import DataConfig, KeypointConfig, ModelConfig
 from tmask.data.coco import CocoDataset
 from tmask.data.shapes import KEYPOINTS, write_shapes
 from tmask.engine.evaluate import coco_metrics, coco_results, evaluate, results_table
 from tmask.engine.predict import predict
-from tmask.engine.run import draw_pictures, open_dataset
+from tmask.engine.run import augment, draw_pictures, open_dataset
 from tmask.skeleton import PERSON
 
 SMALL_HEAD = {"names": KEYPOINTS, "edges": ((0, 1), (2, 3)), "head_channels": 8, "head_layers": 1}
@@ -233,10 +233,47 @@ def test_pictures_of_a_run_show_both_skeletons(
     assert seen == [((4, 3), (4, 3), SMALL_HEAD["edges"])]
 
 
-@pytest.mark.parametrize(("given", "order"), [(None, (0, 3, 2, 1)), (((0, 2),), (2, 1, 0, 3))])
+def flipped(corners: tuple[Path, Path], hflip: float = 1.0, **settings: Any) -> torch.Tensor:
+    """Keypoints of the first image as training sees them."""
+    data = DataConfig(train_images=str(corners[0]), train_annotations=str(corners[1]), hflip=hflip)
+    dataset = open_dataset(data, "train")
+    augment(dataset, data, ModelConfig(keypoints=KeypointConfig(**{"names": KEYPOINTS, **settings})))
+    return dataset[0][1]["keypoints"]
+
+
+@pytest.mark.parametrize(("given", "order"), [(None, (0, 3, 2, 1)), (((0, 2),), (2, 1, 0, 3)), ((), (0, 1, 2, 3))])
 def test_training_data_is_flipped_by_name_or_as_told(corners: tuple[Path, Path], given: Any, order: Any) -> None:
-    data = DataConfig(train_images=str(corners[0]), train_annotations=str(corners[1]), hflip=1.0)
     plain = CocoDataset(*corners)[0][1]["keypoints"]
-    flipped = open_dataset(data, "train", flip_pairs=given)[0][1]["keypoints"]
-    assert torch.equal(flipped[..., 2], plain[:, list(order), 2])
-    assert torch.allclose(flipped[..., 0], 64 - plain[:, list(order), 0], atol=1e-4)
+    keypoints = flipped(corners, flip_pairs=given)
+    assert torch.equal(keypoints[..., 2], plain[:, list(order), 2])
+    assert torch.allclose(keypoints[..., 0], 64 - plain[:, list(order), 0], atol=1e-4)
+
+
+SIDES = ("L_Eye", "R_Eye", "Nose", "Chin")
+
+
+@pytest.mark.parametrize(
+    ("settings", "warns"),
+    [
+        ({"names": SIDES}, True),
+        ({"names": SIDES, "flip_pairs": ()}, False),
+        ({"names": SIDES, "flip_pairs": ((0, 1),)}, False),
+        ({"names": SIDES, "hflip": 0.0}, False),
+        ({}, False),
+        ({"names": SIDES[:1]}, False),
+    ],
+    ids=["no left, no right", "none, as told", "pairs given", "no flips", "drawn corners", "one alone"],
+)
+def test_flips_that_swap_nothing_are_told(
+    corners: tuple[Path, Path], settings: dict[str, Any], warns: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    flipped(corners, **settings)
+    told = [str(item.message) for item in recwarn if "hflip" in str(item.message)]
+    assert len(told) == warns
+    assert all("none of the keypoints L_Eye, R_Eye, Nose, Chin" in text for text in told)
+    assert all("with model.keypoints.flip_pairs, [] if there are none" in text for text in told)
+
+
+def test_no_keypoints_of_the_model_need_no_pairs(corners: tuple[Path, Path], recwarn: pytest.WarningsRecorder) -> None:
+    augment(CocoDataset(*corners), DataConfig(), ModelConfig())
+    assert not [item for item in recwarn if "hflip" in str(item.message)]

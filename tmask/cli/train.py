@@ -59,7 +59,7 @@ def train_command(argv: list[str]) -> int:
         check_precision(device, training.precision)
         from tmask.engine.interrupt import Interrupted
         from tmask.engine.report import check_tensorboard
-        from tmask.engine.run import CONFIG_NAME, open_dataset, run_training, write_config
+        from tmask.engine.run import CONFIG_NAME, augment, open_dataset, run_training, write_config
         from tmask.engine.train import CHECKPOINT_NAME
 
         check_tensorboard(training)
@@ -77,8 +77,7 @@ def train_command(argv: list[str]) -> int:
     settings = args.model.as_dict()
     if settings["keypoints"] and data.vflip > 0:  # which would turn left into right too, and top into bottom
         raise UsageError(f"--data.vflip: expected 0 with --model.keypoints, got {data.vflip}")
-    flip_pairs = settings["keypoints"]["flip_pairs"] if settings["keypoints"] else None
-    train_set, val_set = open_dataset(data, "train", flip_pairs=flip_pairs), open_dataset(data, "val")
+    train_set, val_set = open_dataset(data, "train"), open_dataset(data, "val")
     if settings["num_classes"] is None:
         settings["num_classes"] = train_set.num_classes
     if settings["keypoints"] is not None:
@@ -87,6 +86,7 @@ def train_command(argv: list[str]) -> int:
         config = from_dict(ModelConfig, settings)
     except ValueError as error:
         raise UsageError(f"--model.{error}") from error
+    augment(train_set, data, config)
     try:
         result = run_training(
             config,

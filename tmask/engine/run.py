@@ -11,6 +11,7 @@ import functools
 import itertools
 import json
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from tmask.engine.files import replace_text
 from tmask.engine.train import CHECKPOINT_NAME, TrainResult, train
 from tmask.model.detector import MaskRCNN
 from tmask.model.transform import is_packed
-from tmask.skeleton import Pairs, make_skeleton
 from tmask_kernels import unpack_masks
 
 CONFIG_NAME = "config.yaml"
@@ -36,31 +36,49 @@ NUM_PICTURES = 8  # of validation images, drawn at the end
 OVERVIEW_NAME, OVERVIEW_PICTURES = "overview.png", 4
 
 
-def open_dataset(data: DataConfig, split: str, *, flip_pairs: Pairs | None = None) -> Any:
-    """The CocoDataset of split ``"train"`` (with its random transforms) or ``"val"``; None if `data` names none.
+def open_dataset(data: DataConfig, split: str) -> Any:
+    """The CocoDataset of split ``"train"`` or ``"val"``; None if `data` names none.
 
-    `flip_pairs`: keypoints that a left-right flip swaps; None: those whose names differ by left and right.
     Errors: those of CocoDataset, and ValueError if there is nothing to train on, or no mask of the classes that are
     chosen for their masks.
     """
     from tmask.data.coco import CocoDataset, check_instances
-    from tmask.data.transforms import train_transforms
 
     images, annotations = getattr(data, f"{split}_images"), getattr(data, f"{split}_annotations")
     if images is None:
         return None
     mask_classes = data.mask_classes if split == "train" else None  # masks of all classes are evaluated
     dataset = CocoDataset(images, annotations, packed_masks=True, mask_classes=mask_classes)
-    if split == "train":
-        names = dataset.keypoint_names
-        order = make_skeleton(names, flip_pairs=flip_pairs).flip_order if names else ()
-        dataset.transforms = train_transforms(
-            data.hflip, data.vflip, min_crop=data.min_crop, min_sizes=data.min_sizes, flip_order=order
-        )
     check_instances(dataset, train=split == "train")
     if mask_classes is not None and not dataset.num_masks:
         raise ValueError(f"{annotations}: expected a mask of mask_classes {mask_classes!r} to train on, got none")
     return dataset
+
+
+def augment(train_set: Any, data: DataConfig, model: ModelConfig) -> None:
+    """Let `train_set` give its images with the random transforms of `data`; a flip swaps the keypoints of `model`.
+
+    Warns of flips that swap none, by names of more than one keypoint that show no left and right.
+    """
+    from tmask.data.transforms import train_transforms
+
+    order: tuple[int, ...] = ()
+    if model.keypoints is not None:
+        skeleton = model.keypoints.skeleton
+        order = skeleton.flip_order
+        if data.hflip and model.keypoints.flip_pairs is None and not skeleton.flip_pairs and len(order) > 1:
+            warnings.warn(
+                f"data.hflip {data.hflip}: flips swap none of the keypoints {', '.join(skeleton.names)}, as no names "
+                "differ by left and right alone; name the pairs with model.keypoints.flip_pairs, [] if there are none",
+                stacklevel=2,
+            )
+    train_set.transforms = train_transforms(
+        data.hflip,
+        data.vflip,
+        min_crop=data.min_crop,
+        min_sizes=data.min_sizes,
+        flip_order=order,
+    )
 
 
 def run_training(
