@@ -1,6 +1,7 @@
 """Prediction into a folder that holds a run: it goes on, and nothing is lost."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from tests.engine.predictions import CATEGORIES, by_name, count_calls, make_mode
 from tmask import cli
 from tmask.engine import predict as module
 from tmask.engine.predict import find_images, predict
-from tmask.engine.record import OtherSettingsError, Record
+from tmask.engine.record import OtherSettingsError, Record, held
 
 
 def test_a_run_that_was_interrupted_goes_on(
@@ -225,6 +226,39 @@ def test_files_of_someone_else_are_not_replaced(
     assert (out / name).read_text() == ""
     assert cli.main([*argv, "--overwrite"]) == 0
     assert (out / name).read_text() != ""
+
+
+def test_two_at_once_are_refused(model: Any, checkpoint: Path, images: list[Path], tmp_path: Path, capsys: Any) -> None:
+    """The second is told, and the first is none the worse; what a killed one leaves of its lock holds nobody up."""
+    out = tmp_path / "out"
+    touch(out, ".predictions.lock")
+    argv = ["predict", "--checkpoint", str(checkpoint), "--images", str(images[0].parent), "--out", str(out)]
+    codes: list[int] = []
+    model.register_forward_pre_hook(lambda *_: codes.append(cli.main([*argv, *["--overwrite"] * len(codes)])))
+    predict(model, by_name(images[:2]), CATEGORIES, out_dir=out)
+    assert codes == [1, 1]
+    assert f"tmask predict: error: {out}: another prediction is at work in this folder\n" in capsys.readouterr().err
+    assert len(seen(out)) == 2
+    assert {path.name for path in out.iterdir()} == {"images.json", "pictures", "predictions.json", "predictions.jsonl"}
+    with pytest.raises(KeyError), held(out):
+        raise KeyError
+    with held(out), pytest.raises(ValueError, match="out: another prediction is at work"), held(out):
+        pass
+    with held(out):
+        pass
+
+
+def test_a_lock_that_was_let_go_in_between_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file is gone, so a third process would make one of its own."""
+    flock = fcntl.flock
+
+    def late(file: Any, how: int) -> None:
+        (tmp_path / ".predictions.lock").unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(ValueError, match="another prediction is at work"), held(tmp_path):
+        pass
 
 
 def test_errors_of_the_system_name_the_file_that_was_to_be_written(

@@ -17,7 +17,7 @@ from tmask.engine.device import autocast
 from tmask.engine.evaluate import coco_results, skeleton_of
 from tmask.engine.files import replacing
 from tmask.engine.progress import progress
-from tmask.engine.record import RECORD_NAME, Record, file_state
+from tmask.engine.record import RECORD_NAME, Record, file_state, held
 from tmask.skeleton import Pairs
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -110,7 +110,7 @@ def predict(
     (see `image_records`) ids are theirs and the pixels stay as stored, as annotations and `evaluate` have them.
     `categories` are the checkpoint's: label i is ``categories[i - 1]``. `score_threshold` limits what is drawn.
     Errors: ValueError if `out_dir` has results of other settings or weights, or without a record, unless `overwrite`;
-    and, when all others are done, one that names the files that are no images.
+    if another process is at work there; and, when all others are done, one that names the files that are no images.
     """
     from tmask.data.images import read_image
 
@@ -118,46 +118,47 @@ def predict(
     model.to(device).eval()
     settings = {"precision": precision, "score_threshold": score_threshold, "exif": coco_images is None}
     settings = _model_settings(model, categories) | settings
-    record = Record(out_dir, settings, overwrite=overwrite, completed=_completed)
-    # A glob may find the pictures of an earlier run.
-    files = {name: path for name, path in images.items() if not record.is_own_picture(path)}
-    numbers = {name: coco_images[name]["id"] if coco_images else i for i, name in enumerate(files, start=1)}
-    entries = {name: record.find(name, path) for name, path in files.items()}
-    for name, entry in entries.items():
-        if coco_images and entry is not None and not _is_size(entry.width, entry.height, coco_images[name]):
-            entries[name] = None  # other annotations than then: read again, it is named among the errors
-    todo = [
-        name
-        for name, entry in entries.items()
-        if entry is None or (pictures and not record.picture_path(entry.picture).is_file())
-    ]
-    reused = sum(entry is not None for entry in entries.values())
-    if reused:
-        print(f"{reused} of {len(files)} images were done before", file=sys.stderr)
-    unreadable: dict[str, str] = {}
-    skeleton = skeleton_of(model)
-    edges = () if skeleton is None else skeleton.edges
-    try:
-        for name in progress(todo, "prediction", "image"):
-            path, entry = files[name], entries[name]
-            try:
-                state = file_state(path)
-                image = read_image(path, apply_exif=coco_images is None)  # [3, H, W] uint8
-                if coco_images:
-                    _check_size(path, image, coco_images[name])
-            except ValueError as error:
-                unreadable[name] = str(error)
-                continue
-            if entry is None:
-                rows = _detect(model, image, path, categories, device, precision)
-                entry = record.add(name, state, (image.shape[1], image.shape[2]), rows)
-            if pictures:
-                rows = record.detections(entry)
-                _draw(record.picture_path(entry.picture), image, rows, categories, score_threshold, edges)
-    finally:
-        kept = [{"id": int(category["id"]), "name": str(category["name"])} for category in categories]
-        taken = {name: (numbers[name], path) for name, path in files.items() if name not in unreadable}
-        counts = record.write_results(taken, kept)
+    with held(out_dir):
+        record = Record(out_dir, settings, overwrite=overwrite, completed=_completed)
+        # A glob may find the pictures of an earlier run.
+        files = {name: path for name, path in images.items() if not record.is_own_picture(path)}
+        numbers = {name: coco_images[name]["id"] if coco_images else i for i, name in enumerate(files, start=1)}
+        entries = {name: record.find(name, path) for name, path in files.items()}
+        for name, entry in entries.items():
+            if coco_images and entry is not None and not _is_size(entry.width, entry.height, coco_images[name]):
+                entries[name] = None  # other annotations than then: read again, it is named among the errors
+        todo = [
+            name
+            for name, entry in entries.items()
+            if entry is None or (pictures and not record.picture_path(entry.picture).is_file())
+        ]
+        reused = sum(entry is not None for entry in entries.values())
+        if reused:
+            print(f"{reused} of {len(files)} images were done before", file=sys.stderr)
+        unreadable: dict[str, str] = {}
+        skeleton = skeleton_of(model)
+        edges = () if skeleton is None else skeleton.edges
+        try:
+            for name in progress(todo, "prediction", "image"):
+                path, entry = files[name], entries[name]
+                try:
+                    state = file_state(path)
+                    image = read_image(path, apply_exif=coco_images is None)  # [3, H, W] uint8
+                    if coco_images:
+                        _check_size(path, image, coco_images[name])
+                except ValueError as error:
+                    unreadable[name] = str(error)
+                    continue
+                if entry is None:
+                    rows = _detect(model, image, path, categories, device, precision)
+                    entry = record.add(name, state, (image.shape[1], image.shape[2]), rows)
+                if pictures:
+                    rows = record.detections(entry)
+                    _draw(record.picture_path(entry.picture), image, rows, categories, score_threshold, edges)
+        finally:
+            kept = [{"id": int(category["id"]), "name": str(category["name"])} for category in categories]
+            taken = {name: (numbers[name], path) for name, path in files.items() if name not in unreadable}
+            counts = record.write_results(taken, kept)
     if unreadable:
         done = f"the {len(files) - len(unreadable)} others are done"
         raise ValueError(
