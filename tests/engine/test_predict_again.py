@@ -221,7 +221,8 @@ def test_files_of_someone_else_are_not_replaced(
     touch(out, name)
     argv = ["predict", "--checkpoint", str(checkpoint), "--images", str(images[0]), "--out", str(out)]
     assert cli.main(argv) == 2
-    assert f"{out / name}: stands there without the record of a run, predictions.jsonl; --o" in capsys.readouterr().err
+    said = f"{out / name}: exists, but not predictions.jsonl, which is needed to go on; --overwrite begins anew"
+    assert said in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == [name]
     assert (out / name).read_text() == ""
     assert cli.main([*argv, "--overwrite"]) == 0

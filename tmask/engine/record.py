@@ -106,7 +106,7 @@ class Record:
         for name in (RESULTS_NAME, IMAGES_NAME):
             if (self.out_dir / name).exists():
                 raise OtherSettingsError(
-                    f"{self.out_dir / name}: stands there without the record of a run, {RECORD_NAME}; {_WAY_OUT}"
+                    f"{self.out_dir / name}: exists, but not {RECORD_NAME}, which is needed to go on; {_WAY_OUT}"
                 )
 
     def _open(self, header: dict[str, Any], *, overwrite: bool) -> None:
