@@ -517,7 +517,7 @@ SETTINGS = [
     Case(
         "VOC's classes in other data",
         "train --data.mask_classes voc",
-        "mask_classes: expected categories of COCO for 'voc', some of them VOC's, got 0 of 5 that are VOC's",
+        "mask_classes: expected categories of COCO for 'voc', some but not all of them VOC's, got 0 of 5 that are VOC's",
     ),
     Case(
         "unknown key of settings that may be none",

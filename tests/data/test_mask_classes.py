@@ -56,12 +56,18 @@ def test_names_and_ids(chosen: str) -> None:
         ("random:3:0", r"expected a count in 1..2, got 'random:3:0'"),
         ("random:0:0", r"expected a count in 1..2, got 'random:0:0'"),
         ("random:1", "unknown category 'random:1'"),
-        ("voc", "expected categories of COCO for 'voc', some of them VOC's, got 0 of 2 that are VOC's"),
+        ("voc", "expected categories of COCO for 'voc', some but not all of them VOC's, got 0 of 2 that are VOC's"),
     ],
 )
 def test_what_is_refused(chosen: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"^mask_classes: {message}"):
         mask_category_ids(chosen, [{"id": 90, "name": "brush"}, {"id": 5, "name": "plane"}])
+
+
+@pytest.mark.parametrize("chosen", ["voc", "non_voc"])
+def test_vocs_classes_alone_are_no_split(chosen: str) -> None:
+    with pytest.raises(ValueError, match=f"for '{chosen}', some but not all of them VOC's, got 2 of 2 that are VOC's"):
+        mask_category_ids(chosen, EIGHTY[5:7])
 
 
 def test_a_split_leaves_out_the_masks_of_the_others(write, content) -> None:

@@ -34,7 +34,8 @@ def mask_category_ids(chosen: str, categories: Sequence[dict[str, Any]]) -> froz
         voc = frozenset(int(category["id"]) for category in categories if category["name"] in VOC)
         if not 0 < len(voc) < len(ids):
             got = f"{len(voc)} of {len(ids)} that are VOC's"
-            raise ValueError(f"mask_classes: expected categories of COCO for {chosen!r}, some of them VOC's, got {got}")
+            expected = f"categories of COCO for {chosen!r}, some but not all of them VOC's"
+            raise ValueError(f"mask_classes: expected {expected}, got {got}")
         return voc if chosen == "voc" else frozenset(ids) - voc
     if word == "random" and len(numbers) == 2 and all(number.isdecimal() for number in numbers):
         count, seed = map(int, numbers)
