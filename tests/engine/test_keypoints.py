@@ -137,6 +137,23 @@ def test_results_hold_coco_pixels_and_scores() -> None:
     assert coco_results(3, result, [1])[0]["keypoints"] == [3, 3.5, 7, 7.5, 6, -2]
 
 
+def test_a_keypoint_of_a_diverged_head_is_not_known(
+    corners: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results are JSON, which has no NaN; pictures leave it out."""
+    drawn: list[torch.Tensor] = []
+    monkeypatch.setattr("tmask.visualize.draw_instances", lambda image, result, *_, **__: drawn.append(result) or image)
+    model, images = keypoint_model(), sorted(corners[0].iterdir())[:1]
+    with torch.no_grad():
+        model.roi_heads.keypoint_head.deconv.bias[1] = torch.nan
+    predict(model, by_name(images), CATEGORIES, out_dir=tmp_path / "out")
+    for name in ("predictions.json", "predictions.jsonl"):
+        assert "NaN" not in (tmp_path / "out" / name).read_text()
+    triples = torch.tensor([row["keypoints"] for row in rows(tmp_path / "out")]).unflatten(1, (4, 3))
+    assert triples.count_nonzero((0, 2)).tolist() == [3 * len(triples), 0, 3 * len(triples), 3 * len(triples)]
+    assert drawn[0]["keypoints"][..., 2].tolist() == [[1, 0, 1, 1]] * len(triples)
+
+
 def test_the_table_has_columns_of_all_kinds() -> None:
     metrics = {f"{kind}/{name}": 0.5 for kind in ("bbox", "keypoints") for name in ("AP", "AP50", "AP75", "AP/disc")}
     head, every, disc = results_table({**metrics, "keypoints/AP/disc": -1.0}).splitlines()

@@ -116,7 +116,8 @@ def coco_results(image_id: int, result: dict[str, Any], category_ids: Sequence[i
     """One image's result (boxes [D, 4] xyxy, labels [D], scores [D], masks: D RLEs) as COCO results.
 
     So are ``keypoints`` [D, Kp, 3] with ``keypoints_scores`` [D, Kp], if there are any: in COCO's pixels, half a pixel
-    less than ours, with the score in the place of the visibility.
+    less than ours, with the score in the place of the visibility. One whose score is NaN, of a head that has diverged,
+    is 0, 0, 0, as COCO has what is not known: JSON has no NaN.
     """
     boxes: Tensor = result["boxes"]
     xywh = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
@@ -133,6 +134,7 @@ def coco_results(image_id: int, result: dict[str, Any], category_ids: Sequence[i
     ]
     if "keypoints" in result:
         triples = torch.cat([result["keypoints"][..., :2] - 0.5, result["keypoints_scores"][..., None]], dim=-1)
+        triples = torch.where(triples[..., 2:].isnan(), 0.0, triples)
         for item, keypoints in zip(results, triples.flatten(1).tolist(), strict=True):
             item["keypoints"] = keypoints
     return results

@@ -205,7 +205,8 @@ def _draw(
     }
     if rows and "keypoints" in rows[0]:
         keypoints = torch.tensor([row["keypoints"] for row in rows]).unflatten(1, (-1, 3))
-        result["keypoints"] = torch.cat([keypoints[..., :2] + 0.5, torch.ones_like(keypoints[..., 2:])], dim=-1)
+        known = (keypoints != 0).any(-1, keepdim=True)
+        result["keypoints"] = torch.cat([keypoints[..., :2] + 0.5, known.float()], dim=-1)
     names = [str(category["name"]) for category in categories]
     with replacing(path) as file:
         save_png(file, draw_instances(image, result, names, min_score=score_threshold, edges=edges))
