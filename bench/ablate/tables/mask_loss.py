@@ -5,9 +5,10 @@ from bench.ablate.tables._settings import CROSSED, MASK_RCNN, R50_C4
 
 TABLE = Table(
     title="Sigmoid or softmax of the mask",
-    about="With a sigmoid each class has a mask of its own, and the box head says which one counts. With a softmax the "
-    "classes compete for each pixel: where two objects of different classes fill the same box, a pixel of one is "
-    "background to the other, and neither gets above one half.",
+    about="With a sigmoid each class has a mask of its own, and the box head says which one counts. With a softmax "
+    "the classes compete for each pixel, so the mask head must know the class as well as the outline: a pixel shared "
+    "between two classes is above one half for neither. The drawn data leave it no way out, as classes look alike "
+    "and two of them fill the same box, where a pixel of one is background to the other; photographs are kinder.",
     source=f"{MASK_RCNN}, R50-C4",
     metrics=("segm/AP", "segm/AP75", "bbox/AP"),
     variants={
