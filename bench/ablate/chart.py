@@ -35,10 +35,10 @@ def draw(table: Table, result: dict[str, Any], file: BinaryIO) -> None:
         for number, claim in enumerate(table.claims):
             found = verdict(result, claim)
             names = f"{table.variants[claim.better].label} over {table.variants[claim.worse].label}, {claim.metric}"
-            before = f", published {published(claim)}" if published(claim) else ""
-            here = "" if found.difference is None else f" {found.difference:+.1f}"
+            here = "" if found.difference is None else f"{found.difference:+.1f}"
             here += "" if found.error is None else f" (standard error {found.error:.1f})"
-            line = f"{names}:{here}{before}: {found.word}"
+            before = f"published {published(claim)}" if published(claim) else ""
+            line = ": ".join(part for part in (names, ", ".join(filter(None, (here, before))), found.word) if part)
             figure.text(0.015, (0.12 + 0.2 * (lines - 1 - number)) / height, line, fontsize=8, va="center")
         figure.savefig(file, format="png", dpi=DPI)
 
@@ -59,7 +59,7 @@ def _rows(axes: Any, table: Table, result: dict[str, Any]) -> None:
         axes.axhline(at, color=FAINT, linewidth=0.8, zorder=0)
         if variant.published:
             place = axes.get_yaxis_transform()
-            axes.text(1.02, at, f"published {variant.published}", transform=place, va="center", fontsize=8, color=GREY)
+            axes.text(1.02, at, f"published {variant.published}", transform=place, va="center", fontsize=7, color=GREY)
         if not found:
             continue
         mean = Spread(tuple(found)).mean
@@ -69,4 +69,5 @@ def _rows(axes: Any, table: Table, result: dict[str, Any]) -> None:
         axes.annotate(f"{mean:.1f}", (mean, at - 0.27), ha="center", va="bottom", fontsize=8)
     axes.set(ylim=(count - 0.4, -0.75), yticks=[], xlabel=f"{table.metrics[0]}: each seed (dot), mean (bar), range")
     axes.margins(x=0.12)
+    axes.set_xlim(left=max(axes.get_xlim()[0], -1))  # there is no AP below 0
     axes.spines["left"].set_visible(False)

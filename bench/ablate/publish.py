@@ -19,6 +19,7 @@ from bench.ablate import table as tables
 from bench.ablate.chart import draw
 from bench.ablate.outcome import VERSION
 from bench.ablate.report import RESULT, markdown
+from bench.ablate.verdict import RULE
 from bench.rows import ROOT
 from tmask.engine.files import replace_text, replacing
 
@@ -36,7 +37,7 @@ def page(text: str, results: Path = RESULTS) -> str:
     if not (begin and end):
         raise ValueError(f"docs/ablations.md: expected {BEGIN} and {END}")
     blocks = [_section(name, results) for name in tables.names()]
-    return f"{before}{BEGIN}\n{chr(10).join(blocks)}{END}{after}"
+    return f"{before}{BEGIN}\n{RULE}\n\n{chr(10).join(blocks)}{END}{after}"
 
 
 def _section(name: str, results: Path) -> str:
@@ -48,6 +49,8 @@ def _section(name: str, results: Path) -> str:
             HEADING[setting] + markdown(table, load(path), chart=f"images/ablate_{path.stem}.png")
             for setting, path in found.items()
         ]
+        if table.finding and "small" in found:
+            blocks.insert(1, f"{table.finding}\n")
         return head + "\n".join(blocks)
     rows = [f"- {variant.label}: {variant.published or 'no figure'}" for variant in table.variants.values()]
     published = "\n".join([f"Published ({table.source}):", "", *rows])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,10 +28,8 @@ def write(plan: Plan, result: Result) -> None:
     replace_text(plan.out / RESULT, json.dumps(result, indent=1) + "\n")
     with replacing(plan.out / CHART) as file:
         draw(plan.table, result, file)
-    replace_text(
-        plan.out / MARKDOWN,
-        f"# {plan.table.title}\n\n{plan.table.about}\n\n{markdown(plan.table, result, chart=CHART)}",
-    )
+    text = f"# {plan.table.title}\n\n{plan.table.about}\n\n{markdown(plan.table, result, chart=CHART)}\n{RULE}\n"
+    replace_text(plan.out / MARKDOWN, text)
 
 
 def markdown(table: Table, result: Result, *, chart: str) -> str:
@@ -40,7 +39,6 @@ def markdown(table: Table, result: Result, *, chart: str) -> str:
         _variants(table, result),
         f"![Every seed's value of each variant]({chart})",
         _claims(table, result),
-        RULE,
         _failed(table, result),
         settings(table, result),
     ]
@@ -48,8 +46,12 @@ def markdown(table: Table, result: Result, *, chart: str) -> str:
 
 
 def machines(result: Result) -> str:
-    """What trained the runs: device, torch and commit, once for all that have it in common."""
-    return " and ".join(sorted({line for run in result["runs"] for line in run.get("trained_by", ())}))
+    """What trained the runs: a device and torch with all its commits, then the next."""
+    commits: dict[str, set[str]] = defaultdict(set)
+    for line in {line for run in result["runs"] for line in run.get("trained_by", ())}:
+        device, _, commit = line.partition(", commit ")
+        commits[device].add(commit)
+    return "; ".join(f"{device}, commit {' and '.join(sorted(found))}" for device, found in sorted(commits.items()))
 
 
 def progress(result: Result) -> str:

@@ -68,6 +68,7 @@ class Table:
     claims: tuple[Claim, ...]
     small: Setting  # a run of at most 8 minutes on two CPU cores
     full: Setting  # for a GPU
+    finding: str = ""  # what its published small result means, in words; shown below that one alone
 
     def __post_init__(self) -> None:
         for claim in self.claims:

@@ -96,6 +96,7 @@ def test_all_runs_are_done_once_and_the_table_is_written(plan: Plan, command: li
     assert "[2/4] RoIAlign, seed 0: segm/AP75 40.0 in 0 min, about 0 min left in all" in said
     text = (plan.out / "table.md").read_text()
     assert text.startswith("# Pool or align\n")
+    assert "at least 2 standard errors" in text
     assert "| RoIAlign over RoIPool, segm/AP75 | +10.5 | +10.0 | 0.0 | came out |" in text
     assert (plan.out / "chart.png").is_file()
     found = json.loads((plan.out / "result.json").read_text())

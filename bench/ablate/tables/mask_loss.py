@@ -18,4 +18,6 @@ TABLE = Table(
     claims=(Claim(better="sigmoid", worse="softmax", metric="segm/AP", published=5.5),),
     small=CROSSED,
     full=R50_C4,
+    finding="Evaluated with a threshold of 0.3 or 0.2 in place of 0.5, the first seed of the softmax has a mask AP of "
+    "12.0 and 19.6 instead of 2.9: what it loses is mostly the pixels that it shares out, and still it stays below.",
 )
