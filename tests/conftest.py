@@ -1,6 +1,7 @@
 """Where the tests run: Triton kernels on a GPU if there is one, else through Triton's interpreter on the CPU."""
 
 import os
+import signal
 from pathlib import Path
 
 import torch
@@ -21,6 +22,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run tests/gpu without a GPU: small, through Triton's interpreter, without what CUDA alone has",
     )
+
+
+def pytest_configure() -> None:
+    """Heed Ctrl-C, as tests of it need, also in a script's background, where it is ignored by all children."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
