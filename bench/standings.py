@@ -38,9 +38,10 @@ class Aim:
         return self.words or ", ".join(bounds)
 
 
+_BIT_MATRIX = 1 / 8 / 2**20  # MiB of each pair of boxes
+
 # By workload and, where they differ, by a word of its case or mode; the first that fits counts. A part of a workload
 # (W8-decode) has no aim of its own.
-_BIT_MATRIX = 1 / 8 / 2**20  # MiB of each pair of boxes
 AIMS: tuple[tuple[str, str, Aim | None], ...] = (
     ("W1", "backward", Aim(times=6)),  # this is W1b
     ("W1", "", Aim(times=6, us=100)),

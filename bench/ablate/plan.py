@@ -16,7 +16,7 @@ from tmask.config import DataConfig, ModelConfig, TrainConfig, from_dict
 from tmask.data.shapes import GENERATOR_VERSION
 from tmask.demo import make_data
 from tmask.engine.checkpoint import differences
-from tmask.engine.files import replace_text
+from tmask.engine.files import part_of, replace_text
 from tmask.presets import TRAIN_PRESETS, model_config
 
 RECORD = "ablation.json"  # in the folder of a table: whose it is, and all its settings
@@ -94,7 +94,7 @@ def check_folder(plan: Plan) -> None:
     """Errors: ValueError for a folder that holds something else than this table in these settings."""
     out, path = plan.out, plan.out / RECORD
     if not path.is_file():
-        ours = {LOCK, LOG, f".{RECORD}.part"}  # the last is what a kill leaves of the first file
+        ours = {LOCK, LOG, part_of(path).name}  # the last is what a kill leaves of the first file
         if out.is_dir() and {item.name for item in out.iterdir()} - ours:
             raise ValueError(f"--out {out}: expected an empty folder or one of this table, but it holds other files")
         return

@@ -97,6 +97,11 @@ def outlines_nothing(segmentation: Any) -> bool:
     return isinstance(segmentation, list) and not any(len(points) >= 6 for points in segmentation)
 
 
+def is_outlined(segmentation: Any) -> bool:
+    """Whether there is a mask in it."""
+    return segmentation is not None and not outlines_nothing(segmentation)
+
+
 def run_length(segmentation: Any, size: tuple[int, int]) -> dict[str, Any] | None:
     """COCO's compressed run lengths of any of its mask forms, for an image of `size` (H, W); None for no mask.
 
@@ -111,7 +116,7 @@ def compressed(segmentation: Any, size: tuple[int, int]) -> dict[str, Any] | Non
     """`run_length` of what `read_coco` has checked already: training asks for every mask in every epoch."""
     from pycocotools import mask as coco_mask
 
-    if segmentation is None or outlines_nothing(segmentation):
+    if not is_outlined(segmentation):
         return None
     if isinstance(segmentation, list):
         # pycocotools would take a list of four numbers for a box.

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tmask.data.annotations import compressed, fill_annotations, keypoints_of, naming, outlines_nothing, read_coco
+from tmask.data.annotations import (
+    compressed,
+    fill_annotations,
+    is_outlined,
+    keypoints_of,
+    naming,
+    outlines_nothing,
+    read_coco,
+)
 from tmask.data.images import read_image
 from tmask.data.mask_classes import mask_category_ids
 from tmask.model.transform import mask_chunks, num_words
@@ -110,7 +118,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     def num_masks(self) -> int:
         """Number of them whose mask is used."""
         return sum(
-            not item["iscrowd"] and item["category_id"] not in self.boxes_only and _is_outlined(item)
+            not item["iscrowd"] and item["category_id"] not in self.boxes_only and is_outlined(item.get("segmentation"))
             for items in self._annotations
             for item in items
         )
@@ -226,11 +234,6 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             part = torch.from_numpy(decoded.transpose(2, 1, 0)).mT  # [rows, H, W]
             masks[rows[chunk]] = pack_masks(part) if self.packed_masks else part
         return masks
-
-
-def _is_outlined(item: dict[str, Any]) -> bool:
-    segmentation = item.get("segmentation")
-    return segmentation is not None and not outlines_nothing(segmentation)
 
 
 def check_instances(dataset: CocoDataset, *, train: bool) -> None:

@@ -18,7 +18,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     overwritten by the next. Errors: OSError that names `path`.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.part")
+    part = part_of(path)
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -31,6 +31,11 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             part.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
+
+
+def part_of(path: Path) -> Path:
+    """The file that holds the bytes of `path` until they are whole."""
+    return path.with_name(f".{path.name}.part")
 
 
 def replace_text(path: str | Path, text: str) -> None:
