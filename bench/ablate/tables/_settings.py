@@ -30,10 +30,9 @@ CROSSED = Setting(
     data={"num_workers": 0, "hflip": 0.0},
 )
 
-# The same, where only bars and leaves have masks: the others share their directions and not their outlines.
-BOXES_ONLY = dataclasses.replace(
-    CROSSED, data={**CROSSED.data, "mask_classes": "rising bar,falling bar,rising leaf,falling leaf"}
-)
+# The same, where leaves have boxes alone: they share their directions with the others, and not their outline.
+WITH_MASKS = ("rising bar", "falling bar", "rising wedge", "falling wedge", "rising dumbbell", "falling dumbbell")
+BOXES_ONLY = dataclasses.replace(CROSSED, data={**CROSSED.data, "mask_classes": ",".join(WITH_MASKS)})
 
 # The published schedule on one GPU: 90,000 steps of 16 images.
 R50_FPN, R50_C4 = Setting(preset="r50_fpn"), Setting(preset="r50_c4")

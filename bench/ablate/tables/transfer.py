@@ -5,9 +5,10 @@ from bench.ablate.tables._settings import BOXES_ONLY, MASK_X, MASK_X_R101
 
 TABLE = Table(
     title="Masks of classes that have boxes alone: what their weights are made of",
-    about="Half of the classes have no masks in training. A class-agnostic head can only segment what they have in "
-    "common with the others; weight transfer makes a predictor for each from its weights in the box head. Drawn wedges "
-    "and dumbbells have boxes alone, and rise or fall as the bars and leaves do that have masks.",
+    about="Some classes have no masks in training. A class-agnostic head can only segment what they have in common "
+    "with the others; weight transfer makes a predictor for each from its weights in the box head. Drawn leaves have "
+    "boxes alone, and rise or fall as the bars, wedges and dumbbells do that have masks: only the class says which of "
+    "two shapes in one box is meant.",
     source=f"{MASK_X} table 1a, from above: both inputs, the regressor's, the classifier's, and far below the agnostic "
     "head. With an MLP fused in, both inputs have 23.8 mask AP on the classes without masks (R101-FPN, table 2)",
     metrics=("segm/AP_boxes_only", "segm/AP_with_masks", "bbox/AP"),
