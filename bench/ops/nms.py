@@ -28,6 +28,9 @@ from tmask_kernels.ops.nms.reference import box_iou
 # Ours is bit-equal to the definition in float32; a peer's compiler may fuse a product and a sum, which moves an IoU by
 # a unit in the last place, over the threshold or under it.
 FUSED = 1e-6
+# `batched_nms` moves the segments of an image apart before it compares, on a GPU up to 100,000 numbers: thousands of
+# pixels on, a coordinate in float32 is a thousandth of a pixel off. So it may be wrong in this part of the boxes.
+MOVED = 1e-3
 PAIRS = 2**25  # IoUs of one chunk: 128 MiB
 ALL_PAIRS = 2**33  # beyond so many IoUs a seeded part of the boxes is checked: at a million boxes
 
@@ -80,9 +83,9 @@ def check(out: Any, given: Given) -> None:
     """Of `padded_nms` (indices [S, M], counts [S]), of `nms` a list of indices, or a peer's `Flat`."""
     case, (boxes, scores, valid) = given
     S, K = scores.shape
-    limit, slack = case.keep, 0.0
+    limit, slack, wrong = case.keep, 0.0, 0.0
     if isinstance(out, Flat):
-        limit, slack = K, FUSED
+        limit, slack, wrong = K, FUSED, MOVED
         flat = torch.cat([rows[kept] for kept, rows in zip(*out, strict=True)])
         kept = [flat[flat // K == s] % K for s in range(S)]
     elif isinstance(out, Tensor):
@@ -91,17 +94,22 @@ def check(out: Any, given: Given) -> None:
         kept = [row[:count] for row, count in zip(out[0], out[1].tolist(), strict=True)]
         for row, count in zip(out[0], out[1].tolist(), strict=True):
             assert bool((row[count:] == -1).all()), "what pads the output is not -1"
+    faults = torch.zeros(2, dtype=torch.int64)
     for s, indices in enumerate(kept):
-        check_segment(boxes[s], scores[s], valid[s], indices, case.threshold, limit, slack)
+        faults += count_faults(boxes[s], scores[s], valid[s], indices, case.threshold, limit, slack)
+    if int(faults.sum()) > wrong * int(valid.sum()):
+        too_many, too_few = faults.tolist()
+        raise AssertionError(f"{too_many} boxes kept that a kept one removes, {too_few} dropped that none removes")
 
 
-def check_segment(
+def count_faults(
     boxes: Tensor, scores: Tensor, valid: Tensor, kept: Tensor, threshold: float, limit: int, slack: float
-) -> None:
+) -> Tensor:
     """Hold the boxes [K, 4] of one segment, or a part of very many, against the definition of greedy NMS.
 
     kept [n] int64 are what a provider kept, by falling score, at most `limit`. IoUs within `slack` of the threshold may
-    count as over it or under it. Errors: AssertionError.
+    count as over it or under it. Gives [2] int64, the boxes kept that a kept one removes and those dropped that none
+    does. Errors: AssertionError if what is kept is not valid, or not in order.
     """
     kept_boxes, kept_scores = boxes[kept], scores[kept]
     assert bool(valid[kept].all()), "an empty slot is kept"
@@ -114,13 +122,15 @@ def check_segment(
         some = torch.randperm(len(asked), generator=torch.Generator().manual_seed(0))[: ALL_PAIRS // len(kept)]
         asked = asked[some.to(asked.device)]
     is_kept = torch.zeros_like(valid).index_fill(0, kept, True)
+    faults = torch.zeros(2, dtype=torch.int64)
     for rows in asked.split(max(1, PAIRS // max(1, len(kept)))):
         iou = box_iou(boxes[rows, None], kept_boxes)  # [rows, n]
         before = kept_scores > scores[rows, None]
         removed = (before & (iou > threshold + slack)).any(1)
         perhaps = (before & (iou > threshold - slack)).any(1)
-        assert not bool((is_kept[rows] & removed).any()), "a box is kept that a kept one removes"
-        assert bool((is_kept[rows] | perhaps).all()), "a box is dropped that no kept one removes"
+        faults[0] += (is_kept[rows] & removed).sum().cpu()
+        faults[1] += (~is_kept[rows] & ~perhaps).sum().cpu()
+    return faults
 
 
 def ours(backend: str) -> Callable[[Given], Call]:

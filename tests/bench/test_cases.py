@@ -7,8 +7,9 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor
+from torchvision.ops.boxes import _batched_nms_coordinate_trick
 
-from bench.cases import CASES, Case, NMSCase, RoICase, RPNCase, count_touched, rois, sized
+from bench.cases import CASES, Case, NMSCase, RoICase, RPNCase, Segments, count_touched, rois, sized
 from bench.contest import DTYPES, LAYOUTS, UnavailableError
 from bench.graph import captured
 from bench.ops import matcher as matcher_bench
@@ -147,37 +148,64 @@ def segment() -> tuple[Tensor, Tensor, Tensor]:
     return boxes[0], scores[0], torchvision.ops.nms(boxes[0], scores[0], 0.5)
 
 
-def held(segment: tuple[Tensor, Tensor, Tensor], kept: Tensor, limit: int = 1000) -> None:
+def held(segment: tuple[Tensor, Tensor, Tensor], kept: Tensor, limit: int = 1000) -> tuple[int, int]:
+    """Boxes that are kept against the definition, and boxes that are dropped against it."""
     boxes, scores, _ = segment
     valid = torch.ones_like(scores, dtype=torch.bool)
-    nms_bench.check_segment(boxes, scores, valid, kept, 0.5, limit, 0.0)
+    too_many, too_few = nms_bench.count_faults(boxes, scores, valid, kept, 0.5, limit, 0.0).tolist()
+    return too_many, too_few
 
 
 def test_the_gate_passes_greedy_nms(segment: tuple[Tensor, Tensor, Tensor]) -> None:
-    held(segment, segment[2])
-    held(segment, segment[2][:100], limit=100)
+    assert held(segment, segment[2]) == (0, 0)
+    assert held(segment, segment[2][:100], limit=100) == (0, 0)
 
 
-def test_the_gate_passes_it_in_parts(segment: tuple[Tensor, Tensor, Tensor]) -> None:
-    with mock.patch.object(nms_bench, "PAIRS", 5000), mock.patch.object(nms_bench, "ALL_PAIRS", 100_000):
-        held(segment, segment[2])
-        with pytest.raises(AssertionError):
-            held(segment, segment[2][::2])
+def test_the_gate_counts_in_parts(segment: tuple[Tensor, Tensor, Tensor]) -> None:
+    dropped = torch.cat([segment[2][:50], segment[2][51:]])
+    whole = held(segment, dropped)
+    with mock.patch.object(nms_bench, "PAIRS", 5000):
+        assert held(segment, segment[2]) == (0, 0)
+        assert held(segment, dropped) == whole
+        with mock.patch.object(nms_bench, "ALL_PAIRS", 100_000):
+            assert held(segment, segment[2]) == (0, 0)
+            assert held(segment, segment[2][::2])[1] > 0
 
 
-def test_the_gate_refuses_a_dropped_box(segment: tuple[Tensor, Tensor, Tensor]) -> None:
-    with pytest.raises(AssertionError, match="dropped that no kept one removes"):
-        held(segment, torch.cat([segment[2][:50], segment[2][51:]]))
-    with pytest.raises(AssertionError, match="dropped that no kept one removes"):
-        held(segment, segment[2][:100])
+def test_the_gate_counts_a_dropped_box(segment: tuple[Tensor, Tensor, Tensor]) -> None:
+    assert held(segment, segment[2][:-1])[1] >= 1
+    too_many, too_few = held(segment, segment[2][:100])
+    assert too_many == 0
+    assert too_few >= len(segment[2]) - 100, "and what those would have removed"
 
 
-def test_the_gate_refuses_a_box_too_many(segment: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_the_gate_counts_a_box_too_many(segment: tuple[Tensor, Tensor, Tensor]) -> None:
     scores, kept = segment[1], segment[2]
     dropped = torch.ones_like(scores, dtype=torch.bool).index_fill(0, kept, False).nonzero()[0]
     more = torch.cat([kept, dropped])
-    with pytest.raises(AssertionError, match="kept that a kept one removes"):
-        held(segment, more[scores[more].argsort(descending=True)])
+    assert held(segment, more[scores[more].argsort(descending=True)])[0] == 1
+
+
+def test_only_a_peer_that_moves_boxes_may_err_in_a_thousandth() -> None:
+    """On a GPU `batched_nms` moves the levels of an image apart, which changes one box of W5."""
+    case = nms_case("W5")
+    given = nms_bench.Given(case, case.inputs(CPU))
+    boxes, scores, valid = given.segments
+    S, K = scores.shape
+    parts = zip(torch.arange(S * K).split(case.segments_an_image * K), valid.split(case.segments_an_image), strict=True)
+    rows = [positions[fits.flatten()] for positions, fits in parts]
+    boxes, scores = boxes.view(-1, 4), scores.view(-1)
+    moved = [_batched_nms_coordinate_trick(boxes[r], scores[r], r // K, case.threshold) for r in rows]
+    nms_bench.check(nms_bench.Flat(moved, rows), given)
+    with pytest.raises(AssertionError, match=r", \d\d dropped that none removes"):
+        nms_bench.check(nms_bench.Flat([moved[0][20:], moved[1]], rows), given)
+
+    one = NMSCase(name="one", kind="list", lengths=(100,), threshold=0.5, keep=100, kept=1.0)
+    apart = torch.arange(100.0)[:, None] * 10 + torch.tensor([0.0, 0.0, 5.0, 5.0])
+    alone = nms_bench.Given(one, Segments(apart[None], torch.linspace(1, 0.1, 100)[None], torch.ones(1, 100).bool()))
+    nms_bench.check((torch.arange(100)[None], torch.tensor([100])), alone)
+    with pytest.raises(AssertionError, match=r", 1 dropped"):
+        nms_bench.check((torch.cat([torch.arange(99), torch.tensor([-1])])[None], torch.tensor([99])), alone)
 
 
 def test_the_gate_refuses_another_order(segment: tuple[Tensor, Tensor, Tensor]) -> None:
