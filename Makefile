@@ -41,7 +41,7 @@ bench: $(VENV)/.installed
 # All that a GPU can prove, by the machine's own Python: nothing is installed, no network. ARGS="--only ops,tests" picks
 # parts, ARGS="--sweep NAME" the launch configurations of one kernel; bench/__main__.py has the rest.
 gpu-report:
-	PYTHONPATH=. $(PYTHON) -m bench report $(ARGS)
+	$(PYTHON) -m bench report $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -145,11 +145,24 @@ class Evidence:
         """Run the tests that can run on a GPU."""
         if not self.gpu:
             return Ending("skipped", "no GPU: `make test` runs these tests through Triton's interpreter")
+        done = [test["file"] for test in self.now["tests"] if self.resume and test["status"] == "done"]
+        files = gpu_tests.gpu_test_files(done)
+        if not files:
+            return Ending("done", "every file was done before")
+
+        before = self.now["tests"]
+
+        def store(tests: list[dict[str, Any]], every: float = SAVE_SECONDS) -> None:
+            self.now = {**self.now, "tests": before}  # else what a file has come to meanwhile would not replace it
+            self.add(tests=tests)
+            self.save(every=every)
+
+        # Twice the patience, as a test may compile a whole model.
         ending, tests = gpu_tests.run_tests(
-            gpu_tests.gpu_test_paths(), self.journal("tests"),
-            seconds=seconds, gpu=True, hang=self.hang, select=self.select, say=self.say,
+            files, self.journal("tests"),
+            seconds=seconds, gpu=True, hang=2 * self.hang, select=self.select, say=self.say, store=store,
         )  # fmt: skip
-        self.add(tests=tests)
+        store(tests, every=0.0)
         return ending
 
     def validate(self, seconds: float) -> Ending:

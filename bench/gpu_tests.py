@@ -8,7 +8,7 @@ that process would fail with it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from bench.rows import ROOT, clean, read_lines
 from bench.run import command_of_pytest, environment
 
 # What has its device from a fixture, the youngest kernels first: the time may be up before the end. Paths that do not
-# exist are left out.
+# exist are left out. pytest itself would leave out a file that a folder behind it holds, so it gets files alone.
 PATHS = (
     "tests/gpu/test_roi_align.py",
     "tests/gpu/test_nms.py",
@@ -36,7 +36,7 @@ UNWANTED = "mutant"  # a broken kernel proves something of its tests, which no G
 
 
 def run_tests(
-    paths: Sequence[Path],
+    files: Sequence[Path],
     journal: Path,
     *,
     seconds: float,
@@ -44,8 +44,12 @@ def run_tests(
     hang: float,
     select: str | None = None,
     say: Callable[[str], None] = print,
+    store: Callable[[list[dict[str, Any]]], None] = lambda entries: None,
 ) -> tuple[Ending, list[dict[str, Any]]]:
-    """Run the tests under `paths`; how it ended, and an entry of the result file for each file."""
+    """Run the tests of `files`; how it ended, and an entry of the result file for each file.
+
+    `store` gets the entries so far whenever there are more.
+    """
     command = command_of_pytest("-p", "bench.gpu_tests", "--journal", str(journal), "-m", SELECTED)
     command += ["-k", f"({select}) and not {UNWANTED}" if select else f"not {UNWANTED}"]
     book = Journal(journal, settled_test)
@@ -57,12 +61,14 @@ def run_tests(
         for test in new:
             if test["outcome"] not in ("passed", "skipped"):
                 say(f"{test['id']}  {test['outcome']}: {test['reason']}")
+        if new:
+            store(by_file(book, tests, Ending("stopped", "the report was ended meanwhile")))
 
     def killed(key: str, reason: str) -> Line:
         return {"test": {"id": key, "outcome": "killed", "seconds": 0.0, "reason": reason}}
 
     ending = survive(
-        [*command, *map(str, paths)], book,
+        [*command, *map(str, files)], book,
         seconds=seconds, killed=killed, hear=hear, env=environment(gpu), hang=hang,
     )  # fmt: skip
     entries = by_file(book, tests, ending)
@@ -165,6 +171,8 @@ class _Recorder:
             os._exit(CONTEXT_LOST)
 
 
-def gpu_test_paths() -> list[Path]:
-    """The paths of `PATHS` that this checkout has."""
-    return [ROOT / path for path in PATHS if (ROOT / path).exists()]
+def gpu_test_files(done: Collection[str] = ()) -> list[Path]:
+    """The files of `PATHS` that this checkout has, each once, but for those `done`, as a result names them."""
+    there = [ROOT / path for path in PATHS if (ROOT / path).exists()]
+    files = [file for path in there for file in ([path] if path.is_file() else sorted(path.rglob("test_*.py")))]
+    return [file for file in dict.fromkeys(files) if file.relative_to(ROOT).as_posix() not in done]

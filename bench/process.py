@@ -24,7 +24,7 @@ Line = dict[str, Any]
 CONTEXT_LOST = 70  # the exit code of a worker whose CUDA context is gone: it can do nothing more
 CONTEXT_WORDS = "the CUDA context was lost"
 ENDED = (0, 1, 5)  # by itself: all passed, something failed, nothing selected (as pytest has it)
-HANG_SECONDS = 120.0
+HANG_SECONDS = 60.0
 START_SECONDS = 120.0  # until a process says its first word: it imports torch, perhaps from a cold disk
 
 

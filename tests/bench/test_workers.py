@@ -12,8 +12,9 @@ import torch
 
 from bench import gpu_tests, result, sweep, validation
 from bench.contest import Contest
+from bench.evidence import Evidence
 from bench.process import Ending, Journal
-from bench.rows import read_lines, read_rows
+from bench.rows import ROOT, read_lines, read_rows
 from bench.run import Measured, settled_row
 from bench.work import Work
 
@@ -58,7 +59,13 @@ def test_a_dead_test_takes_no_other_with_it(tmp_path: Path) -> None:
     (tmp_path / "test_b.py").write_text("import no_such_package\n")
     (tmp_path / "test_c.py").write_text("def test_passes(): pass\n")
     journal, said = tmp_path / "work" / "tests.jsonl", []
-    ending, entries = gpu_tests.run_tests([tmp_path], journal, seconds=100, gpu=False, hang=2, say=said.append)
+    stored: list[Any] = []
+    ending, entries = gpu_tests.run_tests(
+        [tmp_path], journal, seconds=100, gpu=False, hang=2, say=said.append, store=stored.append
+    )
+    assert stored[-1] == entries, "what is kept if the report is killed"
+    assert len(stored) > 1
+    assert stored[0] != entries
     assert ending == Ending("done"), journal.with_suffix(".log").read_text()
     files = {entry["file"]: entry for entry in entries}
     counts = {name: [files[name][kind] for kind in ("passed", "failed", "skipped")] for name in files}
@@ -90,8 +97,38 @@ def test_tests_that_were_not_reached_are_told(tmp_path: Path) -> None:
     ]
 
 
-def test_the_paths_of_the_tests_are_there() -> None:
-    assert {path.name for path in gpu_tests.gpu_test_paths()} >= {"gpu", "kernels", "test_resume.py"}
+def test_the_youngest_kernels_come_first_and_every_file_once() -> None:
+    files = [file.relative_to(ROOT).as_posix() for file in gpu_tests.gpu_test_files()]
+    assert files[:3] == ["tests/gpu/test_roi_align.py", "tests/gpu/test_nms.py", "tests/gpu/test_boxes.py"]
+    assert len(files) == len(set(files))
+    for folder in ("gpu", "kernels"):
+        assert {f"tests/{folder}/{path.name}" for path in (ROOT / "tests" / folder).glob("test_*.py")} < set(files)
+    assert {"tests/engine/test_resume.py", "tests/test_validate.py"} < set(files)
+
+
+def test_a_resumed_report_tests_the_files_that_are_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the result file holds what there is, even if the report is killed between two tests."""
+    machine = {"device": "a GPU", "gpu": {}, "commit": "0123456", "date": "2026-01-01", "changed": False}
+    path = tmp_path / "r.json"
+    made = Evidence(now=result.empty(machine), path=path, work=tmp_path, hang=60, resume=True, say=lambda text: None)
+    file = {"seconds": 1.0, "failed": 0, "skipped": 0, "failures": []}
+    done = {"file": "tests/gpu/test_nms.py", "passed": 9, "status": "done", **file}
+    made.add(tests=[done])
+
+    def run_tests(files: Any, journal: Path, *, store: Any, **options: Any) -> Any:
+        assert ROOT / done["file"] not in files
+        assert len(files) == len(gpu_tests.gpu_test_files()) - 1
+        parts = [[{"file": "tests/test_validate.py", "passed": n, "status": "not reached", **file}] for n in (1, 2)]
+        store(parts[0])
+        assert result.load(path)["tests"] == [done, *parts[0]]
+        return Ending("stopped"), parts[1]
+
+    monkeypatch.setattr(gpu_tests, "run_tests", run_tests)
+    assert made.tests(100) == Ending("stopped")
+    assert [(entry["file"], entry["passed"]) for entry in result.load(path)["tests"]] == [
+        ("tests/gpu/test_nms.py", 9),
+        ("tests/test_validate.py", 2),
+    ]
 
 
 def adding(*added: int) -> Contest:
