@@ -228,7 +228,7 @@ def steps(case: str) -> Callable[[], Contest]:
         launches = [
             kernels_blocks.Launch(step=step, tile=tile, programs=programs, num_warps=warps)
             for step in (256, 512, 1024)
-            for tile in (32, 64, 128)
+            for tile in (64, 128)
             for programs in (128, 256, 512)
             for warps in (4, 8, 16, 32)
             # IoUs of a thread, and words of bits in its registers.

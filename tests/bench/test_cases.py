@@ -309,8 +309,8 @@ def test_a_sweep_launches_the_steps_it_names(name: str) -> None:
         return kernels.strategy(1, 1000).keywords["launch"]  # type: ignore[attr-defined]
 
     with mock.patch.object(kernels, "padded_nms", launch):
-        call = contest.providers["triton[step=512,tile=32,programs=128,num_warps=8]"](given)
-        assert call() == kernels_blocks.Launch(step=512, tile=32, programs=128, num_warps=8)
+        call = contest.providers["triton[step=512,tile=128,programs=128,num_warps=16]"](given)
+        assert call() == kernels_blocks.Launch(step=512, tile=128, programs=128, num_warps=16)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

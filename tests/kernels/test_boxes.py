@@ -199,7 +199,7 @@ def test_kernels_clip(device, image_size):
         ("dx = tl.where(proper, wx *", "dx = tl.where(proper, wy * 2 *"),
         ("ww * tl.log(", "wh * tl.log(1e-3 + "),
         ("sizes_ptr + image * 2 + 1", "sizes_ptr + image * 2"),
-        ("y2 = tl.minimum(tl.maximum(y2, 0.0), limit_y)", "y2 = tl.maximum(y2, 0.0)"),
+        ("clipped(y2, limit_y)", "clipped(y2, limit_y + 1)"),
         ("g_x1 = tl.where((x - half_w >= 0) &", "g_x1 = tl.where("),
         ("(g_x2 - g_x1) * half_w / ww", "(g_x1 - g_x2) * half_w / ww"),
         ("bad | (free_h == 0)", "bad"),
@@ -256,6 +256,16 @@ def test_infinite_delta_of_a_flat_anchor_gives_a_zero_box(device, backend):
     anchors = torch.tensor([[10.0, 10.0, 10.0, 20.0]], device=device)
     boxes = decode_boxes(torch.tensor([[INF, 0.0, 0.0, 0.0]], device=device), anchors, backend=backend)
     assert boxes.tolist() == [[0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_coordinates_that_are_no_number_pass_the_clip(device, backend):
+    """Compiled, the smaller of two numbers is the one that is a number; Triton's interpreter cannot show that."""
+    anchors = torch.tensor([[-3e38, 0.0, 3e38, 10.0], [0.0, 0.0, 20.0, 10.0]], device=device)
+    deltas = torch.tensor([[INF, 0.0, 0.0, 0.0], [0.0] * 4], device=device)
+    boxes = decode_boxes(deltas, anchors, image_size=(64, 96), backend=backend)
+    assert boxes[0].isnan().tolist() == [True, False, False, False]
+    assert boxes[1].tolist() == [0, 0, 20, 10]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -401,9 +411,13 @@ def test_nothing_waits(device):
         (lambda t: decode_boxes(t[0], t[0], image_size=torch.zeros(1, 2)), "image_size: expected .* for a single box"),
         (lambda t: decode_boxes(t, t, image_size=[5, 6, 7]), r"image_size: expected \(height, width\) .* \[5, 6, 7\]"),
         (lambda t: decode_boxes(t, t, image_size=5), r"image_size: expected \(height, width\)"),
+        (lambda t: encode_boxes(t, t.to("meta")), "encode_boxes: anchors: expected device cpu, got meta"),
+        (lambda t: decode_boxes(t, t.to("meta")), "decode_boxes: anchors: expected device cpu, got meta"),
+        (lambda t: decode_boxes(t, t, image_size=torch.zeros(2, 2, device="meta")), "image_size: expected device cpu"),
     ],
-    ids=["boxes", "anchors", "deltas", "image_size", "sizes of one box", "three numbers", "one number"],
-)
+    ids=["boxes", "anchors", "deltas", "image_size", "sizes of one box", "three numbers", "one number",
+         "anchors of boxes elsewhere", "anchors of deltas elsewhere", "sizes elsewhere"],
+)  # fmt: skip
 def test_wrong_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(2, 4))

@@ -229,8 +229,8 @@ BROKEN_CANDIDATES = {
     "class": ("label * box_c", "label * 0"),
     "class of score": ("label * score_c", "label * 0"),
     "size": ("(x2 - x1 >= min_size)", "(x2 - x1 >= 0)"),
-    "clip": ("at = tl.where(at < 0.0, 0.0, at)", "at = at + 0.0"),
-    "NaN": ("return tl.where(at > limit, limit, at)", "return tl.where(at <= limit, at, limit)"),
+    "clip": ("clipped(x1, limit_x)", "tl.where(x1 > limit_x, limit_x, x1)"),
+    "NaN": ("clipped(y1, limit_y)", "tl.where(y1 >= 0.0, clipped(y1, limit_y), 0.0)"),
     "row": ("segment * P + slot, mask", "slot, mask"),
 }
 

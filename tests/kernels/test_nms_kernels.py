@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:Runtim
 interpreted = pytest.mark.skipif(not interpreter_enabled(), reason="counts through Triton's interpreter")
 
 # Several steps, chunks and splits in a hundred boxes.
-SMALL = Launch(step=64, tile=32, programs=4, num_warps=4)
+SMALL = Launch(step=64, tile=32, programs=4, num_warps=1)
 BYTES_A_BOX = 49
 Function = Callable[..., tuple[Tensor, Tensor]]
 

@@ -307,7 +307,7 @@ BROKEN_CANDIDATES = {
     "shift": ("+ of_level(level, shifts_x, NUM_LEVELS)", ""),
     "delta": ("deltas_ptr + next_delta * 2", "deltas_ptr + next_delta * 3"),
     "anchor": ("_offset(image, anchor * 4, y", "_offset(image, anchor, y"),
-    "clip": ("return tl.where(at > limit, limit, at)", "return at"),
+    "clip": ("clipped(x2, limit_x)", "tl.where(x2 < 0.0, 0.0, x2)"),
     "height and width": ("sizes_ptr + image * 2 + 1", "sizes_ptr + image * 2"),
     "side": ("(y2 - y1 >= min_size)", "(y2 - y1 >= 0)"),
     "score": ("& (score >= score_threshold)", ""),

@@ -121,6 +121,13 @@ def _limits(sizes_ptr, rows, mask, rows_per_image, height, width, HAS_SIZES: tl.
 
 
 @triton.jit
+def clipped(at, limit):
+    """A coordinate brought inside the image. NaN stays, which the smaller and larger of two numbers do not promise."""
+    at = tl.where(at < 0.0, 0.0, at)
+    return tl.where(at > limit, limit, at)
+
+
+@triton.jit
 def _decode_boxes_fwd_kernel(
     out_ptr,  # [count, 4]
     deltas_ptr,  # [count, 4]
@@ -157,10 +164,7 @@ def _decode_boxes_fwd_kernel(
     y2 = y + half_h
     if CLIP:
         limit_x, limit_y = _limits(sizes_ptr, rows, mask, rows_per_image, height, width, HAS_SIZES, DTYPE)
-        x1 = tl.minimum(tl.maximum(x1, 0.0), limit_x)
-        y1 = tl.minimum(tl.maximum(y1, 0.0), limit_y)
-        x2 = tl.minimum(tl.maximum(x2, 0.0), limit_x)
-        y2 = tl.minimum(tl.maximum(y2, 0.0), limit_y)
+        x1, y1, x2, y2 = clipped(x1, limit_x), clipped(y1, limit_y), clipped(x2, limit_x), clipped(y2, limit_y)
     x1 = tl.where(bad, 0.0, x1)
     y1 = tl.where(bad, 0.0, y1)
     x2 = tl.where(bad, 0.0, x2)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tmask_kernels._triton import of_level, on_device, plain, unspecialized
-from tmask_kernels.ops.boxes.kernels import decode_delta, load4, store4
+from tmask_kernels.ops.boxes.kernels import clipped, decode_delta, load4, store4
 from tmask_kernels.ops.boxes.kernels_select import PADDING, make_key, split_key
 
 BLOCK_KEYS = 512
@@ -44,13 +44,6 @@ def _offset(image, channel, y, x, strides, level, NUM_LEVELS: tl.constexpr):
 
 
 @triton.jit
-def _clipped(at, limit):
-    """A coordinate brought inside the image. NaN stays, which the smaller and larger of two numbers do not promise."""
-    at = tl.where(at < 0.0, 0.0, at)
-    return tl.where(at > limit, limit, at)
-
-
-@triton.jit
 def _store_candidates(
     boxes_ptr, scores_ptr, valid_ptr, sizes_ptr, image, rows, mask, x1, y1, x2, y2, score, good, min_size,
     BLOCK: tl.constexpr,
@@ -58,7 +51,7 @@ def _store_candidates(
     """Clip boxes to their image and write them; valid are those that are `good` and have no side under min_size."""
     limit_y = tl.load(sizes_ptr + image * 2).to(tl.float32)
     limit_x = tl.load(sizes_ptr + image * 2 + 1).to(tl.float32)
-    x1, y1, x2, y2 = _clipped(x1, limit_x), _clipped(y1, limit_y), _clipped(x2, limit_x), _clipped(y2, limit_y)
+    x1, y1, x2, y2 = clipped(x1, limit_x), clipped(y1, limit_y), clipped(x2, limit_x), clipped(y2, limit_y)
     good = good & (x2 - x1 >= min_size) & (y2 - y1 >= min_size)
     store4(boxes_ptr, rows, mask, x1, y1, x2, y2, BLOCK)
     tl.store(scores_ptr + rows, score, mask=mask)

@@ -35,9 +35,10 @@ def encode_boxes(
     A pair in which a side is not over 0, as in padding, gives zeros (torchvision: NaN or inf). float64 boxes give
     float64, though Triton takes the weights in float32. What is encoded is a target of training, so Triton has no
     backward and refuses inputs that need a gradient; the reference is differentiable.
-    Errors: ValueError for a last dimension other than 4. Source: R-CNN (2014), appendix C.
+    Errors: ValueError for a last dimension other than 4 or several devices. Source: R-CNN (2014), appendix C.
     """
     _check_last("encode_boxes", boxes=boxes, anchors=anchors)
+    check_device("encode_boxes", boxes.device, anchors=anchors)
     reasons = _coding_reasons(boxes, anchors)
     if torch.is_grad_enabled() and (boxes.requires_grad or anchors.requires_grad):
         reasons.append("encode_boxes has no Triton backward")
@@ -66,10 +67,11 @@ def decode_boxes(
     delta, or an infinite one times a side of 0, gives the box 0, 0, 0, 0. float64 deltas give float64, though Triton
     takes weights and scale_clamp in float32. Differentiable in the deltas (in the anchors too by the reference); a
     clipped coordinate or clamped scale has gradient 0.
-    Errors: ValueError for a last dimension other than 4, or an image_size that does not fit.
+    Errors: ValueError for a last dimension other than 4, an image_size that does not fit, or several devices.
     """
     _check_last("decode_boxes", deltas=deltas, anchors=anchors)
     size, sizes = _split_image_size(image_size, torch.broadcast_shapes(deltas.shape, anchors.shape))
+    check_device("decode_boxes", deltas.device, anchors=anchors, image_size=sizes)
     reasons = _coding_reasons(deltas, anchors)
     if torch.is_grad_enabled() and anchors.requires_grad:
         reasons.append("the Triton backward gives no gradient to anchors")

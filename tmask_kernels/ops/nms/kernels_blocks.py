@@ -30,12 +30,18 @@ class Launch:
 
     The last program holds the step's bits in registers, 64 a thread with these numbers. `programs` are those of a
     launch, about two for each SM of an H100; more where `segments` x `step` / `tile` are more.
+
+    A tile of 32 boxes takes one warp: of a larger one the states go through shared memory, so that all warps see the
+    same while other programs clear them, and agree on whether to enter a loop with barriers in it.
     """
 
     step: int = 1024
     tile: int = 64
     programs: int = 256
     num_warps: int = 16
+
+    def __post_init__(self) -> None:
+        assert self.tile >= 64 or self.num_warps == 1, self
 
 
 LAUNCH = Launch()
