@@ -48,6 +48,12 @@ def test_names_and_ids(chosen: str) -> None:
     assert mask_category_ids(chosen, [{"id": 90, "name": "brush"}, {"id": 5, "name": "plane"}]) == {90}
 
 
+@pytest.mark.parametrize(("chosen", "ids"), [("1,2", {2, 3}), ("0", {1}), ("10", {10}), ("9,10", {10})])
+def test_a_number_that_is_a_name_is_no_id(chosen: str, ids: set[int]) -> None:
+    """Digits, as of street numbers: of ten classes "1" is the second."""
+    assert mask_category_ids(chosen, [{"id": digit + 1, "name": str(digit)} for digit in range(10)]) == ids
+
+
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [

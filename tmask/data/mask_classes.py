@@ -25,8 +25,8 @@ def mask_category_ids(chosen: str, categories: Sequence[dict[str, Any]]) -> froz
     """The ids of the `categories` ({"id", "name"}) with masks.
 
     `chosen` is ``voc`` or ``non_voc``, for COCO's classes; ``random:COUNT:SEED``, as many drawn by that seed; or names
-    and ids of categories with commas between. Errors: ValueError for an unknown category, an impossible count, and
-    categories that are none of VOC's or all.
+    and ids of categories with commas between; a number is an id only where it is no category's name. Errors: ValueError
+    for an unknown category, an impossible count, and categories that are none of VOC's or all.
     """
     ids = [int(category["id"]) for category in categories]
     word, *numbers = chosen.split(":")
@@ -46,9 +46,10 @@ def mask_category_ids(chosen: str, categories: Sequence[dict[str, Any]]) -> froz
 
 
 def _ids_of(name: str, categories: Sequence[dict[str, Any]]) -> list[int]:
-    """The categories of a name (two may share it), or the one of an id."""
-    found = [int(category["id"]) for category in categories if name in (str(category["name"]), str(category["id"]))]
-    if not found:
-        known = [str(category["name"]) for category in categories]
-        raise ValueError(f"mask_classes: unknown category {name!r}: expected {nearest(name, known)}")
-    return found
+    """The categories of a name (two may share it), or else the one of an id."""
+    for key in ("name", "id"):
+        found = [int(category["id"]) for category in categories if str(category[key]) == name]
+        if found:
+            return found
+    known = [str(category["name"]) for category in categories]
+    raise ValueError(f"mask_classes: unknown category {name!r}: expected {nearest(name, known)}")
