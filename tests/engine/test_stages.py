@@ -61,8 +61,13 @@ def test_the_detector_stays_as_it_is_and_the_masks_learn(tmp_path: Path) -> None
     assert model.rpn.training, "as many proposals as in training"
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert len(saved["optimizer"]["state"]) == sum(1 for name in before if name.startswith(MASK_PARTS))
+    everything = dataclasses.replace(MASKS, only=None)
     with pytest.raises(CheckpointError, match="cannot resume, the run differs: only: masks -> None"):
-        run(model, tmp_path, dataclasses.replace(MASKS, only=None), resume=result.checkpoint)
+        run(build(mask_fusion_layers=1), tmp_path, everything, resume=result.checkpoint)
+    for frozen in (model, result.model):
+        with pytest.raises(ValueError, match=r"^only: expected 'masks', as the detector .* is frozen, got None$"):
+            run(frozen, tmp_path / "new", everything)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("settings", [{}, C4, {"keypoints": KEYPOINT_HEAD}], ids=["fpn", "c4", "keypoints"])

@@ -71,8 +71,11 @@ def train(
 
     Errors: Interrupted (a KeyboardInterrupt) after such a signal; NonFiniteLossError at the next log point after a loss
     is NaN or infinite; CheckpointError if `resume` cannot be used or belongs to other settings, or a checkpoint cannot
-    be written; ValueError for an empty loader, a precision the device lacks, or ``tensorboard`` without the package.
+    be written; ValueError for an empty loader, a precision the device lacks, ``tensorboard`` without the package, or a
+    model whose detector is frozen without ``only``.
     """
+    if config.only is None and getattr(model, "detector_frozen", False):
+        raise ValueError("only: expected 'masks', as the detector of the model is frozen, got None")
     device, out_dir = torch.device(device), Path(out_dir)
     autocast(device, config.precision)  # refuses an impossible precision before any work
     check_tensorboard(config)
