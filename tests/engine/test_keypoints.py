@@ -250,9 +250,9 @@ def test_pictures_of_a_run_show_both_skeletons(
     assert seen == [((4, 3), (4, 3), SMALL_HEAD["edges"])]
 
 
-def flipped(corners: tuple[Path, Path], hflip: float = 1.0, **settings: Any) -> torch.Tensor:
+def flipped(corners: tuple[Path, Path], hflip: float = 1.0, vflip: float = 0.0, **settings: Any) -> torch.Tensor:
     """Keypoints of the first image as training sees them."""
-    data = DataConfig(train_images=str(corners[0]), train_annotations=str(corners[1]), hflip=hflip)
+    data = DataConfig(train_images=str(corners[0]), train_annotations=str(corners[1]), hflip=hflip, vflip=vflip)
     dataset = open_dataset(data, "train")
     augment(dataset, data, ModelConfig(keypoints=KeypointConfig(**{"names": KEYPOINTS, **settings})))
     return dataset[0][1]["keypoints"]
@@ -294,3 +294,10 @@ def test_flips_that_swap_nothing_are_told(
 def test_no_keypoints_of_the_model_need_no_pairs(corners: tuple[Path, Path], recwarn: pytest.WarningsRecorder) -> None:
     augment(CocoDataset(*corners), DataConfig(), ModelConfig())
     assert not [item for item in recwarn if "hflip" in str(item.message)]
+
+
+def test_up_down_flips_are_refused(corners: tuple[Path, Path]) -> None:
+    """They would turn left into right too, and top into bottom."""
+    with pytest.raises(ValueError, match=r"^data.vflip: expected 0 with model.keypoints, got 0.5$"):
+        flipped(corners, vflip=0.5)
+    augment(CocoDataset(*corners), DataConfig(vflip=0.5), ModelConfig())

@@ -75,7 +75,7 @@ def train_command(argv: list[str]) -> int:
     if args.resume is None and not args.overwrite and (out / CHECKPOINT_NAME).exists():
         raise UsageError(f"--out {out} holds a checkpoint; go on with --resume {out / CHECKPOINT_NAME} or --overwrite")
     settings = args.model.as_dict()
-    if settings["keypoints"] and data.vflip > 0:  # which would turn left into right too, and top into bottom
+    if settings["keypoints"] and data.vflip > 0:  # as `augment` says, but before the data are read
         raise UsageError(f"--data.vflip: expected 0 with --model.keypoints, got {data.vflip}")
     train_set, val_set = open_dataset(data, "train"), open_dataset(data, "val")
     if settings["num_classes"] is None:

@@ -58,12 +58,15 @@ def open_dataset(data: DataConfig, split: str) -> Any:
 def augment(train_set: Any, data: DataConfig, model: ModelConfig) -> None:
     """Let `train_set` give its images with the random transforms of `data`; a flip swaps the keypoints of `model`.
 
-    Warns of flips that swap none, by names of more than one keypoint that show no left and right.
+    Warns of flips that swap none, by names of more than one keypoint that show no left and right. Errors: ValueError
+    for up-down flips of keypoints.
     """
     from tmask.data.transforms import train_transforms
 
     order: tuple[int, ...] = ()
     if model.keypoints is not None:
+        if data.vflip > 0:  # which would turn left into right too, and top into bottom
+            raise ValueError(f"data.vflip: expected 0 with model.keypoints, got {data.vflip}")
         skeleton = model.keypoints.skeleton
         order = skeleton.flip_order
         if data.hflip and model.keypoints.flip_pairs is None and not skeleton.flip_pairs and len(order) > 1:
