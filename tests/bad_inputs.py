@@ -661,6 +661,12 @@ SETTINGS = [
         code=2,
     ),
     Case(
+        "sample too small for a positive",
+        "train --model.box_batch_size 3",
+        "--model.box_batch_size: expected at least 1 / box_positive_fraction (0.25), else no sample is positive, got 3",
+        code=2,
+    ),
+    Case(
         "backbone weights that do not exist",
         "train --model.backbone_weights nowhere.pth",
         "backbone_weights: expected a state-dict file, got 'nowhere.pth', which does not exist",

@@ -255,6 +255,16 @@ def test_the_two_conventions_differ_and_are_named() -> None:
         (ModelConfig, {"box_score_threshold": 1.5}, "box_score_threshold: expected in 0..1, got 1.5"),
         (ModelConfig, {"rpn_bg_iou": 0.8}, "rpn_bg_iou: expected at most rpn_fg_iou (0.7), got 0.8"),
         (ModelConfig, {"box_positive_fraction": 0}, "box_positive_fraction: expected in (0, 1], got 0"),
+        (
+            ModelConfig,
+            {"box_batch_size": 3},
+            "box_batch_size: expected at least 1 / box_positive_fraction (0.25), else no sample is positive, got 3",
+        ),
+        (
+            ModelConfig,
+            {"rpn_batch_size": 9, "rpn_positive_fraction": 0.1},
+            "rpn_batch_size: expected at least 1 / rpn_positive_fraction (0.1), else no sample is positive, got 9",
+        ),
         (ModelConfig, {"rpn_min_size": -1.0}, "rpn_min_size: expected at least 0, got -1.0"),
         (ModelConfig, {"loss_mask": math.nan}, "loss_mask: expected a finite number, got nan"),
         (ModelConfig, {"mask_head_layers": -1}, "mask_head_layers: expected at least 0, got -1"),
@@ -287,6 +297,10 @@ def test_wrong_values_name_field_expected_and_got(cls: type, values: dict[str, o
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is compared whole
         from_dict(cls, values)
     assert message in str(error.value)
+
+
+def test_one_positive_in_a_sample_is_enough() -> None:
+    ModelConfig(box_batch_size=4, rpn_batch_size=10, rpn_positive_fraction=0.1)
 
 
 def test_overrides_take_lists_and_name_what_is_wrong() -> None:
