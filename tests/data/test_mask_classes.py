@@ -1,6 +1,7 @@
 """Classes with masks and classes of boxes alone: the splits, and what a data set shows of each."""
 
 import contextlib
+import dataclasses
 
 import pytest
 
@@ -88,12 +89,17 @@ def test_a_split_leaves_out_the_masks_of_the_others(write, content) -> None:
     assert target["masks"][1:].equal(everything["masks"][1:])
     for name in ("boxes", "labels", "iscrowd"):
         assert target[name].equal(everything[name])
-    assert (whole.num_masks, part.num_masks) == (2, 1), "one is of a crowd"
+    assert (whole.mask_counts, part.mask_counts) == ({90: 1, 5: 1}, {5: 1}), "one is of a crowd"
     assert all("segmentation" in item for item in part.coco.dataset["annotations"]), "what is evaluated keeps them"
 
 
-@pytest.mark.parametrize("fault", ["without", "empty", "crowd", "outside"])
-def test_classes_without_a_mask_are_refused(write, content, fault: str) -> None:
+# Run lengths of no pixel, as numbers and compressed.
+NO_PIXEL = {"runs": [200], "empty run": [200, 0], "compressed": "X6"}
+
+
+@pytest.mark.parametrize("chosen", ["plane", "brush,5"], ids=["alone", "beside one with masks"])
+@pytest.mark.parametrize("fault", ["without", "empty", "crowd", "outside", *NO_PIXEL])
+def test_classes_without_a_mask_are_refused(write, content, fault: str, chosen: str) -> None:
     """They would train a mask head that learns nothing, and without a word."""
     for item in content["annotations"]:
         item["segmentation"] = [[1, 1, 9, 1, 9, 9]]
@@ -104,8 +110,8 @@ def test_classes_without_a_mask_are_refused(write, content, fault: str) -> None:
         for split in ("train", "val")
         for kind, p in [("images", folder), ("annotations", file)]
     }
-    data = DataConfig(**paths, mask_classes="plane")
-    assert open_dataset(data, "train").num_masks == 1
+    data = DataConfig(**paths, mask_classes=chosen)
+    assert open_dataset(data, "train").mask_counts[5] == 1
     for item in planes:
         if fault == "without":
             del item["segmentation"]
@@ -113,10 +119,29 @@ def test_classes_without_a_mask_are_refused(write, content, fault: str) -> None:
             item["segmentation"] = []
         elif fault == "crowd":
             item["iscrowd"] = 1
+        elif fault in NO_PIXEL:
+            item["segmentation"] = {"size": [10, 20], "counts": NO_PIXEL[fault]}
         else:
             item["bbox"] = [500, 500, 5, 5]
     write(content)
     with pytest.warns() if fault in ("empty", "outside") else contextlib.nullcontext():
-        with pytest.raises(ValueError, match=r": expected a mask of mask_classes 'plane' to train on, got none"):
+        expected = rf": expected masks of each of mask_classes '{chosen}' to train on, got none of plane \(id 5\)$"
+        with pytest.raises(ValueError, match=expected):
             open_dataset(data, "train")
         open_dataset(data, "val")  # masks of all classes are evaluated
+
+
+def test_of_a_split_one_class_with_masks_is_enough(write, content) -> None:
+    """A part of COCO need not have masks of every class."""
+    content["categories"] += [{"id": 91, "name": "person"}, {"id": 92, "name": "dog"}]
+    content["annotations"][0]["category_id"] = 91
+    folder, file = write(content)
+    data = DataConfig(train_images=str(folder), train_annotations=str(file))
+    for split in ("voc", "random:4:0"):
+        assert open_dataset(dataclasses.replace(data, mask_classes=split), "train").mask_counts == {91: 1}
+    expected = r": expected a mask of mask_classes 'non_voc' to train on, got none$"
+    with pytest.raises(ValueError, match=expected):
+        open_dataset(dataclasses.replace(data, mask_classes="non_voc"), "train")
+    expected = r"each of mask_classes 'dog,person,90' to train on, got none of brush \(id 90\), dog \(id 92\)$"
+    with pytest.raises(ValueError, match=expected):
+        open_dataset(dataclasses.replace(data, mask_classes="dog,person,90"), "train")

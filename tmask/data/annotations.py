@@ -102,6 +102,17 @@ def is_outlined(segmentation: Any) -> bool:
     return segmentation is not None and not outlines_nothing(segmentation)
 
 
+def covers_pixels(segmentation: Any) -> bool:
+    """Whether there is a mask in it and, of run lengths, one that has a pixel. Polygons are not drawn: that is slow."""
+    if not isinstance(segmentation, dict):
+        return is_outlined(segmentation)
+    if isinstance(segmentation["counts"], list):
+        return sum(segmentation["counts"][1::2]) > 0
+    from pycocotools import mask as coco_mask
+
+    return bool(coco_mask.area(segmentation) > 0)
+
+
 def run_length(segmentation: Any, size: tuple[int, int]) -> dict[str, Any] | None:
     """COCO's compressed run lengths of any of its mask forms, for an image of `size` (H, W); None for no mask.
 

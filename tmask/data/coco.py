@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,15 @@ from torch.utils.data import Dataset
 
 from tmask.data.annotations import (
     compressed,
+    covers_pixels,
     fill_annotations,
-    is_outlined,
     keypoints_of,
     naming,
     outlines_nothing,
     read_coco,
 )
 from tmask.data.images import read_image
-from tmask.data.mask_classes import mask_category_ids
+from tmask.data.mask_classes import is_split, mask_category_ids
 from tmask.model.transform import mask_chunks, num_words
 from tmask_kernels import pack_masks
 
@@ -115,12 +116,15 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         return sum(not item["iscrowd"] for items in self._annotations for item in items)
 
     @property
-    def num_masks(self) -> int:
-        """Number of them whose mask is used."""
-        return sum(
-            not item["iscrowd"] and item["category_id"] not in self.boxes_only and is_outlined(item.get("segmentation"))
+    def mask_counts(self) -> dict[int, int]:
+        """Number of them whose mask is used, of each category id that has any."""
+        return Counter(
+            item["category_id"]
             for items in self._annotations
             for item in items
+            if not item["iscrowd"]
+            and item["category_id"] not in self.boxes_only
+            and covers_pixels(item.get("segmentation"))
         )
 
     def __len__(self) -> int:
@@ -245,6 +249,19 @@ def check_instances(dataset: CocoDataset, *, train: bool) -> None:
     if train:
         raise ValueError(f"{dataset.annotation_file}: annotations: expected at least one to train on, got {got}")
     warnings.warn(f"{dataset.annotation_file}: no annotation to evaluate with: no average precision", stacklevel=2)
+
+
+def check_masks(dataset: CocoDataset, mask_classes: str) -> None:
+    """Raise ValueError if a class of the list `mask_classes` has no mask to train on, or of a split none has."""
+    counts = dataset.mask_counts
+    without = [item for item in dataset.categories if item["id"] not in dataset.boxes_only | counts.keys()]
+    file, to_train = dataset.annotation_file, f"of mask_classes {mask_classes!r} to train on"
+    if is_split(mask_classes):  # of a part of COCO
+        if not counts:
+            raise ValueError(f"{file}: expected a mask {to_train}, got none")
+    elif without:
+        names = ", ".join(f"{item['name']} (id {item['id']})" for item in without)
+        raise ValueError(f"{file}: expected masks of each {to_train}, got none of {names}")
 
 
 def check_keypoint_names(dataset: CocoDataset, names: Sequence[str], *, train: bool) -> None:

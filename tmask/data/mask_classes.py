@@ -7,6 +7,7 @@ PASCAL VOC has too, the other 60, and random ones.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,6 @@ def mask_category_ids(chosen: str, categories: Sequence[dict[str, Any]]) -> froz
     for an unknown category, an impossible count, and categories that are none of VOC's or all.
     """
     ids = [int(category["id"]) for category in categories]
-    word, *numbers = chosen.split(":")
     if chosen in ("voc", "non_voc"):
         voc = frozenset(int(category["id"]) for category in categories if category["name"] in VOC)
         if not 0 < len(voc) < len(ids):
@@ -37,12 +37,17 @@ def mask_category_ids(chosen: str, categories: Sequence[dict[str, Any]]) -> froz
             expected = f"categories of COCO for {chosen!r}, some but not all of them VOC's"
             raise ValueError(f"mask_classes: expected {expected}, got {got}")
         return voc if chosen == "voc" else frozenset(ids) - voc
-    if word == "random" and len(numbers) == 2 and all(number.isdecimal() for number in numbers):
-        count, seed = map(int, numbers)
+    if is_split(chosen):
+        count, seed = map(int, chosen.split(":")[1:])
         if not 1 <= count <= len(ids):
             raise ValueError(f"mask_classes: expected a count in 1..{len(ids)}, got {chosen!r}")
         return frozenset(random.Random(seed).sample(sorted(ids), count))
     return frozenset(number for name in chosen.split(",") for number in _ids_of(name.strip(), categories))
+
+
+def is_split(chosen: str) -> bool:
+    """Whether `chosen` is the name of a split, and no list of categories."""
+    return re.fullmatch(r"voc|non_voc|random:\d+:\d+", chosen) is not None
 
 
 def _ids_of(name: str, categories: Sequence[dict[str, Any]]) -> list[int]:

@@ -39,10 +39,10 @@ OVERVIEW_NAME, OVERVIEW_PICTURES = "overview.png", 4
 def open_dataset(data: DataConfig, split: str) -> Any:
     """The CocoDataset of split ``"train"`` or ``"val"``; None if `data` names none.
 
-    Errors: those of CocoDataset, and ValueError if there is nothing to train on, or no mask of the classes that are
-    chosen for their masks.
+    Errors: those of CocoDataset, and ValueError if there is nothing to train on, or if of the classes chosen for their
+    masks one that is listed, or all of a split, have none.
     """
-    from tmask.data.coco import CocoDataset, check_instances
+    from tmask.data.coco import CocoDataset, check_instances, check_masks
 
     images, annotations = getattr(data, f"{split}_images"), getattr(data, f"{split}_annotations")
     if images is None:
@@ -50,8 +50,8 @@ def open_dataset(data: DataConfig, split: str) -> Any:
     mask_classes = data.mask_classes if split == "train" else None  # masks of all classes are evaluated
     dataset = CocoDataset(images, annotations, packed_masks=True, mask_classes=mask_classes)
     check_instances(dataset, train=split == "train")
-    if mask_classes is not None and not dataset.num_masks:
-        raise ValueError(f"{annotations}: expected a mask of mask_classes {mask_classes!r} to train on, got none")
+    if mask_classes is not None:
+        check_masks(dataset, mask_classes)
     return dataset
 
 
