@@ -39,6 +39,8 @@ THEIRS = {
     "ciou": torchvision.ops.complete_box_iou_loss,
 }
 FOCAL = Focal(alpha=0.25, gamma=2.0, prior=0.01)
+# Alpha and gamma: the op's defaults, others, and those that leave cross-entropy.
+PARAMETERS = [(0.25, 2.0), (0.7, 0.5), (-1.0, 0.0)]
 
 
 def build(**chosen: Any) -> tmask.MaskRCNN:
@@ -118,17 +120,19 @@ def rpn_inputs() -> dict[str, Tensor]:
     }
 
 
-def test_focal_objectness_is_of_all_anchors_over_the_positives() -> None:
+@pytest.mark.parametrize(("alpha", "gamma"), PARAMETERS)
+def test_focal_objectness_is_of_all_anchors_over_the_positives(alpha: float, gamma: float) -> None:
     x = rpn_inputs()
     x["objectness"].data[0, 1] = torch.inf  # ignored
-    loss, box = rpn_losses(**x, focal=FOCAL, box_loss="smooth_l1")
+    loss, box = rpn_losses(**x, focal=Focal(alpha=alpha, gamma=gamma, prior=0.01), box_loss="smooth_l1")
     used = x["valid"].nonzero(as_tuple=True)
-    expected = torchvision.ops.sigmoid_focal_loss(x["objectness"][used], x["positive"][used].float(), reduction="sum")
+    logits, positive = x["objectness"][used], x["positive"][used].float()
+    expected = torchvision.ops.sigmoid_focal_loss(logits, positive, alpha, gamma, "sum")
     assert_close(loss, expected.double() / 8)
     (gradient,), (want,) = (torch.autograd.grad(value, x["objectness"]) for value in (loss, expected / 8))
     assert_close(gradient, want.double())
     plain, plain_box = rpn_losses(**x, focal=None, box_loss="smooth_l1")
-    entropy = F.binary_cross_entropy_with_logits(x["objectness"][used], x["positive"][used].float())
+    entropy = F.binary_cross_entropy_with_logits(logits, positive)
     assert_close(plain, entropy.double())
     assert_close(box * 8, plain_box.double() * 32)
 
@@ -181,11 +185,12 @@ def head_inputs(columns: int = 4) -> dict[str, Tensor]:
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
 
-def test_sigmoid_focal_has_no_background_and_divides_by_positives() -> None:
-    x = head_inputs(columns=3)
-    loss, _ = box_losses(**x, class_loss="sigmoid_focal", focal=FOCAL, box_loss="smooth_l1", weights=WEIGHTS)
+@pytest.mark.parametrize(("alpha", "gamma"), PARAMETERS)
+def test_sigmoid_focal_has_no_background_and_divides_by_positives(alpha: float, gamma: float) -> None:
+    x, focal = head_inputs(columns=3), Focal(alpha=alpha, gamma=gamma, prior=0.01)
+    loss, _ = box_losses(**x, class_loss="sigmoid_focal", focal=focal, box_loss="smooth_l1", weights=WEIGHTS)
     hot = torch.tensor([[1, 0, 0], [0, 0, 1], [0, 0, 0], [0, 0, 0], [0, 1, 0.0]])
-    expected = torchvision.ops.sigmoid_focal_loss(x["class_logits"][0, :5], hot, reduction="sum") / 3
+    expected = torchvision.ops.sigmoid_focal_loss(x["class_logits"][0, :5], hot, alpha, gamma, "sum") / 3
     assert_close(loss, expected.double())
     assert not torch.autograd.grad(loss, x["class_logits"])[0][0, 5].any()
 
@@ -233,6 +238,45 @@ def test_no_positives_give_finite_losses_with_a_graph() -> None:
         leaves = [x["objectness"], x["deltas"], y["class_logits"], y["deltas"]]
         for gradient in torch.autograd.grad(sum(found), leaves):
             assert gradient.isfinite().all()
+
+
+# From the config
+
+
+@pytest.mark.parametrize(("alpha", "gamma"), PARAMETERS[1:])
+def test_alpha_and_gamma_of_the_config_reach_both_sigmoid_losses(
+    alpha: float, gamma: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alpha -1 and gamma 0 leave binary cross-entropy over the number of positives."""
+    model = build(rpn_objectness="focal", classifier="sigmoid_focal", focal_alpha=alpha, focal_gamma=gamma)
+    seen: dict[str, tuple[Tensor, ...]] = {}
+
+    def watch_rpn(*args: Any, **kwargs: Any) -> Any:
+        logits, _, _, _, positive, valid = args
+        seen["loss_objectness"] = logits[valid], positive[valid].float(), positive.sum()
+        return rpn_losses(*args, **kwargs)
+
+    def watch_box(*args: Any, **kwargs: Any) -> Any:
+        logits, _, labels, _, _, positive, valid = args
+        seen["loss_classifier"] = logits[valid], F.one_hot(labels, 4)[valid][:, 1:].float(), positive.sum()
+        return box_losses(*args, **kwargs)
+
+    monkeypatch.setattr("tmask.model.rpn.rpn_losses", watch_rpn)
+    monkeypatch.setattr(roi_heads, "box_losses", watch_box)
+    found = training_losses(model)
+    for name in ("loss_objectness", "loss_classifier"):
+        logits, targets, positives = seen[name]
+        entropy = F.binary_cross_entropy_with_logits(logits.double(), targets.double(), reduction="none")
+        weight = 1.0 if alpha < 0 else torch.where(targets > 0, alpha, 1 - alpha)
+        assert positives > 0
+        expected = (weight * (1 - (-entropy).exp()) ** gamma * entropy).sum() / positives
+        assert_close(found[name], expected, name=name)
+
+
+def test_a_softmax_focal_loss_of_gamma_0_is_cross_entropy() -> None:
+    plain, same = training_losses(build()), training_losses(build(classifier="softmax_focal", focal_gamma=0.0))
+    for name in plain:
+        assert_close(same[name], plain[name].double(), name=name)
 
 
 # Prior and inference
