@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +23,14 @@ SMALL = {
     "max_detections": 10,
     "box_score_threshold": 0.0,
 }
+ONE_LEVEL = ((8.0, 16.0, 32.0, 64.0),)
+# As the presets r50_c4 and tiny_c5, smaller. Batch statistics of conv5's RoIs are refused, see test_config.py.
+NECKS: dict[str, dict[str, Any]] = {
+    "fpn": {},
+    "c4": {"neck": "c4", "norm": "gn", "anchor_sizes": ONE_LEVEL, "mask_pool_size": 7, "mask_head_layers": 0,
+           "mask_head_channels": 32},
+    "c5": {"neck": "c5", "anchor_sizes": ONE_LEVEL},
+}  # fmt: skip
 KEYPOINTS = {"names": ("nose", "left_ear", "right_ear"), "head_channels": 16, "head_layers": 1}
 SPOTS = ((0.25, 2.0), (0.5, 1.0), (0.75, 0.0))  # part of the way through the box, visibility
 

@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor
 
 import tmask
-from tests.model.conftest import SMALL, images_and_targets
+from tests.model.conftest import NECKS, SMALL, images_and_targets
 from tests.model.sync import count_blocking
 from tmask.model import losses, roi_heads
 from tmask.model.losses import FAR_NEGATIVE, Focal, box_losses, class_probabilities, rpn_losses
@@ -43,9 +43,9 @@ FOCAL = Focal(alpha=0.25, gamma=2.0, prior=0.01)
 PARAMETERS = [(0.25, 2.0), (0.7, 0.5), (-1.0, 0.0)]
 
 
-def build(**chosen: Any) -> tmask.MaskRCNN:
+def build(neck: str = "fpn", **chosen: Any) -> tmask.MaskRCNN:
     torch.manual_seed(0)
-    return tmask.build_model("tiny", num_classes=4, losses=chosen, **SMALL)
+    return tmask.build_model("tiny", num_classes=4, losses=chosen, **SMALL | NECKS[neck])
 
 
 def training_losses(model: tmask.MaskRCNN) -> dict[str, Tensor]:
@@ -282,19 +282,24 @@ def test_a_softmax_focal_loss_of_gamma_0_is_cross_entropy() -> None:
 # Prior and inference
 
 
-def test_the_prior_is_where_a_sigmoid_classifier_begins() -> None:
-    model = build(rpn_objectness="focal", classifier="sigmoid_focal", focal_prior=0.02)
-    assert_close(model.rpn.head.objectness.bias.sigmoid(), torch.full((3,), 0.02, dtype=torch.float64))
-    assert_close(model.roi_heads.box_head.classifier.bias.sigmoid(), torch.full((3,), 0.02, dtype=torch.float64))
-    for other in (build(), build(classifier="softmax_focal")):
+@pytest.mark.parametrize("neck", ["fpn", "c4"])  # which have a box head each
+def test_the_prior_is_where_a_sigmoid_classifier_begins(neck: str) -> None:
+    model = build(neck, rpn_objectness="focal", classifier="sigmoid_focal", focal_prior=0.02)
+    objectness, classifier = model.rpn.head.objectness.bias, model.roi_heads.box_head.classifier.bias
+    assert_close(objectness.sigmoid(), torch.full_like(objectness, 0.02, dtype=torch.float64))
+    assert_close(classifier.sigmoid(), torch.full((3,), 0.02, dtype=torch.float64))
+    for other in (build(neck), build(neck, classifier="softmax_focal")):
         assert not other.rpn.head.objectness.bias.any()
         assert not other.roi_heads.box_head.classifier.bias.any()
         assert len(other.roi_heads.box_head.classifier.bias) == 4
 
 
+@pytest.mark.parametrize("neck", ["fpn", "c4"])
 @pytest.mark.parametrize("classifier", ["softmax", "softmax_focal", "sigmoid_focal"])
-def test_scores_are_of_the_activation_that_was_trained(classifier: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(**({} if classifier == "softmax" else {"classifier": classifier})).eval()
+def test_scores_are_of_the_activation_that_was_trained(
+    classifier: str, neck: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(neck, **({} if classifier == "softmax" else {"classifier": classifier})).eval()
     seen: dict[str, Tensor] = {}
     model.roi_heads.box_head.classifier.register_forward_hook(lambda layer, x, out: seen.update(logits=out))
     real = roi_heads.detections

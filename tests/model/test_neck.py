@@ -10,7 +10,7 @@ import torchvision
 from torchvision.models import resnet
 
 import tmask
-from tests.model.conftest import SMALL, images_and_targets
+from tests.model.conftest import NECKS, SMALL, images_and_targets
 from tests.model.sync import count_blocking
 from tmask.model.box_head import MeanBoxHead
 from tmask.model.fpn import FPN
@@ -18,15 +18,6 @@ from tmask.model.single_level import SingleLevel
 from tmask.structures import Detections, ImageBatch
 from tmask_kernels import roi_align, use_backend
 from tmask_kernels.testing import random_boxes
-
-ONE_LEVEL = ((8.0, 16.0, 32.0, 64.0),)
-# As the presets r50_c4 and tiny_c5, smaller. Batch statistics of conv5's RoIs are refused, see test_config.py.
-NECKS: dict[str, dict[str, Any]] = {
-    "fpn": {},
-    "c4": {"neck": "c4", "norm": "gn", "anchor_sizes": ONE_LEVEL, "mask_pool_size": 7, "mask_head_layers": 0,
-           "mask_head_channels": 32},
-    "c5": {"neck": "c5", "anchor_sizes": ONE_LEVEL},
-}  # fmt: skip
 
 
 def model_of(neck: str, **settings: Any) -> tmask.MaskRCNN:
