@@ -114,6 +114,27 @@ def test_decoding_an_encoded_point_is_off_by_half_a_cell_at_most() -> None:
     assert ((decoded - xy).abs() * SIDE / sides).max() <= 0.5 + 1e-3
 
 
+def test_in_any_box_an_encoded_point_comes_back_to_half_a_cell_and_half_a_pixel() -> None:
+    """Sides from 28 pixels on: in smaller boxes a lone cell may lie between two pixels. At the border the surface rises
+    towards the edge, and the point may come back anywhere in its cell: it is off by less than one.
+    """
+    corner = 40 * torch.rand(1, 24, 2) - 20
+    boxes = torch.cat([corner, corner + 28 + 272 * torch.rand(1, 24, 2)], dim=2)
+    low, high = boxes[:, :, None].split(2, dim=3)  # [1, 24, 1, 2]
+    part = (1.1 * torch.rand(1, 24, 12, 2) - 0.05).clamp(0, 1)  # some on the edges
+    xy = torch.lerp(low, high, part)
+    cells, valid = encode_keypoints(torch.cat([xy, torch.ones(1, 24, 12, 1)], dim=-1), boxes, SIDE)
+    assert valid.all()
+    maps = F.one_hot(cells, SIDE * SIDE).float().unflatten(-1, (SIDE, SIDE))
+    decoded, _ = decode_keypoints(maps, boxes)
+    error, cell, pixel = (decoded - xy).abs(), (high - low) / SIDE, (high - low) / (high - low).ceil()
+    border = (part < 1 / SIDE) | (part > 1 - 1 / SIDE)
+    ratio = error / torch.where(border, cell, (cell + pixel) / 2)
+    assert ratio.max() <= 1 + 1e-3
+    assert ratio[~border].max() > 0.9  # the bound is no looser than it need be
+    assert 20 < border.sum() < border.numel() / 4
+
+
 class Fixed:
     """Stands for extractor and head: the heat maps are given, what was asked for is kept."""
 
