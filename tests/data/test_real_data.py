@@ -1,12 +1,16 @@
 """Loading of real annotations; needs the folder that TMASK_DATA names."""
 
+import json
+
 import pytest
 import torch
 
 from tmask.data.coco import CocoDataset
 from tmask.data.loader import make_loader
 from tmask.data.transforms import train_transforms
+from tmask.engine.evaluate import coco_metrics, coco_results
 from tmask.model.transform import ImageTransform
+from tmask.skeleton import PERSON
 from tmask_kernels import pack_masks, unpack_masks
 
 SETS = [
@@ -82,3 +86,35 @@ def test_batches_of_real_images(real_data, name, side):
             assert not inside[k, :, h:].any()
             assert not inside[k, :, :, w:].any()
     assert sorted(shown) == sorted(record["id"] for record in dataset.images)
+
+
+@pytest.mark.parametrize(("split", "images", "persons", "known"), [("train", 13, 66, 33), ("val", 3, 16, 6)])
+def test_keypoints_of_persons(real_data, split, images, persons, known):
+    """Loaded as they stand in the file; and as results of their own they are all found."""
+    path = real_data / "coco-mini" / f"person_keypoints_{split}.json"
+    annotations = json.loads(path.read_text())["annotations"]
+    dataset = CocoDataset(real_data / "coco-mini" / "images", path)
+    assert (len(dataset), len(dataset.coco.anns), dataset.num_classes) == (images, persons, 2)
+    assert len({item["image_id"] for item in annotations}) == images
+    assert (dataset.keypoint_names, set(dataset.keypoint_edges)) == (PERSON.names, set(PERSON.edges))
+    results, mirrored = [], []
+    for i in range(images):
+        _, target = dataset[i]
+        own = [item for item in annotations if item["image_id"] == target["image_id"]]
+        stored = torch.tensor([item["keypoints"] for item in own]).view(-1, 17, 3)
+        assert torch.equal(target["keypoints"], stored + torch.tensor([0.5, 0.5, 0]))
+        rows = target["keypoints"][..., 2].any(1)  # a person without keypoints is nothing to find
+        assert rows.tolist() == [item["num_keypoints"] > 0 for item in own]
+        result = {name: target[name][rows] for name in ("boxes", "labels", "keypoints")}
+        result |= {"scores": torch.ones(len(result["labels"])), "keypoints_scores": result["keypoints"][..., 2]}
+        result["masks"] = [{"size": target["masks"].shape[1:], "counts": ""}] * len(result["labels"])
+        results += coco_results(target["image_id"], result, dataset.category_ids)
+        result["keypoints"] = result["keypoints"][:, list(PERSON.flip_order)]
+        mirrored += coco_results(target["image_id"], result, dataset.category_ids)
+    assert len(results) == known
+    metrics, wrong = (
+        coco_metrics(dataset.coco.dataset, found, kinds=["keypoints"], keypoint_sigmas=PERSON.sigmas)
+        for found in (results, mirrored)
+    )
+    assert [metrics[f"keypoints/{name}"] for name in ("AP", "AP50", "AR")] == pytest.approx([1, 1, 1])
+    assert wrong["keypoints/AP"] < 0.5  # left is not right
