@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from bench.ablate.plan import SETTINGS, Plan, Run
-from bench.ablate.table import Setting, Variant
+from bench.ablate.table import Setting, Table, Variant
 from bench.machine import checkout
 from tmask.data.mask_classes import mask_category_ids
 from tmask.engine.log import read_log
@@ -43,16 +43,15 @@ def result(plan: Plan) -> dict[str, Any]:
         "table": plan.name,
         "setting": "small" if plan.coco is None else "full",
         "seeds": plan.seeds,
-        "settings": _shared(plan),
+        "settings": shared(plan.table, plan.setting),
         "runs": [run_result(run, plan) for run in plan.runs()],
     }
 
 
-def _shared(plan: Plan) -> dict[str, Any]:
+def shared(table: Table, setting: Setting) -> dict[str, Any]:
     """What the runs have in common and in what they differ, as the file of the table has it."""
-    setting = plan.setting
     shapes = vars(setting.shapes) if setting.shapes else None
-    variants = {name: _changed(variant) for name, variant in plan.table.variants.items()}
+    variants = {name: _changed(variant) for name, variant in table.variants.items()}
     return {"preset": setting.preset, "shapes": shapes, "changed": _changed(setting), "variants": variants}
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from bench.ablate import table as tables
 from bench.ablate.chart import draw
-from bench.ablate.outcome import VERSION
+from bench.ablate.outcome import VERSION, shared
 from bench.ablate.report import RESULT, markdown
 from bench.ablate.verdict import RULE
 from bench.rows import ROOT
@@ -62,13 +62,13 @@ def _stem(name: str, setting: str) -> str:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A result that its table can show. Errors: ValueError."""
+    """A result of its table as it is now. Errors: ValueError for one of another version or other settings."""
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if found.get("version") != VERSION or found["table"] not in tables.names():
         raise ValueError(f"{path}: expected a result of version {VERSION} of one of {', '.join(tables.names())}")
-    variants = tables.load(found["table"]).variants
-    if list(found["settings"]["variants"]) != list(variants):
-        raise ValueError(f"{path}: expected the variants {', '.join(variants)}: run the table again")
+    table = tables.load(found["table"])
+    if found["settings"] != shared(table, table.small if found["setting"] == "small" else table.full):
+        raise ValueError(f"{path}: the table {found['table']} has other settings now: run it again")
     return found
 
 

@@ -209,9 +209,7 @@ def result(**states: Any) -> dict[str, Any]:
             run |= {"state": "done", "metrics": {"segm/AP75": value[0], "bbox/AP": value[1]}, "minutes": value[2]}
             run |= {"trained_by": ["CPU, 2 cores, torch 2.11.0, commit 0123456789"]}
         runs.append(run)
-    variants = {"pool": {"model.roi_extractor": {"op": "roi_pool"}}, "align": {}}
-    settings = {"preset": "tiny", "shapes": vars(SETTING.shapes), "changed": {"train.steps": 4}, "variants": variants}
-    return {"setting": "small", "seeds": 2, "settings": settings, "runs": runs}
+    return {"setting": "small", "seeds": 2, "settings": outcome.shared(TABLE, SETTING), "runs": runs}
 
 
 WHOLE = result(pool0=(0.2, 0.3, 4), align0=(0.3, 0.3, 5), pool1=(0.22, 0.4, 6), align1=(0.33, 0.31, 7))
@@ -225,9 +223,9 @@ def test_a_whole_table_shows_every_seed_and_what_came_out() -> None:
     assert "| RoIAlign over RoIPool, segm/AP75 | +10.5 | +10.5 | 1.8 | came out |" in text
     verdict = "within the spread (not expected of a small data set)"
     assert f"| RoIAlign over RoIPool, bbox/AP | - | -4.5 | 5.0 | {verdict} |" in text
-    assert "preset `tiny`, `train.steps` 4; seeds 0 to 1." in text
+    assert "preset `tiny`, `train.steps` 4, `data.hflip` 0.0; seeds 0 to 1." in text
     assert '- RoIPool: `model.roi_extractor` {"op": "roi_pool"}.' in text
-    assert "CPU, 2 cores, torch 2.11.0, commit 0123456789; a run trained for 5.5 min." in text
+    assert "CPU, 2 cores, torch 2.11.0, commit 0123456789; a run trained for 5.5 min, the longest for 7.0." in text
     assert "![" in text
     assert "Partial" not in text
     assert "Failed" not in text
@@ -288,7 +286,8 @@ def test_a_result_is_published_with_its_chart(tmp_path: Path, monkeypatch: pytes
     )
     monkeypatch.setattr(tables, "load", lambda name: TABLE)
 
-    (tmp_path / "result.json").write_text(json.dumps({**found, "setting": "full", "seeds": 7}))
+    full = {**found, "setting": "full", "seeds": 7, "settings": outcome.shared(TABLE, TABLE.full)}
+    (tmp_path / "result.json").write_text(json.dumps(full))
     assert publish.main([str(tmp_path)]) == 0
     both = (tmp_path / "page.md").read_text()
     assert both.startswith(text[: text.index("after")].removesuffix(publish.END + "\n")), "the small one stays"
@@ -296,10 +295,12 @@ def test_a_result_is_published_with_its_chart(tmp_path: Path, monkeypatch: pytes
     assert "(images/ablate_pooling_full.png)" in both
     assert (tmp_path / "images" / "ablate_pooling_full.png").is_file()
 
-    found["settings"] = {**found["settings"], "variants": {"pool": {}}}
-    (tmp_path / "result.json").write_text(json.dumps(found))
-    assert publish.main([str(tmp_path)]) == 2
-    assert "expected the variants pool, align: run the table again" in capsys.readouterr().err
+    other = dataclasses.replace(SETTING, data={"hflip": 0.5})
+    for settings in (outcome.shared(TABLE, other), outcome.shared(TABLE, TABLE.full)):
+        (tmp_path / "result.json").write_text(json.dumps({**found, "settings": settings}))
+        assert publish.main([str(tmp_path)]) == 2
+        assert "the table pooling has other settings now: run it again" in capsys.readouterr().err
+    assert (tmp_path / "page.md").read_text() == both
 
 
 def test_classes_of_boxes_only_are_apart_also_where_all_masks_were_learnt(tmp_path: Path) -> None:
