@@ -76,14 +76,14 @@ def poison(dtype: torch.dtype) -> float | int | bool:
     return True if dtype == torch.bool else torch.iinfo(dtype).max
 
 
-def guarded(tensor: Tensor) -> Tensor:
-    """A copy of `tensor` (same strides, same requires_grad) with poison before and after it in memory.
+def guarded(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    """A copy of `tensor` (same strides, same requires_grad) on `device`, or its own, between poison in memory.
 
     A kernel that reads outside its bounds meets NaN, which the interpreter would not report by itself.
     """
     if not tensor.numel():
-        return tensor
-    view, _ = _guarded_buffer(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+        return tensor.to(device)
+    view, _ = _guarded_buffer(tuple(tensor.shape), tensor.stride(), tensor.dtype, device or tensor.device)
     view.copy_(tensor.detach())
     return view.requires_grad_(tensor.requires_grad)
 

@@ -158,7 +158,7 @@ def test_equals_torchvision(backend: str, device: torch.device, cells: tuple[int
     """The same pixels, of boxes smaller and larger than the map. Its sums are in another order, so scores differ in the
     last bits, and so may pixels that are equal up to those: there are none among these.
     """
-    maps = torch.randn(*((2, 1) if backend == "triton" else (25, 2)), *cells, device=device)
+    maps = torch.randn(*((2, 1) if backend == "triton" else (25, 2)), *cells).to(device)  # the same on any device
     boxes = torchvision_boxes(len(maps))
     boxes[0] = torch.tensor([2.0, 3.0, 4.5, 5.2])
     if cells == (1, 1):

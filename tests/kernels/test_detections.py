@@ -186,7 +186,7 @@ def check_candidates(module, device, scores, boxes) -> tuple[torch.Tensor, ...]:
     """The kernel's candidates against the reference's, to the bit."""
     valid = torch.arange(2 * scores.shape[1]).view(2, -1) % 3 > 0
     sizes = torch.tensor(IMAGE_SIZES)
-    scores, boxes, valid, sizes = (t.to(device) for t in (scores, boxes, valid, sizes))
+    scores, boxes, valid, sizes = (guarded(t, device) for t in (scores, boxes, valid, sizes))
     limits = {"score_threshold": 0.3, "min_size": 15.0}
     with poisoned_empty():
         got = module.class_candidates_fwd(scores, boxes, valid, sizes, **limits)

@@ -173,16 +173,18 @@ def test_nan_and_infinite_boxes_give_zeros(device):
         assert not mask_targets(packed, boxes, index, 4, convention=convention).any()
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize("given", [False, True], ids=["whole", "sizes"])
-def test_nothing_waits(device, convention, given):
+def test_nothing_waits(device, convention, given, backend):
     masks, boxes = blobs(2, 3, 40, 64), random_boxes(10, height=40, width=64).view(2, 5, 4)
     args = pack_masks(masks).to(device), boxes.to(device), torch.zeros(2, 5, dtype=torch.int64, device=device), 14
     sizes = torch.tensor([[40, 64]] * 2, device=device)
-    expected = mask_targets(*args, convention=convention, image_sizes=sizes)
+    options = {"convention": convention, "backend": backend}
+    expected = mask_targets(*args, image_sizes=sizes, **options)
     # A GPU gets a tensor made from a list by a copy that the host waits for.
     with count_blocking() as found, mock.patch.object(torch, "tensor", wraps=torch.tensor) as from_host:
-        got = mask_targets(*args, convention=convention, image_sizes=sizes if given else None)
+        got = mask_targets(*args, image_sizes=sizes if given else None, **options)
     assert not found
     assert not from_host.called
     assert torch.equal(got, expected)
@@ -191,9 +193,9 @@ def test_nothing_waits(device, convention, given):
 def test_chunks_do_not_change_the_result(device, monkeypatch):
     masks, boxes = blobs(2, 3, 40, 64), random_boxes(10, height=40, width=64).view(2, 5, 4)
     args = (pack_masks(masks).to(device), boxes.to(device), torch.tensor([[0, 1, 2, -1, 0]] * 2, device=device), 14)
-    whole = mask_targets(*args, convention="torchvision")
+    whole = mask_targets(*args, convention="torchvision", backend="reference")
     monkeypatch.setattr(reference, "_CHUNK_PIXELS", {device.type: 3 * 40 * 64})
-    assert_close(mask_targets(*args, convention="torchvision"), whole)
+    assert_close(mask_targets(*args, convention="torchvision", backend="reference"), whole)
 
 
 def test_autocast_does_not_coarsen_the_targets(device):

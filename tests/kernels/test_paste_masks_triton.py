@@ -230,11 +230,9 @@ def test_memory_follows_columns_and_changes(device: torch.device) -> None:
     masks, boxes = ordinary(device)
     with allocated(masks, boxes) as sizes:
         _, per_mask = runs_of(kernels_runs, masks, boxes, "detectron2")
-    copies = 0 if device.type == "cpu" else 16 * len(masks)  # the sums that go to the host, on both sides
-    copies += 0 if device.type == "cpu" else 4 * int(per_mask.sum()) + 12
-    assert (
-        sum(sizes) == formula(len(masks), SIZE[1], int(per_mask.sum())) + 12 + copies
-    )  # 12: the image's size and count
+    least = formula(len(masks), SIZE[1], int(per_mask.sum())) + 12  # 12: the image's size and count
+    copies = 16 * len(masks) + 4 * int(per_mask.sum()) + 12  # what goes to the host and comes from it, at most
+    assert sum(sizes) == least if device.type == "cpu" else least <= sum(sizes) <= least + copies
 
     case = CASES["W10"]
     assert isinstance(case, PasteCase)

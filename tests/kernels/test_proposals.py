@@ -213,7 +213,7 @@ def tiny_maps(spec: AnchorSpec, grids=TINY, dtype=torch.float32, images: int = 2
 
 def check_candidates(module, device, logits, deltas, spec=SPEC, *, top_n=30, min_size=9.0, score_threshold=0.3):
     """The kernels' candidates of padded images of 61 x 40 against the reference's: the same boxes in the same order."""
-    logits, deltas = [x.to(device) for x in logits], [x.to(device) for x in deltas]
+    logits, deltas = [guarded(x, device) for x in logits], [guarded(x, device) for x in deltas]
     sizes = torch.tensor([[60, 33], [47, 40]], device=device)[: len(logits[0])]
     limits = {"scale_clamp": 1.5, "min_size": min_size, "score_threshold": score_threshold}
     with poisoned_empty():

@@ -42,7 +42,7 @@ def pyramid(
     device: torch.device, *, C: int = 21, dtype: torch.dtype = torch.float32, channels_last: bool = False
 ) -> list[Tensor]:
     """Three levels [2, C, H, W] with odd sizes, between guard bands of NaN."""
-    levels = [torch.randn(2, C, 37 >> i, 41 >> i, device=device).to(dtype) for i in range(3)]
+    levels = [torch.randn(2, C, 37 >> i, 41 >> i).to(device, dtype) for i in range(3)]
     if channels_last:
         levels = [x.contiguous(memory_format=torch.channels_last) for x in levels]
     return [guarded(x).requires_grad_() for x in levels]

@@ -121,7 +121,7 @@ def test_half_precision_errs_by_one_unit_at_most(
     need_cpu(backend, device)
     if (backend, interpolation) == ("torchvision", "bicubic"):
         pytest.skip("torchvision has no bicubic samples")
-    feature = torch.randn(1, 2, 32, 32, device=device).to(dtype).requires_grad_()
+    feature = torch.randn(1, 2, 32, 32).to(device, dtype).requires_grad_()  # drawn on the CPU: the same everywhere
     rows = [[7.3, 11.9, 1009.4, 1013.8], [-31.0, 401.7, 990.2, 1100.6]]
     boxes = torch.tensor([rows], device=device)
     options: dict[str, Any] = {"aligned": True, "sampling_ratio": sampling_ratio, "interpolation": interpolation}
@@ -129,7 +129,7 @@ def test_half_precision_errs_by_one_unit_at_most(
     exact = roi_align(exact_feature, boxes, 7, 1 / 32, **options, backend="reference")
     out = roi_align(feature, boxes, 7, 1 / 32, **options, backend=backend)
     assert_one_ulp(out, exact)
-    upstream = torch.randn_like(out)
+    upstream = torch.randn(out.shape).to(out)
     (gradient,) = torch.autograd.grad(out, feature, upstream)
     (expected,) = torch.autograd.grad(exact, exact_feature, upstream.double())
     assert_one_ulp(gradient, expected)
