@@ -96,6 +96,16 @@ def test_never_waits(mode: str, precision: str, full: bool, device: torch.device
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+def test_the_transform_of_bytes_never_waits(full: bool, device: torch.device) -> None:
+    """Of floats and of targets it reads the values once."""
+    model = build(full, device)
+    images = [torch.randint(0, 256, (3, 60, side), dtype=torch.uint8).to(device) for side in (80, 100)]
+    model.transform(images)
+    with waiting_is_an_error(device):
+        batch, _ = model.transform(images)
+    assert batch.sizes.device.type == device.type
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "roi_pool": {"roi_extractor": {"op": "roi_pool"}},
     "mlp-softmax": {"mask_head": "mlp", "mask_mlp_dim": 32, "losses": {"mask": "softmax"}},

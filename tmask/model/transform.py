@@ -79,12 +79,11 @@ class ImageTransform:
             ]
             packed = _stack(scaled)
         _check_values(images, packed, self.num_classes)
-        return ImageBatch(batch, torch.tensor(sizes, device=batch.device)), packed
+        return ImageBatch(batch, torch.tensor(sizes).to(batch.device, non_blocking=True)), packed
 
     def _resize(self, image: Tensor, min_size: int) -> Tensor:
         image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
-        mean = image.new_tensor(self.image_mean)[:, None, None]
-        std = image.new_tensor(self.image_std)[:, None, None]
+        mean, std = (_constant(values, image)[:, None, None] for values in (self.image_mean, self.image_std))
         image = (image - mean) / std
         short, long = min(image.shape[-2:]), max(image.shape[-2:])
         scale = min(min_size / short, self.max_size / long)
@@ -106,7 +105,7 @@ class ImageTransform:
     ) -> dict[str, Tensor]:
         """One image's boxes and packed masks at the resized size; masks fill the padded size."""
         boxes = target["boxes"].float()
-        scale = boxes.new_tensor([after[1] / before[1], after[0] / before[0]]).repeat(2)
+        scale = _constant([after[1] / before[1], after[0] / before[0]], boxes).repeat(2)
         count = len(boxes)
         crowd = target.get("iscrowd", boxes.new_zeros(count)).to(torch.bool)
         masks = target.get("masks")
@@ -134,6 +133,11 @@ class ImageTransform:
             keypoints = target.get("keypoints", boxes.new_zeros(count, self.num_keypoints, 3)).float()
             scaled["keypoints"] = torch.cat([keypoints[..., :2] * scale[:2], keypoints[..., 2:]], dim=-1)
         return scaled
+
+
+def _constant(values: Sequence[float], like: Tensor) -> Tensor:
+    """float32 numbers on the device of `like`. Made there, a GPU would be waited for."""
+    return torch.tensor(values, dtype=torch.float32).to(like.device, non_blocking=True)
 
 
 def mask_chunks(count: int, pixels: int, device: str = "cpu") -> Iterator[slice]:
