@@ -44,7 +44,8 @@ class Contest:
 
     `providers` maps a name to a function that takes the inputs and gives the call to time; preparation (a forward pass
     before a timed backward, a captured graph) belongs into that function. `truth` gives what `check(output, truth)`
-    compares with, once for all providers; `check` raises AssertionError. `work` counts the least bytes and operations.
+    compares with, once for all providers; `check` raises AssertionError. `work` counts the least bytes and operations,
+    `roof` names the dtype of its products where that is not the key's.
     """
 
     inputs: Callable[[], Any]
@@ -53,6 +54,7 @@ class Contest:
     check: Callable[[Any, Any], None]
     work: Work
     size: str = "full"
+    roof: str | None = None
 
 
 class ContextLostError(Exception):
@@ -183,7 +185,7 @@ def _timed_row(key: str, times: Samples, memory: float | None, contest: Contest)
         bytes=contest.work.bytes,
         flops=contest.work.flops,
         gbps=contest.work.bytes / middle / 1e9,
-        roof_share=machine.roofs().floor_us(contest.work, dtype) / (middle * 1e6),
+        roof_share=machine.roofs().floor_us(contest.work, contest.roof or dtype) / (middle * 1e6),
         size=contest.size,
     )
 

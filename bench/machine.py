@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import platform
 import subprocess
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -27,15 +28,20 @@ def device() -> torch.device:
 
 @dataclass(frozen=True)
 class Roofs:
-    """What the machine reached: bytes read plus written by a large copy, and flops of a large square product."""
+    """What the machine reached: bytes read plus written by a large copy, and flops of a large square product.
+
+    "tf32" names the roof of float32 work whose products and convolutions take TF32 where there is such a thing.
+    """
 
     copy_gbps: float
     matmul_bf16_tflops: float
     matmul_fp32_tflops: float
+    matmul_tf32_tflops: float | None = None  # of a GPU, whose float32 products may take TF32
 
     def floor_us(self, work: Work, dtype: str) -> float:
         """The time no version of this work can beat: bytes over copy or flops over product, the larger."""
-        flops = self.matmul_fp32_tflops if dtype == "fp32" else self.matmul_bf16_tflops
+        tf32 = self.matmul_tf32_tflops or self.matmul_fp32_tflops
+        flops = {"fp32": self.matmul_fp32_tflops, "tf32": tf32}.get(dtype, self.matmul_bf16_tflops)
         return max(work.bytes / (self.copy_gbps * 1e3), work.flops / (flops * 1e6))
 
 
@@ -53,7 +59,22 @@ def roofs() -> Roofs:
         a = source[: side * side].view(side, side).to(dtype)
         return 2 * side**3 / _seconds(lambda: a @ a) / 1e12
 
-    return Roofs(2 * source.numel() * 4 / copy / 1e9, product(torch.bfloat16), product(torch.float32))
+    found = Roofs(2 * source.numel() * 4 / copy / 1e9, product(torch.bfloat16), product(torch.float32))
+    if not big:
+        return found
+    with tf32():
+        return replace(found, matmul_tf32_tflops=product(torch.float32))
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool = True) -> Iterator[None]:
+    """float32 products and convolutions of a GPU in TF32, whose error is 1e-3; or, not allowed, in float32."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _seconds(call: Callable[[], Any], rounds: int = 10) -> float:

@@ -52,9 +52,11 @@ def markdown(result: Result) -> str:
 def _roofs(roofs: dict[str, float] | None) -> str:
     if not roofs:
         return "The machine's roofs were not measured."
+    tf32 = roofs.get("matmul_tf32_tflops")
     return (
         f"Measured roofs: copy {digits(roofs['copy_gbps'])} GB/s (read plus written), matrix product "
-        f"{digits(roofs['matmul_bf16_tflops'])} TFLOP/s in bf16 and {digits(roofs['matmul_fp32_tflops'])} in fp32. "
+        f"{digits(roofs['matmul_bf16_tflops'])} TFLOP/s in bf16 and {digits(roofs['matmul_fp32_tflops'])} in fp32"
+        f"{f', {digits(tf32)} in TF32, which float32 models take' if tf32 else ''}. "
         "*Of roof* is the least time these allow, from the bytes and operations a case needs, over the median."
     )
 

@@ -39,6 +39,9 @@ class Likeness(NamedTuple):
 CLEARLY = 1.5  # times the lowest score that enters the list
 # bf16 on a CPU at full size, ours and torchvision's: 0.7 found, 2 pixels, 0.2 of a score.
 LEAST = Likeness(found=0.5, pixels=8.0, score=0.4, masks=0.5)
+# Under autocast torchvision decodes boxes in bf16, 4 to 8 pixels apart at this size, and on a GPU its NMS of levels
+# moves them apart by thousands of pixels in it. That is what its users run, so it is timed; only a wreck is not.
+LEAST_OF_PEERS = Likeness(found=0.1, pixels=64.0, score=0.8, masks=0.2)
 
 
 class Found(NamedTuple):
@@ -78,15 +81,15 @@ def check_same(got: Sequence[Found], true: Sequence[Found]) -> None:
     assert differ <= max(4, DIFFERING * total), f"{differ} of {total} detections differ"
 
 
-def check_alike(got: Sequence[Found], true: Sequence[Found]) -> None:
+def check_alike(got: Sequence[Found], true: Sequence[Found], least: Likeness = LEAST) -> None:
     """Errors: AssertionError unless the clear detections of each are found in the other, near where they were."""
     for given, truth in zip(got, true, strict=True):
         for one, other, what in ((truth, given, "true"), (given, truth, "given")):
             is_like = likeness(one, other)
-            assert is_like.found >= LEAST.found, f"{is_like.found:.0%} of the {what} detections found again"
-            assert is_like.pixels <= LEAST.pixels, f"boxes off by {is_like.pixels:.1f} pixels"
-            assert is_like.score <= LEAST.score, f"scores off by {is_like.score:.0%}"
-            assert is_like.masks >= LEAST.masks, f"masks: mean IoU {is_like.masks:.2f}"
+            assert is_like.found >= least.found, f"{is_like.found:.0%} of the {what} detections found again"
+            assert is_like.pixels <= least.pixels, f"boxes off by {is_like.pixels:.1f} pixels"
+            assert is_like.score <= least.score, f"scores off by {is_like.score:.0%}"
+            assert is_like.masks >= least.masks, f"masks: mean IoU {is_like.masks:.2f}"
 
 
 def likeness(one: Found, other: Found) -> Likeness:

@@ -7,9 +7,7 @@ h w its size.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -86,17 +84,6 @@ def pictures(case: ModelCase) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         labels = torch.randint(1, NUM_CLASSES, (count,), generator=generator)
         targets.append({"boxes": boxes, "labels": labels, "masks": masks.to(torch.uint8)})
     return images, targets
-
-
-@contextlib.contextmanager
-def ieee() -> Iterator[None]:
-    """float32 products in float32: by default a GPU's convolutions take TF32, whose error of 1e-3 hides mistakes."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def only_on_a_gpu() -> None:

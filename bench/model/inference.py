@@ -5,13 +5,14 @@ a COCO result file holds, run lengths on the host; "padded", ours alone: a padde
 the paste. The floor is that of the network's products in all three.
 
 The gate has two parts. In full float32 ours must give torchvision's detections; then each call that is timed must
-find them again as closely as its own precision lets it (`_gate`).
+find them again as closely as its own precision lets it (`_gate`). In float32 both take TF32 for products and
+convolutions, where there is such a thing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,9 +21,9 @@ from torch import Tensor
 from bench.cases import CASES, ModelCase, sized
 from bench.contest import LAYOUTS, Call, Contest
 from bench.graph import captured
-from bench.machine import device
-from bench.model._gate import Found, check_alike, check_same, found
-from bench.model._models import Pair, ieee, make_pair, only_on_a_gpu
+from bench.machine import device, tf32
+from bench.model._gate import LEAST, LEAST_OF_PEERS, Found, check_alike, check_same, found
+from bench.model._models import Pair, make_pair, only_on_a_gpu
 from bench.variants import variants
 from tmask.engine.device import autocast
 from tmask.model.postprocess import to_list
@@ -76,8 +77,10 @@ def inference(name: str, mode: str, dtype: str, layout: str) -> Contest:
     case, size = sized(cast(ModelCase, CASES[name]))
     where = device()
 
-    def precision() -> AbstractContextManager[Any]:
-        return autocast(where, dtype)
+    @contextlib.contextmanager
+    def precision() -> Iterator[None]:
+        with tf32(), autocast(where, dtype):
+            yield
 
     def ours(core_of: Callable[[Pair, ImageBatch], Core]) -> Callable[[Pair], Call]:
         """`core_of` gives what stands for the model's padded core; around it is the model's own shell."""
@@ -122,7 +125,7 @@ def inference(name: str, mode: str, dtype: str, layout: str) -> Contest:
 
     @torch.no_grad()
     def truth(pair: Pair) -> Truth:
-        with ieee():
+        with tf32(allowed=False):
             theirs, ours = [found(r) for r in pair.theirs(pair.images)], [found(r) for r in pair.ours(pair.images)]
         return Truth(theirs, _problem(ours, theirs))
 
@@ -130,8 +133,10 @@ def inference(name: str, mode: str, dtype: str, layout: str) -> Contest:
         assert not got.ours or truth.problem is None, f"in full float32: {truth.problem}"
         results = _pasted(got.results, case) if isinstance(got.results, Detections) else got.results
         given = [Found(*(value.to(where) for value in found(result))) for result in results]
-        full = dtype == "fp32" and where.type == "cpu"  # on a GPU the convolutions of a float32 model take TF32
-        (check_same if full else check_alike)(given, truth.detections)
+        if dtype == "fp32" and where.type == "cpu":  # on a GPU it takes TF32
+            check_same(given, truth.detections)
+        else:
+            check_alike(given, truth.detections, LEAST if got.ours else LEAST_OF_PEERS)
 
     return Contest(
         inputs=lambda: make_pair(case, layout, training=False),
@@ -146,6 +151,7 @@ def inference(name: str, mode: str, dtype: str, layout: str) -> Contest:
         check=check,
         work=case.work(dtype),
         size=size,
+        roof="tf32" if dtype == "fp32" else None,
     )
 
 
@@ -186,12 +192,10 @@ def _on_host(result: dict[str, Any], encode: Callable[[Tensor], list[dict[str, A
 
 def _encoder() -> Callable[[Tensor], list[dict[str, Any]]]:
     """Probabilities [D, 1, h, w] to run lengths, as torchvision's users do it. Errors: ImportError."""
-    import numpy as np
     from pycocotools import mask as coco
 
-    return lambda masks: [
-        coco.encode(np.asfortranarray(mask)) for mask in (masks[:, 0] > 0.5).to(torch.uint8).cpu().numpy()
-    ]
+    # [D, w, h] by rows is [h, w, D] by columns, which the encoder wants: so the GPU turns the masks.
+    return lambda masks: coco.encode((masks[:, 0] > 0.5).to(torch.uint8).mT.contiguous().cpu().numpy().T)
 
 
 def _problem(given: Sequence[Found], true: Sequence[Found]) -> str | None:

@@ -13,8 +13,8 @@ import tmask
 from bench.cases import CASES, ModelCase
 from bench.contest import Contest
 from bench.model import _models
-from bench.model._gate import Found, check_alike, check_same
-from bench.model.inference import inference
+from bench.model._gate import LEAST_OF_PEERS, Found, check_alike, check_same
+from bench.model.inference import _encoder, inference
 from bench.model.training import training
 from bench.rle import decode_rle
 from tmask.structures import ImageBatch, Targets
@@ -45,11 +45,34 @@ WRONG: dict[str, Callable[[Found], Found]] = {
 }
 
 
+def of_a_peer(got: list[Found], true: list[Found]) -> None:
+    check_alike(got, true, LEAST_OF_PEERS)
+
+
 @pytest.mark.parametrize("check", [check_same, check_alike])
 @pytest.mark.parametrize("broken", WRONG)
 def test_a_wrong_result_is_refused(broken: str, check: Callable[..., None]) -> None:
     with pytest.raises(AssertionError):
         check([WRONG[broken](detections())], [detections()])
+
+
+def test_a_peer_in_half_precision_may_be_coarse() -> None:
+    given = detections()
+    coarse = given._replace(boxes=(given.boxes / 8).round() * 8, scores=given.scores * 0.6)
+    of_a_peer([coarse], [given])
+    with pytest.raises(AssertionError):
+        check_alike([coarse], [given])
+    for wreck in ("labels", "none"):
+        with pytest.raises(AssertionError):
+            of_a_peer([WRONG[wreck](given)], [given])
+
+
+def test_torchvisions_run_lengths_are_those_of_its_masks() -> None:
+    coco = pytest.importorskip("pycocotools.mask")
+    masks = torch.rand(3, 1, 7, 5, generator=torch.Generator().manual_seed(2))
+    got = _encoder()(masks)
+    for one, mask in zip(got, masks, strict=True):
+        assert np.array_equal(coco.decode(one), (mask[0] > 0.5).numpy())
 
 
 def test_run_lengths_are_read() -> None:
