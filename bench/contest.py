@@ -187,6 +187,7 @@ def _timed_row(key: str, times: Samples, memory: float | None, contest: Contest)
         gbps=contest.work.bytes / middle / 1e9,
         roof_share=machine.roofs().floor_us(contest.work, contest.roof or dtype) / (middle * 1e6),
         size=contest.size,
+        roof=contest.roof,
     )
 
 

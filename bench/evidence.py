@@ -145,16 +145,16 @@ class Evidence:
         """Run the tests that can run on a GPU."""
         if not self.gpu:
             return Ending("skipped", "no GPU: `make test` runs these tests through Triton's interpreter")
-        done = [test["file"] for test in self.now["tests"] if self.resume and test["status"] == "done"]
+        done = [
+            test["file"] for test in self.now["tests"]
+            if self.resume and test["status"] == "done" and test.get("select") in (None, self.select)
+        ]  # fmt: skip
         files = gpu_tests.gpu_test_files(done)
         if not files:
             return Ending("done", "every file was done before")
 
-        before = self.now["tests"]
-
         def store(tests: list[dict[str, Any]], every: float = SAVE_SECONDS) -> None:
-            self.now = {**self.now, "tests": before}  # else what a file has come to meanwhile would not replace it
-            self.add(tests=tests)
+            self.add(tests=[{**test, "select": self.select} for test in tests])
             self.save(every=every)
 
         # Twice the patience, as a test may compile a whole model.

@@ -67,6 +67,7 @@ class Row:
     gbps: float | None = None
     roof_share: float | None = None
     size: str = "full"  # "reduced" where a CPU did a smaller case
+    roof: str | None = None  # dtype of the products that `roof_share` is of, where that is not `dtype`
 
     def __post_init__(self) -> None:
         assert self.status in STATUSES, self.status

@@ -663,7 +663,7 @@ SETTINGS = [
     Case(
         "sample too small for a positive",
         "train --model.box_batch_size 3",
-        "--model.box_batch_size: expected at least 1 / box_positive_fraction (0.25), else no sample is positive, got 3",
+        "--model.box_batch_size: expected enough for a positive at box_positive_fraction (0.25), got 3",
         code=2,
     ),
     Case(

@@ -258,12 +258,12 @@ def test_the_two_conventions_differ_and_are_named() -> None:
         (
             ModelConfig,
             {"box_batch_size": 3},
-            "box_batch_size: expected at least 1 / box_positive_fraction (0.25), else no sample is positive, got 3",
+            "box_batch_size: expected enough for a positive at box_positive_fraction (0.25), got 3",
         ),
         (
             ModelConfig,
             {"rpn_batch_size": 9, "rpn_positive_fraction": 0.1},
-            "rpn_batch_size: expected at least 1 / rpn_positive_fraction (0.1), else no sample is positive, got 9",
+            "rpn_batch_size: expected enough for a positive at rpn_positive_fraction (0.1), got 9",
         ),
         (ModelConfig, {"rpn_min_size": -1.0}, "rpn_min_size: expected at least 0, got -1.0"),
         (ModelConfig, {"loss_mask": math.nan}, "loss_mask: expected a finite number, got nan"),
@@ -319,3 +319,8 @@ def test_overrides_take_lists_and_name_what_is_wrong() -> None:
         with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is compared whole
             model_config(**{"preset": "tiny", **wrong})
         assert message in str(error.value)
+
+
+def test_a_focal_rpn_samples_no_anchors() -> None:
+    losses = {"rpn_objectness": "focal"}
+    assert from_dict(ModelConfig, {"num_classes": 4, "rpn_batch_size": 1, "losses": losses}).rpn_batch_size == 1

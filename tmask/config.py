@@ -280,8 +280,9 @@ class ModelConfig:
             low, high = getattr(self, f"{part}_bg_iou"), getattr(self, f"{part}_fg_iou")
             require(low <= high, f"{part}_bg_iou", f"at most {part}_fg_iou ({high})", low)
             size, fraction = getattr(self, f"{part}_batch_size"), getattr(self, f"{part}_positive_fraction")
-            expected = f"at least 1 / {part}_positive_fraction ({fraction}), else no sample is positive"
-            require(int(size * fraction) >= 1, f"{part}_batch_size", expected, size)  # rounded as the sampler does
+            sampled = part == "box" or self.losses.rpn_objectness != "focal"  # which learns from all anchors
+            expected = f"enough for a positive at {part}_positive_fraction ({fraction})"
+            require(not sampled or int(size * fraction) >= 1, f"{part}_batch_size", expected, size)
         self._check_norm()
 
     def _check_norm(self) -> None:

@@ -152,5 +152,5 @@ def _settings(table: Table, result: Result) -> Iterator[str]:
         yield f"{table.variants[variant].label}: {', '.join(words) or 'as it is'}."
     minutes = [run["minutes"] for run in result["runs"] if run.get("minutes") is not None]
     if minutes:
-        longest = f"the longest for {max(minutes):.1f}"
-        yield f"{machines(result)}; a run trained for {statistics.median(minutes):.1f} min, {longest}."
+        median, longest = statistics.median(minutes), max(minutes)
+        yield f"{machines(result)}; a run trained for {median:.1f} min (median), the longest for {longest:.1f}."

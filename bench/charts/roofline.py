@@ -87,13 +87,19 @@ def _name(standing: Standing, found: Sequence[Standing]) -> str:
 
 
 def _flops_roof(roofs: dict[str, float], dtype: str) -> float:
-    return roofs["matmul_fp32_tflops" if dtype == "fp32" else "matmul_bf16_tflops"]
+    if dtype == "tf32" and roofs.get("matmul_tf32_tflops"):
+        return roofs["matmul_tf32_tflops"]
+    return roofs["matmul_fp32_tflops" if dtype in ("fp32", "tf32") else "matmul_bf16_tflops"]
+
+
+def _roof_of(row: Row) -> str:
+    return row.roof or row.dtype
 
 
 def _memory_bound(standing: Standing, roofs: dict[str, float]) -> bool:
     row = _first(standing)
     assert row is not None
-    return row.bytes / (roofs["copy_gbps"] * 1e9) >= row.flops / (_flops_roof(roofs, row.dtype) * 1e12)
+    return row.bytes / (roofs["copy_gbps"] * 1e9) >= row.flops / (_flops_roof(roofs, _roof_of(row)) * 1e12)
 
 
 def _rows(standing: Standing, on_gpu: bool) -> Iterator[tuple[Row, str]]:
@@ -134,13 +140,14 @@ def _memory_panel(figure: Any, axes: Any, cases: Sequence[_Case], roofs: dict[st
 
 
 def _arithmetic_panel(figure: Any, axes: Any, cases: Sequence[_Case], roofs: dict[str, float]) -> None:
-    giga = max(_flops_roof(roofs, row.dtype) for _, rows in cases for row, _ in rows) < 1  # a CPU
+    giga = max(_flops_roof(roofs, _roof_of(row)) for _, rows in cases for row, _ in rows) < 1  # a CPU
     unit, scale = ("GFLOP/s", 1e3) if giga else ("TFLOP/s", 1.0)
     points = [
         [Point(name, row, colour, row.flops / row.bytes, row.flops / us(row) / 1e6 * scale) for row, colour in rows]
         for name, rows in cases
     ]
-    dtypes = {("fp32" if p.row.dtype == "fp32" else "bf16") for group in points for p in group}
+    names = {_roof_of(p.row) for group in points for p in group}
+    dtypes = {name if name in ("fp32", "tf32") else "bf16" for name in names}
     flat = {dtype: _flops_roof(roofs, dtype) * scale for dtype in sorted(dtypes)}
     _limits(axes, points, max(flat.values()))
     x_low, x_high = axes.get_xlim()

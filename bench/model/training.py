@@ -79,7 +79,7 @@ def training(name: str, dtype: str, layout: str) -> Contest:
     where = device()
 
     def step_of(model: nn.Module, forward: Callable[[], Losses], *, ours: bool) -> Callable[[], Output]:
-        """A step as tmask's own trainer does it, at one rate."""
+        """A step as tmask's own trainer does it, at one rate and, of float32, with TF32 switched on."""
         optimizer = build_optimizer(model, TrainConfig(lr=RATE))
 
         @tf32()
@@ -134,10 +134,10 @@ def training(name: str, dtype: str, layout: str) -> Contest:
             "torchvision-compile": theirs(compiled=True),
         },
         truth=true_losses,
-        check=lambda got, truth: check(got, truth, full=dtype == "fp32" and where.type == "cpu"),
+        check=lambda got, truth: check(got, truth, dtype, full=dtype == "fp32" and where.type == "cpu"),
         work=case.work(dtype),
         size=size,
-        roof="tf32" if dtype == "fp32" else None,
+        roof="tf32" if dtype == "fp32" and where.type == "cuda" else None,
     )
 
 
@@ -156,10 +156,10 @@ def true_losses(pair: Pair) -> Truth:
     return Truth(theirs, ours, problem)
 
 
-def check(got: Output, truth: Truth, *, full: bool) -> None:
-    """`full`: the step was done in full float32."""
+def check(got: Output, truth: Truth, dtype: str, *, full: bool) -> None:
+    """`full`: the step, of `dtype`, was done in full float32."""
     assert not got.ours or truth.problem is None, f"in full float32, of the same RoIs: {truth.problem}"
-    near = NEAR if got.ours else NEAR_OF_PEERS
+    near = NEAR if got.ours or dtype == "fp32" else NEAR_OF_PEERS
     _check_near(got.losses, truth.ours if got.ours else truth.theirs, SAME if full else near)
 
 

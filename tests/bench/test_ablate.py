@@ -225,7 +225,10 @@ def test_a_whole_table_shows_every_seed_and_what_came_out() -> None:
     assert f"| RoIAlign over RoIPool, bbox/AP | - | -4.5 | 5.0 | {verdict} |" in text
     assert "preset `tiny`, `train.steps` 4, `data.hflip` 0.0; seeds 0 to 1." in text
     assert '- RoIPool: `model.roi_extractor` {"op": "roi_pool"}.' in text
-    assert "CPU, 2 cores, torch 2.11.0, commit 0123456789; a run trained for 5.5 min, the longest for 7.0." in text
+    assert (
+        "CPU, 2 cores, torch 2.11.0, commit 0123456789; a run trained for 5.5 min (median), the longest for 7.0."
+        in text
+    )
     assert "![" in text
     assert "Partial" not in text
     assert "Failed" not in text

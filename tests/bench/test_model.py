@@ -1,5 +1,6 @@
 """W12 and W13: the gates refuse a model that is broken, and the counted operations are those of the model."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ import tmask
 from bench.cases import CASES, ModelCase
 from bench.contest import Contest
 from bench.model import _models
+from bench.model import training as training_module
 from bench.model._gate import LEAST_OF_PEERS, Found, check_alike, check_same
 from bench.model.inference import _encoder, inference
 from bench.model.training import training
@@ -123,6 +125,15 @@ def test_training(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     said = outcome(training("W13-b2", "bf16", "nhwc"))
     assert not said["torchvision"]
     assert bool(said["tmask"]) == broken, said
+
+
+def test_only_a_peer_under_autocast_may_be_coarse() -> None:
+    true = {"loss": torch.tensor(1.0)}
+    truth = training_module.Truth(true, true, None)
+    for ours, dtype, refused in ((False, "bf16", False), (False, "fp32", True), (True, "bf16", True)):
+        got = training_module.Output(ours, {"loss": torch.tensor(1.3)})
+        with pytest.raises(AssertionError) if refused else contextlib.nullcontext():
+            training_module.check(got, truth, dtype, full=False)
 
 
 # ---- counted work

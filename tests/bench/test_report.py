@@ -15,11 +15,14 @@ from PIL import Image
 from bench import report
 from bench import result as results
 from bench.charts import charts
+from bench.charts.roofline import _flops_roof
 from bench.charts.style import LOSS, PEERS, WIN
+from bench.machine import Roofs
 from bench.report import README, newest, readme_block, replace_block
 from bench.rows import Row, row_of
 from bench.standings import AIMS, Standing, aim_of, digits, duration, standings, times
 from bench.tables import markdown
+from bench.work import Work
 
 MACHINE = {
     "gpu": "SYNTHETIC GPU", "device": "SYNTHETIC GPU", "threads": 1, "driver": "1.2", "cuda": "13.0",
@@ -357,3 +360,11 @@ def test_another_schema(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_every_aim_has_a_case() -> None:
     """A workload that the table of aims names is one of W1 to W13."""
     assert {name for name, _, _ in AIMS} == {f"W{n}" for n in range(1, 14)} | {"W1b"}
+
+
+def test_float32_models_are_held_to_the_roof_of_tf32() -> None:
+    roofs = Roofs(1000.0, 800.0, 50.0, 400.0)
+    work = Work(bytes=0, flops=10**12)
+    assert [roofs.floor_us(work, dtype) for dtype in ("fp32", "tf32", "bf16")] == [20_000, 2500, 1250]
+    assert [_flops_roof(dataclasses.asdict(roofs), dtype) for dtype in ("fp32", "tf32", "bf16")] == [50, 400, 800]
+    assert _flops_roof({**dataclasses.asdict(roofs), "matmul_tf32_tflops": None}, "tf32") == 50

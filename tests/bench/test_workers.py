@@ -113,20 +113,24 @@ def test_a_resumed_report_tests_the_files_that_are_not_done(tmp_path: Path, monk
     made = Evidence(now=result.empty(machine), path=path, work=tmp_path, hang=60, resume=True, say=lambda text: None)
     file = {"seconds": 1.0, "failed": 0, "skipped": 0, "failures": []}
     done = {"file": "tests/gpu/test_nms.py", "passed": 9, "status": "done", **file}
-    made.add(tests=[done])
+    part = {"file": "tests/gpu/test_boxes.py", "passed": 1, "status": "done", "select": "decode", **file}
+    begun = {"file": "tests/test_validate.py", "passed": 0, "status": "not reached", **file}
+    made.add(tests=[done, part, begun])
 
     def run_tests(files: Any, journal: Path, *, store: Any, **options: Any) -> Any:
         assert ROOT / done["file"] not in files
+        assert ROOT / part["file"] in files, "it was asked for some of its tests"
         assert len(files) == len(gpu_tests.gpu_test_files()) - 1
         parts = [[{"file": "tests/test_validate.py", "passed": n, "status": "not reached", **file}] for n in (1, 2)]
         store(parts[0])
-        assert result.load(path)["tests"] == [done, *parts[0]]
+        assert [test["passed"] for test in result.load(path)["tests"]] == [9, 1, 1]
         return Ending("stopped"), parts[1]
 
     monkeypatch.setattr(gpu_tests, "run_tests", run_tests)
     assert made.tests(100) == Ending("stopped")
     assert [(entry["file"], entry["passed"]) for entry in result.load(path)["tests"]] == [
         ("tests/gpu/test_nms.py", 9),
+        ("tests/gpu/test_boxes.py", 1),
         ("tests/test_validate.py", 2),
     ]
 

@@ -213,18 +213,23 @@ def test_launches_follow_from_the_shape_and_nothing_waits(S: int, K: int, steps:
     assert not waits
 
 
-def test_steps_behind_max_output_touch_nothing(device: torch.device, tmp_path: Path) -> None:
+def later_states(module: Any, limit: int, device: torch.device) -> Tensor:
+    """Of two piles of boxes, the states behind the first step: two are kept, everything else is removed."""
     boxes, scores = torch.tensor(UNIT).repeat(1, 300, 1), distinct_scores(1, 300)
-    boxes[:, ::2, ::2] += 50  # two piles: the first two of different ones are kept, everything else is removed
+    boxes[:, ::2, ::2] += 50
+    segments = kernels_sort.sort_boxes(boxes.to(device), scores.to(device), None, None)
+    module.padded_nms_blocks(segments, torch.tensor([0.5], device=device), limit, SMALL)
+    return segments.state[0, SMALL.step :]
 
-    def states(module: Any, limit: int) -> Tensor:
-        segments = kernels_sort.sort_boxes(boxes.to(device), scores.to(device), None, None)
-        module.padded_nms_blocks(segments, torch.tensor([0.5], device=device), limit, SMALL)
-        return segments.state[0, SMALL.step :]
 
-    assert not states(kernels_blocks, 3).any()
-    assert states(kernels_blocks, 2).all()
-    assert not states(mutant(kernels_blocks, "if total < M:", "if total <= M:", tmp_path), 2).all()
+def test_steps_behind_max_output_touch_nothing(device: torch.device) -> None:
+    assert not later_states(kernels_blocks, 3, device).any()
+    assert later_states(kernels_blocks, 2, device).all()
+
+
+def test_a_step_too_many_is_seen(device: torch.device, tmp_path: Path) -> None:
+    broken = mutant(kernels_blocks, "if total < M:", "if total <= M:", tmp_path)
+    assert not later_states(broken, 2, device).all()
 
 
 class LiveBytes(TorchDispatchMode):

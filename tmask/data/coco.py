@@ -252,7 +252,7 @@ def check_instances(dataset: CocoDataset, *, train: bool) -> None:
 
 
 def check_masks(dataset: CocoDataset, mask_classes: str) -> None:
-    """Raise ValueError if a class of the list `mask_classes` has no mask to train on, or of a split none has."""
+    """Raise ValueError if a class listed in `mask_classes` has no mask to train on, or no class of a split has one."""
     counts = dataset.mask_counts
     without = [item for item in dataset.categories if item["id"] not in dataset.boxes_only | counts.keys()]
     file, to_train = dataset.annotation_file, f"of mask_classes {mask_classes!r} to train on"

@@ -96,7 +96,7 @@ def _checked(content: Any, path: str | Path) -> dict[str, Any]:
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Any, dict[str, Any]]:
-    """Build the model of a checkpoint, load its weights and put it in eval mode on `device`.
+    """Build the model of a checkpoint, load its weights and put it in eval mode on `device`, a GPU with channels last.
 
     The weights are the averaged ones where the run kept an average (``train.ema_decay``). The second value holds the
     other entries: ``categories``, ``model_config``, ``step``, ... Errors: CheckpointError for an unusable file, an
@@ -111,7 +111,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[An
     model: Any = build_model(dataclasses.replace(config, backbone_weights=None), warn_if_untrained=False)
     load_weights(model, weights if average is None else average, path)
     model = model.to(device).eval()
-    if torch.device(device).type == "cuda":  # as in training: convolutions and RoIAlign are faster so
+    if torch.device(device).type == "cuda":  # convolutions and RoIAlign are faster so
         model = model.to(memory_format=torch.channels_last)
     return model, content
 
