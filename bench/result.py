@@ -6,7 +6,8 @@
       "roofs": {...} | null,       # bench.machine.Roofs, of the last process that measured them
       "rows": [{...}],             # bench.rows.Row of ops and model; one row for each key
       "sweeps": [{...}],           # Row with op "sweep NAME", a launch configuration as the provider
-      "tests": [{"file", "passed", "failed", "skipped", "seconds", "status", "failures": [{"test", "reason"}]}],
+      "tests": [{"file", "select", "passed", "failed", "skipped", "seconds", "status",
+                 "failures": [{"test", "reason"}]}],   # "select": the -k expression, null for the whole file
       "validation": [{...}],       # tmask.validate.Row
       "parts": {name: {"status", "seconds", "reason"}}
     }
