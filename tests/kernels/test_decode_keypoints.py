@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.models.detection.roi_heads import heatmaps_to_keypoints, keypoints_to_heatmap
@@ -176,6 +176,7 @@ def test_equals_torchvision(backend: str, device: torch.device, cells: tuple[int
     cells=st.tuples(st.integers(1, 12), st.integers(1, 12)),
     sides=st.tuples(st.floats(0.1, 90.0), st.floats(0.1, 90.0)),
 )
+@example(seed=874, cells=(11, 11), sides=(1.0, 3.0))  # off by 1.35e-6
 def test_the_pixel_is_the_largest_of_torchs(seed: int, cells: tuple[int, int], sides: tuple[float, float]) -> None:
     heatmap = torch.randn(cells, generator=torch.Generator().manual_seed(seed))
     corners = torch.tensor(box(-3.0, 7.0, *sides)).tolist()
@@ -186,9 +187,10 @@ def test_the_pixel_is_the_largest_of_torchs(seed: int, cells: tuple[int, int], s
     y = (xy[0, 0, 1] - corners[1]) / max(corners[3] - corners[1], 1.0) * height - 0.5
     assert abs(x - x.round()) < 1e-3
     assert abs(y - y.round()) < 1e-3
-    # Coordinates are float32, of which the surface makes at most a few times as much.
-    assert_close(scores[0], resized.max()[None])
-    assert_close(resized[int(y.round()), int(x.round())], resized.max(), tolerance=None)
+    # Coordinates are float32, of which the surface makes at most a few times as much: of one value, and so no mean.
+    near = Tolerance(max=1e-5, rms=1e-5)
+    assert_close(scores[0], resized.max()[None], tolerance=near)
+    assert_close(resized[int(y.round()), int(x.round())], resized.max(), tolerance=near)
 
 
 # The kernel and the reference
