@@ -40,9 +40,12 @@ class Roofs:
 
     def floor_us(self, work: Work, dtype: str) -> float:
         """The time no version of this work can beat: bytes over copy or flops over product, the larger."""
+        return max(work.bytes / (self.copy_gbps * 1e3), work.flops / (self.tflops(dtype) * 1e6))
+
+    def tflops(self, dtype: str) -> float:
+        """The roof of products in `dtype`: half precision has that of bf16."""
         tf32 = self.matmul_tf32_tflops or self.matmul_fp32_tflops
-        flops = {"fp32": self.matmul_fp32_tflops, "tf32": tf32}.get(dtype, self.matmul_bf16_tflops)
-        return max(work.bytes / (self.copy_gbps * 1e3), work.flops / (flops * 1e6))
+        return {"fp32": self.matmul_fp32_tflops, "tf32": tf32}.get(dtype, self.matmul_bf16_tflops)
 
 
 @functools.cache

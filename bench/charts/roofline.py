@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from bench.charts.style import BASE, FAINT, GREY, LOSS, PEERS, WIDTH, WIN, head, provider_name
+from bench.machine import Roofs
 from bench.result import Result
 from bench.rows import Row
 from bench.standings import Standing, digits, us
@@ -87,9 +88,7 @@ def _name(standing: Standing, found: Sequence[Standing]) -> str:
 
 
 def _flops_roof(roofs: dict[str, float], dtype: str) -> float:
-    if dtype == "tf32" and roofs.get("matmul_tf32_tflops"):
-        return roofs["matmul_tf32_tflops"]
-    return roofs["matmul_fp32_tflops" if dtype in ("fp32", "tf32") else "matmul_bf16_tflops"]
+    return Roofs(**roofs).tflops(dtype)
 
 
 def _roof_of(row: Row) -> str:
