@@ -223,7 +223,9 @@ def _decode_keypoints_kernel(
         c0, c1, c2, c3 = _around(offs_c, W)
         c0, c1, c2, c3 = c0 * stride, c1 * stride, c2 * stride, c3 * stride
         low0, high0 = _row_bounds(map_ptr, c0, c1, c2, c3, OVERSHOOT, MARGIN)
-        low1, high1, low2, high2 = low0, high0, low0, high0  # rows before the first are equal to it
+        # The rows before the first row equal the first. `+ 0.0` gives each name a value of its own: Triton finds what a
+        # loop carries by comparing values, and would carry none of the names that share one.
+        low1, high1, low2, high2 = low0 + 0.0, high0 + 0.0, low0 + 0.0, high0 + 0.0
         for patch_y in range(-1, tl.where(sound & (whole == 0), H, -1)):
             row = tl.minimum(patch_y + 2, H - 1).to(tl.int64) * W
             low3, high3 = _row_bounds(map_ptr + row * stride, c0, c1, c2, c3, OVERSHOOT, MARGIN)
