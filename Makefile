@@ -1,17 +1,20 @@
 # Every target sets itself up: `make demo` and `make test` work on a bare machine with Python 3.11+.
+# ROW picks the versions of torch, triton, torchvision and numpy (.ci/rows): `make test ROW=oldest`.
 # PYTHON picks the interpreter that makes the virtual environment; VENV its place.
+ROW ?= newest
 PYTHON ?= python3
-VENV ?= .venv
+VENV ?= $(if $(filter newest,$(ROW)),.venv,.venv-$(ROW))
 BIN := $(VENV)/bin
+CONSTRAINTS := constraints.txt .ci/rows/$(ROW).txt
 # What `make demo` writes to.
 OUT ?= runs/demo
 
 .PHONY: demo test test-slow check fix test-compile test-gpu bench gpu-report clean
 
 # One pip command, pinned: torch, torchvision and numpy must be resolved together. Redone only when a file it reads changes.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=-c %) -e '.[dev]'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -53,4 +56,4 @@ fix: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf .venv .venv-* runs build dist *.egg-info
