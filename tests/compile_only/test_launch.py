@@ -4,7 +4,9 @@ The interpreter and `compile_kernel` both go around Triton's launcher, which tur
 strides, numbers that specialise) into a signature. Here it runs on a driver that says it is an H100, up to the launch.
 """
 
+import ast
 import importlib
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -18,6 +20,8 @@ from triton.runtime.jit import JITFunction
 from tests.compile_only.harness import all_cases
 
 pytestmark = pytest.mark.compile_only
+
+ROOT = Path(__file__).parents[2]
 
 
 class FakeH100:
@@ -49,6 +53,18 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(JITFunction, "run", compile_only)
     monkeypatch.setattr(driver, "_active", FakeH100())
     return names
+
+
+def test_every_launch_says_whether_products_and_sums_fuse() -> None:
+    """Triton 3.10 turns the default of `enable_fp_fusion` off; results must not change with it."""
+    launches = [
+        (f"{path.name}:{node.lineno}", {keyword.arg for keyword in node.keywords})
+        for path in ROOT.glob("tmask_kernels/**/*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+    ]
+    assert launches
+    assert not [where for where, keywords in launches if "enable_fp_fusion" not in keywords]
 
 
 def kernels_of(op: str) -> Any:

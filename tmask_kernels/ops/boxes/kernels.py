@@ -281,6 +281,7 @@ def encode_boxes_fwd(boxes: Tensor, anchors: Tensor, weights: Sequence[float]) -
             **strides,
             **_weights(weights),
             BLOCK=BLOCK,
+            enable_fp_fusion=True,
         )
     return out
 
@@ -311,6 +312,7 @@ def decode_boxes_fwd(
             **_weights(weights),
             scale_clamp=scale_clamp,
             BLOCK=BLOCK,
+            enable_fp_fusion=True,
         )
     return out
 
@@ -343,6 +345,7 @@ def decode_boxes_bwd(
             **_weights(weights),
             scale_clamp=scale_clamp,
             BLOCK=BLOCK,
+            enable_fp_fusion=True,
         )
     return out if out.shape == deltas.shape else out.sum_to_size(deltas.shape)
 

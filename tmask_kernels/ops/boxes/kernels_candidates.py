@@ -227,6 +227,7 @@ def _falling_keys(objectness: Sequence[Tensor], geometry: dict[str, tuple[int, .
         blocks=blocks,
         NUM_LEVELS=len(objectness),
         BLOCK=BLOCK_KEYS,
+        enable_fp_fusion=True,
     )
     return keys.topk(K, dim=1).values
 
@@ -319,6 +320,7 @@ def class_candidates_fwd(
             min_size=min_size,
             score_threshold=score_threshold,
             BLOCK=BLOCK,
+            enable_fp_fusion=True,
         )
     return out_boxes, out_scores, out_valid
 

@@ -130,6 +130,7 @@ def select_best_fwd(
             count=S * M,
             BOX_FIRST=box_first,
             BLOCK=BLOCK_KEYS,
+            enable_fp_fusion=True,
         )
         keys = keys.topk(min(limit, G * M), dim=1).values
         _take_kernel[(images * triton.cdiv(limit, BLOCK),)](
@@ -145,6 +146,7 @@ def select_best_fwd(
             num_keys=keys.shape[1],
             BOX_FIRST=box_first,
             BLOCK=BLOCK,
+            enable_fp_fusion=True,
         )
     return out_boxes, out_scores, segments, counts
 

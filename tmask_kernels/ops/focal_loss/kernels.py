@@ -210,6 +210,7 @@ def sigmoid_focal_loss(inputs: Tensor, targets: Tensor, alpha: float, gamma: flo
             out_ptr=partial if summed else out,
             SUM=summed,
             MEAN=reduction == "mean",
+            enable_fp_fusion=True,
             **_arguments(inputs, targets, alpha, gamma),
         )
     return partial.sum() if summed else out
@@ -244,6 +245,7 @@ def sigmoid_focal_loss_backward(
             upstream_ptr=upstream if one else _lying_as(upstream, inputs),
             ONE_UPSTREAM=one,
             MEAN=reduction == "mean",
+            enable_fp_fusion=True,
             **_arguments(inputs, targets, alpha, gamma),
         )
     return grad

@@ -164,6 +164,7 @@ def mask_bce(logits: Tensor, classes: Tensor, targets: Tensor, valid: Tensor) ->
             K=K,
             BLOCK=block,
             BLOCK_K=BLOCK_K,
+            enable_fp_fusion=True,
             **_arguments(logits, classes, targets, valid),
         )
     return partial.sum(), share
@@ -195,6 +196,7 @@ def mask_bce_backward(
             share_ptr=share,
             CHANNELS_LAST=not grad.is_contiguous(),
             BLOCK=BLOCK_GRAD,
+            enable_fp_fusion=True,
             **_arguments(logits, classes, targets, valid),
         )
     return grad

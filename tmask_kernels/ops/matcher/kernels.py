@@ -212,13 +212,12 @@ def match_anchors_fwd(
         "anchors_an_image": A if len(anchors) > 1 else 0,
         "BLOCK": block.anchors,
         "num_warps": block.num_warps,
-        # A fused multiply-add would round the union differently from the reference, and in one pass only.
-        "enable_fp_fusion": False,
     }
     best_of_gt = torch.zeros(N, G, device=anchors.device) if allow_low_quality else ious
+    # A fused multiply-add would round the union differently from the reference, and in one pass only.
     with on_device(anchors):
         if allow_low_quality:
-            _best_of_gt_kernel[grid](best_ptr=best_of_gt.view(torch.int32), **shared)
+            _best_of_gt_kernel[grid](best_ptr=best_of_gt.view(torch.int32), enable_fp_fusion=False, **shared)
         _match_kernel[grid](
             matches_ptr=matches,
             ious_ptr=ious,
@@ -228,6 +227,7 @@ def match_anchors_fwd(
             low=low,
             LOW_QUALITY=allow_low_quality,
             HAS_CROWD=gt_crowd is not None,
+            enable_fp_fusion=False,
             **shared,
         )
     return matches, ious

@@ -128,5 +128,6 @@ def sort_boxes(boxes: Tensor, scores: Tensor, valid: Tensor | None, groups: Tens
             HAS_VALID=valid is not None,
             HAS_GROUPS=groups is not None,
             BLOCK=BLOCK,
+            enable_fp_fusion=True,
         )
     return out

@@ -192,6 +192,7 @@ def _launch(
             INDEX_STRIDE_C_IS_1=index.stride(1) == 1,
             ACC=tl.float64 if out_grad.dtype == torch.float64 else tl.float32,
             num_warps=tile.num_warps,
+            enable_fp_fusion=False,  # the samples are those of the forward
             **({} if torch.version.hip else {"maxnreg": tile.max_registers}),  # an option of NVIDIA's compiler
             **shared,
         )

@@ -165,13 +165,15 @@ def mark_tiles(
         "ALIGNED": aligned,
         "PADDED": padded,
         "HAS_VALID": valid is not None,
-        # A fused coord * scale - 0.5 would round differently from the forward, and an adaptive grid with it.
-        "enable_fp_fusion": False,
     }
     if touch.numel():
         areas = tuple(float(area) for area in thresholds) or (0.0,)
         with on_device(boxes):
             _touch_kernel[(N * num_words * triton.cdiv(num_tiles, BLOCK_TILES),)](
-                thresholds=areas, BLOCK_T=BLOCK_TILES, **shared
+                thresholds=areas,
+                BLOCK_T=BLOCK_TILES,
+                # A fused coord * scale - 0.5 would round differently from the forward, and an adaptive grid with it.
+                enable_fp_fusion=False,
+                **shared,
             )
     return shared

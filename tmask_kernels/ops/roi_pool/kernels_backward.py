@@ -209,12 +209,13 @@ def _launch(grad: Tensor, out_grad: Tensor, index: Tensor, boxes: Tensor, valid:
         "TILE_W": tile.width,
         "PADDED": padded,
         "HAS_VALID": valid is not None,
-        "enable_fp_fusion": False,  # the cells of a box are those of the forward
     }
     with on_device(out_grad):
         if touch.numel():
             # One axis: the others end at 65,535 blocks of tiles, a map of 2,896 x 2,896 cells.
-            _touch_kernel[(N * num_words * triton.cdiv(num_tiles, BLOCK_TILES),)](BLOCK_T=BLOCK_TILES, **shared)
+            _touch_kernel[(N * num_words * triton.cdiv(num_tiles, BLOCK_TILES),)](
+                BLOCK_T=BLOCK_TILES, enable_fp_fusion=False, **shared
+            )
         _gather_kernel[(N * num_tiles * triton.cdiv(C, tile.block_c),)](
             grad_ptr=grad,
             out_grad_ptr=out_grad,
@@ -231,6 +232,7 @@ def _launch(grad: Tensor, out_grad: Tensor, index: Tensor, boxes: Tensor, valid:
             INDEX_STRIDE_C_IS_1=index.stride(1) == 1,
             ACC=tl.float64 if out_grad.dtype == torch.float64 else tl.float32,
             num_warps=tile.num_warps,
+            enable_fp_fusion=False,  # the cells of a box are those of the forward
             **shared,
         )
 
