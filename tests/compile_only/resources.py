@@ -21,7 +21,7 @@ ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
 class Resources:
     """What one compiled kernel takes. Widths are bytes a thread moves in its widest such instruction, 0 without any.
 
-    `spills`: on NVIDIA bytes of stack (register spills and local arrays), on AMD spilled registers. `scratch`: bytes
+    `spills`: on NVIDIA bytes of used stack (register spills, local arrays), on AMD spilled registers. `scratch`: bytes
     of private memory a thread on AMD. `loads[d]`: global load instructions inside d nested loops, in the program text.
     `agprs` and `sgprs` are AMD's accumulation and scalar registers; there `registers` are the vector registers.
     """
@@ -83,7 +83,7 @@ def compile_kernel(
     compiled = triton.compile(source, target=gpu, options=options)
     if amd:
         return _read_amd(compiled.asm["amdgcn"], compiled.metadata.shared)
-    return _read_nvidia(compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared)
+    return _read_nvidia(compiled.asm, compiled.metadata.shared)
 
 
 def _leaves(kind: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
@@ -107,16 +107,20 @@ _PTX_LOAD = re.compile(r"\bld\.global" + _PTX_TYPE)
 _PTX_ASYNC = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+|\d+)")
 
 
-def _read_nvidia(ptx: str, cubin: bytes, dynamic_shared: int) -> Resources:
-    usage = _cuobjdump(cubin)
+def _read_nvidia(asm: Mapping[str, Any], dynamic_shared: int) -> Resources:
+    ptx, usage = asm["ptx"], _cuobjdump(asm["cubin"])
     number = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    spills = number["STACK"] + number["LOCAL"]
+    # ptxas 12.9 reserves stack in some kernels that neither store to it nor load from it.
+    if spills and not re.search(r"\b(LDL|STL)\b", asm["sass"]):
+        spills = 0
 
     def widths(pattern: str) -> list[int]:
         return [_ptx_bytes(match) for match in re.finditer(pattern + _PTX_TYPE, ptx)]
 
     return Resources(
         registers=number["REG"],
-        spills=number["STACK"] + number["LOCAL"],
+        spills=spills,
         shared=max(number["SHARED"], dynamic_shared),
         load_bytes=max([*widths(r"\bld\.global"), *(int(size, 0) for size in _PTX_ASYNC.findall(ptx))], default=0),
         store_bytes=max(widths(r"\bst\.global"), default=0),

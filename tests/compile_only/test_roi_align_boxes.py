@@ -72,7 +72,7 @@ def _case(
     aligned: bool = True,
 ) -> Case:
     """Four levels take padded boxes [N, P, 4] with a mask, one takes boxes [K, 5]."""
-    tile = kernels_boxes.pick_slope_tile(CHANNELS, size, _BYTES[dtype], channels_last)
+    tile = kernels_boxes.pick_slope_tile(CHANNELS, size, _BYTES[dtype], channels_last, cubic)
     padded = levels > 1
     strides = ("i32", "=1", "i32", "i32") if channels_last else ("i32", "i32", "i32", "=1")
     divisible = ["sums_ptr", "out_grad_ptr", "feature_ptrs", "boxes_ptr", "valid_ptr", "C"]

@@ -41,7 +41,9 @@ def _forward_target(arch: str, tile: kernels.Tile, dtype: str, *, channels_last:
     )
 
 
-def _forward(name: str, *, dtype: str, channels_last: bool = True, keep_index: bool = True) -> Case:
+def _forward(
+    name: str, *, dtype: str, channels_last: bool = True, keep_index: bool = True, known_spills: int = 0
+) -> Case:
     tile = kernels.pick_tile(CHANNELS, SIZE, channels_last)
     strides = _strides(channels_last)
     # 512 channels divide every stride of a channels_last tensor; of the others, widths may be odd.
@@ -77,6 +79,7 @@ def _forward(name: str, *, dtype: str, channels_last: bool = True, keep_index: b
         num_warps=tile.num_warps,
         enable_fp_fusion=False,
         wide=channels_last,
+        known_spills=known_spills,
         target=lambda arch: _forward_target(arch, tile, dtype, channels_last=channels_last, keep_index=keep_index),
     )
 
@@ -178,7 +181,8 @@ CASES = [
     _forward("fp32 channels_last", dtype="fp32"),
     _forward("bf16 channels_last no index", dtype="bf16", keep_index=False),
     _forward("bf16 contiguous", dtype="bf16", channels_last=False),
-    _forward("fp32 contiguous", dtype="fp32", channels_last=False),
+    # For the A100 ptxas 12.9 spills one register to have 40 warps on an SM in place of 32.
+    _forward("fp32 contiguous", dtype="fp32", channels_last=False, known_spills=8),
     _gather("bf16 channels_last", dtype="bf16"),
     _gather("fp16 channels_last", dtype="fp16"),
     _gather("fp32 channels_last", dtype="fp32"),

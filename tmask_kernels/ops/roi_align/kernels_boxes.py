@@ -212,17 +212,22 @@ class SlopeTile(NamedTuple):
     max_registers: int
 
 
-def pick_slope_tile(C: int, PW: int, item_bytes: int, channels_last: bool) -> SlopeTile:
+def pick_slope_tile(C: int, PW: int, item_bytes: int, channels_last: bool, cubic: float | None = None) -> SlopeTile:
     """About 1,024 elements a program, 8 a thread: a sample needs its four taps, their slopes and the output's gradient.
 
     Half as many without channels_last: every element then has an address of its own, in two registers. The registers
     are those of 5 programs on an SM, of 4 for wide loads of fp32; left alone, the assembler spills a few to have more.
+    Triton 3.8 gives a thread 4 bins of one channel without channels_last, each with the bicubic weights of its own.
     """
     block_pw = triton.next_power_of_2(PW)
     elements = 1024 if channels_last else 512
     block_c = max(16, min(triton.next_power_of_2(max(C, 1)), elements // block_pw, 256))
     num_warps = max(1, min(4, 4 * block_pw * block_c // elements))
-    return SlopeTile(block_pw, block_c, num_warps, max_registers=104 if channels_last and item_bytes >= 4 else 96)
+    if channels_last:
+        max_registers = 104 if item_bytes >= 4 else 96
+    else:
+        max_registers = 96 if cubic is None else 144
+    return SlopeTile(block_pw, block_c, num_warps, max_registers)
 
 
 def _launch(
@@ -242,7 +247,7 @@ def _launch(
         return boxes.new_zeros(K, 4)
     boxes = boxes.contiguous()
     channels_last = all(f.stride(1) == 1 for f in features)
-    tile = pick_slope_tile(C, PW, out_grad.element_size(), channels_last)
+    tile = pick_slope_tile(C, PW, out_grad.element_size(), channels_last, cubic)
     blocks = PH * triton.cdiv(C, tile.block_c)
     sums = torch.empty((K, blocks, 4), dtype=boxes.dtype, device=boxes.device)
     with on_device(out_grad):
