@@ -35,15 +35,15 @@ def padded_nms_torchvision(
 
 def _keep_torchvision(boxes: Tensor, ramp: Tensor, group: Tensor | None, threshold: float) -> Tensor:
     """Positions that survive among sorted boxes [n, 4], rising."""
-    from torchvision.ops import nms as torchvision_nms
+    import torchvision  # noqa: F401 - registers the op; its Python function may be ours by now
 
     n = len(boxes)
     if group is None:
-        return torchvision_nms(boxes, ramp[:n], threshold)
+        return torch.ops.torchvision.nms(boxes, ramp[:n], threshold)
     keep = torch.zeros(n, dtype=torch.bool)
     for value in group[:n].unique():
         rows = (group[:n] == value).nonzero()[:, 0]
-        keep[rows[torchvision_nms(boxes[rows], ramp[: len(rows)], threshold)]] = True
+        keep[rows[torch.ops.torchvision.nms(boxes[rows], ramp[: len(rows)], threshold)]] = True
     return keep.nonzero()[:, 0]
 
 

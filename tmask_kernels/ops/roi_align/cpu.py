@@ -106,11 +106,11 @@ class _RoIAlign(torch.autograd.Function):
         sampling_ratio: int,
         aligned: bool,
     ) -> Tensor:
-        from torchvision.ops import roi_align
+        import torchvision  # noqa: F401 - registers the op; its Python function may be ours by now
 
         ctx.save_for_backward(boxes)
         ctx.shape, ctx.arguments = feature.shape, (output_size, scale, sampling_ratio, aligned)
-        return roi_align(feature, boxes, output_size, scale, sampling_ratio, aligned)
+        return torch.ops.torchvision.roi_align(feature, boxes, scale, *output_size, sampling_ratio, aligned)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
