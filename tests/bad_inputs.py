@@ -895,6 +895,7 @@ ELSEWHERE = {
     "every form of damage to a mask": "tests/data/test_coco.py::"
     "test_faults_of_a_mask_are_found_on_opening_and_name_the_annotation",
     "every field of a config": "tests/test_config.py::test_wrong_values_name_field_expected_and_got",
+    "every argument of every op": "tests/kernels/test_arguments.py::test_a_wrong_argument_is_named",
     "any error in a loader's worker": "tests/data/test_loader.py::test_an_error_is_the_same_from_a_worker",
     "folders and data of an ablation": "tests/bench/test_ablate.py::"
     "test_more_seeds_may_be_added_but_nothing_else_changed",
@@ -1046,11 +1047,31 @@ PYTHON = [
     PythonCase(
         "unknown soft-NMS method",
         'tmask_kernels.soft_nms(torch.zeros(3, 4), torch.zeros(3), method="hard")',
-        "soft_nms: method: expected 'linear' or 'gaussian', got 'hard'",
+        "soft_nms: method: expected one of linear, gaussian, got 'hard'",
     ),
     PythonCase(
         "heat maps without an axis of images",
         "tmask_kernels.decode_keypoints(torch.zeros(2, 17, 56, 56), torch.zeros(1, 2, 4))",
-        "heatmaps: expected floating point [N, D, K, H, W] with H, W >= 1, got torch.float32 (2, 17, 56, 56)",
+        "decode_keypoints: heatmaps: expected float [N, D, K, H, W] with H, W >= 1, got torch.float32 [2, 17, 56, 56]",
+    ),
+    PythonCase(
+        "a dict of feature maps",
+        'tmask_kernels.multiscale_roi_align({"0": torch.zeros(1, 3, 8, 8)}, [torch.zeros(2, 4)], 7, [0.25])',
+        "multiscale_roi_align: features: expected a list of tensors [N, C, H, W], one a spatial scale (1), such as list(features.values()), got dict",
+    ),
+    PythonCase(
+        "size that is a float",
+        "tmask_kernels.roi_align(torch.zeros(1, 3, 8, 8), [torch.zeros(2, 4)], 7.0)",
+        "roi_align: output_size: expected a whole number or (height, width), whole numbers of at least 1, got 7.0",
+    ),
+    PythonCase(
+        "size of one number in a tuple",
+        "tmask_kernels.roi_pool(torch.zeros(1, 3, 8, 8), [torch.zeros(2, 4)], (7,))",
+        "roi_pool: output_size: expected a whole number or (height, width), whole numbers of at least 1, got (7,)",
+    ),
+    PythonCase(
+        "array for a tensor",
+        "tmask_kernels.nms(torch.zeros(3, 4).numpy(), torch.zeros(3), 0.5)",
+        "nms: boxes: expected a tensor, float [K, 4], got numpy.ndarray",
     ),
 ]

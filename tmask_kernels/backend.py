@@ -31,7 +31,7 @@ def use_backend(backend: str) -> Iterator[None]:
     Errors: ValueError if `backend` is none of ``BACKENDS``.
     """
     global _default_backend
-    _check_name("backend", backend)
+    _check_name("use_backend: backend", backend)
     before, _default_backend = _default_backend, backend
     try:
         yield
@@ -82,7 +82,7 @@ def resolve(op: str, backend: str | None, reasons: Mapping[str, Sequence[str]], 
     order = _ON_CUDA if device.type == "cuda" else _ELSEWHERE
     reasons = {candidate: reasons[candidate] for candidate in order if candidate in reasons}
     name = default_backend() if backend is None else backend
-    _check_name("backend", name)
+    _check_name(f"{op}: backend", name)
     if backend is None and name != "auto" and name not in reasons:
         _warn_lacking(op, name)
         name = "auto"
@@ -102,7 +102,7 @@ def resolve(op: str, backend: str | None, reasons: Mapping[str, Sequence[str]], 
 
 
 def _check_name(where: str, name: str) -> None:
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"{where}: expected one of {', '.join(BACKENDS)}, got {name!r}")
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torchvision import ops
 
+from tmask_kernels.ops._checks import check_list, check_size, check_tensor, wrong
 from tmask_kernels.ops.roi_align.op import multiscale_roi_align, roi_align
 from tmask_kernels.ops.roi_pool.op import roi_pool
 
@@ -38,7 +39,7 @@ class RoIAlign(ops.RoIAlign):
         cubic_coeff: float = -0.5,
         backend: str | None = None,
     ) -> None:
-        super().__init__(_checked(output_size), spatial_scale, sampling_ratio, aligned)
+        super().__init__(_checked("RoIAlign", output_size), spatial_scale, sampling_ratio, aligned)
         self.reduction, self.interpolation, self.cubic_coeff = reduction, interpolation, cubic_coeff
         self.backend = backend
 
@@ -58,7 +59,7 @@ class RoIPool(ops.RoIPool):
     """`torchvision.ops.RoIPool` by `tmask_kernels.roi_pool`. ``forward(input, rois)`` as of `RoIAlign`."""
 
     def __init__(self, output_size: int | Sequence[int], spatial_scale: float, *, backend: str | None = None) -> None:
-        super().__init__(_checked(output_size), spatial_scale)
+        super().__init__(_checked("RoIPool", output_size), spatial_scale)
         self.backend = backend
 
     def forward(self, input: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
@@ -99,8 +100,11 @@ class MultiScaleRoIAlign(ops.MultiScaleRoIAlign):
         cubic_coeff: float = -0.5,
         backend: str | None = None,
     ) -> None:
+        names = check_list("MultiScaleRoIAlign", "featmap_names", featmap_names, "a list of names")
+        if not names or not all(isinstance(name, str) for name in names):
+            raise wrong("MultiScaleRoIAlign", "featmap_names", "a list of names, at least one", featmap_names)
         super().__init__(
-            featmap_names, _checked(output_size), sampling_ratio,
+            featmap_names, _checked("MultiScaleRoIAlign", output_size), sampling_ratio,
             canonical_scale=canonical_scale, canonical_level=canonical_level,
         )  # fmt: skip
         self.aligned, self.level_convention = aligned, level_convention
@@ -111,13 +115,20 @@ class MultiScaleRoIAlign(ops.MultiScaleRoIAlign):
         self, x: Mapping[str, Tensor], boxes: Sequence[Tensor], image_shapes: Sequence[tuple[int, int]]
     ) -> Tensor:
         """Pool: [K, C, PH, PW]."""
-        maps = [feature for name, feature in x.items() if name in self.featmap_names]
+        op = "MultiScaleRoIAlign"
+        maps = [feature for name, feature in x.items() if name in self.featmap_names] if isinstance(x, Mapping) else []
         if not maps:
-            raise ValueError(f"x: expected feature maps named {self.featmap_names}, got {list(x)}")
+            got = list(x) if isinstance(x, Mapping) else x
+            raise wrong(op, "x", f"a mapping with feature maps named {self.featmap_names}", got)
         if self.scales is None:
-            if not image_shapes:
-                raise ValueError("image_shapes: expected (height, width) of each image, got none")
-            height = max(shape[0] for shape in image_shapes)
+            shapes = check_list(op, "image_shapes", image_shapes, "(height, width) of each image")
+            if not shapes:
+                raise wrong(op, "image_shapes", "(height, width) of each image", image_shapes)
+            height = max(check_size(op, f"image_shapes[{i}]", shape)[0] for i, shape in enumerate(shapes))
+            for feature in maps:
+                check_tensor(op, "x", feature, ("N", "C", "H", "W"), "float", hint=" with H >= 1")
+                if feature.shape[2] < 1:
+                    raise wrong(op, "x", "float [N, C, H, W] with H >= 1", feature)
             self.scales = [2.0 ** round(math.log2(feature.shape[-2] / height)) for feature in maps]
         # torchvision counts levels by their scales, so it does not reach a second map of the last one. Its MobileNet
         # detectors have such maps.
@@ -135,10 +146,9 @@ class MultiScaleRoIAlign(ops.MultiScaleRoIAlign):
         return _with_ours(super().__repr__(), self)
 
 
-def _checked(output_size: int | Sequence[int]) -> Any:
+def _checked(name: str, output_size: int | Sequence[int]) -> Any:
     """`output_size` as it is, which torchvision keeps so. Errors: ValueError unless it is a number or a pair."""
-    if not isinstance(output_size, int) and len(output_size) != 2:
-        raise ValueError(f"output_size: expected a number or (height, width), got {output_size}")
+    check_size(name, "output_size", output_size, or_number=True)
     return output_size
 
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tmask_kernels.ops._checks import check_tensor, check_whole
+
 WORD = 32
 
 
@@ -18,10 +20,7 @@ def pack_masks(masks: Tensor) -> Tensor:
 
     No sync, any device. Errors: ValueError for another dtype or fewer than two dimensions.
     """
-    if masks.dtype not in (torch.bool, torch.uint8):
-        raise ValueError(f"masks: expected dtype bool or uint8, got {masks.dtype}")
-    if masks.dim() < 2:
-        raise ValueError(f"masks: expected shape [..., H, W], got {tuple(masks.shape)}")
+    check_tensor("pack_masks", "masks", masks, ("...", "H", "W"), "bool or uint8")
     inside = masks if masks.dtype == torch.bool else masks != 0
     inside = F.pad(inside, (0, -masks.shape[-1] % WORD)).contiguous()  # [..., H, B * 32]
     # The lowest byte stands first, as every machine that PyTorch supports stores its integers. So eight pixels are an
@@ -36,9 +35,11 @@ def unpack_masks(packed: Tensor, width: int) -> Tensor:
 
     No sync, any device. Errors: ValueError for another dtype, or a width that does not need exactly B words.
     """
-    check_packed("packed", packed)
-    if not 0 <= packed.shape[-1] * WORD - width < WORD:
-        raise ValueError(f"width: expected one that needs {packed.shape[-1]} words of {WORD} pixels, got {width}")
+    check_packed("unpack_masks", packed, "...", "H")
+    width = check_whole("unpack_masks", "width", width, 0)
+    words = packed.shape[-1]
+    if not 0 <= words * WORD - width < WORD:
+        raise ValueError(f"unpack_masks: width: expected one that needs {words} words of {WORD} pixels, got {width}")
     return unpack_bits(packed, torch.bool)[..., :width]
 
 
@@ -50,8 +51,6 @@ def unpack_bits(packed: Tensor, dtype: torch.dtype) -> Tensor:
     return ((octets[..., None] & value) != 0).to(dtype).flatten(-3)
 
 
-def check_packed(name: str, packed: Tensor) -> None:
-    """Raise ValueError unless `packed` can be the output of `pack_masks`."""
-    if packed.dtype != torch.int32 or packed.dim() < 2:
-        got = f"{packed.dtype} {tuple(packed.shape)}"
-        raise ValueError(f"{name}: expected packed masks, int32 [..., H, ceil(W / {WORD})], got {got}")
+def check_packed(op: str, packed: Tensor, *axes: str) -> None:
+    """That the argument `packed` of `op` can be the output of `pack_masks`, with `axes` before the words of a row."""
+    check_tensor(op, "packed", packed, (*axes, f"ceil(W / {WORD})"), "int32", hint=", packed masks")

@@ -77,27 +77,6 @@ def test_anchors_of_an_empty_map(device):
     assert make_anchors(spec, [(0, 4), (1, 1)], (16, 16), device=device).shape == (1, 4)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"sizes": ((32.0,), ())}, "sizes: expected positive"),
-        ({"sizes": ()}, "sizes: expected one tuple a level"),
-        ({"sizes": (), "strides": ()}, "sizes: expected one tuple a level"),
-        ({"aspect_ratios": (0.0,)}, "aspect_ratios: expected positive"),
-        ({"strides": (4,)}, "strides: expected 2"),
-    ],
-    ids=["sizes", "no level", "no level and stride", "ratios", "strides"],
-)
-def test_wrong_spec(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        AnchorSpec(**({"sizes": ((32.0,), (64.0,)), "aspect_ratios": (1.0,)} | arguments))
-
-
-def test_wrong_number_of_levels():
-    with pytest.raises(ValueError, match="feature_sizes: expected 1 levels"):
-        make_anchors(AnchorSpec(((8.0,),), (1.0,)), [(1, 1), (1, 1)], (16, 16))
-
-
 # --- coding ----------------------------------------------------------------------------------------------------------
 
 
@@ -399,25 +378,3 @@ def test_nothing_waits(device):
         )
         encode_boxes(boxes, anchors, backend="reference")
     assert not found
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda t: encode_boxes(t[:, :3], t), r"boxes: expected float \[..., 4\]"),
-        (lambda t: encode_boxes(t, t.long()), r"anchors: expected float \[..., 4\]"),
-        (lambda t: decode_boxes(t[:, :3], t), r"deltas: expected float \[..., 4\]"),
-        (lambda t: decode_boxes(t, t, image_size=torch.zeros(3, 2)), r"image_size: expected shape \[2, 2\]"),
-        (lambda t: decode_boxes(t[0], t[0], image_size=torch.zeros(1, 2)), "image_size: expected .* for a single box"),
-        (lambda t: decode_boxes(t, t, image_size=[5, 6, 7]), r"image_size: expected \(height, width\) .* \[5, 6, 7\]"),
-        (lambda t: decode_boxes(t, t, image_size=5), r"image_size: expected \(height, width\)"),
-        (lambda t: encode_boxes(t, t.to("meta")), "encode_boxes: anchors: expected device cpu, got meta"),
-        (lambda t: decode_boxes(t, t.to("meta")), "decode_boxes: anchors: expected device cpu, got meta"),
-        (lambda t: decode_boxes(t, t, image_size=torch.zeros(2, 2, device="meta")), "image_size: expected device cpu"),
-    ],
-    ids=["boxes", "anchors", "deltas", "image_size", "sizes of one box", "three numbers", "one number",
-         "anchors of boxes elsewhere", "anchors of deltas elsewhere", "sizes elsewhere"],
-)  # fmt: skip
-def test_wrong_arguments(call, message):
-    with pytest.raises(ValueError, match=message):
-        call(torch.zeros(2, 4))

@@ -292,24 +292,3 @@ def test_nothing_waits(device):
     with count_blocking() as found:
         call(logits, rois[:, :, None], device, "reference")
     assert not found
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"class_scores": torch.zeros(2, 3)}, r"class_scores: expected \[N, P, Cls\]"),
-        ({"boxes": torch.zeros(2, 3, 2, 4)}, r"boxes: expected \[2, 3, 5, 4\] or \[2, 3, 1, 4\]"),
-        ({"valid": torch.ones(2, 3)}, r"valid: expected bool \[2, 3\]"),
-        ({"image_sizes": torch.zeros(3, 2)}, r"image_sizes: expected \[2, 2\]"),
-        ({"max_detections": 0}, "max_detections: expected at least 1"),
-        ({"class_scores": torch.zeros(2, 3, 5, device="meta")}, "class_scores: expected device cpu, got meta"),
-        ({"valid": torch.ones(2, 3, dtype=torch.bool, device="meta")}, "valid: expected device cpu, got meta"),
-        ({"image_sizes": torch.zeros(2, 2, device="meta")}, "image_sizes: expected device cpu, got meta"),
-    ],
-    ids=["scores", "boxes", "valid", "sizes", "count", "device of scores", "device of valid", "device of sizes"],
-)
-def test_wrong_arguments(changes, message):
-    arguments = {"class_scores": torch.zeros(2, 3, 5), "boxes": torch.zeros(2, 3, 1, 4),
-                 "valid": torch.ones(2, 3, dtype=torch.bool), "image_sizes": torch.zeros(2, 2), **SETTINGS}  # fmt: skip
-    with pytest.raises(ValueError, match=message):
-        detections(**(arguments | changes))

@@ -293,24 +293,6 @@ def test_opcheck(device: torch.device, layout: str, reduction: str) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"inputs": torch.zeros(2, 3, dtype=torch.int64)}, "inputs: expected a floating point dtype"),
-        ({"targets": torch.zeros(3)}, r"targets: expected the shape of inputs \(2, 3\), got \(3,\)"),
-        ({"targets": torch.zeros(2, 3, device="meta")}, "targets: expected the device of inputs cpu, got meta"),
-        ({"alpha": 1.5}, "alpha: expected 0..1"),
-        ({"gamma": -1.0}, "gamma: expected at least 0, got -1.0"),
-        ({"reduction": "max"}, "reduction: expected 'none', 'mean' or 'sum', got 'max'"),
-        ({"backend": "torchvision"}, "backend='torchvision' does not exist"),
-    ],
-    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
-)
-def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        sigmoid_focal_loss(**{"inputs": torch.zeros(2, 3), "targets": torch.zeros(2, 3), **change})
-
-
 # Softmax
 
 
@@ -375,23 +357,6 @@ def test_softmax_compiles_whole(backend: str, device: torch.device) -> None:
     x, y = softmax_inputs(device, torch.float32)
     compiled = torch.compile(softmax_focal_loss, fullgraph=True, backend="aot_eager")
     assert_close(compiled(x, y, backend=backend), softmax_focal_loss(x, y, backend=backend).double())
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"inputs": torch.zeros(2, 1)}, r"inputs: expected floating point \[..., C\], C > 1"),
-        ({"labels": torch.zeros(2)}, r"labels: expected int64 \(2,\), got torch.float32 \(2,\)"),
-        ({"labels": torch.zeros(3, dtype=torch.int64)}, r"labels: expected int64 \(2,\)"),
-        ({"alpha": 1.5}, "alpha: expected 0..1"),
-        ({"gamma": -1.0}, "gamma: expected at least 0"),
-        ({"reduction": "max"}, "reduction: expected"),
-    ],
-    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
-)
-def test_wrong_softmax_arguments_are_named(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        softmax_focal_loss(**{"inputs": torch.zeros(2, 3), "labels": torch.zeros(2, dtype=torch.int64), **change})
 
 
 # Mutants: each must turn the parity check red

@@ -215,33 +215,3 @@ def test_custom_op_is_sound_and_traces(device, convention):
     torch.library.opcheck(torch.ops.tmask.mask_targets_reference, (*args, 7, convention == "detectron2", None))
     compiled = torch.compile(lambda *a: mask_targets(*a, 7, convention=convention), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*args), mask_targets(*args, 7, convention=convention))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"packed": torch.zeros(1, 2, 8, 1)}, "packed: expected packed masks"),
-        ({"packed": torch.zeros(2, 8, 1, dtype=torch.int32)}, "packed: expected shape"),
-        ({"boxes": torch.zeros(2, 3, 4)}, r"boxes: expected floating point \[1, S, 4\], got"),
-        ({"boxes": torch.zeros(1, 3, 4, dtype=torch.int64)}, "boxes: expected floating point"),
-        ({"gt_index": torch.zeros(1, 3)}, r"gt_index: expected int64 \(1, 3\), got torch.float32"),
-        ({"gt_index": torch.zeros(1, 4, dtype=torch.int64)}, "gt_index: expected int64"),
-        ({"size": 0}, "size: expected at least 1, got 0"),
-        ({"convention": "coco"}, "convention: expected 'detectron2' or 'torchvision', got 'coco'"),
-        ({"image_sizes": torch.zeros(2, 2)}, r"image_sizes: expected shape \[1, 2\]"),
-        ({"backend": "torchvision"}, "backend='torchvision' does not exist"),
-        ({"gt_index": torch.zeros(1, 3, dtype=torch.int64, device="meta")}, "gt_index: expected device cpu, got meta"),
-        ({"image_sizes": torch.zeros(1, 2, device="meta")}, "image_sizes: expected device cpu, got meta"),
-    ],
-    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
-)
-def test_wrong_arguments_are_named(change, message):
-    arguments = {
-        "packed": torch.zeros(1, 2, 8, 1, dtype=torch.int32),
-        "boxes": torch.zeros(1, 3, 4),
-        "gt_index": torch.zeros(1, 3, dtype=torch.int64),
-        "size": 7,
-        "convention": "detectron2",
-    }
-    with pytest.raises(ValueError, match=message):
-        mask_targets(**{**arguments, **change})

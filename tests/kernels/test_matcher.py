@@ -466,29 +466,3 @@ def test_opcheck_compile_and_no_waiting(device, backend):
         assert not found
         got = torch.compile(whole, fullgraph=True, backend="aot_eager")(anchors, boxes, valid)
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"gt_boxes": torch.zeros(2, 4)}, r"gt_boxes: expected \[N, G, 4\]"),
-        ({"anchors": torch.zeros(3, 5, 4)}, r"anchors: expected \[A, 4\] or \[2, A, 4\]"),
-        ({"gt_valid": torch.zeros(2, 3)}, r"gt_valid: expected bool \[2, 3\]"),
-        ({"gt_crowd": torch.zeros(2, 4, dtype=torch.bool)}, r"gt_crowd: expected bool \[2, 3\]"),
-        ({"low": 0.8}, "expected 0 <= low <= high <= 1"),
-        ({"high": 1.2}, "expected 0 <= low <= high <= 1"),
-        ({"backend": "torchvision"}, "does not exist for this op"),
-        (
-            {"anchors": torch.zeros(5, 4, dtype=torch.int64)},
-            "anchors: expected a floating point dtype, got torch.int64",
-        ),
-        ({"anchors": torch.zeros(5, 4, device="meta")}, "anchors: expected device cpu, got meta"),
-        ({"gt_valid": torch.zeros(2, 3, dtype=torch.bool, device="meta")}, "gt_valid: expected device cpu, got meta"),
-    ],
-    ids=["boxes", "anchors", "valid", "crowd", "order", "range", "backend", "dtype", "device", "device of valid"],
-)
-def test_wrong_arguments(changes, message):
-    arguments = {"anchors": torch.zeros(5, 4), "gt_boxes": torch.zeros(2, 3, 4),
-                 "gt_valid": torch.zeros(2, 3, dtype=torch.bool), **RPN}  # fmt: skip
-    with pytest.raises(ValueError, match=message):
-        match_anchors(**(arguments | changes))

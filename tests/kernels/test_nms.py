@@ -339,57 +339,6 @@ def test_reference_never_waits_and_ragged_ones_wait_once(device):
     assert found["_local_scalar_dense"] == 1
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("threshold", [-0.1, 1.5, NAN, INF])
-def test_threshold_out_of_range(device, threshold):
-    boxes, scores = torch.zeros(2, 4, device=device), torch.zeros(2, device=device)
-    for call in (lambda: nms(boxes, scores, threshold), lambda: batched_nms(boxes, scores, scores.long(), threshold)):
-        with pytest.raises(ValueError, match=r"iou_threshold: expected a number in 0\.\.1, got"):
-            call()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"boxes": torch.zeros(2, 3)}, "boxes: expected float"),
-        ({"boxes": torch.zeros(2, 3, 4, dtype=torch.int64)}, "boxes: expected float"),
-        ({"scores": torch.zeros(2, 4)}, r"scores: expected float \[2, 3\]"),
-        ({"valid": torch.ones(2, 3)}, r"valid: expected bool \[2, 3\]"),
-        ({"max_output": -1}, "max_output: expected at least 0"),
-        ({"iou_threshold": torch.zeros(3)}, r"iou_threshold: expected a float or shape \[2\]"),
-        ({"backend": "cuda"}, "backend: expected one of"),
-        ({"scores": torch.zeros(2, 3, device="meta")}, "scores: expected device cpu, got meta"),
-        ({"valid": torch.ones(2, 3, dtype=torch.bool, device="meta")}, "valid: expected device cpu, got meta"),
-        ({"iou_threshold": torch.zeros(2, device="meta")}, "iou_threshold: expected device cpu, got meta"),
-    ],
-    ids=[
-        "rank",
-        "integer",
-        "scores",
-        "valid",
-        "max_output",
-        "thresholds",
-        "backend",
-        "device of scores",
-        "device of valid",
-        "device of thresholds",
-    ],
-)
-def test_wrong_arguments(changes, message):
-    arguments = {"boxes": torch.zeros(2, 3, 4), "scores": torch.zeros(2, 3), "iou_threshold": 0.5, "max_output": 3}
-    with pytest.raises(ValueError, match=message):
-        padded_nms(**(arguments | changes))
-
-
-def test_wrong_classes():
-    with pytest.raises(ValueError, match=r"idxs: expected integer \[3\]"):
-        batched_nms(torch.zeros(3, 4), torch.zeros(3), torch.zeros(3), 0.5)
-    with pytest.raises(ValueError, match="idxs: expected device cpu, got meta"):
-        batched_nms(torch.zeros(3, 4), torch.zeros(3), torch.zeros(3, dtype=torch.int64, device="meta"), 0.5)
-
-
 # --- properties ------------------------------------------------------------------------------------------------------
 
 

@@ -49,19 +49,3 @@ def test_traces_without_a_graph_break(device):
     masks = torch.rand(2, 5, 40, device=device) > 0.5
     compiled = torch.compile(lambda m: unpack_masks(pack_masks(m), 40), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(masks), masks)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: pack_masks(torch.zeros(2, 2)), "masks: expected dtype bool or uint8, got torch.float32"),
-        (lambda: pack_masks(torch.zeros(2, dtype=torch.bool)), "masks: expected shape"),
-        (lambda: unpack_masks(torch.zeros(2, 2), 64), "packed: expected packed masks"),
-        (lambda: unpack_masks(torch.zeros(2, 2, dtype=torch.int32), 65), "width: .* needs 2 words .* got 65"),
-        (lambda: unpack_masks(torch.zeros(2, 2, dtype=torch.int32), 32), "width: .* needs 2 words .* got 32"),
-    ],
-    ids=["dtype", "dim", "packed dtype", "too wide", "too narrow"],
-)
-def test_wrong_arguments_are_named(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()

@@ -227,27 +227,5 @@ def test_works_under_inference_mode_on_tensors_with_a_graph(device):
         paste_masks(masks, boxes, (20, 33), output="rle")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"masks": torch.zeros(2, 1, 28, 28)}, r"masks: expected floating point \[K, M, M\] with M >= 1"),
-        ({"masks": torch.zeros(2, 28, 28, dtype=torch.bool)}, "masks: expected floating point"),
-        ({"boxes": torch.zeros(3, 4)}, r"boxes: expected floating point \[2, 4\], got torch.float32 \(3, 4\)"),
-        ({"boxes": torch.zeros(2, 4, device="meta")}, "boxes: expected device cpu, got meta"),
-        ({"image_size": (0, 5)}, r"image_size: expected \(height, width\) of at least 1, got \(0, 5\)"),
-        ({"threshold": 0.0}, r"threshold: expected in \(0, 1\], got 0.0"),
-        ({"threshold": 50}, "threshold: expected in"),
-        ({"output": "png"}, "output: expected .* got 'png'"),
-        ({"convention": "coco"}, "convention: expected 'detectron2' or 'torchvision', got 'coco'"),
-        ({"masks": torch.zeros(2, 28, 28).double(), "backend": "triton"}, "computes in float32"),
-    ],
-    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
-)
-def test_wrong_arguments_are_named(change, message):
-    arguments = {"masks": torch.zeros(2, 28, 28), "boxes": torch.zeros(2, 4), "image_size": (5, 5)}
-    with pytest.raises(ValueError, match=message):
-        paste_masks(**{**arguments, **change})
-
-
 def test_tolerance_of_these_tests_is_no_looser_than_half_precision():
     assert ROUNDING.max < TOLERANCES[torch.float16].max

@@ -323,25 +323,23 @@ def test_batches_without_masks(device: torch.device, backend: str, output: str) 
         assert [len(one) for one in got] == [0] * n
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"counts": [1, 4]}, "counts: expected in 0..3, got .1, 4."),
-        ({"counts": [1, -1]}, "counts: expected in 0..3, got .1, -1."),
-        ({"counts": [1]}, "N counts and N sizes of images, got .*1 counts and 2 sizes"),
-        ({"image_sizes": [(4, 4)]}, "2 counts and 1 sizes"),
-        ({"image_sizes": [(4, 4), (0, 4)]}, "image_size: expected .height, width. of at least 1, got .0, 4."),
-        ({"masks": torch.rand(3, 4, 4)}, r"masks: expected \[N, D, M, M\]"),
-        ({"boxes": torch.rand(2, 2, 4)}, r"boxes: expected floating point \[6, 4\]"),
-        ({"threshold": 0.0}, "threshold: expected in"),
-        ({"output": "bits"}, "output: expected"),
-    ],
-)
-def test_wrong_batches_are_named(change: dict[str, Any], message: str) -> None:
-    given: dict[str, Any] = {"masks": torch.rand(2, 3, 4, 4), "boxes": torch.rand(2, 3, 4), "counts": [1, 3]}
-    given |= {"image_sizes": [(4, 4), (5, 4)]}
-    with pytest.raises(ValueError, match=message):
-        paste_masks_batched(**(given | change))
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_bool_masks_are_probabilities_of_0_and_1(device: torch.device, backend: str, output: str) -> None:
+    masks, boxes = ordinary(device)
+    masks, boxes = masks[:2] > 0.5, boxes[:2]
+    options: dict[str, Any] = {"output": output, "backend": backend, "threshold": 0.7}
+    got, expected = (paste_masks(m, boxes, (9, 12), **options) for m in (masks, masks.float()))
+    batch = paste_masks_batched(masks[None], boxes[None], [2], [(9, 12)], **options)[0]
+    if output == "rle":
+        assert got == expected == batch
+    else:
+        assert got.any()  # type: ignore[union-attr]
+        assert got.dtype == expected.dtype  # type: ignore[union-attr]
+        assert torch.equal(got, expected)  # type: ignore[arg-type]
+        assert torch.equal(batch, expected)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"paste_masks: masks: expected float \[K, M, M\], got torch.bool"):
+        paste_masks(masks, boxes, (9, 12), logits=True, **options)
 
 
 # The custom op

@@ -467,59 +467,7 @@ def test_invalid_boxes_take_no_gradient() -> None:
     assert not boxes.grad[0, 1:].any()
 
 
-# Errors and the choice of a backend
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"boxes": torch.zeros(3, 4)}, r"boxes: expected \[K, 5\]"),
-        ({"boxes": [torch.zeros(1, 4)]}, "boxes: expected 2 tensors"),
-        ({"boxes": torch.zeros(1, 3, 4)}, "boxes: expected"),
-        ({"boxes": torch.zeros(3, 5, dtype=torch.int64)}, "boxes: expected a floating point dtype"),
-        ({"boxes": torch.tensor([[2.0, 0, 0, 1, 1]])}, r"image indices in 0\.\.1, got 2"),
-        ({"boxes": torch.tensor([[-1.0, 0, 0, 1, 1]])}, r"image indices in 0\.\.1, got -1"),
-        ({"valid": torch.ones(2, 4, dtype=torch.bool)}, r"valid: expected bool \[N, P\]"),
-        ({"valid": torch.ones(2, 3)}, r"valid: expected bool \[N, P\]"),
-        (
-            {"valid": torch.ones(2, 3, dtype=torch.bool, device="meta")},
-            "valid: expected the features' device cpu, got meta",
-        ),
-        ({"output_size": (0, 2)}, "output_size: expected at least 1 x 1"),
-        ({"reduction": "min"}, "reduction: expected one of mean, max, got .min."),
-        ({"interpolation": "nearest"}, "interpolation: expected one of"),
-        ({"interpolation": "bicubic", "cubic_coeff": math.nan}, "cubic_coeff: expected a finite number, got nan"),
-        ({"input": torch.zeros(2, 3, 8)}, "features: expected"),
-        ({"input": torch.zeros(2, 3, 8, 8, dtype=torch.int32)}, "features: expected one floating point dtype"),
-    ],
-    ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
-)  # fmt: skip
-def test_errors(change: dict[str, Any], message: str) -> None:
-    arguments = {"input": torch.zeros(2, 3, 8, 8), "boxes": torch.zeros(2, 3, 4), "output_size": 2} | change
-    with pytest.raises(ValueError, match=message):
-        roi_align(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"spatial_scales": [0.5, 0.2]}, "each half the one before"),
-        ({"spatial_scales": [0.3, 0.15]}, "powers of two"),
-        ({"spatial_scales": [0.5]}, "features: expected one a spatial scale"),
-        ({"level_convention": "mmdet"}, "level_convention: expected one of detectron2, torchvision, got 'mmdet'"),
-        ({"canonical_scale": 0}, "canonical_scale: expected more than 0"),
-    ],
-    ids=["ratio", "power", "count", "convention", "canonical"],
-)
-def test_multiscale_errors(change: dict[str, Any], message: str) -> None:
-    arguments = {
-        "features": [torch.zeros(1, 3, 8, 8)] * 2,
-        "boxes": torch.zeros(1, 3, 4),
-        "output_size": 2,
-        "spatial_scales": [0.5, 0.25],
-    } | change
-    with pytest.raises(ValueError, match=message):
-        multiscale_roi_align(**arguments)
+# The choice of a backend
 
 
 def test_unknown_images_give_zeros_where_they_cannot_be_seen(device: torch.device) -> None:

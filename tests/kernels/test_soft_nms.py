@@ -222,24 +222,3 @@ def test_waits_once(device: torch.device) -> None:
     with count_blocking() as found:
         soft_nms(crowded(12).to(device), distinct_scores(12).to(device), backend="reference")
     assert found == {"_local_scalar_dense": 1, "Tensor.__int__": 1}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"boxes": torch.zeros(3, 3)}, r"boxes: expected float \[K, 4\]"),
-        ({"scores": torch.zeros(2)}, r"scores: expected float \[3\]"),
-        ({"method": "hard"}, "method: expected 'linear' or 'gaussian', got 'hard'"),
-        ({"iou_threshold": 1.5}, r"iou_threshold: expected a number in 0\.\.1, got 1.5"),
-        ({"sigma": 0.0}, "sigma: expected a positive number, got 0.0"),
-        ({"sigma": NAN}, "sigma: expected a positive number, got nan"),
-        ({"score_threshold": -1.0}, "score_threshold: expected a number of at least 0, got -1.0"),
-        ({"score_threshold": NAN}, "score_threshold: expected a number of at least 0, got nan"),
-        ({"backend": "torchvision"}, "does not exist for this op"),
-    ],
-    ids=["boxes", "scores", "method", "iou_threshold", "sigma", "sigma NaN", "score", "score NaN", "backend"],
-)
-def test_wrong_arguments(changes: dict[str, Any], message: str) -> None:
-    arguments = {"boxes": torch.zeros(3, 4), "scores": torch.zeros(3)} | changes
-    with pytest.raises(ValueError, match=message):
-        soft_nms(arguments.pop("boxes"), arguments.pop("scores"), **arguments)

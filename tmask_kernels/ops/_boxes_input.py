@@ -7,55 +7,54 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
-def check_features(features: list[Tensor], scales: list[float]) -> None:
-    """Features [N, C, H, W], one a spatial scale, of one N, C, dtype and device. Errors: ValueError."""
-    if len(features) != len(scales):
-        raise ValueError(f"features: expected one a spatial scale ({len(scales)}), got {len(features)}")
-    for feature in features:
-        if feature.dim() != 4 or feature.shape[:2] != features[0].shape[:2]:
-            shapes = [tuple(f.shape) for f in features]
-            raise ValueError(f"features: expected [N, C, H, W] with one N and one C, got {shapes}")
-        if not feature.dtype.is_floating_point or feature.dtype != features[0].dtype:
-            raise ValueError(f"features: expected one floating point dtype, got {[f.dtype for f in features]}")
-        if feature.device != features[0].device:
-            raise ValueError(f"features: expected one device, got {[str(f.device) for f in features]}")
+from tmask_kernels.ops._checks import check_list, check_tensor, wrong
 
 
-def boxes_as_tensor(feature: Tensor, boxes: Tensor | Sequence[Tensor], valid: Tensor | None) -> Tensor:
+def check_features(op: str, features: list[Tensor], name: str = "features") -> None:
+    """Features [N, C, H, W], one a level, of one N, C, dtype and device. Errors: ValueError.
+
+    `name`: the argument, a list, or the one feature map itself.
+    """
+    first = features[0]
+    for i, feature in enumerate(features):
+        label = f"{name}[{i}]" if name == "features" else name
+        if i == 0:
+            check_tensor(op, label, feature, ("N", "C", "H", "W"), "float")
+            continue
+        check_tensor(op, label, feature, (*first.shape[:2], "H", "W"), "float", device=first.device)
+        if feature.dtype != first.dtype:
+            raise wrong(op, label, f"the dtype of the first, {first.dtype}", feature)
+
+
+def boxes_as_tensor(op: str, feature: Tensor, boxes: Tensor | Sequence[Tensor], valid: Tensor | None) -> Tensor:
     """Check `boxes` and `valid`; join a list of [L, 4] to [K, 5]. Errors: ValueError."""
-    N = feature.shape[0]
+    N, device = feature.shape[0], feature.device
     if not isinstance(boxes, Tensor):
-        if len(boxes) != N or any(b.dim() != 2 or b.shape[1] != 4 for b in boxes):
-            shapes = [tuple(b.shape) for b in boxes]
-            raise ValueError(f"boxes: expected {N} tensors [L, 4], one an image, got {shapes}")
+        expected = f"[K, 5], a list of {N} tensors [L, 4], one an image, or [{N}, P, 4]"
+        images = check_list(op, "boxes", boxes, expected, N)
+        for i, b in enumerate(images):
+            check_tensor(op, f"boxes[{i}]", b, ("L", 4), "float", device=device)
         # Half precision does not hold every image's index.
-        wide = [b.to(torch.promote_types(b.dtype, torch.float32)) if b.is_floating_point() else b for b in boxes]
+        wide = [b.to(torch.promote_types(b.dtype, torch.float32)) for b in images]
         rows = [torch.nn.functional.pad(b, (1, 0), value=float(i)) for i, b in enumerate(wide)]
         boxes = torch.cat(rows) if rows else feature.new_zeros((0, 5), dtype=torch.float32)
-    flat, padded = boxes.dim() == 2 and boxes.shape[1] == 5, boxes.dim() == 3 and boxes.shape[::2] == (N, 4)
-    if not flat and not padded:
-        raise ValueError(f"boxes: expected [K, 5], a list of [L, 4] or [{N}, P, 4], got {tuple(boxes.shape)}")
-    if not boxes.dtype.is_floating_point:
-        raise ValueError(f"boxes: expected a floating point dtype, got {boxes.dtype}")
-    if boxes.device != feature.device:
-        raise ValueError(f"boxes: expected the features' device {feature.device}, got {boxes.device}")
-    if valid is not None and (not padded or valid.shape != boxes.shape[:2] or valid.dtype != torch.bool):
-        raise ValueError(
-            f"valid: expected bool [N, P] with boxes [N, P, 4], got {valid.dtype} {tuple(valid.shape)} "
-            f"with boxes {tuple(boxes.shape)}"
-        )
-    if valid is not None and valid.device != feature.device:
-        raise ValueError(f"valid: expected the features' device {feature.device}, got {valid.device}")
+    padded = boxes.ndim == 3
+    hint = "" if padded else f", a list of {N} tensors [L, 4] or [{N}, P, 4]"
+    check_tensor(op, "boxes", boxes, (N, "P", 4) if padded else ("K", 5), "float", device=device, hint=hint)
+    if valid is not None:
+        if not padded:
+            raise wrong(op, "valid", "None unless boxes are [N, P, 4]", valid)
+        check_tensor(op, "valid", valid, boxes.shape[:2], "bool", device=device)
     return boxes
 
 
-def check_image_indices(boxes: Tensor, num_images: int) -> None:
+def check_image_indices(op: str, boxes: Tensor, num_images: int) -> None:
     """That boxes [K, 5] name images that exist; reads values. Errors: ValueError."""
     index = boxes[:, 0].detach()
     inside = (index > -1) & (index < num_images)
     if not bool(inside.all()):
-        raise ValueError(f"boxes: expected image indices in 0..{num_images - 1}, got {index[~inside][0].item()}")
+        got = index[~inside][0].item()
+        raise ValueError(f"{op}: boxes: expected image indices in 0..{num_images - 1}, got {got}")
 
 
 def is_traced(tensor: Tensor) -> bool:

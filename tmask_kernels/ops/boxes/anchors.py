@@ -13,6 +13,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tmask_kernels.ops._checks import (
+    check_flag,
+    check_list,
+    check_number,
+    check_numbers,
+    check_size,
+    check_whole,
+    wrong,
+)
+
 
 @dataclass(frozen=True)
 class AnchorSpec:
@@ -21,7 +31,7 @@ class AnchorSpec:
     sizes: for each level, square roots of areas in pixels. aspect_ratios: height / width, of all levels. strides: for
     each level, pixels a cell; None: image side // grid side for each axis, as torchvision has it (800 // 13 = 61).
     offset: place of the anchor's centre inside its cell, in cells. rounded: half sides rounded to whole pixels, half to
-    even, as torchvision has it. Errors: ValueError for empty or non-positive values.
+    even, as torchvision has it. Lists are kept as tuples. Errors: ValueError for empty or non-positive values.
     """
 
     sizes: tuple[tuple[float, ...], ...]
@@ -33,17 +43,33 @@ class AnchorSpec:
     half_sides: tuple[tuple[tuple[float, float], ...], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not self.sizes:
-            raise ValueError("AnchorSpec: sizes: expected one tuple a level, at least one, got ()")
-        for name, values in (("aspect_ratios", self.aspect_ratios), *(("sizes", level) for level in self.sizes)):
-            if not values or min(values) <= 0:
-                raise ValueError(f"AnchorSpec: {name}: expected positive numbers, at least one, got {values}")
-        if self.strides is not None and (len(self.strides) != len(self.sizes) or min(self.strides, default=1) <= 0):
-            raise ValueError(f"AnchorSpec: strides: expected {len(self.sizes)} positive numbers, got {self.strides}")
-        half_sides = tuple(
-            tuple(_half_sides(size, ratio, self.rounded) for ratio in self.aspect_ratios for size in level)
-            for level in self.sizes
-        )
+        levels = check_list("AnchorSpec", "sizes", self.sizes, "one tuple a level")
+        if not levels:
+            raise wrong("AnchorSpec", "sizes", "one tuple a level, at least one", self.sizes)
+        sizes = (check_numbers("AnchorSpec", f"sizes[{i}]", level, above=0) for i, level in enumerate(levels))
+        ratios = check_numbers("AnchorSpec", "aspect_ratios", self.aspect_ratios, above=0)
+        checked = {
+            "sizes": tuple(tuple(level) for level in sizes),
+            "aspect_ratios": tuple(ratios),
+            "offset": check_number("AnchorSpec", "offset", self.offset),
+            "rounded": check_flag("AnchorSpec", "rounded", self.rounded),
+        }
+        if self.strides is not None:
+            strides = check_list("AnchorSpec", "strides", self.strides, f"{len(levels)} whole numbers", len(levels))
+            checked["strides"] = tuple(check_whole("AnchorSpec", f"strides[{i}]", s, 1) for i, s in enumerate(strides))
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        try:
+            half_sides = tuple(
+                tuple(_half_sides(size, ratio, self.rounded) for ratio in self.aspect_ratios for size in level)
+                for level in self.sizes
+            )
+            held = all(side < math.inf for level in half_sides for pair in level for side in pair)
+        except (OverflowError, ZeroDivisionError):
+            held = False
+        if not held:
+            got = (self.sizes, self.aspect_ratios)
+            raise wrong("AnchorSpec", "sizes, aspect_ratios", "anchors that float32 can hold", got)
         object.__setattr__(self, "half_sides", half_sides)
 
     def anchors_per_cell(self) -> tuple[int, ...]:
@@ -63,6 +89,16 @@ def make_anchors(
     feature_sizes: (height, width) of each level's map. image_size: (height, width) of the padded image. Anchors may
     reach outside the image. Errors: ValueError if there are not as many feature sizes as levels.
     """
+    check_spec("make_anchors", spec)
+    expected = f"{len(spec.sizes)} (height, width), one a level (AnchorSpec.sizes)"
+    maps = check_list("make_anchors", "feature_sizes", feature_sizes, expected, len(spec.sizes))
+    feature_sizes = [check_size("make_anchors", f"feature_sizes[{i}]", size, 0) for i, size in enumerate(maps)]
+    image_size = check_size("make_anchors", "image_size", image_size)
+    if device is not None and not isinstance(device, torch.device):
+        try:
+            device = torch.device(device)
+        except (RuntimeError, TypeError):
+            raise wrong("make_anchors", "device", "a device such as 'cpu' or 'cuda:0'", device) from None
     strides = level_strides(spec, feature_sizes, image_size)
     levels = []
     for level, (height, width) in enumerate(feature_sizes):
@@ -71,12 +107,16 @@ def make_anchors(
     return torch.cat(levels)
 
 
+def check_spec(op: str, spec: AnchorSpec) -> None:
+    """That `spec` is one. Errors: ValueError."""
+    if not isinstance(spec, AnchorSpec):
+        raise wrong(op, "spec", "an AnchorSpec", spec)
+
+
 def level_strides(
     spec: AnchorSpec, feature_sizes: Sequence[tuple[int, int]], image_size: tuple[int, int]
 ) -> list[tuple[int, int]]:
     """For each level, pixels a cell along y and x."""
-    if len(feature_sizes) != len(spec.sizes):
-        raise ValueError(f"feature_sizes: expected {len(spec.sizes)} levels (AnchorSpec.sizes), got {feature_sizes}")
     if spec.strides is not None:
         return [(stride, stride) for stride in spec.strides]
     # An empty map has no anchors, so its stride does not matter.

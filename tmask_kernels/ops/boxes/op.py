@@ -14,8 +14,16 @@ import torch
 from torch import Tensor
 
 from tmask_kernels.backend import resolve, triton_reasons
-from tmask_kernels.ops._checks import check_device
-from tmask_kernels.ops.boxes.anchors import AnchorSpec, level_strides
+from tmask_kernels.ops._checks import (
+    check_list,
+    check_number,
+    check_numbers,
+    check_size,
+    check_tensor,
+    check_whole,
+    wrong,
+)
+from tmask_kernels.ops.boxes.anchors import AnchorSpec, check_spec, level_strides
 from tmask_kernels.ops.boxes.proposals import (
     class_candidates_reference,
     rpn_candidates_reference,
@@ -37,8 +45,9 @@ def encode_boxes(
     backward and refuses inputs that need a gradient; the reference is differentiable.
     Errors: ValueError for a last dimension other than 4 or several devices. Source: R-CNN (2014), appendix C.
     """
-    _check_last("encode_boxes", boxes=boxes, anchors=anchors)
-    check_device("encode_boxes", boxes.device, anchors=anchors)
+    check_tensor("encode_boxes", "boxes", boxes, ("...", 4), "float")
+    _check_pair("encode_boxes", "boxes", boxes, anchors)
+    weights = check_numbers("encode_boxes", "weights", weights, 4, above=0)
     reasons = _coding_reasons(boxes, anchors)
     if torch.is_grad_enabled() and (boxes.requires_grad or anchors.requires_grad):
         reasons.append("encode_boxes has no Triton backward")
@@ -47,7 +56,7 @@ def encode_boxes(
     if _choose("encode_boxes", backend, reasons, boxes) == "triton":
         from tmask_kernels.ops.boxes import kernels
 
-        return kernels.encode_boxes(boxes, anchors, [float(w) for w in weights])
+        return kernels.encode_boxes(boxes, anchors, weights)
     return encode_boxes_reference(boxes, anchors, weights)
 
 
@@ -69,9 +78,13 @@ def decode_boxes(
     clipped coordinate or clamped scale has gradient 0.
     Errors: ValueError for a last dimension other than 4, an image_size that does not fit, or several devices.
     """
-    _check_last("decode_boxes", deltas=deltas, anchors=anchors)
-    size, sizes = _split_image_size(image_size, torch.broadcast_shapes(deltas.shape, anchors.shape))
-    check_device("decode_boxes", deltas.device, anchors=anchors, image_size=sizes)
+    check_tensor("decode_boxes", "deltas", deltas, ("...", 4), "float")
+    shape = _check_pair("decode_boxes", "deltas", deltas, anchors)
+    weights = check_numbers("decode_boxes", "weights", weights, 4, above=0)
+    scale_clamp = check_number(
+        "decode_boxes", "scale_clamp", scale_clamp, 0, math.inf, expected="a number of at least 0"
+    )
+    size, sizes = _split_image_size(image_size, shape, deltas.device)
     reasons = _coding_reasons(deltas, anchors)
     if torch.is_grad_enabled() and anchors.requires_grad:
         reasons.append("the Triton backward gives no gradient to anchors")
@@ -80,7 +93,7 @@ def decode_boxes(
         from tmask_kernels.ops.boxes import kernels
 
         # The kernel reads half-precision deltas as they are.
-        return kernels.decode_boxes(deltas, anchors, [float(w) for w in weights], scale_clamp, size, sizes)
+        return kernels.decode_boxes(deltas, anchors, weights, scale_clamp, size, sizes)
     clip = size if sizes is None else sizes
     return decode_boxes_reference(deltas.to(anchors.dtype), anchors, weights, scale_clamp, clip)
 
@@ -108,11 +121,16 @@ def rpn_proposals(
     by level, and the best P of the image remain, zeros behind them. No gradient passes.
     Errors: ValueError for levels that do not fit the spec or one another. Source: Faster R-CNN (Ren et al. 2015).
     """
-    _check_levels(objectness, deltas, image_sizes, spec)
-    _check_at_least("rpn_proposals", 1, pre_nms_top_n=pre_nms_top_n, post_nms_top_n=post_nms_top_n)
+    objectness, deltas = _check_levels(objectness, deltas, image_sizes, spec)
+    padded_size = check_size("rpn_proposals", "padded_size", padded_size)
+    pre_nms_top_n = check_whole("rpn_proposals", "pre_nms_top_n", pre_nms_top_n, 1)
+    post_nms_top_n = check_whole("rpn_proposals", "post_nms_top_n", post_nms_top_n, 1)
+    nms_threshold = check_number("rpn_proposals", "nms_threshold", nms_threshold, 0, 1)
+    min_size = check_number("rpn_proposals", "min_size", min_size, 0)
+    score_threshold = check_number("rpn_proposals", "score_threshold", score_threshold)
     chosen = resolve("rpn_proposals", backend, backend_reasons(objectness[0]), device=objectness[0].device)
     strides = level_strides(spec, [(x.shape[2], x.shape[3]) for x in objectness], padded_size)
-    limits = {"scale_clamp": SCALE_CLAMP, "min_size": float(min_size), "score_threshold": float(score_threshold)}
+    limits = {"scale_clamp": SCALE_CLAMP, "min_size": min_size, "score_threshold": score_threshold}
     with torch.no_grad():
         if chosen == "triton":
             from tmask_kernels.ops.boxes import kernels_candidates
@@ -153,9 +171,12 @@ def detections(
     Errors: ValueError for shapes that do not fit.
     """
     _check_detections(class_scores, boxes, valid, image_sizes)
-    _check_at_least("detections", 1, max_detections=max_detections)
+    max_detections = check_whole("detections", "max_detections", max_detections, 1)
+    score_threshold = check_number("detections", "score_threshold", score_threshold)
+    nms_threshold = check_number("detections", "nms_threshold", nms_threshold, 0, 1)
+    min_size = check_number("detections", "min_size", min_size, 0)
     chosen = resolve("detections", backend, backend_reasons(boxes), device=boxes.device)
-    limits = {"score_threshold": float(score_threshold), "min_size": float(min_size)}
+    limits = {"score_threshold": score_threshold, "min_size": min_size}
     with torch.no_grad():
         if chosen == "triton":
             from tmask_kernels.ops.boxes import kernels_candidates
@@ -205,61 +226,50 @@ def _double_or_float(tensor: Tensor) -> torch.dtype:
 
 
 def _split_image_size(
-    image_size: Sequence[int] | Tensor | None, shape: Sequence[int]
+    image_size: Sequence[int] | Tensor | None, shape: Sequence[int], device: torch.device
 ) -> tuple[tuple[int, int] | None, Tensor | None]:
     """One size (height, width) for boxes of `shape` [..., 4], or sizes [N, 2] for [N, ..., 4]."""
     if isinstance(image_size, Tensor):
-        if len(shape) < 2 or image_size.shape != (shape[0], 2):
-            expected = f"shape [{shape[0]}, 2]" if len(shape) > 1 else "(height, width) for a single box"
-            raise ValueError(f"decode_boxes: image_size: expected {expected}, got a tensor {list(image_size.shape)}")
+        if len(shape) < 2:
+            raise wrong("decode_boxes", "image_size", "(height, width) for a single box", image_size)
+        check_tensor("decode_boxes", "image_size", image_size, (shape[0], 2), device=device)
         return None, image_size
-    if image_size is None:
-        return None, None
-    if not isinstance(image_size, Sequence) or len(image_size) != 2:
-        raise ValueError(f"decode_boxes: image_size: expected (height, width) or a tensor [N, 2], got {image_size!r}")
-    return (image_size[0], image_size[1]), None
+    return None if image_size is None else check_size("decode_boxes", "image_size", image_size), None
 
 
-def _check_last(name: str, **tensors: Tensor) -> None:
-    for argument, tensor in tensors.items():
-        if tensor.ndim == 0 or tensor.shape[-1] != 4 or not tensor.dtype.is_floating_point:
-            raise ValueError(f"{name}: {argument}: expected float [..., 4], got {tensor.dtype} {list(tensor.shape)}")
-
-
-def _check_at_least(name: str, least: int, **numbers: int) -> None:
-    for argument, number in numbers.items():
-        if number < least:
-            raise ValueError(f"{name}: {argument}: expected at least {least}, got {number}")
+def _check_pair(name: str, argument: str, coded: Tensor, anchors: Tensor) -> torch.Size:
+    """Check `anchors` beside `coded`, the tensor of `argument`; the shape that both broadcast to."""
+    check_tensor(name, "anchors", anchors, ("...", 4), "float", device=coded.device)
+    try:
+        return torch.broadcast_shapes(coded.shape, anchors.shape)
+    except RuntimeError:
+        expected = f"a shape that broadcasts with the {argument} {list(coded.shape)}"
+        raise wrong(name, "anchors", expected, anchors) from None
 
 
 def _check_levels(
     objectness: Sequence[Tensor], deltas: Sequence[Tensor], image_sizes: Tensor, spec: AnchorSpec
-) -> None:
-    L = len(spec.sizes)
-    for argument, maps in (("objectness", objectness), ("deltas", deltas)):
-        if len(maps) != L:
-            raise ValueError(f"rpn_proposals: {argument}: expected {L} levels (AnchorSpec.sizes), got {len(maps)}")
-    N = len(image_sizes)
-    if image_sizes.shape != (N, 2):
-        raise ValueError(f"rpn_proposals: image_sizes: expected shape [N, 2], got {list(image_sizes.shape)}")
-    check_device("rpn_proposals", objectness[0].device, image_sizes=image_sizes)
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Check the maps of all levels; both as lists."""
+    check_spec("rpn_proposals", spec)
+    expected = f"{len(spec.sizes)} levels (AnchorSpec.sizes) of tensors [N, A, H, W]"
+    objectness = check_list("rpn_proposals", "objectness", objectness, expected, len(spec.sizes))
+    deltas = check_list("rpn_proposals", "deltas", deltas, expected.replace(" A,", " 4A,"), len(spec.sizes))
+    check_tensor("rpn_proposals", "objectness[0]", objectness[0], ("N", "A", "H", "W"), "float")
+    N, device = objectness[0].shape[0], objectness[0].device
+    check_tensor("rpn_proposals", "image_sizes", image_sizes, (N, 2), device=device)
     for level, (logits, delta, A) in enumerate(zip(objectness, deltas, spec.anchors_per_cell(), strict=True)):
-        H, W = logits.shape[-2:]
-        for argument, tensor, channels in (("objectness", logits, A), ("deltas", delta, 4 * A)):
-            if tensor.shape != (N, channels, H, W):
-                expected = f"shape {[N, channels, H, W]}"
-                raise ValueError(f"rpn_proposals: {argument}[{level}]: expected {expected}, got {list(tensor.shape)}")
-            check_device("rpn_proposals", objectness[0].device, **{f"{argument}[{level}]": tensor})
+        check_tensor("rpn_proposals", f"objectness[{level}]", logits, (N, A, "H", "W"), "float", device=device)
+        cells = logits.shape[2:]
+        check_tensor("rpn_proposals", f"deltas[{level}]", delta, (N, 4 * A, *cells), "float", device=device)
+    return objectness, deltas
 
 
 def _check_detections(class_scores: Tensor, boxes: Tensor, valid: Tensor, image_sizes: Tensor) -> None:
-    if class_scores.ndim != 3:
-        raise ValueError(f"detections: class_scores: expected [N, P, Cls], got {list(class_scores.shape)}")
-    N, P, Cls = class_scores.shape
-    if boxes.shape not in ((N, P, Cls, 4), (N, P, 1, 4)):
-        raise ValueError(f"detections: boxes: expected {[N, P, Cls, 4]} or {[N, P, 1, 4]}, got {list(boxes.shape)}")
-    if valid.shape != (N, P) or valid.dtype != torch.bool:
-        raise ValueError(f"detections: valid: expected bool {[N, P]}, got {valid.dtype} {list(valid.shape)}")
-    if image_sizes.shape != (N, 2):
-        raise ValueError(f"detections: image_sizes: expected {[N, 2]}, got {list(image_sizes.shape)}")
-    check_device("detections", boxes.device, class_scores=class_scores, valid=valid, image_sizes=image_sizes)
+    check_tensor("detections", "class_scores", class_scores, ("N", "P", "Cls"), "float")
+    (N, P, Cls), device = class_scores.shape, class_scores.device
+    shared = isinstance(boxes, Tensor) and boxes.ndim == 4 and boxes.shape[2] == 1
+    hint = "" if shared else f" or [{N}, {P}, 1, 4]"
+    check_tensor("detections", "boxes", boxes, (N, P, 1 if shared else Cls, 4), "float", device=device, hint=hint)
+    check_tensor("detections", "valid", valid, (N, P), "bool", device=device)
+    check_tensor("detections", "image_sizes", image_sizes, (N, 2), device=device)

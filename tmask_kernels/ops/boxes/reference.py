@@ -6,10 +6,12 @@ weight. Source: R-CNN (Girshick et al. 2014), appendix C.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-Weights = tuple[float, float, float, float]
+Weights = Sequence[float]  # of dx, dy, dw, dh
 
 
 def encode_boxes_reference(boxes: Tensor, anchors: Tensor, weights: Weights) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tmask_kernels.backend import resolve, triton_reasons
-from tmask_kernels.ops._checks import check_device
+from tmask_kernels.ops._checks import check_tensor, wrong
 from tmask_kernels.ops.decode_keypoints.reference import decode_keypoints_reference
 
 MAX_COLUMNS = 1023  # of a heat map in the kernel, which holds a row of it in registers
@@ -33,15 +33,14 @@ def decode_keypoints(
     Not differentiable. On CUDA it makes no synchronisation, except float64 maps, which the reference serves. Errors:
     ValueError for a wrong shape, dtype or device. Sources: He et al., Mask R-CNN, 2017, section 5; Keys, 1981.
     """
-    if heatmaps.dim() != 5 or min(heatmaps.shape[3:]) < 1 or not heatmaps.is_floating_point():
-        got = f"{heatmaps.dtype} {tuple(heatmaps.shape)}"
-        raise ValueError(f"heatmaps: expected floating point [N, D, K, H, W] with H, W >= 1, got {got}")
-    slots = tuple(heatmaps.shape[:2])
-    if boxes.shape != (*slots, 4) or not boxes.is_floating_point():
-        raise ValueError(f"boxes: expected floating point {(*slots, 4)}, got {boxes.dtype} {tuple(boxes.shape)}")
-    if valid is not None and (valid.shape != slots or valid.dtype != torch.bool):
-        raise ValueError(f"valid: expected bool {slots}, got {valid.dtype} {tuple(valid.shape)}")
-    check_device("decode_keypoints", heatmaps.device, boxes=boxes, valid=valid)
+    hint = " with H, W >= 1"
+    check_tensor("decode_keypoints", "heatmaps", heatmaps, ("N", "D", "K", "H", "W"), "float", hint=hint)
+    if min(heatmaps.shape[3:]) < 1:
+        raise wrong("decode_keypoints", "heatmaps", f"float [N, D, K, H, W]{hint}", heatmaps)
+    slots, device = heatmaps.shape[:2], heatmaps.device
+    check_tensor("decode_keypoints", "boxes", boxes, (*slots, 4), "float", device=device)
+    if valid is not None:
+        check_tensor("decode_keypoints", "valid", valid, slots, "bool", device=device)
     heatmaps, boxes = heatmaps.detach(), boxes.detach().float()
     reasons: dict[str, list[str]] = {"triton": _triton_reasons(heatmaps, boxes), "reference": []}
     if resolve("decode_keypoints", backend, reasons, device=heatmaps.device) == "triton":

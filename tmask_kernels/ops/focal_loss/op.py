@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from tmask_kernels.backend import resolve, triton_reasons
+from tmask_kernels.ops._checks import check_choice, check_number, check_tensor, wrong
 from tmask_kernels.ops.focal_loss.reference import sigmoid_focal_loss_reference
+from tmask_kernels.ops.roi_align.reference import no_autocast
 
 
 def sigmoid_focal_loss(
@@ -32,20 +34,22 @@ def sigmoid_focal_loss(
     Source: Lin et al., Focal Loss for Dense Object Detection, 2017; signature and values of
     `torchvision.ops.sigmoid_focal_loss`.
     """
-    if not inputs.is_floating_point():
-        raise ValueError(f"inputs: expected a floating point dtype, got {inputs.dtype}")
-    if targets.shape != inputs.shape:
-        raise ValueError(f"targets: expected the shape of inputs {tuple(inputs.shape)}, got {tuple(targets.shape)}")
-    _check_options(alpha, gamma, reduction)
-    if targets.device != inputs.device:
-        raise ValueError(f"targets: expected the device of inputs {inputs.device}, got {targets.device}")
+    check_tensor("sigmoid_focal_loss", "inputs", inputs, ("...",), "float")
+    check_tensor("sigmoid_focal_loss", "targets", targets, inputs.shape, "real or bool", device=inputs.device)
+    alpha, gamma = _check_options("sigmoid_focal_loss", alpha, gamma, reduction)
+    return _sigmoid_focal_loss("sigmoid_focal_loss", inputs, targets, alpha, gamma, reduction, backend)
+
+
+def _sigmoid_focal_loss(
+    op: str, inputs: Tensor, targets: Tensor, alpha: float, gamma: float, reduction: str, backend: str | None
+) -> Tensor:
     reasons: dict[str, list[str]] = {"triton": _triton_reasons(inputs, targets), "reference": []}
-    if resolve("sigmoid_focal_loss", backend, reasons, device=inputs.device) == "triton":
+    if resolve(op, backend, reasons, device=inputs.device) == "triton":
         from tmask_kernels.ops.focal_loss import kernels
 
-        return kernels.sigmoid_focal_loss(inputs, targets, float(alpha), float(gamma), reduction)
+        return kernels.sigmoid_focal_loss(inputs, targets, alpha, gamma, reduction)
     dtype = torch.promote_types(inputs.dtype, torch.float32)
-    with torch.autocast(inputs.device.type, enabled=False):
+    with no_autocast(inputs.device.type):
         loss = sigmoid_focal_loss_reference(inputs.to(dtype), targets.to(dtype), alpha, gamma)
     return _reduced(loss, reduction, inputs.dtype)
 
@@ -72,30 +76,29 @@ def softmax_focal_loss(
     Source: Lin et al., Focal Loss for Dense Object Detection, 2017, equation 5, with the softmax of the own class for
     p_t (the paper leaves it at the remark that the loss extends to many classes).
     """
-    if inputs.dim() < 1 or inputs.shape[-1] < 2 or not inputs.is_floating_point():
-        raise ValueError(f"inputs: expected floating point [..., C], C > 1, got {inputs.dtype} {tuple(inputs.shape)}")
-    if labels.shape != inputs.shape[:-1] or labels.dtype != torch.int64:
-        expected = f"int64 {tuple(inputs.shape[:-1])}"
-        raise ValueError(f"labels: expected {expected}, got {labels.dtype} {tuple(labels.shape)}")
-    _check_options(alpha, gamma, reduction)
+    check_tensor("softmax_focal_loss", "inputs", inputs, ("...", "C"), "float")
+    if inputs.shape[-1] < 2:
+        raise wrong("softmax_focal_loss", "inputs", "float [..., C] with C > 1", inputs)
+    check_tensor("softmax_focal_loss", "labels", labels, inputs.shape[:-1], "int64", device=inputs.device)
+    alpha, gamma = _check_options("softmax_focal_loss", alpha, gamma, reduction)
     x, own = inputs.to(torch.promote_types(inputs.dtype, torch.float32)), labels[..., None]
     # By how much the own class leads all others together: its sigmoid is the softmax of the class.
     others = x.scatter(-1, own, -torch.inf)
     most = others.detach().amax(-1, keepdim=True)  # taken out, or the sum's gradient suffers from large logits
     lead = (x.gather(-1, own) - most).squeeze(-1) - (others - most).logsumexp(-1)
-    loss = sigmoid_focal_loss(lead, torch.ones_like(lead), -1.0, gamma, backend=backend)
+    ones = torch.ones_like(lead)
+    loss = _sigmoid_focal_loss("softmax_focal_loss", lead, ones, -1.0, gamma, "none", backend)
     if alpha >= 0:
         loss = loss * torch.where(labels > 0, alpha, 1 - alpha)
     return _reduced(loss, reduction, inputs.dtype)
 
 
-def _check_options(alpha: float, gamma: float, reduction: str) -> None:
-    if not alpha <= 1:
-        raise ValueError(f"alpha: expected 0..1, or below 0 for no weighting, got {alpha}")
-    if not gamma >= 0:
-        raise ValueError(f"gamma: expected at least 0, got {gamma}")
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+def _check_options(op: str, alpha: float, gamma: float, reduction: str) -> tuple[float, float]:
+    """Alpha and gamma as floats."""
+    alpha = check_number(op, "alpha", alpha, high=1, expected="a number in 0..1, or below 0 for no weighting")
+    gamma = check_number(op, "gamma", gamma, 0)
+    check_choice(op, "reduction", reduction, ("none", "mean", "sum"))
+    return alpha, gamma
 
 
 def _reduced(loss: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:

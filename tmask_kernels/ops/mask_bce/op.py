@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from tmask_kernels.backend import resolve, triton_reasons
+from tmask_kernels.ops._checks import check_tensor, wrong
 from tmask_kernels.ops.mask_bce.reference import mask_bce_reference
+from tmask_kernels.ops.roi_align.reference import no_autocast
 
 INT32_LIMIT = 2**31 - 4096  # and a block beyond
 
@@ -23,27 +25,21 @@ def mask_bce(logits: Tensor, classes: Tensor, targets: Tensor, *, valid: Tensor,
     0. Summed in a fixed order, without a synchronisation. Errors: ValueError for wrong shapes, dtypes and devices.
     Source: He et al., Mask R-CNN, 2017, section 3.
     """
-    if logits.dim() != 4 or logits.shape[2] != logits.shape[3] or not logits.is_floating_point():
-        raise ValueError(f"logits: expected floating point [K, C, M, M], got {logits.dtype} {tuple(logits.shape)}")
-    k, channels, side, _ = logits.shape
-    if channels < 1:
-        raise ValueError("logits: expected at least one channel, got 0")
-    if classes.shape != (k,) or classes.dtype != torch.int64:
-        raise ValueError(f"classes: expected int64 [{k}], got {classes.dtype} {tuple(classes.shape)}")
-    if targets.shape != (k, side, side):
-        raise ValueError(f"targets: expected shape [{k}, {side}, {side}], got {tuple(targets.shape)}")
-    if valid.shape != (k,) or valid.dtype != torch.bool:
-        raise ValueError(f"valid: expected bool [{k}], got {valid.dtype} {tuple(valid.shape)}")
-    where = {str(t.device) for t in (logits, classes, targets, valid)}
-    if len(where) > 1:
-        raise ValueError(f"logits: expected all tensors on one device, got {', '.join(sorted(where))}")
+    check_tensor("mask_bce", "logits", logits, ("K", "C", "M", "M"), "float")
+    k, channels, side, width = logits.shape
+    if channels < 1 or side != width:
+        raise wrong("mask_bce", "logits", "float [K, C, M, M] with C >= 1", logits)
+    device = logits.device
+    check_tensor("mask_bce", "classes", classes, (k,), "int64", device=device)
+    check_tensor("mask_bce", "targets", targets, (k, side, side), "real or bool", device=device)
+    check_tensor("mask_bce", "valid", valid, (k,), "bool", device=device)
     reasons: dict[str, list[str]] = {"triton": _triton_reasons(logits, targets), "reference": []}
     if resolve("mask_bce", backend, reasons, device=logits.device) == "triton":
         from tmask_kernels.ops.mask_bce import kernels
 
         return kernels.mask_bce(logits, classes, targets, valid)[0]
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    with torch.autocast(logits.device.type, enabled=False):
+    with no_autocast(logits.device.type):
         return mask_bce_reference(logits, classes, targets.to(dtype), valid)
 
 

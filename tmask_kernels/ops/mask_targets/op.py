@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tmask_kernels.backend import resolve, triton_reasons
-from tmask_kernels.ops._checks import check_device
+from tmask_kernels.ops._checks import check_choice, check_tensor, check_whole
 from tmask_kernels.ops.mask_targets.reference import mask_targets_reference
 from tmask_kernels.packed import WORD, check_packed
 
@@ -42,22 +42,14 @@ def mask_targets(
     shapes, dtypes, devices, names.
     Source: He et al., Mask R-CNN, 2017, section 3.
     """
-    check_packed("packed", packed)
-    if packed.dim() != 4:
-        raise ValueError(f"packed: expected shape [N, G, H, ceil(W / 32)], got {tuple(packed.shape)}")
-    n = packed.shape[0]
-    if boxes.dim() != 3 or boxes.shape[0] != n or boxes.shape[2] != 4 or not boxes.is_floating_point():
-        raise ValueError(f"boxes: expected floating point [{n}, S, 4], got {boxes.dtype} {tuple(boxes.shape)}")
-    if gt_index.shape != boxes.shape[:2] or gt_index.dtype != torch.int64:
-        expected, got = tuple(boxes.shape[:2]), f"{gt_index.dtype} {tuple(gt_index.shape)}"
-        raise ValueError(f"gt_index: expected int64 {expected}, got {got}")
-    if size < 1:
-        raise ValueError(f"size: expected at least 1, got {size}")
-    if convention not in ("detectron2", "torchvision"):
-        raise ValueError(f"convention: expected 'detectron2' or 'torchvision', got {convention!r}")
-    if image_sizes is not None and image_sizes.shape != (n, 2):
-        raise ValueError(f"image_sizes: expected shape [{n}, 2], got {tuple(image_sizes.shape)}")
-    check_device("mask_targets", packed.device, boxes=boxes, gt_index=gt_index, image_sizes=image_sizes)
+    check_packed("mask_targets", packed, "N", "G", "H")
+    n, device = packed.shape[0], packed.device
+    check_tensor("mask_targets", "boxes", boxes, (n, "S", 4), "float", device=device)
+    check_tensor("mask_targets", "gt_index", gt_index, boxes.shape[:2], "int64", device=device)
+    size = check_whole("mask_targets", "size", size, 1)
+    check_choice("mask_targets", "convention", convention, ("detectron2", "torchvision"))
+    if image_sizes is not None:
+        check_tensor("mask_targets", "image_sizes", image_sizes, (n, 2), device=device)
     reasons: dict[str, list[str]] = {"triton": _triton_reasons(packed, boxes), "reference": []}
     chosen = resolve("mask_targets", backend, reasons, device=packed.device)
     boxes = boxes.detach().to(torch.promote_types(boxes.dtype, torch.float32))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tmask_kernels.backend import resolve, triton_reasons
-from tmask_kernels.ops._checks import check_device
+from tmask_kernels.ops._checks import check_flag, check_number, check_tensor
 from tmask_kernels.ops.matcher.reference import match_anchors_reference
 
 
@@ -35,8 +35,10 @@ def match_anchors(
     Source: Faster R-CNN (Ren et al. 2015), section 3.1.2.
     """
     _check(anchors, gt_boxes, gt_valid, gt_crowd)
-    if not 0 <= low <= high <= 1:
+    low, high = check_number("match_anchors", "low", low, 0, 1), check_number("match_anchors", "high", high, 0, 1)
+    if not low <= high:
         raise ValueError(f"match_anchors: low, high: expected 0 <= low <= high <= 1, got {low}, {high}")
+    allow_low_quality = check_flag("match_anchors", "allow_low_quality", allow_low_quality)
     reasons: dict[str, list[str]] = {"triton": triton_reasons(anchors, gt_boxes), "reference": []}
     chosen = resolve("match_anchors", backend, reasons, device=gt_boxes.device)
     if anchors.ndim == 2:
@@ -80,15 +82,13 @@ def _(
 
 
 def _check(anchors: Tensor, gt_boxes: Tensor, gt_valid: Tensor, gt_crowd: Tensor | None) -> None:
-    if gt_boxes.ndim != 3 or gt_boxes.shape[2] != 4:
-        raise ValueError(f"match_anchors: gt_boxes: expected [N, G, 4], got {list(gt_boxes.shape)}")
+    check_tensor("match_anchors", "gt_boxes", gt_boxes, ("N", "G", 4), "float")
     N, G, _ = gt_boxes.shape
-    if anchors.ndim not in (2, 3) or anchors.shape[-1] != 4 or (anchors.ndim == 3 and len(anchors) != N):
-        raise ValueError(f"match_anchors: anchors: expected [A, 4] or [{N}, A, 4], got {list(anchors.shape)}")
-    for name, boxes in (("anchors", anchors), ("gt_boxes", gt_boxes)):
-        if not boxes.dtype.is_floating_point:
-            raise ValueError(f"match_anchors: {name}: expected a floating point dtype, got {boxes.dtype}")
-    check_device("match_anchors", gt_boxes.device, anchors=anchors, gt_valid=gt_valid, gt_crowd=gt_crowd)
-    for name, mask in (("gt_valid", gt_valid), ("gt_crowd", gt_crowd)):
-        if mask is not None and (mask.shape != (N, G) or mask.dtype != torch.bool):
-            raise ValueError(f"match_anchors: {name}: expected bool {[N, G]}, got {mask.dtype} {list(mask.shape)}")
+    device, shared = gt_boxes.device, isinstance(anchors, Tensor) and anchors.ndim != 3
+    hint = f" or [{N}, A, 4]" if shared else ""
+    check_tensor(
+        "match_anchors", "anchors", anchors, ("A", 4) if shared else (N, "A", 4), "float", device=device, hint=hint
+    )
+    check_tensor("match_anchors", "gt_valid", gt_valid, (N, G), "bool", device=device)
+    if gt_crowd is not None:
+        check_tensor("match_anchors", "gt_crowd", gt_crowd, (N, G), "bool", device=device)

@@ -9,7 +9,6 @@ None is differentiable.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tmask_kernels.backend import resolve, triton_reasons
-from tmask_kernels.ops._checks import check_device
+from tmask_kernels.ops._checks import DTYPES, check_choice, check_number, check_tensor, check_values, check_whole
 from tmask_kernels.ops.nms.cpu import padded_nms_torchvision
 from tmask_kernels.ops.nms.reference import padded_nms_reference
 from tmask_kernels.ops.nms.soft_reference import soft_nms_reference
@@ -42,11 +41,9 @@ def padded_nms(
     Source: the greedy algorithm of Felzenszwalb et al. 2010, section 7.2.
     """
     _check_boxes("padded_nms", boxes, scores, ("S", "K"))
-    if valid is not None and (valid.shape != scores.shape or valid.dtype != torch.bool):
-        expected = f"bool {list(scores.shape)}"
-        raise ValueError(f"padded_nms: valid: expected {expected}, got {valid.dtype} {list(valid.shape)}")
-    check_device("padded_nms", boxes.device, valid=valid)
-    _check_max_output("padded_nms", max_output)
+    if valid is not None:
+        check_tensor("padded_nms", "valid", valid, scores.shape, "bool", device=boxes.device)
+    max_output = check_whole("padded_nms", "max_output", max_output, 0)
     return _padded_nms("padded_nms", boxes, scores, iou_threshold, valid, None, max_output, backend)
 
 
@@ -60,9 +57,12 @@ def nms(
 ) -> Tensor:
     """NMS of one list: boxes [K, 4] xyxy, scores [K] -> int64 [kept], by falling score, at most `max_output`.
 
-    The output is ragged, so the host waits once. Errors: as `padded_nms`.
+    Without boxes every dtype is taken, as by torchvision. The output is ragged, so the host waits once. Errors: as
+    `padded_nms`, and for tensors on the meta device.
     """
+    boxes, scores = _any_if_empty(boxes, width=4), _any_if_empty(scores)
     _check_boxes("nms", boxes, scores, ("K",))
+    check_values("nms", "boxes", boxes)
     limit = _limit("nms", max_output, len(scores))
     indices, counts = _padded_nms("nms", boxes[None], scores[None], iou_threshold, None, None, limit, backend)
     return _first(counts, indices[0])[0]
@@ -80,14 +80,14 @@ def batched_nms(
     """NMS in which two boxes meet only if their entries of `idxs` [K] (a class, a level) are equal.
 
     boxes [K, 4] xyxy, scores [K] -> int64 [kept], by falling score, at most `max_output` in all. Entries are compared
-    as integers: no coordinate offsets, which leak between classes at negative coordinates. The host waits once.
-    Errors: as `padded_nms`.
+    as integers: no coordinate offsets, which leak between classes at negative coordinates. Without boxes every dtype is
+    taken, as by torchvision. The host waits once. Errors: as `nms`.
     """
+    boxes, scores = _any_if_empty(boxes, width=4), _any_if_empty(scores)
+    idxs = _any_if_empty(idxs, "integer", torch.int64)
     _check_boxes("batched_nms", boxes, scores, ("K",))
-    if idxs.shape != scores.shape or idxs.dtype.is_floating_point or idxs.dtype.is_complex:
-        expected = f"integer {list(scores.shape)}"
-        raise ValueError(f"batched_nms: idxs: expected {expected}, got {idxs.dtype} {list(idxs.shape)}")
-    check_device("batched_nms", boxes.device, idxs=idxs)
+    check_values("batched_nms", "boxes", boxes)
+    check_tensor("batched_nms", "idxs", idxs, scores.shape, "integer", device=boxes.device)
     limit = _limit("batched_nms", max_output, len(scores))
     groups = idxs.long()[None]  # [1, K]
     indices, counts = _padded_nms("batched_nms", boxes[None], scores[None], iou_threshold, None, groups, limit, backend)
@@ -116,14 +116,11 @@ def soft_nms(
     Source: Bodla et al. 2017, equations 2 and 3, with its threshold strict.
     """
     _check_boxes("soft_nms", boxes, scores, ("K",))
-    if method not in ("linear", "gaussian"):
-        raise ValueError(f"soft_nms: method: expected 'linear' or 'gaussian', got {method!r}")
-    if not 0 <= iou_threshold <= 1:
-        raise ValueError(f"soft_nms: iou_threshold: expected a number in 0..1, got {iou_threshold}")
-    if not 0 < sigma < math.inf:
-        raise ValueError(f"soft_nms: sigma: expected a positive number, got {sigma}")
-    if not 0 <= score_threshold < math.inf:
-        raise ValueError(f"soft_nms: score_threshold: expected a number of at least 0, got {score_threshold}")
+    check_values("soft_nms", "boxes", boxes)
+    check_choice("soft_nms", "method", method, ("linear", "gaussian"))
+    iou_threshold = check_number("soft_nms", "iou_threshold", iou_threshold, 0, 1)
+    sigma = check_number("soft_nms", "sigma", sigma, above=0)
+    score_threshold = check_number("soft_nms", "score_threshold", score_threshold, 0)
     reasons = {name: why for name, why in backend_reasons(boxes).items() if name != "torchvision"}
     args = boxes.detach(), scores.detach(), method == "gaussian", iou_threshold, sigma, score_threshold
     if resolve("soft_nms", backend, reasons, device=boxes.device) == "triton":
@@ -211,35 +208,36 @@ def _thresholds(name: str, iou_threshold: float | Tensor, boxes: Tensor) -> Tens
     """One float32 threshold a segment: [S]."""
     S = boxes.shape[0]
     if isinstance(iou_threshold, Tensor):
-        if iou_threshold.shape not in ((S,), ()):
-            raise ValueError(f"{name}: iou_threshold: expected a float or shape [{S}], got {list(iou_threshold.shape)}")
-        check_device(name, boxes.device, iou_threshold=iou_threshold)  # to move it would be a wait
+        shape = iou_threshold.shape and (S,)  # or no axis
+        # To move it from another device would be a wait.
+        check_tensor(name, "iou_threshold", iou_threshold, shape, device=boxes.device)
         return iou_threshold.detach().float().expand(S)
-    if not 0 <= iou_threshold <= 1:
-        raise ValueError(f"{name}: iou_threshold: expected a number in 0..1, got {iou_threshold}")
-    return torch.full((S,), iou_threshold, dtype=torch.float32, device=boxes.device)
+    threshold = check_number(name, "iou_threshold", iou_threshold, 0, 1)
+    return torch.full((S,), threshold, dtype=torch.float32, device=boxes.device)
 
 
 def _check_boxes(name: str, boxes: Tensor, scores: Tensor, letters: tuple[str, ...]) -> None:
-    if boxes.ndim != len(letters) + 1 or boxes.shape[-1] != 4 or not boxes.dtype.is_floating_point:
-        expected = f"float [{', '.join(letters)}, 4]"
-        raise ValueError(f"{name}: boxes: expected {expected}, got {boxes.dtype} {list(boxes.shape)}")
-    if scores.shape != boxes.shape[:-1] or not scores.dtype.is_floating_point:
-        expected = f"float {list(boxes.shape[:-1])}"
-        raise ValueError(f"{name}: scores: expected {expected}, got {scores.dtype} {list(scores.shape)}")
-    check_device(name, boxes.device, scores=scores)
+    check_tensor(name, "boxes", boxes, (*letters, 4), "float")
+    check_tensor(name, "scores", scores, boxes.shape[:-1], "float", device=boxes.device)
 
 
-def _check_max_output(name: str, max_output: int) -> None:
-    if max_output < 0:
-        raise ValueError(f"{name}: max_output: expected at least 0, got {max_output}")
+def _any_if_empty(
+    tensor: Tensor, kind: str = "float", dtype: torch.dtype = torch.float32, width: int | None = None
+) -> Tensor:
+    """`tensor`; if it has no row, in a dtype of `kind`, and ``torch.tensor([])`` as no rows of `width`."""
+    if isinstance(tensor, Tensor) and tensor.ndim > 0:
+        # Ask for the dtype first: in a traced graph the question for the length would be a guard.
+        if tensor.dtype not in DTYPES[kind] and len(tensor) == 0:
+            tensor = tensor.new_empty(tensor.shape, dtype=dtype)
+        if width is not None and tensor.ndim == 1 and len(tensor) == 0:
+            tensor = tensor.new_empty(0, width)
+    return tensor
 
 
 def _limit(name: str, max_output: int | None, count: int) -> int:
     if max_output is None:
         return count
-    _check_max_output(name, max_output)
-    return min(max_output, count)
+    return min(check_whole(name, "max_output", max_output, 0), count)
 
 
 def _first(count: Tensor, *rows: Tensor) -> list[Tensor]:

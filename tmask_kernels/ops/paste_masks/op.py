@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from tmask_kernels.backend import resolve, triton_reasons
-from tmask_kernels.ops._checks import check_device
+from tmask_kernels.ops._checks import (
+    check_choice,
+    check_flag,
+    check_list,
+    check_number,
+    check_size,
+    check_tensor,
+    check_values,
+    check_whole,
+    wrong,
+)
 from tmask_kernels.ops.paste_masks.reference import paste_masks_reference
 from tmask_kernels.ops.paste_masks.rle import paste_rle, strings
 from tmask_kernels.packed import WORD
@@ -74,8 +84,9 @@ def paste_masks(
 ) -> Tensor | list[dict[str, Any]]:
     """Resample each box's M x M mask to the image's pixels.
 
-    masks: [K, M, M] floating point, probabilities, or logits (then the sigmoid comes first, before interpolation).
-    boxes: [K, 4] xyxy in pixels of the image; they may reach beyond it. image_size: (H, W). threshold: in (0, 1].
+    masks: [K, M, M] floating point, probabilities, or logits (then the sigmoid comes first, before interpolation); or
+    bool, the probabilities 0 and 1 in float32. boxes: [K, 4] xyxy in pixels of the image; they may reach beyond it.
+    image_size: (H, W). threshold: in (0, 1].
 
     output: ``"probability"`` [K, H, W] float32 (float64 for float64 masks), 0 outside the box; ``"bool"`` [K, H, W];
     ``"packed"`` [K, H, ceil(W / 32)] int32, as `pack_masks` of the bools; ``"rle"`` a list of K dicts
@@ -91,9 +102,10 @@ def paste_masks(
     Not differentiable; computed in float32 or float64 under autocast too. Errors: ValueError for wrong shapes, dtypes,
     names and thresholds.
     """
-    _check(masks, boxes, image_size, threshold, output, convention)
-    height, width = image_size
-    chosen = _choose(masks, boxes, image_size, backend)
+    _check_masks("paste_masks", masks, boxes, ("K",), logits)
+    threshold = _check_options("paste_masks", masks, threshold, output, convention)
+    image_size = height, width = check_size("paste_masks", "image_size", image_size)
+    chosen = _choose("paste_masks", masks, boxes, image_size, backend)
     masks, boxes = _prepare(masks, boxes, logits, chosen)
     if chosen == "triton" and output == "rle":
         return _runs(masks[None], boxes[None], [len(masks)], [image_size], threshold, convention)[0]
@@ -127,16 +139,15 @@ def paste_masks_batched(
     ``rle`` takes as many launches and waits for N images as for one (Triton: three and two). A dense output is one
     launch an image, without a wait. Other arguments and errors: as of `paste_masks`; counts beyond D are a ValueError.
     """
-    if masks.dim() != 4 or boxes.dim() != 3 or not len(masks) == len(boxes) == len(counts) == len(image_sizes):
-        got = f"{tuple(masks.shape)}, {tuple(boxes.shape)}, {len(counts)} counts and {len(image_sizes)} sizes"
-        raise ValueError(f"masks: expected [N, D, M, M], boxes [N, D, 4], N counts and N sizes of images, got {got}")
-    numbers = [int(number) for number in (counts.tolist() if isinstance(counts, Tensor) else counts)]
-    if min(numbers, default=0) < 0 or max(numbers, default=0) > masks.shape[1]:
-        raise ValueError(f"counts: expected in 0..{masks.shape[1]}, got {numbers}")
-    for size in image_sizes or [(1, 1)]:
-        _check(masks.flatten(0, 1), boxes.flatten(0, 1), size, threshold, output, convention)
+    op = "paste_masks_batched"
+    _check_masks(op, masks, boxes, ("N", "D"), logits)
+    threshold = _check_options(op, masks, threshold, output, convention)
+    N, D = masks.shape[:2]
+    sizes = check_list(op, "image_sizes", image_sizes, f"{N} (height, width), one an image", N)
+    image_sizes = [check_size(op, f"image_sizes[{i}]", size) for i, size in enumerate(sizes)]
+    numbers = _counts(op, counts, N, D)
     largest = max(image_sizes, key=math.prod, default=(1, 1))
-    chosen = _choose(masks, boxes, largest, backend)
+    chosen = _choose(op, masks, boxes, largest, backend)
     if chosen == "triton" and output == "rle":
         return _runs(*_prepare(masks, boxes, logits, chosen), numbers, image_sizes, threshold, convention)
     parts = zip(masks, boxes, numbers, image_sizes, strict=True)
@@ -162,14 +173,16 @@ def _runs(
     ]
 
 
-def _choose(masks: Tensor, boxes: Tensor, image_size: tuple[int, int], backend: str | None) -> str:
+def _choose(op: str, masks: Tensor, boxes: Tensor, image_size: tuple[int, int], backend: str | None) -> str:
     reasons: dict[str, list[str]] = {"triton": _triton_reasons(masks, boxes, image_size), "reference": []}
-    return resolve("paste_masks", backend, reasons, device=masks.device)
+    return resolve(op, backend, reasons, device=masks.device)
 
 
 def _prepare(masks: Tensor, boxes: Tensor, logits: bool, chosen: str) -> tuple[Tensor, Tensor]:
     """Probabilities of the masks, and boxes, in the precision that the backend reads."""
     masks, boxes = masks.detach(), boxes.detach().to(torch.promote_types(boxes.dtype, torch.float32))
+    if masks.dtype == torch.bool:
+        masks = masks.float()
     if logits or chosen == "reference":
         masks = masks.to(torch.promote_types(masks.dtype, torch.float32))
     return masks.sigmoid() if logits else masks, boxes
@@ -184,25 +197,31 @@ def _triton_reasons(masks: Tensor, boxes: Tensor, image_size: tuple[int, int]) -
     return reasons
 
 
-def _check(
-    masks: Tensor, boxes: Tensor, image_size: tuple[int, int], threshold: float, output: str, convention: str
-) -> None:
-    if masks.dim() != 3 or not 1 <= masks.shape[1] == masks.shape[2] or not masks.is_floating_point():
-        raise ValueError(
-            f"masks: expected floating point [K, M, M] with M >= 1, got {masks.dtype} {tuple(masks.shape)}"
-        )
-    if boxes.shape != (len(masks), 4) or not boxes.is_floating_point():
-        got = f"{boxes.dtype} {tuple(boxes.shape)}"
-        raise ValueError(f"boxes: expected floating point [{len(masks)}, 4], got {got}")
-    check_device("paste_masks", masks.device, boxes=boxes)
-    if len(image_size) != 2 or min(image_size) < 1:
-        raise ValueError(f"image_size: expected (height, width) of at least 1, got {image_size}")
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold: expected in (0, 1], got {threshold}")
-    if output not in ("probability", "bool", "packed", "rle"):
-        raise ValueError(f"output: expected 'probability', 'bool', 'packed' or 'rle', got {output!r}")
-    if convention not in ("detectron2", "torchvision"):
-        raise ValueError(f"convention: expected 'detectron2' or 'torchvision', got {convention!r}")
+def _check_masks(op: str, masks: Tensor, boxes: Tensor, letters: tuple[str, ...], logits: bool) -> None:
+    dtype = "float" if check_flag(op, "logits", logits) else "float or bool"
+    check_tensor(op, "masks", masks, (*letters, "M", "M"), dtype)
+    if not 1 <= masks.shape[-2] == masks.shape[-1]:
+        raise wrong(op, "masks", f"{dtype} [{', '.join(letters)}, M, M] with M >= 1", masks)
+    check_tensor(op, "boxes", boxes, (*masks.shape[:-2], 4), "float", device=masks.device)
+
+
+def _check_options(op: str, masks: Tensor, threshold: float, output: str, convention: str) -> float:
+    """The threshold as a float."""
+    check_choice(op, "output", output, ("probability", "bool", "packed", "rle"))
+    if output == "rle":
+        check_values(op, "masks", masks)
+    check_choice(op, "convention", convention, ("detectron2", "torchvision"))
+    return check_number(op, "threshold", threshold, high=1, above=0)
+
+
+def _counts(op: str, counts: Tensor | Sequence[int], N: int, D: int) -> list[int]:
+    """The N counts, in 0..D, as ints."""
+    if isinstance(counts, Tensor):
+        check_tensor(op, "counts", counts, (N,), "integer")
+        check_values(op, "counts", counts)
+        counts = counts.tolist()
+    items = check_list(op, "counts", counts, f"{N} whole numbers in 0..{D}, one an image", N)
+    return [check_whole(op, f"counts[{i}]", number, 0, D) for i, number in enumerate(items)]
 
 
 # One node of a compiled graph: the reference's loop over chunks of instances would unroll.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,12 +10,15 @@ from torch import Tensor
 
 from tmask_kernels.backend import resolve, triton_reasons
 from tmask_kernels.ops._boxes_input import boxes_as_tensor, check_features, check_image_indices, is_traced
+from tmask_kernels.ops._checks import check_choice, check_flag, check_list, check_number, check_size, check_whole
 from tmask_kernels.ops._levels import level_thresholds
 from tmask_kernels.ops.roi_align.cpu import multiscale_roi_align_cpu
 from tmask_kernels.ops.roi_align.reference import multiscale_roi_align_reference
 from tmask_kernels.ops.roi_align.reference_max import multiscale_roi_align_max_reference
 
 MAX_TRITON_LEVELS = 5
+# A million samples a bin. Beyond it backends run out of memory or of int32.
+MAX_SAMPLING_RATIO = 1024
 # The row and the column of the sample that an adaptive grid keeps have 15 and 16 bits, for two samples a cell.
 MAX_ADAPTIVE_SIDE = 16_000
 # Tiles of 2 x 2 cells, whose numbers float32 must hold.
@@ -41,7 +43,8 @@ def roi_align(
 
     input [N, C, H, W], fp16, bf16, fp32 or fp64, contiguous or channels_last. boxes, xyxy in image pixels: [K, 5] with
     the image's index first, a list of N tensors [L, 4], or [N, P, 4] with `valid` [N, P] bool (then K = N * P).
-    spatial_scale: feature cells per pixel. sampling_ratio: samples per bin side; 0 or less takes ceil(bin size).
+    spatial_scale: feature cells per pixel. sampling_ratio: samples per bin side, up to 1,024; 0 or less takes ceil(bin
+    size).
     aligned: shift by half a cell, so that pixel centres meet; without it boxes are at least one cell long.
     interpolation: a sample is bilinear between its 2 x 2 cells, or bicubic between its 4 x 4 with Keys' coefficient
     `cubic_coeff`, cells beyond the border taking the border's value; -0.5 reproduces quadratic functions away from the
@@ -60,8 +63,10 @@ def roi_align(
     Errors: ValueError for a wrong shape, dtype, device or option. Sources: Mask R-CNN (He et al. 2017), section 3;
     Cubic convolution interpolation (Keys 1981).
     """
+    check_features("roi_align", [input], "input")
+    scales = [check_number("roi_align", "spatial_scale", spatial_scale, above=0)]
     return _roi_align(
-        "roi_align", [input], boxes, valid, output_size, [spatial_scale], [], sampling_ratio, aligned,
+        "roi_align", [input], boxes, valid, output_size, scales, [], sampling_ratio, aligned,
         reduction, interpolation, cubic_coeff, backend,
     )  # fmt: skip
 
@@ -91,10 +96,14 @@ def multiscale_roi_align(
     where the epsilon stands: torchvision's 1e-6 outside the logarithm moves boxes just under a boundary up.
     Everything else as in `roi_align`. Source of the levels: Feature Pyramid Networks (Lin et al. 2017), equation 1.
     """
+    op = "multiscale_roi_align"
+    thresholds = level_thresholds(spatial_scales, canonical_scale, canonical_level, level_convention, op=op)
     scales = [float(scale) for scale in spatial_scales]
-    thresholds = level_thresholds(scales, canonical_scale, canonical_level, level_convention)
+    expected = f"a list of tensors [N, C, H, W], one a spatial scale ({len(scales)})"
+    maps = check_list(op, "features", features, expected, len(scales))
+    check_features(op, maps)
     return _roi_align(
-        "multiscale_roi_align", list(features), boxes, valid, output_size, scales, thresholds, sampling_ratio, aligned,
+        op, maps, boxes, valid, output_size, scales, thresholds, sampling_ratio, aligned,
         reduction, interpolation, cubic_coeff, backend,
     )  # fmt: skip
 
@@ -114,14 +123,17 @@ def _roi_align(
     cubic_coeff: float,
     backend: str | None,
 ) -> Tensor:
-    size = (output_size, output_size) if isinstance(output_size, int) else (output_size[0], output_size[1])
-    _check_options(size, reduction, interpolation, cubic_coeff)
-    cubic = float(cubic_coeff) if interpolation == "bicubic" else None
-    check_features(features, scales)
-    boxes = boxes_as_tensor(features[0], boxes, valid)
+    size = check_size(op, "output_size", output_size, or_number=True)
+    sampling_ratio = check_whole(op, "sampling_ratio", sampling_ratio, high=MAX_SAMPLING_RATIO)
+    aligned = check_flag(op, "aligned", aligned)
+    check_choice(op, "reduction", reduction, ("mean", "max"))
+    check_choice(op, "interpolation", interpolation, ("bilinear", "bicubic"))
+    cubic_coeff = check_number(op, "cubic_coeff", cubic_coeff)
+    cubic = cubic_coeff if interpolation == "bicubic" else None
+    boxes = boxes_as_tensor(op, features[0], boxes, valid)
     traced = is_traced(features[0])
     if boxes.dim() == 2 and boxes.device.type == "cpu" and not traced:
-        check_image_indices(boxes, features[0].shape[0])
+        check_image_indices(op, boxes, features[0].shape[0])
     boxes = boxes.to(torch.float64 if features[0].dtype == torch.float64 else torch.float32)
 
     device = features[0].device
@@ -144,19 +156,6 @@ def _roi_align(
         keep_index = torch.is_grad_enabled() and any(f.requires_grad for f in features)
         return kernels_max.multiscale_roi_align_max(*shared, keep_index)[0]
     return kernels.multiscale_roi_align(*shared)
-
-
-def _check_options(size: tuple[int, int], reduction: str, interpolation: str, cubic_coeff: float) -> None:
-    if min(size) < 1:
-        raise ValueError(f"output_size: expected at least 1 x 1, got {size}")
-    for name, got, known in (
-        ("reduction", reduction, ("mean", "max")),
-        ("interpolation", interpolation, ("bilinear", "bicubic")),
-    ):
-        if got not in known:
-            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {got!r}")
-    if not math.isfinite(cubic_coeff):
-        raise ValueError(f"cubic_coeff: expected a finite number, got {cubic_coeff}")
 
 
 def _torchvision_reasons(

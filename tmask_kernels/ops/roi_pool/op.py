@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tmask_kernels.backend import resolve, triton_reasons
 from tmask_kernels.ops._boxes_input import boxes_as_tensor, check_features, check_image_indices, is_traced
+from tmask_kernels.ops._checks import check_number, check_size
 from tmask_kernels.ops.roi_pool.reference import listed_boxes, roi_pool_reference
 
 INT32_LIMIT = 2**31
@@ -43,15 +44,13 @@ def roi_pool(
     in row-major order, and is summed in fp32 (fp64 for fp64 input). The boxes are rounded and take none.
     Errors: ValueError for a wrong shape, dtype, device or option. Source: Fast R-CNN (Girshick 2015), section 2.1.
     """
-    size = (output_size, output_size) if isinstance(output_size, int) else (output_size[0], output_size[1])
-    if min(size) < 1:
-        raise ValueError(f"output_size: expected at least 1 x 1, got {size}")
-    scale = float(spatial_scale)
-    check_features([input], [scale])
-    boxes = boxes_as_tensor(input, boxes, valid)
+    size = check_size("roi_pool", "output_size", output_size, or_number=True)
+    scale = check_number("roi_pool", "spatial_scale", spatial_scale, above=0)
+    check_features("roi_pool", [input], "input")
+    boxes = boxes_as_tensor("roi_pool", input, boxes, valid)
     traced = is_traced(input)
     if boxes.dim() == 2 and boxes.device.type == "cpu" and not traced:
-        check_image_indices(boxes, input.shape[0])
+        check_image_indices("roi_pool", boxes, input.shape[0])
     boxes = boxes.detach().float()
 
     torchvision, triton = _torchvision_reasons(input, traced), _triton_reasons(input, boxes)
