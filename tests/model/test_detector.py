@@ -52,6 +52,40 @@ def test_inference_contract(masks: str, small_model: tmask.MaskRCNN) -> None:
             assert result["masks"].shape == shape
 
 
+def test_training_gives_a_gradient_to_the_images(small_model: tmask.MaskRCNN) -> None:
+    """The gradient of the losses to the padded batch, taken back through the resize alone."""
+    images, targets = images_and_targets()
+    images = [image.requires_grad_() for image in images]
+    torch.manual_seed(0)  # the losses draw samples
+    found = torch.autograd.grad(sum(small_model(images, targets).values()), images)
+
+    batch, padded_targets = small_model.transform([image.detach() for image in images], targets)
+    leaf = batch.tensor.requires_grad_()
+    torch.manual_seed(0)
+    losses = small_model.forward_padded(batch._replace(tensor=leaf), padded_targets, compact=True)
+    (upstream,) = torch.autograd.grad(sum(losses.values()), leaf)
+    std = torch.tensor(small_model.transform.image_std)[:, None, None]
+    for image, gradient, padded in zip(images, found, upstream, strict=True):
+        height, width = small_model.transform([image.detach()])[0].sizes[0].tolist()
+        resized = torch.nn.functional.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
+        (expected,) = torch.autograd.grad(resized, image, padded[:, :height, :width] / std)
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+        assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("masks", ["probability", "bool", "rle", "none"])
+def test_inference_on_images_that_require_a_gradient(masks: str, small_model: tmask.MaskRCNN) -> None:
+    images, _ = images_and_targets()
+    small_model.eval()
+    with torch.no_grad():
+        expected = small_model(images, masks=masks)
+    results = small_model([image.requires_grad_() for image in images], masks=masks)
+    for result, other in zip(results, expected, strict=True):
+        torch.testing.assert_close(result["boxes"], other["boxes"])
+        torch.testing.assert_close(result["scores"], other["scores"])
+        assert masks != "rle" or result["masks"] == other["masks"]
+
+
 def test_training_without_targets_is_an_error(small_model: tmask.MaskRCNN) -> None:
     with pytest.raises(ValueError, match="targets: expected Targets in training mode"):
         small_model(images_and_targets()[0])

@@ -122,3 +122,28 @@ def test_a_crowd_without_area_is_no_fault() -> None:
 def test_images_of_several_devices_are_named() -> None:
     with pytest.raises(ValueError, match=r"images\[1\]: expected on cpu like the first, got meta"):
         TRANSFORM([torch.rand(3, 20, 30), torch.rand(3, 20, 30, device="meta")])
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+def test_gradient_to_the_images(antialias: bool) -> None:
+    """The batch is affine in the pixels, so a difference over any step is the derivative; boxes are linear too."""
+    transform = dataclasses.replace(TRANSFORM, antialias=antialias)
+    images = [torch.rand(3, 20, 30), torch.rand(3, 41, 37), torch.rand(3, 64, 64)]
+    steps = [torch.rand_like(image) for image in images]
+    before, _ = transform(images)
+    after, _ = transform([image + step for image, step in zip(images, steps, strict=True)])
+    weights = torch.randn_like(before.tensor)
+    leaves = [image.requires_grad_() for image in images[:2]] + images[2:]  # not every image needs one
+    batch, _ = transform(leaves)
+    gradients = torch.autograd.grad(batch.tensor, leaves[:2], weights)
+    difference = (weights[:2] * (after.tensor - before.tensor)[:2]).double().sum((1, 2, 3))
+    found = [(g * step).double().sum() for g, step in zip(gradients, steps, strict=False)]
+    torch.testing.assert_close(torch.stack(found), difference, rtol=1e-3, atol=1e-2)
+
+
+def test_gradient_to_the_boxes() -> None:
+    one = target(boxes=target()["boxes"].requires_grad_())
+    _, targets = TRANSFORM([torch.rand(3, 20, 30)], [one])
+    assert targets is not None
+    (gradient,) = torch.autograd.grad(targets.boxes.sum(), one["boxes"])
+    torch.testing.assert_close(gradient, torch.full((2, 4), 3.2))  # 20 pixels become 64

@@ -69,8 +69,9 @@ class ImageTransform:
         height = _round_up(max(size[0] for size in sizes), self.size_divisible)
         width = _round_up(max(size[1] for size in sizes), self.size_divisible)
         batch = resized[0].new_zeros(len(images), 3, height, width)
-        for slot, image in zip(batch, resized, strict=True):
-            slot[:, : image.shape[-2], : image.shape[-1]] = image
+        # By index: autograd refuses writes into the views that iteration over a tensor yields.
+        for i, image in enumerate(resized):
+            batch[i, :, : image.shape[-2], : image.shape[-1]] = image
         packed = None
         if targets is not None:
             scaled = [
@@ -163,8 +164,8 @@ def _stack(targets: Sequence[dict[str, Tensor]]) -> Targets:
     for name in targets[0]:
         first = targets[0][name]
         stacked = first.new_zeros(len(targets), count, *first.shape[1:])
-        for slot, target in zip(stacked, targets, strict=True):
-            slot[: len(target[name])] = target[name]
+        for i, target in enumerate(targets):
+            stacked[i, : len(target[name])] = target[name]
         fields[name] = stacked
     return Targets(**fields)
 
