@@ -12,11 +12,13 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "triton", "torchvision", "reference")
 
@@ -71,13 +73,23 @@ def triton_reasons(*tensors: Tensor) -> list[str]:
 _ON_CUDA, _ELSEWHERE = ("triton", "reference", "torchvision"), ("torchvision", "reference", "triton")
 
 
-def resolve(op: str, backend: str | None, reasons: Mapping[str, Sequence[str]], *, device: torch.device) -> str:
+def resolve(
+    op: str,
+    backend: str | None,
+    reasons: Mapping[str, Sequence[str]],
+    *,
+    device: torch.device,
+    differentiable: bool = False,
+) -> str:
     """Name the backend that serves this call of `op`.
 
     `reasons` maps each backend the op has to the reasons why it cannot serve this call. ``auto`` takes the first with
     none, in the order of `device`; on a CUDA device it warns once when that is not Triton. An explicit backend that the
     op lacks, or that has reasons, is a ValueError that lists them. A default from `use_backend` or the environment
     holds for many ops, so one that lacks it says so once and goes on as ``auto``.
+
+    differentiable: whether the op has derivatives. Under PyTorch's function transforms the reference alone has them: a
+    custom op drops the tangents of forward mode. There another explicit backend is a NotImplementedError.
     """
     order = _ON_CUDA if device.type == "cuda" else _ELSEWHERE
     reasons = {candidate: reasons[candidate] for candidate in order if candidate in reasons}
@@ -86,6 +98,11 @@ def resolve(op: str, backend: str | None, reasons: Mapping[str, Sequence[str]], 
     if backend is None and name != "auto" and name not in reasons:
         _warn_lacking(op, name)
         name = "auto"
+    if differentiable and (active := active_transforms()):
+        why = f"it has no rule for {' of '.join(active)}"
+        if name not in ("auto", "reference"):
+            raise NotImplementedError(f"{op}: backend={name!r} cannot serve this call: {why}; backend='reference' can")
+        reasons = {key: why_not if key == "reference" else [*why_not, why] for key, why_not in reasons.items()}
     if name != "auto":
         if name not in reasons:
             raise ValueError(f"{op}: backend={name!r} does not exist for this op; it has {', '.join(reasons)}")
@@ -104,6 +121,71 @@ def resolve(op: str, backend: str | None, reasons: Mapping[str, Sequence[str]], 
 def _check_name(where: str, name: str) -> None:
     if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"{where}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+
+
+_TRANSFORMS = {"Vmap": "torch.func.vmap", "Grad": "torch.func.grad or vjp", "Jvp": "torch.func.jvp"}
+
+
+def active_transforms() -> tuple[str, ...]:
+    """PyTorch's function transforms around this call, outermost first; empty in nearly every call.
+
+    Dual tensors count as one; torch.func.jvp, which is made of them, counts once.
+    """
+    # Read here and not in the constant below: torch.compile guards on it.
+    dual = forward_ad._current_level >= 0
+    names = _interpreters()
+    return ("torch.autograd.forward_ad", *names) if dual and _TRANSFORMS["Jvp"] not in names else names
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _interpreters() -> tuple[str, ...]:
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    kinds = [interpreter.key().name for interpreter in stack]
+    return tuple(_TRANSFORMS[kind] for kind in kinds if kind in _TRANSFORMS)
+
+
+def under_vmap() -> bool:
+    """Whether torch.func.vmap is active, inside which no value of a tensor can be read."""
+    return _TRANSFORMS["Vmap"] in active_transforms()
+
+
+def check_no_transform(op: str, why: str, *, vmap_alone: bool = True) -> None:
+    """That no function transform, or not vmap, is active. Errors: NotImplementedError that says why `op` cannot serve.
+
+    For ops that no backend can run inside a transform.
+    """
+    active = active_transforms()
+    if active and (not vmap_alone or under_vmap()):
+        raise NotImplementedError(f"{op}: no backend= has a rule for {' of '.join(active)}: {why}")
+
+
+def no_second_derivative(op: str, backend: str = "triton") -> Callable[..., Any]:
+    """The backward to register for the custom op that computes the first derivative of `op`: it raises."""
+
+    def backward(ctx: object, *gradients: object) -> None:
+        raise NotImplementedError(f"{op}: backend={backend!r} has no second derivative; backend='reference' has one")
+
+    return backward
+
+
+def first_derivative_only(op: str, backend: str, tensor: Tensor) -> Tensor:
+    """`tensor`, whose gradient cannot be differentiated again: of ops that are not ours."""
+    return _FirstDerivativeOnly.apply(tensor, op, backend, 1)
+
+
+class _FirstDerivativeOnly(torch.autograd.Function):
+    """The identity; its backward is the identity of order 2, whose backward raises."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, op: str, backend: str, order: int) -> Tensor:
+        ctx.arguments, ctx.order = (op, backend), order
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if ctx.order == 2:
+            no_second_derivative(*ctx.arguments)(ctx)
+        return _FirstDerivativeOnly.apply(grad, *ctx.arguments, 2), None, None, None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

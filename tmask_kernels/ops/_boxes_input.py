@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tmask_kernels.backend import under_vmap
 from tmask_kernels.ops._checks import check_list, check_tensor, wrong
 
 
@@ -58,7 +59,8 @@ def check_image_indices(op: str, boxes: Tensor, num_images: int) -> None:
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Whether values cannot be read: under torch.compile, torch.export, or on fake and meta tensors."""
+    """Whether values cannot be read: under torch.compile, torch.export or vmap, or on fake and meta tensors."""
     from torch._subclasses.fake_tensor import FakeTensor
 
-    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.device.type == "meta"
+    unread = isinstance(tensor, FakeTensor) or tensor.device.type == "meta"
+    return torch.compiler.is_compiling() or unread or under_vmap()

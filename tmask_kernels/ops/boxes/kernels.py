@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tmask_kernels._triton import on_device
+from tmask_kernels.backend import no_second_derivative
 
 BLOCK = 128
 
@@ -400,6 +401,9 @@ def decode_boxes_backward(
 ) -> Tensor:
     """The gradient of `decode_boxes` in deltas."""
     return decode_boxes_bwd(grad, deltas, anchors, weights, scale_clamp, size, sizes)
+
+
+decode_boxes_backward.register_autograd(no_second_derivative("decode_boxes"))
 
 
 @decode_boxes_backward.register_fake

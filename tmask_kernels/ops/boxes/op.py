@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tmask_kernels.backend import resolve, triton_reasons
+from tmask_kernels.backend import check_no_transform, resolve, triton_reasons
 from tmask_kernels.ops._checks import (
     check_list,
     check_number,
@@ -121,6 +121,7 @@ def rpn_proposals(
     by level, and the best P of the image remain, zeros behind them. No gradient passes.
     Errors: ValueError for levels that do not fit the spec or one another. Source: Faster R-CNN (Ren et al. 2015).
     """
+    check_no_transform("rpn_proposals", "it takes a batch of images itself")
     objectness, deltas = _check_levels(objectness, deltas, image_sizes, spec)
     padded_size = check_size("rpn_proposals", "padded_size", padded_size)
     pre_nms_top_n = check_whole("rpn_proposals", "pre_nms_top_n", pre_nms_top_n, 1)
@@ -128,6 +129,7 @@ def rpn_proposals(
     nms_threshold = check_number("rpn_proposals", "nms_threshold", nms_threshold, 0, 1)
     min_size = check_number("rpn_proposals", "min_size", min_size, 0)
     score_threshold = check_number("rpn_proposals", "score_threshold", score_threshold)
+    objectness, deltas = [x.detach() for x in objectness], [x.detach() for x in deltas]  # no_grad keeps tangents
     chosen = resolve("rpn_proposals", backend, backend_reasons(objectness[0]), device=objectness[0].device)
     strides = level_strides(spec, [(x.shape[2], x.shape[3]) for x in objectness], padded_size)
     limits = {"scale_clamp": SCALE_CLAMP, "min_size": min_size, "score_threshold": score_threshold}
@@ -171,6 +173,7 @@ def detections(
     Errors: ValueError for shapes that do not fit.
     """
     _check_detections(class_scores, boxes, valid, image_sizes)
+    class_scores, boxes = class_scores.detach(), boxes.detach()  # no_grad keeps tangents
     max_detections = check_whole("detections", "max_detections", max_detections, 1)
     score_threshold = check_number("detections", "score_threshold", score_threshold)
     nms_threshold = check_number("detections", "nms_threshold", nms_threshold, 0, 1)
@@ -210,7 +213,7 @@ def _suppress_and_select(
 
 
 def _choose(name: str, backend: str | None, reasons: list[str], tensor: Tensor) -> str:
-    return resolve(name, backend, {"triton": reasons, "reference": []}, device=tensor.device)
+    return resolve(name, backend, {"triton": reasons, "reference": []}, device=tensor.device, differentiable=True)
 
 
 def _coding_reasons(coded: Tensor, anchors: Tensor) -> list[str]:

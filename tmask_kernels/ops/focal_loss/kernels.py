@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tmask_kernels._triton import cross_entropy_with_logits, on_device, sigmoids
+from tmask_kernels.backend import no_second_derivative
 
 BLOCK = 1024  # elements at a time: eight a thread of four warps, 16 bytes of bf16
 NUM_WARPS = 4
@@ -249,6 +250,9 @@ def sigmoid_focal_loss_backward(
             **_arguments(inputs, targets, alpha, gamma),
         )
     return grad
+
+
+sigmoid_focal_loss_backward.register_autograd(no_second_derivative("sigmoid_focal_loss, softmax_focal_loss"))
 
 
 @sigmoid_focal_loss_backward.register_fake

@@ -44,7 +44,7 @@ def _sigmoid_focal_loss(
     op: str, inputs: Tensor, targets: Tensor, alpha: float, gamma: float, reduction: str, backend: str | None
 ) -> Tensor:
     reasons: dict[str, list[str]] = {"triton": _triton_reasons(inputs, targets), "reference": []}
-    if resolve(op, backend, reasons, device=inputs.device) == "triton":
+    if resolve(op, backend, reasons, device=inputs.device, differentiable=True) == "triton":
         from tmask_kernels.ops.focal_loss import kernels
 
         return kernels.sigmoid_focal_loss(inputs, targets, alpha, gamma, reduction)

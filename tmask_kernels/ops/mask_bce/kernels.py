@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tmask_kernels._triton import cross_entropy_with_logits, on_device, sigmoids
+from tmask_kernels.backend import no_second_derivative
 
 MAX_BLOCK = 1024  # pixels of a program of the forward: the 784 of a 28 x 28 mask are one block
 BLOCK_GRAD = 2048  # elements of a program of the backward: two stores of 16 bytes a thread in half precision
@@ -206,6 +207,9 @@ def _empty_gradient(logits: Tensor) -> Tensor:
     channels_last = logits.stride(1) == 1 and logits.shape[1] > 1
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device, memory_format=layout)
+
+
+mask_bce_backward.register_autograd(no_second_derivative("mask_bce"))
 
 
 @mask_bce_backward.register_fake

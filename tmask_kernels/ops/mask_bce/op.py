@@ -34,7 +34,7 @@ def mask_bce(logits: Tensor, classes: Tensor, targets: Tensor, *, valid: Tensor,
     check_tensor("mask_bce", "targets", targets, (k, side, side), "real or bool", device=device)
     check_tensor("mask_bce", "valid", valid, (k,), "bool", device=device)
     reasons: dict[str, list[str]] = {"triton": _triton_reasons(logits, targets), "reference": []}
-    if resolve("mask_bce", backend, reasons, device=logits.device) == "triton":
+    if resolve("mask_bce", backend, reasons, device=logits.device, differentiable=True) == "triton":
         from tmask_kernels.ops.mask_bce import kernels
 
         return kernels.mask_bce(logits, classes, targets, valid)[0]

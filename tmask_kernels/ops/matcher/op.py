@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tmask_kernels.backend import resolve, triton_reasons
+from tmask_kernels.backend import resolve, triton_reasons, under_vmap
 from tmask_kernels.ops._checks import check_flag, check_number, check_tensor
 from tmask_kernels.ops.matcher.reference import match_anchors_reference
 
@@ -48,12 +48,13 @@ def match_anchors(
         from tmask_kernels.ops.matcher import kernels
 
         return kernels.match_anchors(anchors, gt_boxes, gt_valid, gt_crowd, high, low, allow_low_quality)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or under_vmap():
         return _match_anchors_traced(anchors, gt_boxes, gt_valid, gt_crowd, high, low, allow_low_quality)
     return match_anchors_reference(anchors, gt_boxes, gt_valid, gt_crowd, high, low, allow_low_quality)
 
 
-# One node in a traced graph, where the reference's loop over ground truth would be unrolled.
+# One node in a traced graph, where the reference's loop over ground truth would be unrolled, and one op for vmap, which
+# refuses the reference's writes.
 @torch.library.custom_op("tmask::match_anchors_reference", mutates_args=())
 def _match_anchors_traced(
     anchors: Tensor,

@@ -15,11 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tmask_kernels.backend import resolve, triton_reasons
+from tmask_kernels.backend import check_no_transform, resolve, triton_reasons, under_vmap
 from tmask_kernels.ops._checks import DTYPES, check_choice, check_number, check_tensor, check_values, check_whole
 from tmask_kernels.ops.nms.cpu import padded_nms_torchvision
 from tmask_kernels.ops.nms.reference import padded_nms_reference
 from tmask_kernels.ops.nms.soft_reference import soft_nms_reference
+
+_RAGGED = "the number of its results depends on values; padded_nms takes many lists of boxes"
 
 
 def padded_nms(
@@ -60,6 +62,7 @@ def nms(
     Without boxes every dtype is taken, as by torchvision. The output is ragged, so the host waits once. Errors: as
     `padded_nms`, and for tensors on the meta device.
     """
+    check_no_transform("nms", _RAGGED)
     boxes, scores = _any_if_empty(boxes, width=4), _any_if_empty(scores)
     _check_boxes("nms", boxes, scores, ("K",))
     check_values("nms", "boxes", boxes)
@@ -83,6 +86,7 @@ def batched_nms(
     as integers: no coordinate offsets, which leak between classes at negative coordinates. Without boxes every dtype is
     taken, as by torchvision. The host waits once. Errors: as `nms`.
     """
+    check_no_transform("batched_nms", _RAGGED)
     boxes, scores = _any_if_empty(boxes, width=4), _any_if_empty(scores)
     idxs = _any_if_empty(idxs, "integer", torch.int64)
     _check_boxes("batched_nms", boxes, scores, ("K",))
@@ -115,6 +119,7 @@ def soft_nms(
     a score_threshold that is negative. Backends: triton, one program: for up to some thousand boxes; reference.
     Source: Bodla et al. 2017, equations 2 and 3, with its threshold strict.
     """
+    check_no_transform("soft_nms", _RAGGED)
     _check_boxes("soft_nms", boxes, scores, ("K",))
     check_values("soft_nms", "boxes", boxes)
     check_choice("soft_nms", "method", method, ("linear", "gaussian"))
@@ -201,6 +206,8 @@ def _torchvision_reasons(boxes: Tensor) -> list[str]:
         return ["it serves CPU tensors only"]
     if torch.compiler.is_compiling() or isinstance(boxes, FakeTensor):
         return ["its per-segment loop reads values, which tracing has not"]
+    if under_vmap():
+        return ["its per-segment loop reads values, which torch.func.vmap hides; backend='reference' can"]
     return []
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from tmask_kernels.backend import resolve, triton_reasons
+from tmask_kernels.backend import check_no_transform, resolve, triton_reasons
 from tmask_kernels.ops._checks import (
     check_choice,
     check_flag,
@@ -209,6 +209,7 @@ def _check_options(op: str, masks: Tensor, threshold: float, output: str, conven
     """The threshold as a float."""
     check_choice(op, "output", output, ("probability", "bool", "packed", "rle"))
     if output == "rle":
+        check_no_transform(op, "output='rle' reads values on the host", vmap_alone=False)
         check_values(op, "masks", masks)
     check_choice(op, "convention", convention, ("detectron2", "torchvision"))
     return check_number(op, "threshold", threshold, high=1, above=0)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tmask_kernels.backend import first_derivative_only
 from tmask_kernels.ops.roi_align.reference import (
     CHUNK_ELEMENTS,
     axis_weights,
@@ -61,6 +62,7 @@ def multiscale_roi_align_cpu(
         if feature.numel():
             if sampling_ratio <= 0:
                 rows, outsized = _split_by_grid(boxes, rows, output_size, scale, aligned)
+            feature = first_derivative_only("roi_align, multiscale_roi_align", "torchvision", feature)
             pooled.append(_RoIAlign.apply(feature, boxes[rows], output_size, scale, sampling_ratio, aligned))
             all_rows.append(rows)
         if len(outsized) or not feature.numel():
@@ -113,7 +115,6 @@ class _RoIAlign(torch.autograd.Function):
         return torch.ops.torchvision.roi_align(feature, boxes, scale, *output_size, sampling_ratio, aligned)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (boxes,) = ctx.saved_tensors
         (height, width), scale, sampling_ratio, aligned = ctx.arguments

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tmask_kernels._triton import lowest_bit, of_level, on_device, small_dot
+from tmask_kernels.backend import no_second_derivative
 from tmask_kernels.ops.roi_align.kernels_geometry import axis, load_box, strides_of_level, tap_weight
 from tmask_kernels.ops.roi_align.kernels_touch import bins_near, mark_tiles, tile_place
 
@@ -225,6 +226,9 @@ def multiscale_roi_align_backward(
     if any(g.numel() for g in grads):
         _launch(grads, out_grad, boxes, valid, scales, thresholds, sampling_ratio, aligned, cubic)
     return grads
+
+
+multiscale_roi_align_backward.register_autograd(no_second_derivative("roi_align, multiscale_roi_align"))
 
 
 @multiscale_roi_align_backward.register_fake

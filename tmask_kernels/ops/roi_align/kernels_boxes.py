@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tmask_kernels._triton import of_level, on_device
+from tmask_kernels.backend import no_second_derivative
 from tmask_kernels.ops.roi_align.kernels_geometry import (
     axis,
     clamped,
@@ -303,6 +304,9 @@ def multiscale_roi_align_backward_boxes(
     """Gradient of `multiscale_roi_align` to its boxes, of their shape and dtype; 0 to the index of boxes [K, 5]."""
     gradient = _launch(out_grad, features, boxes, valid, scales, thresholds, sampling_ratio, aligned, cubic)
     return gradient.view(boxes.shape) if boxes.dim() == 3 else F.pad(gradient, (1, 0))
+
+
+multiscale_roi_align_backward_boxes.register_autograd(no_second_derivative("roi_align, multiscale_roi_align"))
 
 
 @multiscale_roi_align_backward_boxes.register_fake

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tmask_kernels._triton import lowest_bit, of_level, on_device
+from tmask_kernels.backend import no_second_derivative
 from tmask_kernels.ops.roi_align.kernels_backward import empty_gradients
 from tmask_kernels.ops.roi_align.kernels_geometry import (
     axis,
@@ -219,6 +220,9 @@ def multiscale_roi_align_max_backward(
     if any(g.numel() for g in grads):
         _launch(grads, out_grad, index, boxes, valid, scales, thresholds, sampling_ratio, aligned, cubic)
     return grads
+
+
+multiscale_roi_align_max_backward.register_autograd(no_second_derivative("roi_align, multiscale_roi_align"))
 
 
 @multiscale_roi_align_max_backward.register_fake

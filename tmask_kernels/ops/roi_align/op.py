@@ -143,7 +143,7 @@ def _roi_align(
     reference = ["the adaptive grid of max is searched as far as the data say, which cannot be traced"]
     reference = reference if is_max and adaptive and traced else []
     reasons = {"triton": triton, "reference": reference, "torchvision": torchvision}
-    chosen = resolve(op, backend, reasons, device=device)
+    chosen = resolve(op, backend, reasons, device=device, differentiable=True)
     if chosen == "torchvision":
         return multiscale_roi_align_cpu(features, boxes, valid, size, scales, sampling_ratio, aligned, thresholds)
     if chosen == "reference":

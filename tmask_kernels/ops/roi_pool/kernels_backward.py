@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tmask_kernels._triton import lowest_bit, on_device
+from tmask_kernels.backend import no_second_derivative
 from tmask_kernels.ops.roi_pool.kernels_geometry import axis, load_cells
 
 WORD = 32  # boxes a word of the mask
@@ -252,6 +253,9 @@ def roi_pool_backward(
     if grad.numel():
         _launch(grad, out_grad, index, boxes, valid, scale)
     return grad
+
+
+roi_pool_backward.register_autograd(no_second_derivative("roi_pool"))
 
 
 @roi_pool_backward.register_fake

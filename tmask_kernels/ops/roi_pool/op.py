@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tmask_kernels.backend import resolve, triton_reasons
+from tmask_kernels.backend import first_derivative_only, resolve, triton_reasons
 from tmask_kernels.ops._boxes_input import boxes_as_tensor, check_features, check_image_indices, is_traced
 from tmask_kernels.ops._checks import check_number, check_size
 from tmask_kernels.ops.roi_pool.reference import listed_boxes, roi_pool_reference
@@ -55,7 +55,7 @@ def roi_pool(
 
     torchvision, triton = _torchvision_reasons(input, traced), _triton_reasons(input, boxes)
     reasons: dict[str, list[str]] = {"triton": triton, "reference": [], "torchvision": torchvision}
-    chosen = resolve("roi_pool", backend, reasons, device=input.device)
+    chosen = resolve("roi_pool", backend, reasons, device=input.device, differentiable=True)
     if chosen == "triton":
         from tmask_kernels.ops.roi_pool import kernels
 
@@ -75,7 +75,7 @@ def _roi_pool_torchvision(
     near = (corners * scale).abs().amax(1) < MAX_TORCHVISION_CELL
     rows, far = (usable & near).nonzero()[:, 0], (usable & ~near).nonzero()[:, 0]
     rois = torch.cat([images[:, None].float(), corners], 1)  # [K, 5]
-    maps = feature.float()  # its CPU op has no half precision
+    maps = first_derivative_only("roi_pool", "torchvision", feature.float())  # its CPU op has no half precision
     values, index = torch.ops.torchvision.roi_pool(maps, rois[rows], scale, *size)
     # It begins with the lowest finite number, and leaves it where nothing is above.
     values = torch.where((index < 0) & (values < 0), -torch.inf, values)
