@@ -93,9 +93,13 @@ def sigmoids(x):
 
 @triton.jit
 def cross_entropy_with_logits(x, t):
-    """max(x, 0) - x t + log(1 + exp(-|x|)): the entropy of targets t in 0..1 under sigmoid(x)."""
+    """max(x, 0) - x t + log(1 + exp(-|x|)): the entropy of targets t in 0..1 under sigmoid(x).
+
+    The first two terms are |x| times the distance of t from the side of x, and 0 at no distance, if x is infinite too.
+    """
+    distance = tl.where(x >= 0, 1.0 - t, t)
     small = tl.exp(-tl.abs(x))
     whole = 1.0 + small
     # log(whole) belongs to a rounded sum; this ratio mends it (Goldberg 1991, theorem 4).
     ratio = small / tl.where(whole == 1.0, 1.0, whole - 1.0)
-    return tl.maximum(x, 0.0) - x * t + tl.where(whole == 1.0, small, tl.log(whole) * ratio)
+    return tl.where(distance == 0, 0.0, tl.abs(x)) * distance + tl.where(whole == 1.0, small, tl.log(whole) * ratio)

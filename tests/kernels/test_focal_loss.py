@@ -345,6 +345,43 @@ def test_softmax_of_extreme_logits_stays_finite(backend: str, device: torch.devi
         assert_close(gradient, torch.autograd.grad(expected.sum(), exact)[0])
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.75])
+def test_infinite_logits_have_the_limit(backend: str, device: torch.device, gamma: float) -> None:
+    """The loss and gradient at a logit of 1e4, to which infinity adds nothing but an infinite loss."""
+    inf = torch.inf
+    x = torch.tensor([-inf, -inf, inf, inf, -inf, inf, 0.5], device=device).requires_grad_()
+    t = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.25, 0.25, 1.0], device=device)
+    far = x.detach().clamp(-1e4, 1e4).double().requires_grad_()
+    expected = torchvision.ops.sigmoid_focal_loss(far, t.double(), 0.25, gamma)
+    loss = sigmoid_focal_loss(x, t, 0.25, gamma, backend=backend)
+    assert loss.tolist()[:6] == [0, inf, inf, 0, inf, inf]
+    torch.testing.assert_close(loss[6].double(), expected[6], rtol=1e-5, atol=0)
+    upstream = torch.arange(1.0, 8.0, device=device)
+    (gradient,) = torch.autograd.grad(loss, x, upstream)
+    (slope,) = torch.autograd.grad(expected, far, upstream.double())
+    torch.testing.assert_close(gradient.double(), slope.nan_to_num(0))  # 0 ** 0.5 has an infinite slope by torchvision
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.75])
+def test_softmax_takes_masked_classes_as_cross_entropy_does(backend: str, device: torch.device, gamma: float) -> None:
+    inf = torch.inf
+    rows = [[1.0, -inf, 2.0], [-inf, -inf, 2.0], [1.0, -inf, 0.5], [-inf, 0.5, 0.25], [-inf, -inf, -inf]]
+    x = torch.tensor(rows, device=device).requires_grad_()
+    y = torch.tensor([0, 2, 1, 0, 1], device=device)
+    exact = x.detach().double().requires_grad_()
+    entropy = F.cross_entropy(exact, y, reduction="none")
+    expected = torch.where(entropy == 0, 0, entropy * (-torch.expm1(-entropy)) ** gamma)  # [5]
+    loss = softmax_focal_loss(x, y, gamma=gamma, backend=backend)
+    assert loss.tolist()[1:4] == [0, inf, inf]
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0, equal_nan=True)
+    (gradient,) = torch.autograd.grad(loss[:4].sum(), x)
+    assert not gradient[x.isinf() & (torch.arange(3, device=device) != y[:, None])].any()
+    torch.testing.assert_close(gradient[1:4].double(), torch.autograd.grad(entropy[1:4].sum(), exact)[0][1:4])
+    two = torch.tensor([1.0, 2.0], device=device).requires_grad_()
+    (unmasked,) = torch.autograd.grad(softmax_focal_loss(two, y[0], gamma=gamma, backend=backend), two)
+    torch.testing.assert_close(gradient[0, [0, 2]], unmasked)  # as if the class were not there
+
+
 def test_softmax_of_nothing_keeps_the_graph(backend: str, device: torch.device) -> None:
     x = torch.zeros(0, 4, device=device, requires_grad=True)
     y = torch.zeros(0, dtype=torch.int64, device=device)
@@ -393,7 +430,7 @@ MUTANTS = {
     "one upstream for all": (kernels, "not any(upstream.stride())", "True"),
     "sigmoids swapped": (_triton, "tl.where(x >= 0, larger, smaller), tl", "tl.where(x < 0, larger, smaller), tl"),
     "log of a rounded sum": (_triton, "tl.log(whole) * ratio)", "tl.log(whole))"),
-    "no entropy of the far side": (_triton, "tl.maximum(x, 0.0) - x * t", "0.0 - x * t"),
+    "no entropy of the far side": (_triton, "tl.where(x >= 0, 1.0 - t, t)", "t"),
 }  # fmt: skip
 
 

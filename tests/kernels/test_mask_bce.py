@@ -144,6 +144,20 @@ def test_extreme_logits_stay_finite(backend: str, device: torch.device) -> None:
     check(by(backend), logits.sign() * 1e4, classes, targets.clamp(0.1, 0.9), valid)
 
 
+def test_infinite_logits_have_the_limit(backend: str, device: torch.device) -> None:
+    logits, classes, targets, valid = inputs(device)
+    sides = (2 * targets.round() - 1)[:, None].expand_as(logits)  # of each logit, that of its target
+    for sign, value in ((1, 0.0), (-1, torch.inf)):
+        x = (sign * torch.inf * sides).requires_grad_()
+        far = x.detach().clamp(-1e4, 1e4).requires_grad_()
+        loss = by(backend)(x, classes, targets.round(), valid=valid)
+        assert loss == value
+        (gradient,) = torch.autograd.grad(loss, x)
+        (expected,) = torch.autograd.grad(by(backend)(far, classes, targets.round(), valid=valid), far)
+        torch.testing.assert_close(gradient, expected)
+        assert bool(gradient.any()) == (value > 0)
+
+
 def test_autocast_changes_nothing(backend: str, device: torch.device) -> None:
     arguments = inputs(device)
     with torch.autocast(device.type, dtype=torch.bfloat16):

@@ -140,7 +140,9 @@ def _focal_bwd_kernel(
         p, q = sigmoids(x)
         too_high, too_low = p * (1.0 - t), q * t  # their difference is p - t, their sum 1 - p_t
         power, slope = _power(too_high + too_low, gamma, FOCUS, TINY)
-        focus = cross_entropy_with_logits(x, t) * (p * q * slope) * (2.0 * t - 1.0)
+        # The entropy of an infinite logit may be infinite; it grows slower than p q falls.
+        entropy = tl.where(p * q == 0, 0.0, cross_entropy_with_logits(x, t))
+        focus = entropy * (p * q * slope) * (2.0 * t - 1.0)
         grad = _weight(t, alpha, WEIGHTED) * (power * (too_high - too_low) - focus)
         if ONE_UPSTREAM:
             grad *= upstream

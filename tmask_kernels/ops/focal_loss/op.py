@@ -28,7 +28,9 @@ def sigmoid_focal_loss(
     cross-entropy. reduction: ``"none"`` (shape and dtype of `inputs`), ``"mean"`` or ``"sum"`` (scalar, float32 at
     least; the mean of nothing is 0).
 
-    Computed in float32 (float64 for float64 logits), finite with finite gradients for logits up to 1e4 in magnitude.
+    Computed in float32 (float64 for float64 logits), finite with finite gradients for logits up to 1e4 in magnitude. An
+    infinite logit on the side of its target gives 0 and the gradient 0; on the other side, infinity and the gradient of
+    cross-entropy (PyTorch's `binary_cross_entropy_with_logits` gives NaN).
     A sum is taken in a fixed order. Differentiable in the logits, once by Triton; in the targets by the reference.
     Errors: ValueError for wrong shapes, dtypes, devices, names, alpha > 1, gamma < 0.
     Source: Lin et al., Focal Loss for Dense Object Detection, 2017; signature and values of
@@ -71,7 +73,9 @@ def softmax_focal_loss(
     gamma: at least 0; 0 is cross-entropy. reduction: ``"none"`` (shape of `labels`, dtype of `inputs`), ``"mean"``
     (over rows; of nothing 0) or ``"sum"`` (scalar, float32 at least).
 
-    Computed in float32 (float64 for float64 logits), finite with finite gradients for logits up to 1e4 in magnitude.
+    Computed in float32 (float64 for float64 logits), finite with finite gradients for logits up to 1e4 in magnitude. A
+    logit of -inf masks a class, as in `torch.nn.functional.cross_entropy`: it takes no part in the softmax and gets the
+    gradient 0. A row whose own class is masked has an infinite loss; one whose classes all are, NaN.
     Differentiable in the logits. Errors: ValueError for wrong shapes, dtypes, devices, names, alpha > 1, gamma < 0.
     Source: Lin et al., Focal Loss for Dense Object Detection, 2017, equation 5, with the softmax of the own class for
     p_t (the paper leaves it at the remark that the loss extends to many classes).
@@ -85,9 +89,11 @@ def softmax_focal_loss(
     # By how much the own class leads all others together: its sigmoid is the softmax of the class.
     others = x.scatter(-1, own, -torch.inf)
     most = others.detach().amax(-1, keepdim=True)  # taken out, or the sum's gradient suffers from large logits
-    lead = (x.gather(-1, own) - most).squeeze(-1) - (others - most).logsumexp(-1)
-    ones = torch.ones_like(lead)
-    loss = _sigmoid_focal_loss("softmax_focal_loss", lead, ones, -1.0, gamma, "none", backend)
+    alone = most == -torch.inf  # all others are masked, and their sum has no gradient
+    rest = (others - most).masked_fill(alone, 0).logsumexp(-1, keepdim=True)
+    mine = x.gather(-1, own)
+    lead = torch.where(alone, mine + torch.inf, mine - most - rest).squeeze(-1)
+    loss = _sigmoid_focal_loss("softmax_focal_loss", lead, torch.ones_like(lead), -1.0, gamma, "none", backend)
     if alpha >= 0:
         loss = loss * torch.where(labels > 0, alpha, 1 - alpha)
     return _reduced(loss, reduction, inputs.dtype)

@@ -7,14 +7,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of targets in 0..1 under sigmoid(logits), also of infinite logits, where PyTorch's is NaN.
+
+    The term of a class with target 0 is 0, whatever its logit.
+    """
+    positive, negative = -F.logsigmoid(logits), -F.logsigmoid(-logits)
+    positive = positive.masked_fill(positive.isinf() & (targets == 0), 0)
+    negative = negative.masked_fill(negative.isinf() & (targets == 1), 0)
+    return targets * positive + (1 - targets) * negative
+
+
 def sigmoid_focal_loss_reference(inputs: Tensor, targets: Tensor, alpha: float, gamma: float) -> Tensor:
     """See `op.sigmoid_focal_loss`, before the reduction; any shape, float32 or float64."""
-    loss = F.binary_cross_entropy_with_logits(inputs, targets, reduction="none")
+    loss = binary_cross_entropy(inputs, targets)
     if gamma != 0:
         # 1 - p_t, from sigmoid(-x) where 1 - sigmoid(x) would round to 0.
         miss = inputs.sigmoid() * (1 - targets) + (-inputs).sigmoid() * targets
         # 0 ** gamma has an infinite slope for gamma < 1.
-        loss = loss * miss.clamp(min=torch.finfo(miss.dtype).tiny) ** gamma
+        power = miss.clamp(min=torch.finfo(miss.dtype).tiny) ** gamma
+        # The power is flat at an infinite logit, which autograd would multiply with the infinite loss.
+        loss = loss * torch.where(loss.isinf(), power.detach(), power)
     if alpha >= 0:
         loss = loss * (alpha * targets + (1 - alpha) * (1 - targets))
     return loss

@@ -21,8 +21,10 @@ def mask_bce(logits: Tensor, classes: Tensor, targets: Tensor, *, valid: Tensor,
     bool. Any strides. Returns a scalar, float32 (float64 for float64 logits); 0 with a graph when no RoI is valid, NaN
     when a valid one names a channel that does not exist.
 
-    Differentiable in the logits, once by Triton; other channels and rows that are not valid get a gradient of exactly
-    0. Summed in a fixed order, without a synchronisation. Errors: ValueError for wrong shapes, dtypes and devices.
+    An infinite logit on the side of its target adds 0, with gradient 0; on the other side the loss is infinite
+    (PyTorch's `binary_cross_entropy_with_logits` gives NaN). Differentiable in the logits, once by Triton; other
+    channels and rows that are not valid get a gradient of exactly 0. Summed in a fixed order, without a
+    synchronisation. Errors: ValueError for wrong shapes, dtypes and devices.
     Source: He et al., Mask R-CNN, 2017, section 3.
     """
     check_tensor("mask_bce", "logits", logits, ("K", "C", "M", "M"), "float")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from tmask_kernels.ops.focal_loss.reference import binary_cross_entropy
 
 
 def mask_bce_reference(logits: Tensor, classes: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
@@ -15,9 +16,7 @@ def mask_bce_reference(logits: Tensor, classes: Tensor, targets: Tensor, valid: 
     picked = logits.gather(1, channel)[:, 0].to(targets.dtype)  # [K, M, M]
     # Zeros go in where a row is not valid, so that even a NaN there has no gradient.
     keep = valid[:, None, None]
-    loss = F.binary_cross_entropy_with_logits(
-        torch.where(keep, picked, 0), torch.where(keep, targets, 0), reduction="none"
-    )
+    loss = binary_cross_entropy(torch.where(keep, picked, 0), torch.where(keep, targets, 0))
     pixels = valid.sum().clamp(min=1) * side * side
     loss = torch.where(known[:, None, None], loss, torch.nan)
     return torch.where(keep, loss, 0).sum() / pixels
