@@ -88,7 +88,7 @@ def _private_kernels_import(module: str) -> list[str]:
     import tmask_kernels
 
     head = module.split(".")
-    public = set(tmask_kernels.__all__) | {"backend", "testing"}
+    public = set(tmask_kernels.__all__) | {"backend", "machine", "testing"}
     return [] if head[1] in public else [f"imports {module}: tmask uses tmask_kernels' public names only"]
 
 

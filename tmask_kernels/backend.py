@@ -9,7 +9,6 @@ patched and nothing falls back in silence.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from tmask_kernels import machine
 
 BACKENDS = ("auto", "triton", "torchvision", "reference")
 
@@ -57,15 +58,8 @@ def interpreter_enabled() -> bool:
 
 def triton_reasons(*tensors: Tensor) -> list[str]:
     """Why the Triton kernels cannot run on these tensors, apart from what a single op adds. Empty if they can."""
-    if not triton_installed():
-        return ["triton is not installed"]
-    reasons = []
-    for device in sorted({t.device.type for t in tensors}):
-        if device == "cpu" and not interpreter_enabled():
-            reasons.append("CPU tensor without the Triton interpreter (set TRITON_INTERPRET=1 before Python starts)")
-        elif device not in ("cpu", "cuda"):
-            reasons.append(f"no Triton kernels for device type {device!r}")
-    return reasons
+    devices = dict.fromkeys((t.device.type, t.device.index or 0) for t in tensors)
+    return [reason for device, index in devices for reason in _device_reasons(device, index)]
 
 
 # How ``auto`` tries backends on a CUDA device, and elsewhere: torchvision's kernels wait for the host on the one, and
@@ -199,14 +193,22 @@ def _environment_interpreter() -> str:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def triton_installed() -> bool:
-    """Whether the triton package can be imported; it has wheels for Linux only."""
-    return _find_triton()
+def _device_reasons(device: str, index: int) -> list[str]:
+    return _find_reasons(device, index, interpreter_enabled())
 
 
 @functools.cache
-def _find_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _find_reasons(device: str, index: int, interpreted: bool) -> list[str]:
+    """Why the Triton kernels cannot run on one device. Cached, so that a call of an op costs nothing."""
+    if device not in ("cpu", "cuda"):
+        return [f"no Triton kernels for device type {device!r}; backend='auto' takes the reference"]
+    found = [machine.triton_fault()]
+    if device == "cpu" and not interpreted and found == [None]:
+        found = ["CPU tensor without the Triton interpreter (set TRITON_INTERPRET=1 before Python starts)"]
+        found.append(machine.torch_build_fault())
+    elif device == "cuda" and not interpreted and found == [None]:
+        found = [machine.gpu_reason(index)]
+    return [reason for reason in found if reason]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

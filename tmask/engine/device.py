@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tmask_kernels.machine import cuda_fault
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("fp32", *AUTOCAST_DTYPES)
@@ -17,9 +20,12 @@ PRECISIONS = ("fp32", *AUTOCAST_DTYPES)
 def pick_device(name: str | torch.device) -> torch.device:
     """The device of a name: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
 
+    Warns if ``"auto"`` takes the CPU of a machine with an NVIDIA GPU.
     Errors: ValueError for another name or a GPU that is not there.
     """
     if name == "auto":
+        if fault := cuda_fault():
+            warnings.warn(f"running on the CPU: {fault}", stacklevel=2)
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -28,7 +34,8 @@ def pick_device(name: str | torch.device) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {str(name)!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: expected one of this machine's, got {name!r} ({torch.cuda.device_count()} GPUs)")
+        why = cuda_fault() or f"{torch.cuda.device_count()} GPUs"
+        raise ValueError(f"device: expected one of this machine's, got {name!r} ({why})")
     return device
 
 

@@ -74,8 +74,13 @@ def _triton_reasons(packed: Tensor, boxes: Tensor) -> list[str]:
 def _mask_targets(
     packed: Tensor, boxes: Tensor, gt_index: Tensor, size: int, detectron2: bool, image_sizes: Tensor | None
 ) -> Tensor:
+    home = packed.device
+    if home.type == "mps":  # it has no float64, which makes the sums exact
+        packed, boxes, gt_index = packed.cpu(), boxes.cpu(), gt_index.cpu()
+        image_sizes = None if image_sizes is None else image_sizes.cpu()
     with torch.autocast(packed.device.type, enabled=False):
-        return mask_targets_reference(packed, boxes, gt_index, size, image_sizes, aligned=detectron2, binary=detectron2)
+        sums = mask_targets_reference(packed, boxes, gt_index, size, image_sizes, aligned=detectron2, binary=detectron2)
+    return sums.to(home)
 
 
 @_mask_targets.register_fake
