@@ -122,13 +122,55 @@ def test_a_failing_row_sets_the_exit_code(cli: Any, monkeypatch: pytest.MonkeyPa
     for change, code in ((lambda out: out, 0), (lambda out: out + 1, 1)):
         monkeypatch.setattr(validate, "OP_CHECKS", (faulty(change, dtypes=(torch.float32,), gradients=()),))
         assert cli.main(["validate", "--device", "cpu"]) == code
-        assert f"{code} fail" in capsys.readouterr().out.splitlines()[-1]
+        *_, failure, total = capsys.readouterr().out.splitlines()
+        assert f"{code} fail" in total
+        assert total.endswith("s (Triton through its interpreter)")
+        expected = "FAIL sigmoid_focal_loss, forward, reference, fp32: expected an error of at most 1.0e-05, got "
+        assert failure.startswith(expected) == bool(code)
+
+
+def test_a_row_is_printed_before_the_next_is_known(
+    cli: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And Ctrl-C leaves the rows that are done and their total."""
+    seen: list[str] = []
+
+    def change(out: Tensor) -> Tensor:
+        seen.append(capsys.readouterr().out)
+        if out.dtype == torch.float16:
+            raise KeyboardInterrupt
+        return out
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(validate, "NAMES", ("reference",))
+    monkeypatch.setattr(validate, "OP_CHECKS", (faulty(change, gradients=()),))
+    assert cli.main(["validate", "--device", "cpu"]) == 130
+    assert ["op " in seen[0], "fp32" in seen[1], "bf16" in seen[2]] == [True] * 3
+    last = capsys.readouterr()
+    assert last.out.startswith("2 rows: 2 pass, 0 fail, 0 skip in ")
+    assert last.out.endswith("stopped after 0 of 1 cases\n")
+    assert last.err.endswith("tmask validate: interrupted\n")
+
+
+def test_notes_of_the_table_are_short() -> None:
+    def change(out: Tensor) -> Tensor:
+        raise TypeError(f"cannot convert\n{[0.5] * 900}\nto bool")
+
+    (row,) = [
+        row
+        for row in validate.validate_op(faulty(change, dtypes=(torch.float32,), gradients=()), CPU)
+        if row.backend == "reference"
+    ]
+    assert row.note == "TypeError: cannot convert ... to bool"
+    note = "x" * 900
+    assert validate._format(9, dataclasses.replace(row, note=note)).endswith(f" fail    {'x' * 57}...")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="that machine's numpy need not suit Triton's interpreter")
-def test_without_a_gpu_a_second_process_interprets_the_kernels(cli: Any) -> None:
+@pytest.mark.parametrize("ops", ["padded_nms", '["padded_nms"]'])
+def test_without_a_gpu_the_kernels_are_interpreted(ops: str, cli: Any) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tmask", "validate", "--device", "cpu", "--json", "--ops", '["padded_nms"]']
+    command = [sys.executable, "-m", "tmask", "validate", "--device", "cpu", "--json", "--ops", ops]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)

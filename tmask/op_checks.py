@@ -68,7 +68,9 @@ def _roi_pool(x: Inputs, backend: str) -> Tensor:
 
 
 def _bicubic(x: Inputs, backend: str) -> Tensor:
-    return K.roi_align(x["features"], x["rois"], 7, 0.25, 2, True, interpolation="bicubic", backend=backend)
+    """Few bins: a sample reads 16 cells, which the interpreter takes a minute for at the size of the other cases."""
+    rois = x["rois"][:3]
+    return K.roi_align(x["features"], rois, (3, 5), 0.25, 2, True, interpolation="bicubic", backend=backend)
 
 
 def _max(x: Inputs, backend: str) -> Tensor:

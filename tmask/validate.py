@@ -1,27 +1,28 @@
 """``tmask validate`` and ``tmask info``: is every op right on this machine, and who serves it.
 
-The truth of a row is the op's reference in float64 on the same, already rounded, inputs. Without a GPU the Triton
-kernels need the interpreter, which must be switched on before Python starts: then a second process does the work.
+The truth of a row is the op's reference in float64 on the same, already rounded, inputs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
-import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tmask.checks import nearest
+from tmask.engine.progress import progress
 from tmask.op_checks import OP_CHECKS, Inputs, OpCheck
 from tmask.presets import PRESETS
-from tmask_kernels.backend import BACKENDS, interpreter_enabled
+from tmask_kernels import machine
+from tmask_kernels.backend import BACKENDS, interpreter_enabled, triton_reasons
 from tmask_kernels.testing import TOLERANCES
 
 NAMES = tuple(name for name in BACKENDS if name != "auto")
@@ -44,19 +45,61 @@ class Row:
 
 
 def run_validation(device: torch.device, *, ops: Sequence[str] | None = None, as_json: bool = False) -> int:
-    """Print the table of all rows (or JSON); 1 if any failed, else 0. Errors: ValueError for an unknown op."""
+    """Print each row as soon as it is known, then the failures and the total; or all rows as JSON at the end.
+
+    A run that stops early, as by Ctrl-C, still prints the total of the rows it has.
+
+    Returns:
+        1 if a row failed, else 0.
+
+    Raises:
+        ValueError: `ops` has an unknown name.
+    """
     checks = select_ops(ops)
-    if device.type == "cpu" and not interpreter_enabled():
-        command = [sys.executable, "-m", "tmask", "validate", "--device", "cpu"]
-        command += ["--json"] if as_json else []
-        command += ["--ops", json.dumps(list(ops))] if ops else []
-        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
-    rows = [row for check in checks for row in validate_op(check, device)]
-    if as_json:
-        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
-    else:
-        print(format_rows(rows))
+    width = max(len(check.name) for check in checks)
+    how = _how(device)
+    print(f"{len(checks)} cases on {device}, {how}{'' if ops else _duration(device)}", file=sys.stderr)
+    if not as_json:
+        print(
+            _line(width, "op", "direction", "backend", "dtype", "max error", "tolerance", "verdict", "note"), flush=True
+        )
+    rows: list[Row] = []
+    done, start = 0, time.monotonic()
+    try:
+        for check in progress(checks, "validate", "case"):
+            for row in _rows(check, device):
+                rows.append(row)
+                if not as_json:
+                    _print_beside_the_bar(_format(width, row))
+            done += 1
+    finally:
+        if as_json:
+            print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+        else:
+            stopped = f", stopped after {done} of {len(checks)} cases" if done < len(checks) else ""
+            print("\n".join([*_failures(rows), f"{_total(rows)} in {time.monotonic() - start:.0f} s ({how}){stopped}"]))
     return int(any(row.verdict == "fail" for row in rows))
+
+
+def _how(device: torch.device) -> str:
+    """How the Triton kernels run on `device`, or why they do not."""
+    if reasons := triton_reasons(torch.empty(0, device=device)):
+        return f"without Triton: {'; '.join(reasons)}"
+    return "Triton through its interpreter" if interpreter_enabled() else "Triton compiled"
+
+
+def _duration(device: torch.device) -> str:
+    """About how long all cases take."""
+    if triton_reasons(torch.empty(0, device=device)):
+        return ""
+    return ": about two minutes" if interpreter_enabled() else ": the first run compiles every kernel"
+
+
+def _print_beside_the_bar(line: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(line)
+    sys.stdout.flush()
 
 
 def select_ops(ops: Sequence[str] | None) -> list[OpCheck]:
@@ -64,13 +107,16 @@ def select_ops(ops: Sequence[str] | None) -> list[OpCheck]:
     names = {check.name.split()[0] for check in OP_CHECKS}
     for name in ops or ():
         if name not in names:
-            raise ValueError(f"ops: expected some of {', '.join(sorted(names))}, got {name!r}")
+            raise ValueError(f"ops: expected {nearest(name, names)}, got {name!r}")
     return [check for check in OP_CHECKS if not ops or check.name.split()[0] in ops]
 
 
 def validate_op(check: OpCheck, device: torch.device) -> list[Row]:
     """All rows of one op on `device`: backend x dtype, forward and (where it has gradients) backward."""
-    rows = []
+    return list(_rows(check, device))
+
+
+def _rows(check: OpCheck, device: torch.device) -> Iterator[Row]:
     for dtype in check.dtypes:
         inputs = _inputs(check, dtype, device)
         truth_inputs = {k: v.double() if k in check.features else v for k, v in inputs.items()}
@@ -79,8 +125,7 @@ def validate_op(check: OpCheck, device: torch.device) -> list[Row]:
             run = _forward if direction == "forward" else _backward
             truth = run(check, truth_inputs, "reference")
             for backend in NAMES:
-                rows += _row(check, direction, backend, dtype, inputs, truth)
-    return rows
+                yield from _row(check, direction, backend, dtype, inputs, truth)
 
 
 def _row(
@@ -91,14 +136,13 @@ def _row(
     run = _forward if direction == "forward" else _backward
     try:
         values = run(check, inputs, backend)
-    except ValueError as error:
-        if "does not exist for this op" in str(error):
-            return []
-        if "cannot serve this call" in str(error):
-            return [Row(*head, None, None, "skip", str(error).split("cannot serve this call: ")[1])]
-        return [Row(*head, None, None, "fail", f"ValueError: {error}")]
     except Exception as error:  # a kernel that does not compile must not hide the other rows
-        return [Row(*head, None, None, "fail", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")]
+        says = str(error)
+        if isinstance(error, ValueError) and "does not exist for this op" in says:
+            return []
+        if isinstance(error, ValueError) and "cannot serve this call: " in says:
+            return [Row(*head, None, None, "skip", says.split("cannot serve this call: ")[1])]
+        return [Row(*head, None, None, "fail", _short(f"{type(error).__name__}: {_first_and_last_line(says)}", 120))]
     if len(values) != len(truth):
         return [Row(*head, None, None, "fail", f"{len(values)} outputs, expected {len(truth)}")]
     results = [_compare(value, true) for value, true in zip(values, truth, strict=True)]
@@ -149,19 +193,38 @@ def _compare(value: Any, truth: Any) -> tuple[float, float, bool, str]:
     return worst, tolerance.max, worst <= tolerance.max and not note, note
 
 
-def format_rows(rows: Sequence[Row]) -> str:
-    """The rows as a text table, and a last line that counts the verdicts."""
-    width = max([len(row.op) for row in rows] + [2])
-    header = ("op", "direction", "backend", "dtype", "max error", "tolerance", "verdict", "note")
-    lines = [_line(width, *header)]
+def _failures(rows: Sequence[Row]) -> Iterator[str]:
+    """A line for each failed row: what was compared, what the tolerance expects, and the error."""
     for row in rows:
-        error = "-" if row.max_error is None else f"{row.max_error:.1e}"
-        bound = "-" if row.tolerance is None else f"{row.tolerance:.1e}"
-        lines.append(_line(width, row.op, row.direction, row.backend, row.dtype, error, bound, row.verdict, row.note))
+        if row.verdict == "fail":
+            parts = [row.note] if row.note else []
+            if row.max_error is not None:
+                parts = [f"expected an error of at most {row.tolerance:.1e}, got {row.max_error:.1e}", *parts]
+            yield f"FAIL {row.op}, {row.direction}, {row.backend}, {row.dtype}: {'; '.join(parts)}"
+
+
+def _total(rows: Sequence[Row]) -> str:
     counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in ("pass", "fail", "skip")}
-    how = "Triton through its interpreter" if interpreter_enabled() else "Triton compiled"
-    total = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-    return "\n".join([*lines, f"{len(rows)} rows: {total} ({how})"])
+    return f"{len(rows)} rows: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+
+
+def _format(width: int, row: Row) -> str:
+    """The row as a line of the table."""
+    error = "-" if row.max_error is None else f"{row.max_error:.1e}"
+    bound = "-" if row.tolerance is None else f"{row.tolerance:.1e}"
+    return _line(width, row.op, row.direction, row.backend, row.dtype, error, bound, row.verdict, _short(row.note, 60))
+
+
+def _first_and_last_line(text: str) -> str:
+    """Triton's compiler says where it failed in the first line, and why in the last, with the kernel between them."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return " ... ".join([lines[0], lines[-1]] if len(lines) > 1 else lines)
+
+
+def _short(text: str, length: int) -> str:
+    """The text in one line of at most `length` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def _line(width: int, *cells: str) -> str:
@@ -174,17 +237,22 @@ def describe() -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     lines = [f"python {platform.python_version()} on {platform.system()} {platform.machine()}"]
-    for package in ("tmask", "torch", "triton", "torchvision", "numpy", "pycocotools"):
+    for package in ("tmask", "torch", "torchvision", "numpy", "pycocotools"):
         try:
             lines.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             lines.append(f"{package}: not installed")
+    lines.append(machine.triton_fault() or machine.triton_version())
     lines.append(f"cpu: {torch.get_num_threads()} threads")
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        lines.append(f"cuda:{index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+        reasons = triton_reasons(torch.empty(0, device=f"cuda:{index}"))
+        kind = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+        lines.append(f"cuda:{index}: {kind}" + "".join(f"; no Triton kernels: {reason}" for reason in reasons))
     if not torch.cuda.device_count():
-        lines.append("cuda: no GPU")
+        lines.append(f"cuda: {machine.cuda_fault() or 'no GPU'}")
+    if torch.backends.mps.is_available():
+        lines.append("mps: ops take MPS tensors and serve them by the reference; tmask's commands run on the CPU")
     lines.append(f"presets: {', '.join(PRESETS)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines.append(f"backends on {device}, the first is what auto takes:")
