@@ -85,7 +85,8 @@ def launcher_fault() -> str | None:
     # Debian's own scheme names a folder without headers; Triton looks here too.
     scheme = "posix_prefix" if scheme == "posix_local" else scheme
     header = Path(sysconfig.get_paths(scheme=scheme)["include"]) / "Python.h"
-    if not header.exists():
+    elsewhere = os.environ.get("CPATH") or os.environ.get("C_INCLUDE_PATH")  # where a compiler looks too
+    if not header.exists() and not elsewhere:
         python = f"python{sys.version_info[0]}.{sys.version_info[1]}"
         return f"no Python headers for Triton's launcher ({header} is missing): apt install {python}-dev"
     return None
