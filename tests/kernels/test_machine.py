@@ -91,6 +91,8 @@ def wrong_compiler(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def no_headers(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    for name in ("CPATH", "C_INCLUDE_PATH"):
+        monkeypatch.delenv(name, raising=False)
     wrong_compiler(monkeypatch, folder)
     monkeypatch.setenv("CC", sys.executable)  # a program, which is all that is looked for
     monkeypatch.setattr("sysconfig.get_paths", lambda scheme: {"include": str(folder)})
