@@ -9,7 +9,7 @@ CONSTRAINTS := constraints.txt .ci/rows/$(ROW).txt
 # What `make demo` writes to.
 OUT ?= runs/demo
 
-.PHONY: demo test test-slow check fix test-compile test-gpu bench gpu-report clean
+.PHONY: demo test test-slow check fix test-compile test-compiled test-compiled-quick test-gpu bench gpu-report clean
 
 # One pip command, pinned: torch, torchvision and numpy must be resolved together. Redone only when a file it reads changes.
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
@@ -31,6 +31,21 @@ test-slow: $(VENV)/.installed
 
 test-compile: $(VENV)/.installed
 	TRITON_INTERPRET=0 $(PYTEST) -n 2 tests/compile_only
+
+# The kernels as Triton compiles them, executed on the CPU by ttsem, which wants Python 3.12: in a venv of its own.
+COMPILED ?= .venv-compiled
+COMPILED_CONSTRAINTS := constraints.txt .ci/rows/compiled.txt
+$(COMPILED)/.compiled: pyproject.toml $(COMPILED_CONSTRAINTS) .ci/rows/newest.txt
+	"$$(.ci/python 3.12)" -m venv $(COMPILED)
+	$(COMPILED)/bin/python -m pip install --quiet --disable-pip-version-check $(COMPILED_CONSTRAINTS:%=-c %) -e '.[dev]' ttsem
+	touch $@
+
+# ARGS="-k nms" picks some. `-quick`, which .ci/run runs, leaves out what is slow, here or anywhere.
+test-compiled-quick: QUICK := -m 'not slow' $(addprefix --deselect tests/kernels/test_, \
+	mask_targets.py::test_equals_torchvision paste_masks.py::test_all_outputs modules.py::test_torchvision_model)
+test-compiled test-compiled-quick: $(COMPILED)/.compiled
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=0 $(COMPILED)/bin/python -m pytest -p tests.compiled.plugin -n 2 $(QUICK) $(ARGS) \
+		tests/compiled tests/kernels tests/test_validate.py::test_every_row_passes_on_a_gpu
 
 # The tests of kernels and model take their device from a fixture, so here they run compiled.
 test-gpu: $(VENV)/.installed

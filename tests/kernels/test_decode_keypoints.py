@@ -196,7 +196,7 @@ def test_the_pixel_is_the_largest_of_torchs(seed: int, cells: tuple[int, int], s
 # The kernel and the reference
 
 
-SLOW_SCENES = [(torch.float32, scene) for scene in (1, 3, 4, 5)] + [(torch.float16, 4), (torch.bfloat16, 5)]
+SLOW_SCENES = [(torch.float32, scene) for scene in (1, 3, 5)] + [(torch.float16, 4), (torch.bfloat16, 5)]
 
 
 @pytest.mark.parametrize(
@@ -204,6 +204,7 @@ SLOW_SCENES = [(torch.float32, scene) for scene in (1, 3, 4, 5)] + [(torch.float
     [
         (torch.float32, 0),
         (torch.float32, 2),
+        (torch.float32, 4),
         (torch.float16, 3),
         (torch.bfloat16, 0),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_SCENES),
