@@ -9,6 +9,7 @@ What the tool is wrong about stands in allowed.txt, with the reason.
 import contextlib
 import functools
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,9 @@ def ir_for_launch(record: Any, stage: str, target: Any, *args: Any) -> str:
 harness.execute, harness.ir_for_launch, pidraces.find_race = execute, ir_for_launch, find_race
 mlir.parse = functools.lru_cache(mlir.parse)
 _open = contextlib.ExitStack()
-_session = _open.enter_context(sanitize.session())  # before a conftest asks for a device
+_open.enter_context(  # before a conftest asks for a device
+    sanitize.session(on_unchecked=lambda: warnings.warn("a launch too large to look for races in it", stacklevel=2))
+)
 torch.are_deterministic_algorithms_enabled = lambda: False  # where it is set, torchvision compiles its RoIAlign anew
 
 
@@ -118,10 +121,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             raise pytest.UsageError(f"{ALLOWED}: no test is {pattern}")
         for item in found:
             item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if _session.launches:
-        terminalreporter.write_line(
-            f"ttsem: {_session.launches} launches, {_session.races_unchecked} of them too large to look for races"
-        )
