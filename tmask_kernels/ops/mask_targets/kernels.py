@@ -123,7 +123,7 @@ def _sample(bin_start, step, first, i, count, limit):
     whole = tl.floor(at)
     position = whole.to(tl.int32) + (at - whole >= 0.5).to(tl.int32)
     next_weight = position & (_UNIT - 1)  # 0 at the last pixel
-    return position >> _UNIT_BITS, tl.where(inside, _UNIT - next_weight, 0), tl.where(inside, next_weight, 0)
+    return position >> _UNIT_BITS, tl.where(inside, -next_weight + _UNIT, 0), tl.where(inside, next_weight, 0)
 
 
 @triton.jit

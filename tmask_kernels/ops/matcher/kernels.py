@@ -157,7 +157,7 @@ def _match_kernel(
                 place, bits = lowest_bit(bits)
                 inter, _ = _intersection(x1, y1, x2, y2, gt_ptr + (first + place) * 4)
                 # An anchor inverted on one axis has a negative area, and overlaps nothing.
-                covered |= (inter > _CROWD_COVER * ((x2 - x1) * (y2 - y1))) & (inter > 0)
+                covered |= (inter > (x2 - x1) * (y2 - y1) * _CROWD_COVER) & (inter > 0)
         start += 32
 
     positive = lifted | ((best >= high) & (best > 0))
