@@ -416,8 +416,8 @@ MUTANTS = {
     "no end": (kernels_runs, "x * H + H, mask=ends", "x * H + H - 1, mask=ends", ()),
     "no first run": (kernels_runs, "counts[first] = end[first]", "", ()),
     "rows of an image": (kernels_runs, "k = n * rows + d", "k = slot_k", ()),
-    "masks beyond the count": (kernels_runs, "mask_x = (x < W) & exists", "mask_x = x < W", ()),
-    "columns beyond the image": (kernels_runs, "mask_x = (x < W) & exists", "mask_x = exists & (x < columns)", ()),
+    "masks beyond the count": (kernels_runs, "x < tl.where(exists, W, 0)", "x < W", ()),
+    "columns beyond the image": (kernels_runs, "tl.where(exists, W, 0)", "tl.where(exists, columns, 0)", ()),
     "size of the first image": (kernels_runs, "H = tl.load(images_ptr + n * 3)", "H = tl.load(images_ptr)", ()),
 }  # fmt: skip
 FAST = ("not aligned", "columns of one row", "column goes on", "rows of an image")

@@ -63,6 +63,7 @@ def taps(pixel, start, scale, first, past, SIDE: tl.constexpr, TORCHVISION: tl.c
 @triton.jit
 def along_x(mask_ptr, row, cell, weight, SIDE: tl.constexpr):
     """Row `row` of a mask between `cell` and the next; 0 beyond the mask."""
+    row += tl.zeros_like(cell)  # of one number the interpreter of Triton 3.9 makes no mask
     exists = (row >= 0) & (row < SIDE)
     low = tl.load(mask_ptr + (row * SIDE + cell), mask=exists & (cell >= 0), other=0.0)
     high = tl.load(mask_ptr + (row * SIDE + cell + 1), mask=exists & (cell >= -1) & (cell < SIDE - 1), other=0.0)
