@@ -11,6 +11,7 @@ import torchvision
 from torch import Tensor
 
 import tmask
+from tests.graph import recorded
 from tests.model.conftest import NECKS, SMALL, images_and_targets
 from tests.model.sync import count_blocking
 from tmask.model import losses, roi_heads
@@ -378,11 +379,7 @@ def test_iou_losses_are_torchvisions_wherever_boxes_lie(kind: str) -> None:
 def test_iou_losses_ask_no_values(kind: losses.BoxLoss) -> None:
     """The gradient of a product over a dimension would, on a device alone: its zeros are counted on the host."""
     boxes = torch.rand(3, 4, requires_grad=True)
-    names, todo = set(), [losses.iou_loss(kind, boxes, torch.rand(3, 4)).grad_fn]
-    while todo:
-        node = todo.pop()
-        names.add(type(node).__name__)
-        todo += [parent for parent, _ in node.next_functions if parent is not None]
+    names = recorded(losses.iou_loss(kind, boxes, torch.rand(3, 4)))
     assert "MulBackward0" in names
     assert not {name for name in names if name.startswith("Prod")}
 
@@ -394,3 +391,30 @@ def test_boxes_without_area_have_a_finite_gradient(kind: losses.BoxLoss) -> None
     (gradient,) = torch.autograd.grad(loss.sum(), flat)
     assert loss.isfinite().all()
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [
+        # Meets the target as x1 falls: overlap 10 / union 300. Of y1 and y2 the box around takes half, the union all.
+        ([10.0, 0, 30, 10], [1 / 30, 1 / 60, 0, -1 / 60]),
+        # Grows with y2: overlap 10 / union 100. With y1, an edge of the target, by half. The box around moves by half.
+        ([0.0, 0, 10, 0], [-0.05, 0.05, 0.05, -0.1]),
+        ([0.0, 0, 10, 10], [0.0, 0, 0, 0]),  # a move either way costs the same
+    ],
+    ids=["touching", "no height", "equal"],
+)
+def test_the_gradient_of_giou_at_ties(box: list[float], expected: list[float]) -> None:
+    boxes, target = torch.tensor([box], requires_grad=True), torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    (gradient,) = torch.autograd.grad(losses.iou_loss("giou", boxes, target).sum(), boxes)
+    torch.testing.assert_close(gradient, torch.tensor([expected]), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("box", ["smooth_l1", "giou", "diou", "ciou"])
+@pytest.mark.parametrize("classifier", ["softmax", "sigmoid_focal", "softmax_focal"])
+def test_no_loss_hands_a_gradient_to_torchs_clamp(box: str, classifier: str) -> None:
+    """What it gives at a bound depends on the version of torch."""
+    model = build(rpn_box=box, box=box, classifier=classifier, rpn_objectness="focal")
+    nodes = recorded(*training_losses(model).values())
+    assert "ConvolutionBackward0" in nodes
+    assert not {node for node in nodes if "Clamp" in node}

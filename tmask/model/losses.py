@@ -166,9 +166,11 @@ def iou_loss(kind: BoxLoss, boxes: Tensor, target: Tensor) -> Tensor:
     the centres over the diagonal of the box around both; ciou: and the difference of the ratios of sides (Zheng et al.
     2020, whose factor alpha is held constant). torchvision's values; its own functions select boxes by value, for which
     the host has to wait.
+    Ties: boxes that touch have the gradient of boxes that meet. An edge on the target's edge takes the mean of the
+    gradients on its two sides, so equal boxes have none.
     """
     low, high = torch.minimum(boxes, target), torch.maximum(boxes, target)
-    overlap = _area((low[..., 2:] - high[..., :2]).clamp(min=0))
+    overlap = _area(_at_least(low[..., 2:] - high[..., :2], 0.0))
     side, target_side = boxes[..., 2:] - boxes[..., :2], target[..., 2:] - target[..., :2]
     union = _area(side) + _area(target_side) - overlap
     iou = overlap / (union + IOU_EPSILON)
@@ -181,9 +183,14 @@ def iou_loss(kind: BoxLoss, boxes: Tensor, target: Tensor) -> Tensor:
     if kind == "diou":
         return loss
     # A side may round to 0, where the ratio has no gradient.
-    angles = [torch.atan(w / h) for w, h in (s.clamp(min=IOU_EPSILON).unbind(-1) for s in (target_side, side))]
+    angles = [torch.atan(w / h) for w, h in (_at_least(s, IOU_EPSILON).unbind(-1) for s in (target_side, side))]
     ratio = 4 / math.pi**2 * (angles[0] - angles[1]).square()
     return loss + (ratio / (1 - iou + ratio + IOU_EPSILON)).detach() * ratio
+
+
+def _at_least(sides: Tensor, limit: float) -> Tensor:
+    """The larger of sides and limit. Not by `clamp`, whose gradient at the limit depends on the version of torch."""
+    return torch.where(sides < limit, limit, sides)
 
 
 def _area(sides: Tensor) -> Tensor:

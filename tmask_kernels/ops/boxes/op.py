@@ -75,7 +75,7 @@ def decode_boxes(
     boxes [N, ..., 4], coordinates are clipped to the image, after which infinite dx or dy give finite boxes. A NaN
     delta, or an infinite one times a side of 0, gives the box 0, 0, 0, 0. float64 deltas give float64, though Triton
     takes weights and scale_clamp in float32. Differentiable in the deltas (in the anchors too by the reference); a
-    clipped coordinate or clamped scale has gradient 0.
+    clipped coordinate or clamped scale has gradient 0; one that equals its bound is neither, and passes its gradient.
     Errors: ValueError for a last dimension other than 4, an image_size that does not fit, or several devices.
     """
     check_tensor("decode_boxes", "deltas", deltas, ("...", 4), "float")

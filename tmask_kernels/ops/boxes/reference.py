@@ -39,13 +39,21 @@ def decode_boxes_reference(
     dx, dy, dw, dh = torch.where(bad, 0.0, deltas).unbind(-1)
     x = dx / wx * aw + ax
     y = dy / wy * ah + ay
-    half_width = 0.5 * (torch.exp((dw / ww).clamp(max=scale_clamp)) * aw)
-    half_height = 0.5 * (torch.exp((dh / wh).clamp(max=scale_clamp)) * ah)
+    half_width = 0.5 * (torch.exp(at_most(dw / ww, scale_clamp)) * aw)
+    half_height = 0.5 * (torch.exp(at_most(dh / wh, scale_clamp)) * ah)
     bad = bad | (torch.isnan(x) | torch.isnan(y))[..., None]  # inf * 0
     boxes = torch.stack([x - half_width, y - half_height, x + half_width, y + half_height], dim=-1)
     if image_size is not None:
         boxes = clip_boxes(boxes, image_size)
     return torch.where(bad, 0.0, boxes)
+
+
+def at_most(values: Tensor, limit: Tensor | float) -> Tensor:
+    """The smaller of values and limit; NaN stays. A value equal to the limit passes its gradient.
+
+    Not by `clamp`, whose gradient there depends on the version of torch: 1 before 2.14, then 0.
+    """
+    return torch.where(values > limit, limit, values)
 
 
 def centre_size(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -60,11 +68,11 @@ def clip_boxes(boxes: Tensor, image_size: tuple[int, int] | Tensor) -> Tensor:
 
     image_size is (height, width), or [N, 2] for boxes [N, ..., 4].
     """
-    boxes = boxes.clamp(min=0)
+    boxes = torch.where(boxes < 0, 0.0, boxes)  # as `at_most`
     if isinstance(image_size, Tensor):
         limit = image_size.flip(-1).repeat(1, 2).to(boxes.dtype)  # [N, 4] width, height, width, height
-        return boxes.clamp(max=limit.view(-1, *[1] * (boxes.ndim - 2), 4))
+        return at_most(boxes, limit.view(-1, *[1] * (boxes.ndim - 2), 4))
     height, width = image_size
     x1, y1, x2, y2 = boxes.unbind(-1)
-    clipped = [x1.clamp(max=width), y1.clamp(max=height), x2.clamp(max=width), y2.clamp(max=height)]
+    clipped = [at_most(x1, width), at_most(y1, height), at_most(x2, width), at_most(y2, height)]
     return torch.stack(clipped, dim=-1)

@@ -59,7 +59,8 @@ def roi_align(
     reduction: "max" keeps the largest sample of a bin in place of the mean; a sample outside counts as 0 there too, a
     NaN wins. Its gradient goes to the cells of that sample, the first of equals; to none where it lies outside.
     Differentiable in `input` and `boxes`; in the boxes of "max" with backend="reference" alone, which cannot be traced
-    where the grid of "max" is adaptive.
+    where the grid of "max" is adaptive. Bounds: a sample beyond the border's cell does not move with its box, one
+    exactly on that cell does. Without `aligned` the end of a box of exactly one cell is free.
     Errors: ValueError for a wrong shape, dtype, device or option. Sources: Mask R-CNN (He et al. 2017), section 3;
     Cubic convolution interpolation (Keys 1981).
     """

@@ -104,7 +104,7 @@ def in_cells(boxes: Tensor, scale: float, aligned: bool) -> tuple[Tensor, Tensor
     """Start and size [..., 2], x y in cells, of boxes [..., 4] in pixels."""
     corners = boxes * scale - (0.5 if aligned else 0.0)
     size = corners[..., 2:] - corners[..., :2]
-    return corners[..., :2], size if aligned else size.clamp(min=1.0)
+    return corners[..., :2], size if aligned else torch.where(size < 1, 1.0, size)
 
 
 def box_levels(boxes: Tensor, level_thresholds: list[float]) -> Tensor:
@@ -185,7 +185,7 @@ def _tap_weights(at: Tensor, cells: Tensor, cubic: float | None) -> Tensor:
     """Weight of each of the `cells` [length] for samples `at` [..., 1 or length]: [..., length]."""
     last = len(cells) - 1
     inside = (at >= -1) & (at <= last + 1)
-    at = at.clamp(0, last)
+    at = onto_map(at, last)
     low = at.detach().floor()
     fraction = at - low  # 0 at the last cell
     if cubic is None:
@@ -197,6 +197,16 @@ def _tap_weights(at: Tensor, cells: Tensor, cubic: float | None) -> Tensor:
         cell = (low + tap).clamp(0, last)
         weight = weight + torch.where(cells == cell, tap_weight, 0.0)
     return torch.where(inside, weight, 0.0)
+
+
+def onto_map(at: Tensor, last: int) -> Tensor:
+    """Samples moved to the border's cell, 0 or `last`, where they are beyond it.
+
+    A sample exactly on the border's cell passes its gradient. Not by `clamp`, whose gradient there depends on the
+    version of torch: 1 before 2.14, then 0.
+    """
+    at = torch.where(at < 0, 0.0, at)
+    return torch.where(at > last, last, at)
 
 
 def cubic_weight(distance: Tensor, coefficient: float) -> Tensor:

@@ -11,7 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tmask_kernels.ops.roi_align.reference import CHUNK_ELEMENTS, box_levels, cubic_weight, in_cells, is_finite
+from tmask_kernels.ops.roi_align.reference import (
+    CHUNK_ELEMENTS,
+    box_levels,
+    cubic_weight,
+    in_cells,
+    is_finite,
+    onto_map,
+)
 
 
 def multiscale_roi_align_max_reference(
@@ -140,7 +147,7 @@ class _Samples:
 
     def at(self, index: Tensor) -> Tensor:
         """Where the samples of an index lie, moved onto the border's cell where they are beyond it."""
-        return self._position(index).clamp(min=0).clamp(max=self._length - 1)
+        return onto_map(self._position(index), self._length - 1)
 
     def _position(self, index: Tensor) -> Tensor:
         return self._bin_start + (index + 0.5) * self._bin_size / torch.where(self.grid > 0, self.grid, 1.0)
