@@ -32,6 +32,7 @@ sys.exit(1 if "wrong" in sys.argv else 0)
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout whose benchmarks are the stand-in, with the ops nms, slow and wrong."""
     (tmp_path / "bench" / "ops").mkdir(parents=True)
+    (tmp_path / "bench" / "__init__.py").touch()  # without it any other `bench` on the path would come first
     (tmp_path / "bench" / "__main__.py").write_text(STAND_IN)
     for name in ("nms", "slow", "wrong", "_shared"):
         (tmp_path / "bench" / "ops" / f"{name}.py").touch()
