@@ -1,6 +1,7 @@
 """From images to the padded batch: sizes at the extremes, and values that are refused."""
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -68,6 +69,39 @@ def test_a_value_that_is_not_finite_names_the_image(value: float, train: bool) -
     images[1][2, 4, 5] = value
     with pytest.raises(ValueError, match=r"images\[1\]: expected finite values, got 1 NaN or infinite of 1800"):
         TRANSFORM(images, [target()] * 3 if train else None)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "inference"])
+@pytest.mark.parametrize(
+    ("spoil", "got"),
+    [
+        (lambda image: image * 255, r"0\.0\.\.255\.0"),
+        (lambda image: (image - 0.485) / 0.229, r"-2\.118\.\.2\.249"),
+        (lambda image: (image - 0.5) / 0.5, r"-1\.0\.\.1\.0"),
+        (lambda image: image.half() * 3, r"0\.0\.\.3\.0"),
+    ],
+    ids=["0..255", "ImageNet's", "-1..1", "half"],
+)
+def test_float_images_of_another_range_are_named(spoil: Callable[[Tensor], Tensor], got: str, train: bool) -> None:
+    image = torch.linspace(0, 1, 1800).view(3, 20, 30)
+    with pytest.raises(
+        ValueError, match=rf"images\[1\]: expected float values in 0\.\.1, got {got} \(the model itself"
+    ):
+        TRANSFORM([image, spoil(image)], [target()] * 2 if train else None)
+
+
+def test_float_images_a_little_outside_are_taken() -> None:
+    """A filter overshoots at edges, and so does noise; bytes are of any value."""
+    images = [torch.linspace(-0.4, 1.4, 1800).view(3, 20, 30), torch.full((3, 20, 30), 255, dtype=torch.uint8)]
+    assert TRANSFORM(images)[0].tensor.isfinite().all()
+
+
+@pytest.mark.parametrize("mean", [(0.0, 0.0, 0.0), (103.5, 116.3, 123.7)], ids=str)
+def test_other_ranges_are_taken_with_a_mean_of_their_own(mean: tuple[float, float, float]) -> None:
+    """Images that come normalised, and Caffe's of 0..255."""
+    transform = dataclasses.replace(TRANSFORM, image_mean=mean, image_std=(1.0, 1.0, 1.0))
+    image = torch.linspace(-2, 255, 1800).view(3, 20, 30)
+    assert transform([image])[0].tensor.max() > 100
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,10 @@ from tmask_kernels import pack_masks, unpack_masks
 
 Target = Mapping[str, Any]
 
+# Float images are of 0..1. Filters that overshoot and added noise stay in these limits; images of 0..255 and images
+# that the caller has normalised do not.
+_FLOAT_LIMITS = (-0.5, 2.0)
+
 # Of masks that are not packed, or not yet: little for a CPU, whose memory crowded images would fill, enough for a GPU.
 _PIXELS_AT_ONCE = {"cpu": 2**20, "cuda": 2**25}
 
@@ -57,7 +61,8 @@ class ImageTransform:
         never all held as bytes or floats, unless they came so.
 
         Errors: ValueError for wrong types, shapes, counts or devices, images, boxes or keypoints that are not
-        finite, boxes without area (but of crowds), and labels outside 1..num_classes-1 (`num_classes` counts the
+        finite, float images far outside 0..1 (but with an `image_mean` of 0, for images that come normalised, or above
+        1), boxes without area (but of crowds), and labels outside 1..num_classes-1 (`num_classes` counts the
         background). On CUDA the values are read once, and not for uint8 images alone.
         """
         _check(images, targets, self.num_keypoints)
@@ -79,7 +84,7 @@ class ImageTransform:
                 for target, image, size in zip(targets, images, sizes, strict=True)
             ]
             packed = _stack(scaled)
-        _check_values(images, packed, self.num_classes)
+        _check_values(images, packed, self.num_classes, unit=0 < max(self.image_mean) <= 1)
         return ImageBatch(batch, torch.tensor(sizes).to(batch.device, non_blocking=True)), packed
 
     def _resize(self, image: Tensor, min_size: int) -> Tensor:
@@ -221,10 +226,15 @@ def _check_target(name: str, target: Target, image: Tensor, num_keypoints: int) 
         raise ValueError(f"{name}['min_size']: expected whole pixels, at least 1, got {target['min_size']!r}")
 
 
-def _check_values(images: Sequence[Tensor], targets: Targets | None, num_classes: int) -> None:
-    """Values of all images, boxes and labels at once; on CUDA read once, and the culprit is only looked for then."""
-    broken = {i: ~image.isfinite().all() for i, image in enumerate(images) if image.is_floating_point()}
-    faults = list(broken.values())
+def _check_values(images: Sequence[Tensor], targets: Targets | None, num_classes: int, *, unit: bool) -> None:
+    """Values of all images, boxes and labels at once; on CUDA read once, and the culprit is only looked for then.
+
+    `unit`: float images are to be of 0..1.
+    """
+    floats = [(i, image) for i, image in enumerate(images) if image.is_floating_point()]
+    broken = {i: ~image.isfinite().all() for i, image in floats}
+    outside = {i: (image.amin() < _FLOAT_LIMITS[0]) | (image.amax() > _FLOAT_LIMITS[1]) for i, image in floats if unit}
+    faults = [*broken.values(), *outside.values()]
     if targets is not None:
         faults += [_bad_rows(targets, num_classes).any()]
         faults += [] if targets.keypoints is None else [_bad_keypoints(targets, targets.keypoints).any()]
@@ -234,6 +244,11 @@ def _check_values(images: Sequence[Tensor], targets: Targets | None, num_classes
         if flag:
             count = int((~images[i].isfinite()).sum())
             raise ValueError(f"images[{i}]: expected finite values, got {count} NaN or infinite of {images[i].numel()}")
+    for i, flag in outside.items():
+        if flag:
+            low, high = (round(float(value), 3) for value in images[i].aminmax())
+            why = "the model itself subtracts image_mean and divides by image_std; give 0..255 as uint8"
+            raise ValueError(f"images[{i}]: expected float values in 0..1, got {low}..{high} ({why})")
     assert targets is not None
     bad = _bad_rows(targets, num_classes)
     if not bad.any():
