@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tests.image_files import tiff, with_exif
+
 Spoil = Callable[[], object]
 
 FILE, IMAGES, FIRST = Path("data/annotations.json"), Path("data/images"), Path("data/images/000000.png")
@@ -94,6 +96,15 @@ def first_image(pixels: Any, mode: str | None = None) -> Spoil:
 def file(path: Path | str, data: bytes | str) -> Spoil:
     """Write a file."""
     return lambda: Path(path).write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def saved(path: Path, pixels: Any, mode: str | None = None, **how: Any) -> Spoil:
+    """Write an image as Pillow does, in the format of `path` unless `how` names another."""
+    return lambda: Image.fromarray(pixels, mode).save(path, **how)
+
+
+def both(*spoils: Spoil) -> Spoil:
+    return lambda: [spoil() for spoil in spoils]
 
 
 def config(text: str) -> Spoil:
@@ -232,6 +243,90 @@ FILES = [
         first_image(np.zeros((32, 32), np.uint16)),
     ),
     Case(
+        "16-bit colours, a plane each",
+        "train",
+        f"{FIRST}: expected an image of 8 bits a channel, got 16; convert it (magick IN -auto-level -depth 8 OUT.png stretches the darkest value to 0 and the brightest to 255)",
+        file(FIRST, tiff(np.zeros((32, 32, 3), np.uint16), planar=True)),
+    ),
+    Case(
+        "16-bit PPM",
+        "predict",
+        f"1 of 3 images left out (the 2 others are done): {FIRST}: expected an image of 8 bits a channel, got values up to 65535; convert it (magick IN -auto-level -depth 8 OUT.png stretches the darkest value to 0 and the brightest to 255)",
+        file(FIRST, b"P6 32 32 65535\n" + bytes(32 * 32 * 6)),
+    ),
+    Case(
+        "signed values",
+        "eval",
+        f"{FIRST}: expected unsigned values, got signed ones; convert it",
+        file(FIRST, tiff(np.zeros((32, 32, 1), np.int8))),
+    ),
+    Case(
+        "band that is neither colour nor alpha",
+        "train",
+        f"{FIRST}: expected 3 bands, or one more of alpha, got 4; choose those of the colours (gdal_translate -b 1 -b 2 -b 3 IN OUT)",
+        file(FIRST, tiff(np.zeros((32, 32, 4), np.uint8), extra=[0])),
+    ),
+    Case(
+        "bands of no colours",
+        "train",
+        f"{FIRST}: cannot be read as an image: a damaged TIFF, or one that is not 8-bit grey, RGB or CMYK",
+        file(FIRST, tiff(np.zeros((32, 32, 9), np.uint8), extra=[0] * 6)),
+    ),
+    Case(
+        "Lab colours",
+        "train",
+        f"{FIRST}: expected grey, RGB, CMYK or a palette, got mode 'LAB'; convert it",
+        file(FIRST, tiff(np.zeros((32, 32, 3), np.uint8), photometric=8)),
+    ),
+    Case(
+        "several pages",
+        "train",
+        f"{FIRST}: expected one image, got a file of 2; split it (magick IN OUT-%d.png)",
+        file(FIRST, tiff(pages=[{"pixels": np.zeros((32, 32, 3), np.uint8)}] * 2)),
+    ),
+    Case(
+        "animation",
+        "train",
+        f"{FIRST}: expected one image, got a file of 2; split it (magick IN OUT-%d.png)",
+        saved(
+            FIRST,
+            np.zeros((32, 32), np.uint8),
+            format="GIF",
+            save_all=True,
+            append_images=[Image.fromarray(np.full((32, 32), 255, np.uint8))],
+        ),
+    ),
+    Case(
+        "photograph that is annotated as its EXIF orientation turns it",
+        "train",
+        f"{FIRST}: expected 32x16 pixels by {FILE}, got 16x32, width and height swapped; --data.exif true (eval: --exif true) turns it by its EXIF orientation",
+        both(
+            file(FIRST, with_exif(np.zeros((32, 16, 3), np.uint8), "png", 6)),
+            each(segmentation=None),
+            content(lambda c: c["images"][0].update(height=16)),
+        ),
+    ),
+    Case(
+        "photograph that is annotated as stored, read upright",
+        "eval --exif true",
+        f"{FIRST}: expected 16x32 pixels by {FILE}, got 32x16, width and height swapped; --data.exif false (eval: --exif false) reads it without its EXIF orientation",
+        both(
+            file(FIRST, with_exif(np.zeros((32, 16, 3), np.uint8), "png", 6)),
+            each(segmentation=None),
+            content(lambda c: c["images"][0].update(width=16)),
+        ),
+    ),
+    Case(
+        "width and height swapped",
+        "train",
+        f"{FIRST}: expected 32x16 pixels by {FILE}, got 16x32, width and height swapped",
+        both(
+            saved(FIRST, np.zeros((32, 16, 3), np.uint8)),
+            each(segmentation=None),
+            content(lambda c: c["images"][0].update(height=16)),
+        ),
+    ),
+    Case(
         "image of another size than the file says",
         "train",
         "data/images/000000.png: expected 33x32 pixels by data/annotations.json, got 32x32",
@@ -239,8 +334,8 @@ FILES = [
     ),
     Case(
         "no image to predict on",
-        "predict --images data",
-        "images: expected an image, a folder of images or a glob, found no image at 'data'",
+        "predict --images run",
+        "images: expected an image, a folder of images or a glob, found no image at 'run'",
         code=2,
     ),
     Case(
@@ -861,7 +956,81 @@ ACCEPTED = [
         content(lambda c: c.update(annotations=c["annotations"][:2])),
     ),
     Accepted("batch larger than the data set", "train --train.batch_size 8", "every batch holds all images"),
-    Accepted("image of 4 channels", "train", "alpha is dropped", first_image(np.zeros((32, 32, 4), np.uint8))),
+    Accepted(
+        "alpha that hides something",
+        "train",
+        "alpha is dropped",
+        first_image(np.zeros((32, 32, 4), np.uint8)),
+        f"the alpha of 1 of 3 images, first {FIRST}, is not opaque, and dropped: what it hides shows",
+    ),
+    Accepted(
+        "alpha that hides something",
+        "predict",
+        "alpha is dropped",
+        first_image(np.zeros((32, 32, 4), np.uint8)),
+        f"the alpha of 1 of 3 images, first {FIRST}, is not opaque, and dropped: what it hides shows",
+    ),
+    Accepted("opaque alpha", "train", "is dropped", first_image(np.full((32, 32, 4), 255, np.uint8))),
+    Accepted(
+        "palette with a transparent colour",
+        "eval",
+        "its colours are looked up",
+        saved(FIRST, np.zeros((32, 32), np.uint8), "P", transparency=bytes([7])),
+        f"the alpha of 1 of 3 images, first {FIRST}, is not opaque, and dropped: what it hides shows",
+    ),
+    Accepted(
+        "TIFF with overviews",
+        "train",
+        "the full image is read",
+        file(
+            FIRST,
+            tiff(
+                pages=[
+                    {"pixels": np.zeros((32, 32, 3), np.uint8)},
+                    {"pixels": np.zeros((16, 16, 3), np.uint8), "more": [(254, 4, [1])]},
+                ]
+            ),
+        ),
+    ),
+    Accepted(
+        "EXIF orientation",
+        "train",
+        "is not applied",
+        file(FIRST, with_exif(np.zeros((32, 32, 3), np.uint8), "png", 3)),
+        f"the EXIF orientation of 1 of 3 images, first {FIRST}, is not applied. Were the annotations drawn on upright images? true turns these upright, false keeps them as stored without this warning: --data.exif of train, --exif of eval and predict, apply_exif of CocoDataset",
+    ),
+    Accepted(
+        "EXIF orientation",
+        "train --data.exif true",
+        "is applied",
+        file(FIRST, with_exif(np.zeros((32, 32, 3), np.uint8), "png", 3)),
+    ),
+    Accepted(
+        "EXIF orientation",
+        "eval --exif false",
+        "is not applied",
+        file(FIRST, with_exif(np.zeros((32, 32, 3), np.uint8), "png", 3)),
+    ),
+    Accepted(
+        "EXIF orientation",
+        f"predict --annotations {FILE}",
+        "is not applied",
+        file(FIRST, with_exif(np.zeros((32, 32, 3), np.uint8), "png", 3)),
+        f"the EXIF orientation of 1 of 3 images, first {FIRST}, is not applied. Were the annotations drawn on upright images? true turns these upright, false keeps them as stored without this warning: --data.exif of train, --exif of eval and predict, apply_exif of CocoDataset",
+    ),
+    Accepted(
+        "EXIF tags that are damaged",
+        "predict",
+        "the orientation alone is read",
+        file(FIRST, with_exif(np.zeros((32, 32, 3), np.uint8), "png", 6, [(0x11A, 10, 1, 200), (0x8769, 4, 1, 8)])),
+    ),
+    Accepted(
+        "folder with other files, and with subfolders",
+        "predict --images data",
+        "the images are found",
+        None,
+        f"images: left out 1 of 4 files, whose suffix is that of no image format, first {FILE}",
+    ),
     Accepted(
         "image with a palette", "train", "its colours are looked up", first_image(np.zeros((32, 32, 3), np.uint8), "P")
     ),
@@ -899,6 +1068,11 @@ ELSEWHERE = {
     "any error in a loader's worker": "tests/data/test_loader.py::test_an_error_is_the_same_from_a_worker",
     "folders and data of an ablation": "tests/bench/test_ablate.py::"
     "test_more_seeds_may_be_added_but_nothing_else_changed",
+    "formats that Pillow would read to other pixels": "tests/data/test_images.py::"
+    "test_more_than_eight_bits_are_refused_in_every_format",
+    "every odd EXIF tag": "tests/data/test_images.py::test_odd_tags_neither_stop_the_turn_nor_warn",
+    "links that make a loop of folders": "tests/engine/test_find_images.py::"
+    "test_links_to_folders_are_followed_and_make_no_loop",
     "targets and images of the model": "tests/model/test_transform.py::test_bad_targets_are_named",
 }
 
@@ -985,6 +1159,16 @@ PYTHON = [
         "NaN in an image, in training",
         "model([image * float('nan')], [target])",
         "images[0]: expected finite values, got 6000 NaN or infinite of 6000",
+    ),
+    PythonCase(
+        "float image of 0..255",
+        "model.eval()([torch.linspace(0, 255, 6000).view(3, 40, 50)])",
+        "images[0]: expected float values in 0..1, got 0.0..255.0 (the model itself subtracts image_mean and divides by image_std; give 0..255 as uint8)",
+    ),
+    PythonCase(
+        "image that is normalised already",
+        "model([(torch.linspace(0, 1, 6000).view(3, 40, 50) - 0.45) / 0.225], [target])",
+        "images[0]: expected float values in 0..1, got -2.0..2.444 (the model itself subtracts image_mean and divides by image_std; give 0..255 as uint8)",
     ),
     PythonCase(
         "wrong channel count", "model.eval()([image[:1]])", "images[0]: expected a tensor [3, h, w], got (1, 40, 50)"

@@ -310,6 +310,7 @@ class DataConfig:
     vflip: float = 0.0
     min_crop: float = 1.0  # random crops in training: each side is at least this part of the image's; 1: none
     min_sizes: tuple[int, ...] = ()  # short sides, one drawn for each training image; empty: the model's min_size
+    exif: bool | None = None  # turn images by their EXIF orientation; null: no, with a warning where there is one
     num_workers: int = 2
     aspect_grouping: bool = True  # batch portrait with portrait, landscape with landscape
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from tmask.data.images import read_image
+from tests.image_files import tiff, with_exif
+from tmask.data.images import Header, image_suffixes, read_header, read_image, read_picture
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
 
 
 def as_tensor(pixels):
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
 def write_deep_png(path, colour_type, channels):
@@ -46,20 +47,62 @@ def test_grey_is_repeated_and_bits_are_black_and_white(tmp_path):
     assert torch.equal(read_image(tmp_path / "bits.png"), as_tensor(bits[:, :, None].repeat(3, axis=2)))
 
 
-def test_alpha_is_dropped_and_not_blended(tmp_path):
-    alpha = np.full((4, 6, 1), 0, dtype=np.uint8)
-    Image.fromarray(np.concatenate([COLOURS, alpha], axis=2)).save(tmp_path / "a.png")
-    assert torch.equal(read_image(tmp_path / "a.png"), as_tensor(COLOURS))
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.webp", "a.jp2"])
+def test_alpha_is_dropped_and_not_blended_with_a_word_unless_it_is_opaque(tmp_path, name):
+    how = {"lossless": True, "exact": True} if name == "a.webp" else {}
+    for mode, colours in (("RGBA", COLOURS), ("LA", COLOURS[..., :1])):
+        if mode == "LA" and name == "a.webp":
+            continue
+        for least in (0, 254, 255):
+            alpha = np.full((4, 6, 1), 255, dtype=np.uint8)
+            alpha[1, 2] = least
+            Image.fromarray(np.concatenate([colours, alpha], axis=2), mode).save(tmp_path / name, **how)
+            expected = as_tensor(np.broadcast_to(colours, (4, 6, 3)))
+            if name != "a.webp":  # whose writer leaves opaque alpha out
+                assert read_header(tmp_path / name) == Header(4, 6, 1, True)
+            assert_warned(tmp_path / name, expected, warned=least < 255)
 
 
-def test_transparent_palettes_give_their_colours_without_a_warning(tmp_path):
-    image = Image.fromarray(np.array([[0, 1, 2]], dtype=np.uint8), mode="P")
-    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
-    image.save(tmp_path / "a.png", transparency=bytes([0, 100, 255]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        read = read_image(tmp_path / "a.png")
-    assert read[:, 0].T.tolist() == [[10, 20, 30], [40, 50, 60], [70, 80, 90]]
+def assert_warned(path, expected, *, warned):
+    """The pixels are these, and one warning, or none, tells of alpha that is not opaque."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert torch.equal(read_image(path), expected)
+    words = f"the alpha of 1 of 1 images, first {path}, is not opaque, and dropped: what it hides shows"
+    assert [str(item.message) for item in told] == [words] * warned
+
+
+@pytest.mark.parametrize(
+    ("mode", "transparency", "warned"),
+    [
+        ("P", bytes([0, 100, 255]), True),
+        ("P", bytes([255, 255, 255]), False),
+        ("P", None, False),
+        ("L", 1, True),  # the grey value that is transparent
+        ("L", 77, False),  # of which there is no pixel
+        ("RGB", (1, 1, 1), True),
+    ],
+)
+def test_transparent_colours_are_dropped_with_a_word(tmp_path, mode, transparency, warned):
+    image = Image.fromarray(np.array([[0, 1, 2]], dtype=np.uint8), mode="P" if mode == "P" else "L")
+    expected = [[0] * 3, [1] * 3, [2] * 3]
+    if mode == "P":
+        image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+        expected = [[10, 20, 30], [40, 50, 60], [70, 80, 90]]
+    image.convert(mode).save(tmp_path / "a.png", **({} if transparency is None else {"transparency": transparency}))
+    assert read_header(tmp_path / "a.png").has_alpha == (transparency is not None)
+    assert_warned(tmp_path / "a.png", torch.tensor([expected], dtype=torch.uint8).permute(2, 0, 1), warned=warned)
+
+
+@pytest.mark.parametrize(("extra", "mode"), [(1, "La"), (2, "LA")])
+def test_multiplied_alpha_of_grey_is_taken_back(tmp_path, extra, mode):
+    pixels = np.array([[[50, 128], [100, 255]]], dtype=np.uint8)
+    (tmp_path / "a.tif").write_bytes(tiff(pixels, extra=[extra]))
+    assert Image.open(tmp_path / "a.tif").mode == mode
+    grey = [round(50 * 255 / 128) if mode == "La" else 50, 100]
+    picture = read_picture(tmp_path / "a.tif")
+    assert picture.transparent
+    assert (picture.pixels[0, 0].float() - torch.tensor(grey)).abs().max() <= 1
 
 
 @pytest.mark.parametrize(("name", "how"), [("a.png", {}), ("a.tif", {}), ("a.tif", {"compression": "tiff_lzw"})])
@@ -77,13 +120,152 @@ def test_sixteen_bit_colours_are_refused(tmp_path, colour_type, channels, mode):
         read_image(tmp_path / "a.png")
 
 
+GREY = np.arange(32, dtype=np.uint16).reshape(4, 8, 1)
+DEEP = {
+    "deep-planes.tif": tiff((GREY * 2000).repeat(3, axis=2), planar=True),
+    "deep-big-endian.tif": tiff(GREY * 2000, order=">"),
+    "12-bits.tif": tiff(GREY * 100, bits=12, data=bytes(48)),
+    "four-deep-planes.tif": tiff((GREY * 2000).repeat(4, axis=2), planar=True, extra=[0]),
+    "colours.ppm": b"P6\n8 4\n65535\n" + (GREY * 2000).repeat(3, axis=2).astype(">u2").tobytes(),
+    "12-bits.ppm": b"P6\n8 4\n4095\n" + (GREY * 100).repeat(3, axis=2).astype(">u2").tobytes(),
+    "12-bits.pgm": b"P5\n8 4\n4095\n" + (GREY * 100).astype(">u2").tobytes(),
+    "grey.pgm": b"P5\n8 4\n65535\n" + (GREY * 2000).astype(">u2").tobytes(),
+    "text.pgm": b"P2\n8 4\n1023\n" + b" ".join(b"%d" % value for value in GREY.flat),
+    "text.ppm": b"P3\n8 4\n1023\n" + b" ".join(b"%d" % value for value in GREY.repeat(3)),
+    "floats.pfm": b"Pf\n8 4\n-1.0\n" + GREY.astype("<f4").tobytes(),
+    "a.sgi": struct.pack(">HBBHHHH", 474, 0, 2, 3, 8, 4, 3).ljust(512, b"\0") + bytes(8 * 4 * 3 * 2),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_more_than_eight_bits_are_refused_in_every_format(tmp_path, name):
+    (tmp_path / name).write_bytes(DEEP[name])
+    with pytest.raises(
+        ValueError, match=rf"{name}: expected an image of 8 bits a channel, got .*; convert it \(magick"
+    ):
+        read_image(tmp_path / name)
+    with pytest.raises(ValueError, match="expected an image of 8 bits a channel"):
+        read_header(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("depth", "message"),
+    [(16, "expected an image of 8 bits a channel, got 16"), (0x88, "got signed ones"), (4, "or of fewer bits")],
+)
+@pytest.mark.parametrize("suffix", ["jp2", "j2k"])
+def test_jpeg_2000_of_other_than_eight_bits_is_refused(tmp_path, suffix, depth, message):
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(COLOURS).save(path)
+    assert torch.equal(read_image(path), as_tensor(COLOURS))
+    data = bytearray(path.read_bytes())
+    at = data.index(b"\xff\x4f\xff\x51") + 42
+    data[at + 3] = depth - 1  # of the second component
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        read_image(path)
+
+
+def test_fewer_bits_are_stretched(tmp_path):
+    """Not 5, 6 and 5 bits, a mode that is called BGR;16."""
+    (tmp_path / "a.pgm").write_bytes(b"P5\n2 1\n15\n" + bytes([0, 15]))
+    (tmp_path / "a.tif").write_bytes(tiff(np.zeros((1, 4, 1)), bits=2, data=bytes([0b00011011])))
+    assert read_image(tmp_path / "a.pgm")[0].tolist() == [[0, 255]]
+    assert read_image(tmp_path / "a.tif")[0].tolist() == [[0, 85, 170, 255]]
+    masks = struct.pack("<III", 0xF800, 0x7E0, 0x1F)
+    head = struct.pack("<IiiHHIIiiII", 40, 2, 1, 1, 16, 3, 4, 0, 0, 0, 0) + masks
+    pixels = struct.pack("<HH", 0xF800, 0x07E0)
+    (tmp_path / "a.bmp").write_bytes(
+        b"BM" + struct.pack("<IHHI", 14 + len(head) + 4, 0, 0, 14 + len(head)) + head + pixels
+    )
+    assert read_image(tmp_path / "a.bmp")[:, 0].T.tolist() == [[255, 0, 0], [0, 255, 0]]
+
+
+@pytest.mark.parametrize("planar", [False, True])
+def test_planes_of_eight_bits_are_read(tmp_path, planar):
+    (tmp_path / "a.tif").write_bytes(tiff(COLOURS, planar=planar))
+    assert torch.equal(read_image(tmp_path / "a.tif"), as_tensor(COLOURS))
+
+
+FOUR = np.concatenate([COLOURS, COLOURS[..., :1]], axis=2)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (tiff(COLOURS[..., :1].view(np.int8)), "expected unsigned values, got signed ones"),
+        (tiff(COLOURS.view(np.int8)), "cannot be read as an image: a damaged TIFF, or one that is not 8-bit grey, RGB"),
+        (tiff(FOUR, extra=[0]), "expected 3 bands, or one more of alpha, got 4; choose those of the colours"),
+        (tiff(FOUR, extra=[0], planar=True), "cannot be read as an image: a damaged TIFF, or one that is not"),
+        (tiff(np.concatenate([FOUR, COLOURS[..., :1]], 2), extra=[2, 0]), "expected 3 bands, or one .* got 5"),
+        (tiff(COLOURS[..., :2], extra=[0]), "expected 1 bands, or one more of alpha, got 2"),
+        (tiff(np.tile(COLOURS, 3), extra=[0] * 6), "cannot be read as an image: a damaged TIFF, or one that is not"),
+        (tiff(COLOURS, photometric=8), "expected grey, RGB, CMYK or a palette, got mode 'LAB'"),
+        (tiff(COLOURS, photometric=6), "expected YCbCr of full resolution, got subsampled colours"),
+        (tiff(COLOURS[..., :1], photometric=3, more=[(320, 3, [7] * 768)]), "expected a palette of 16 bits"),
+        (tiff(COLOURS, more=[(254, 4, [1]), (330, 4, [8])]), "got a thumbnail, whose image is in a sub-IFD"),
+    ],
+    ids=["signed", "signed colours", "band", "plane", "alpha and band", "grey and band", "nine", "Lab", "YCbCr",
+         "8-bit palette", "raw photograph"],
+)  # fmt: skip
+def test_what_pillow_would_read_to_other_pixels_is_refused(tmp_path, data, message):
+    (tmp_path / "a.tif").write_bytes(data)
+    for read in (read_image, read_header):
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path / "a.tif")
+
+
+def test_an_undeclared_fourth_band_counts_as_alpha(tmp_path):
+    (tmp_path / "a.tif").write_bytes(tiff(FOUR))
+    assert_warned(tmp_path / "a.tif", as_tensor(COLOURS), warned=True)
+
+
+def test_ink_that_may_be_inverted_is_refused(tmp_path):
+    """Pillow takes every CMYK JPEG for Adobe's."""
+    Image.fromarray(COLOURS).convert("CMYK").save(tmp_path / "a.jpg")
+    assert read_image(tmp_path / "a.jpg").shape == (3, 4, 6)
+    data = (tmp_path / "a.jpg").read_bytes()
+    at = data.index(b"Adobe") - 4  # its segment
+    (tmp_path / "a.jpg").write_bytes(data[:at] + data[at + 16 :])
+    with pytest.raises(ValueError, match="expected a CMYK JPEG of Adobe's kind"):
+        read_image(tmp_path / "a.jpg")
+
+
+SMALL = np.full((2, 3, 3), 9, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("tag", [(254, 4, [1]), (255, 3, [2])], ids=["new", "old"])
+def test_of_a_tiff_with_overviews_the_full_image_is_read(tmp_path, tag, first):
+    """Thumbnails may come before it."""
+    path = tmp_path / "a.tif"
+    pages = [{"pixels": COLOURS}, {"pixels": SMALL, "more": [tag]}, {"pixels": SMALL[:1], "more": [tag]}]
+    path.write_bytes(tiff(pages=pages if first else pages[::-1]))
+    assert read_header(path) == Header(4, 6, 1, False)
+    assert_warned(path, as_tensor(COLOURS), warned=False)
+    path.write_bytes(tiff(pages=[*pages, {"pixels": COLOURS}]))
+    with pytest.raises(ValueError, match="expected one image, got a file of 2"):
+        read_image(path)
+    path.write_bytes(tiff(pages=pages[1:]))
+    with pytest.raises(ValueError, match="expected one image, got a file of 2"):
+        read_image(path)
+    path.write_bytes(tiff(pages=pages[1:2]))  # all there is
+    assert torch.equal(read_image(path), as_tensor(SMALL))
+
+
+def test_a_page_that_masks_the_image_is_told_of(tmp_path):
+    mask = {"pixels": COLOURS[..., :1], "more": [(254, 4, [4])]}
+    (tmp_path / "a.tif").write_bytes(tiff(pages=[{"pixels": COLOURS}, mask]))
+    assert read_header(tmp_path / "a.tif") == Header(4, 6, 1, True)
+    assert_warned(tmp_path / "a.tif", as_tensor(COLOURS), warned=True)
+
+
 def test_float_images_are_refused(tmp_path):
     Image.fromarray(np.full((4, 5), 0.5, dtype=np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(ValueError, match="8 bits a channel, got mode 'F"):
         read_image(tmp_path / "a.tif")
 
 
-@pytest.mark.parametrize("suffix", ["gif", "tif", "png"])
+@pytest.mark.parametrize("suffix", ["gif", "tif", "png", "webp", "avif"])
 def test_several_images_in_a_file_are_refused(tmp_path, suffix):
     pages = [Image.fromarray(np.roll(COLOURS, i, axis=1)) for i in range(3)]
     pages[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=pages[1:])
@@ -113,6 +295,32 @@ UPRIGHT = {
 }
 
 
+# Tag, type (2 text, 3 and 4 numbers, 5 and 10 rationals, 8 and 9 signed, 77 unknown), count, value or its place: 8 is
+# the IFD itself, 200 the pair -1, 0, 208 the pair 0, 0.
+ODD_TAGS = {
+    "-1/0": [(0x11A, 10, 1, 200), (0x11B, 5, 1, 208)],
+    "negative width": [(0x9C9B, 8, 1, 0xFFFB)],
+    "EXIF in itself": [(0x8769, 4, 1, 8)],
+    "EXIF nowhere": [(0x8769, 4, 1, 0xFFFFFFF0)],
+    "EXIF before the file": [(0x8769, 9, 1, 0xFFFFFFFB)],
+    "EXIF as a text": [(0x8769, 2, 4, 0x64636261)],
+    "GPS in itself": [(0x8825, 4, 1, 8), (0xA005, 4, 1, 8)],
+    "text that ends early": [(0x10F, 2, 1000, 9999)],
+    "unknown type": [(0x9999, 77, 5, 9999)],
+    "more values than bytes": [(0x9999, 3, 0x7FFFFFFF, 0)],
+    "resolution as a text": [(0x11A, 2, 4, 0x64636261), (0x128, 2, 4, 0x64636261)],
+    "two units": [(0x128, 3, 2, 5)],
+    "date as a number": [(0x132, 3, 1, 5)],
+}
+ORIENTATIONS_THAT_ARE_NONE = [
+    (0x112, 3, 1, 0),
+    (0x112, 3, 1, 9),
+    (0x112, 2, 4, 0x36),
+    (0x112, 5, 1, 208),
+    (0x112, 7, 1, 6),
+]
+
+
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 @pytest.mark.parametrize("orientation", UPRIGHT)
 def test_exif_orientation_is_applied_when_asked(tmp_path, orientation, suffix):
@@ -123,6 +331,8 @@ def test_exif_orientation_is_applied_when_asked(tmp_path, orientation, suffix):
     assert torch.equal(read_image(path), as_tensor(COLOURS))
     assert torch.equal(read_image(path, apply_exif=False), as_tensor(COLOURS))
     assert torch.equal(read_image(path, apply_exif=True), as_tensor(UPRIGHT[orientation](COLOURS)))
+    assert read_header(path) == Header(4, 6, orientation, False)
+    assert read_picture(path, apply_exif=True).orientation == orientation
 
 
 def test_exif_orientation_of_a_jpeg(tmp_path):
@@ -133,6 +343,28 @@ def test_exif_orientation_of_a_jpeg(tmp_path):
     image.save(tmp_path / "a.jpg", exif=exif)
     assert read_image(tmp_path / "a.jpg").shape == (3, 4, 6)
     assert read_image(tmp_path / "a.jpg", apply_exif=True).shape == (3, 6, 4)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+@pytest.mark.parametrize("odd", ODD_TAGS)
+def test_odd_tags_neither_stop_the_turn_nor_warn(tmp_path, odd, suffix):
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(with_exif(COLOURS, suffix, orientation=6, more=ODD_TAGS[odd]))
+    assert read_header(path) == Header(4, 6, 6, False)
+    stored, upright = read_image(path), read_image(path, apply_exif=True)
+    assert torch.equal(upright, stored.transpose(1, 2).flip(2))
+    if suffix in ("png", "tif"):
+        assert torch.equal(stored, as_tensor(COLOURS))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", ORIENTATIONS_THAT_ARE_NONE, ids=str)
+def test_an_orientation_that_is_none_turns_nothing(tmp_path, value):
+    path = tmp_path / "a.png"
+    path.write_bytes(with_exif(COLOURS, "png", more=[value]))
+    assert read_header(path).orientation == 1
+    assert torch.equal(read_image(path, apply_exif=True), as_tensor(COLOURS))
 
 
 @pytest.mark.filterwarnings("ignore")  # PIL's, of broken tags
@@ -189,3 +421,25 @@ def test_bytes_turned_at_random_raise_nothing_else(tmp_path):
 def test_the_content_decides_not_the_suffix(tmp_path):
     Image.fromarray(COLOURS).save(tmp_path / "a.jpg", format="PNG")
     assert torch.equal(read_image(tmp_path / "a.jpg"), as_tensor(COLOURS))
+
+
+def test_a_header_is_read_without_the_pixels(tmp_path):
+    """In a PNG the tags may come after them; then the pixels alone tell of the turn."""
+    path, data = tmp_path / "a.png", with_exif(COLOURS, "png", 6)
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    path.write_bytes(data[:start] + data[end:-12] + data[start:end] + data[-12:])
+    assert read_header(path) == Header(4, 6, 1, False)
+    assert read_picture(path).orientation == 6
+    assert torch.equal(read_image(path, apply_exif=True), as_tensor(UPRIGHT[6](COLOURS)))
+    path.write_bytes(data[: data.index(b"IDAT") + 10])
+    assert read_header(path) == Header(4, 6, 6, False)
+    with pytest.raises(ValueError, match=r"a.png: cannot be read as an image"):
+        read_image(path)
+
+
+def test_suffixes_are_those_of_what_can_be_read():
+    known = image_suffixes()
+    assert known >= {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".jp2", ".ppm"}
+    assert known >= {".pgm", ".avif"}
+    assert not known & {"", ".eps", ".h5", ".mpg", ".pdf", ".txt", ".json"}

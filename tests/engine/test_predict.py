@@ -1,6 +1,7 @@
 """Prediction on files: what is written, and what is said of errors."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tests.engine.predictions import (
     stop_at,
     touch,
 )
+from tests.image_files import with_exif
 from tmask import cli
 from tmask.engine import progress
 from tmask.engine.predict import Summary, find_images, image_records, predict
@@ -170,6 +172,45 @@ def test_annotations_give_ids_and_stored_pixels(
     assert cli.main([*argv, "--out", str(tmp_path / "third")]) == 2
     assert f"2 of 5 images are not in it: {names[0]}, {names[1]}" in capsys.readouterr().err
     assert not (tmp_path / "third").exists()
+
+
+def test_a_setting_turns_images_with_annotations_and_one_warning_asks_for_it(
+    checkpoint: Path, tmp_path: Path, capsys: Any
+) -> None:
+    folder, file = tmp_path / "images", tmp_path / "file.json"
+    folder.mkdir()
+    listed = []
+    for i, name in enumerate(("a.png", "b.png", "sub/c.png"), start=1):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(with_exif(np.zeros((40, 60, 3), np.uint8), "png", 6 if i > 1 else 1))
+        listed.append({"id": 10 * i, "file_name": name, "width": 60, "height": 40})
+    argv = ["predict", "--checkpoint", str(checkpoint), "--images", str(folder), "--annotations", str(file)]
+    file.write_text(json.dumps({"images": listed}))
+    with pytest.warns(UserWarning, match="EXIF") as told:
+        assert cli.main([*argv, "--out", str(tmp_path / "asks")]) == 0
+    words = f"the EXIF orientation of 2 of 3 images, first {folder / 'b.png'}, is not applied."
+    assert [str(item.message).startswith(words) for item in told] == [True]
+    for item in listed[1:]:
+        item |= {"width": 40, "height": 60}
+    file.write_text(json.dumps({"images": listed}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cli.main([*argv, "--out", str(tmp_path / "turned"), "--exif", "true"]) == 0
+    sizes = {(row["image_id"], *row["segmentation"]["size"]) for row in rows(tmp_path / "turned")}
+    assert sizes == {(10, 40, 60), (20, 60, 40), (30, 60, 40)}
+    assert cli.main([*argv, "--out", str(tmp_path / "stored"), "--exif", "false"]) == 1
+    assert "2 of 3 images left out" in capsys.readouterr().err
+
+
+def test_alpha_that_is_dropped_is_counted_in_one_warning(model: Any, images: list[Path], tmp_path: Path) -> None:
+    for path in images[1:3]:
+        pixels = np.asarray(Image.open(path).convert("RGBA")).copy()
+        pixels[:9, :, 3] = 0
+        Image.fromarray(pixels).save(path)
+    with pytest.warns(UserWarning, match="alpha") as told:
+        predict(model, by_name(images), CATEGORIES, out_dir=tmp_path / "out")
+    words = f"the alpha of 2 of 4 images, first {images[1]}, is not opaque, and dropped: what it hides shows"
+    assert [str(item.message) for item in told] == [words]
 
 
 @pytest.mark.parametrize(

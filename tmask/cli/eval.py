@@ -38,6 +38,12 @@ def eval_command(argv: list[str]) -> int:
         default=None,
         help="those with masks in training, to evaluate the others apart, as --data.mask_classes; null: as in training",
     )
+    parser.add_argument(
+        "--exif",
+        type=bool | None,
+        default=None,
+        help="turn images by their EXIF orientation, as --data.exif; null: no, with a warning where there is one",
+    )
     # Images of a batch are padded to one size, which reaches into the features at their borders.
     parser.add_argument("--batch_size", type=int | None, default=None, help="null: as in training")
     parser.add_argument("--num_workers", type=int, default=0)
@@ -54,7 +60,7 @@ def eval_command(argv: list[str]) -> int:
     if out:
         check_out(out)
 
-    from tmask.data.coco import CocoDataset, check_instances, check_keypoint_names
+    from tmask.data.coco import CocoDataset, check_images, check_instances, check_keypoint_names
     from tmask.data.loader import make_loader
     from tmask.data.mask_classes import mask_category_ids
     from tmask.engine.checkpoint import load_model
@@ -64,11 +70,12 @@ def eval_command(argv: list[str]) -> int:
 
     model, saved = load_model(args.checkpoint, device)
     training = saved["train_config"] or {}  # None: written by hand
-    dataset = CocoDataset(args.images, args.annotations, packed_masks=True)
+    dataset = CocoDataset(args.images, args.annotations, packed_masks=True, apply_exif=args.exif)
     check_categories(model.config.num_classes, saved["categories"], dataset.categories)
     check_instances(dataset, train=False)
     if model.config.keypoints is not None:
         check_keypoint_names(dataset, model.config.keypoints.skeleton.names, train=False)
+    check_images(dataset)
     boxes_only = {item["id"] for item in saved["categories"] if item.get("boxes_only")}
     if args.mask_classes is not None:
         boxes_only = set(dataset.category_ids) - mask_category_ids(args.mask_classes, dataset.categories)

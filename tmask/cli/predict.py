@@ -29,6 +29,12 @@ def predict_command(argv: list[str]) -> int:
     parser.add_argument(
         "--annotations", type=str | None, default=None, help="COCO file whose image ids the results shall have"
     )
+    parser.add_argument(
+        "--exif",
+        type=bool | None,
+        default=None,
+        help="turn images upright by their EXIF orientation; null: unless with --annotations",
+    )
     parser.add_argument("--pictures", action=ActionYesNo, default=True, help="draw the detections")
     parser.add_argument("--score_threshold", type=float, default=0.5, help="least score that is drawn")
     parser.add_argument("--max_detections", type=int | None, default=None, help="an image; null: as in training")
@@ -67,6 +73,7 @@ def predict_command(argv: list[str]) -> int:
             pictures=args.pictures,
             coco_images=known,
             overwrite=args.overwrite,
+            apply_exif=args.exif,
         )
     except OtherSettingsError as error:
         raise UsageError(str(error)) from error

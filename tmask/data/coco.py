@@ -28,7 +28,7 @@ from tmask.data.annotations import (
     outlines_nothing,
     read_coco,
 )
-from tmask.data.images import read_image
+from tmask.data.images import read_header, read_picture, warn_transparent, warn_turned
 from tmask.data.mask_classes import is_split, mask_category_ids
 from tmask.model.transform import mask_chunks, num_words
 from tmask_kernels import pack_masks
@@ -38,6 +38,7 @@ Transforms = Callable[[Tensor, Target], tuple[Tensor, Target]]
 
 # Pixels. Of a narrower box float32 may lose the area when the image is resized.
 _MIN_SIDE = 0.01
+_ALPHAS_READ = 50  # images decoded before a run, to know whether alpha is opaque: seconds
 
 
 class CocoDataset(Dataset[tuple[Tensor, Target]]):
@@ -62,8 +63,11 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     `mask_classes` (see `mask_category_ids`) names the categories whose masks are used; those of the others, whose ids
     ``boxes_only`` has, are left out of the targets, ``has_mask`` is False. None: all are used.
 
-    `transforms` (image, target) -> (image, target) runs on each item. Images are read as they are stored: an EXIF
-    orientation is not applied, since COCO's annotations were drawn on the stored pixels.
+    `transforms` (image, target) -> (image, target) runs on each item.
+
+    `apply_exif`: turn images upright by their EXIF orientation (True), as the annotations of most tools are drawn, or
+    read them as they are stored (False), as COCO's are. None: as stored, with one warning at the first image that has
+    an orientation. One more warning tells of alpha that is dropped though not opaque.
 
     ``coco`` is the `pycocotools.coco.COCO` of the whole file for evaluation. There an annotation id of 0 is replaced,
     since its evaluator takes a match with id 0 for none.
@@ -81,11 +85,13 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         transforms: Transforms | None = None,
         packed_masks: bool = False,
         mask_classes: str | None = None,
+        apply_exif: bool | None = None,
     ) -> None:
         from pycocotools.coco import COCO
 
         self.images_folder, self.annotation_file = Path(images_folder), Path(annotation_file)
-        self.transforms, self.packed_masks = transforms, packed_masks
+        self.transforms, self.packed_masks, self.apply_exif = transforms, packed_masks, apply_exif
+        self.told: set[str] = set()  # of "exif" and "alpha": what a warning has told of
         if not self.images_folder.is_dir():
             fault = "expected a folder, got a file" if self.images_folder.exists() else "no such folder"
             raise ValueError(f"images_folder: {fault}: {self.images_folder}")
@@ -141,13 +147,14 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     def __getitem__(self, i: int) -> tuple[Tensor, Target]:
         record, annotations = self.images[i], self._annotations[i]
         size = (record["height"], record["width"])
-        image = read_image(self.image_path(i))
-        if tuple(image.shape[1:]) != size:
-            expected, got = f"{size[1]}x{size[0]}", f"{image.shape[2]}x{image.shape[1]}"
-            turned = " (annotated as its EXIF orientation turns it?)" if tuple(image.shape[:0:-1]) == size else ""
-            raise ValueError(
-                f"{self.image_path(i)}: expected {expected} pixels by {self.annotation_file}, got {got}{turned}"
-            )
+        image, orientation, transparent = read_picture(self.image_path(i), apply_exif=bool(self.apply_exif))
+        self.check_size(i, image.shape[1], image.shape[2], orientation)
+        if orientation != 1 and self.apply_exif is None and "exif" not in self.told:
+            self.told.add("exif")
+            warn_turned([self.image_path(i)])
+        if transparent and "alpha" not in self.told:
+            self.told.add("alpha")
+            warn_transparent([self.image_path(i)])
         masks = self._masks(annotations, size)
         labels = {category_id: label for label, category_id in enumerate(self.category_ids, start=1)}
         target = {
@@ -161,6 +168,22 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         if self.keypoint_names:
             target["keypoints"] = self._keypoints(annotations)
         return (image, target) if self.transforms is None else self.transforms(image, target)
+
+    def check_size(self, i: int, height: int, width: int, orientation: int) -> None:
+        """Raise ValueError unless image i, of an EXIF `orientation`, is read with the size that the file says."""
+        record = self.images[i]
+        if (height, width) == (record["height"], record["width"]):
+            return
+        hint = ""
+        if (width, height) == (record["height"], record["width"]):
+            hint = ", width and height swapped"
+            if orientation > 4:  # a quarter turn
+                other = "--data.exif true (eval: --exif true) turns it by its EXIF orientation"
+                if self.apply_exif:
+                    other = "--data.exif false (eval: --exif false) reads it without its EXIF orientation"
+                hint += f"; {other}"
+        expected, got = f"{record['width']}x{record['height']}", f"{width}x{height}"
+        raise ValueError(f"{self.image_path(i)}: expected {expected} pixels by {self.annotation_file}, got {got}{hint}")
 
     def _check_image_files(self) -> None:
         missing = [i for i in range(len(self)) if not self.image_path(i).is_file()]
@@ -238,6 +261,29 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             part = torch.from_numpy(decoded.transpose(2, 1, 0)).mT  # [rows, H, W]
             masks[rows[chunk]] = pack_masks(part) if self.packed_masks else part
         return masks
+
+
+def check_images(dataset: CocoDataset) -> None:
+    """Read the headers of all images; one warning counts undecided EXIF orientations, one alpha that is dropped.
+
+    Raises:
+        ValueError: An image cannot be read, or has another size than the file says.
+    """
+    turned, with_alpha = [], []
+    for i in range(len(dataset)):
+        path = dataset.image_path(i)
+        height, width, orientation, has_alpha = read_header(path)
+        swapped = dataset.apply_exif and orientation > 4
+        dataset.check_size(i, *((width, height) if swapped else (height, width)), orientation)
+        turned += [path] * (orientation != 1)
+        with_alpha += [path] * has_alpha
+    if turned and dataset.apply_exif is None:
+        dataset.told.add("exif")
+        warn_turned(turned, len(dataset))
+    # Whether alpha is opaque only the pixels tell. Of those that come later __getitem__ warns.
+    if any(read_picture(path).transparent for path in with_alpha[:_ALPHAS_READ]):
+        dataset.told.add("alpha")
+        warn_transparent(with_alpha, len(dataset))
 
 
 def check_instances(dataset: CocoDataset, *, train: bool) -> None:

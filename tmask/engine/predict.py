@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,6 @@ from tmask.engine.progress import progress
 from tmask.engine.record import RECORD_NAME, Record, file_state, held
 from tmask.skeleton import Pairs
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _NAMED_ERRORS = 5  # files that an error names; of the others it gives the number
 
 
@@ -33,30 +34,57 @@ class Summary(NamedTuple):
 
 
 def find_images(pattern: str | Path) -> dict[str, Path]:
-    """The image files of a file name, a folder (not its subfolders) or a glob, by name, sorted.
+    """The image files of a file name, a folder with its subfolders or a glob, by name, sorted.
 
     A name is the path from the folder on, or from the part of the glob without wildcards: ``sub/a.png`` for
-    ``data/**/*.png``. A folder gives the files with an image's suffix that are not hidden; so does a glob, unless it
-    ends in a suffix itself. Errors: ValueError if there are none.
+    ``data/**/*.png``. A folder gives the files with a suffix of `image_suffixes` that are not hidden; so does a glob,
+    unless it ends in a suffix itself. One warning counts the files of other suffixes. A folder that links lead to
+    counts once. Errors: ValueError if there are no images.
     """
+    from tmask.data.images import image_suffixes
+
     path = Path(pattern)
     if path.is_dir():
-        root, found = path, [item for item in path.iterdir() if not item.name.startswith(".") and _has_suffix(item)]
+        root, found = path, list(_visible_files(path))
     elif path.is_file():
         root, found = path.parent, [path]
     else:
         root, found = _fixed_part(path), [Path(item) for item in glob.glob(str(pattern), recursive=True)]
-        if path.suffix in ("", ".*"):
-            found = [item for item in found if _has_suffix(item)]
     # A link that leads nowhere stays: prediction will name it.
-    found = sorted(item for item in found if not item.is_dir())
+    found = sorted({item for item in found if not item.is_dir()})
+    total, left = len(found), []
+    if path.is_dir() or (not path.is_file() and path.suffix in ("", ".*")):
+        left = [item for item in found if item.suffix.lower() not in image_suffixes()]
+        found = [item for item in found if item.suffix.lower() in image_suffixes()]
+    if found and left:
+        warnings.warn(
+            f"images: left out {len(left)} of {total} files, whose suffix is that of no image format, first {left[0]}",
+            stacklevel=2,
+        )
     if not found:
         raise ValueError(f"images: expected an image, a folder of images or a glob, found no image at {str(pattern)!r}")
     return {item.relative_to(root).as_posix(): item for item in found}
 
 
-def _has_suffix(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES
+def _visible_files(root: Path) -> Iterator[Path]:
+    """The files below a folder that are not hidden, nor in a hidden folder.
+
+    A folder is entered once, by its own place if it has one below `root`, so that no link makes a loop.
+    """
+    entered, links = set(), [root]
+    while links:
+        for folder, subfolders, names in os.walk(links.pop(0), onerror=_raise):  # which enters no links below
+            if (real := os.path.realpath(folder)) in entered:
+                subfolders.clear()
+                continue
+            entered.add(real)
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            links += [Path(folder, name) for name in subfolders if Path(folder, name).is_symlink()]
+            yield from (Path(folder, name) for name in names if not name.startswith("."))
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _fixed_part(pattern: Path) -> Path:
@@ -98,6 +126,7 @@ def predict(
     pictures: bool = True,
     coco_images: Mapping[str, dict[str, Any]] | None = None,
     overwrite: bool = False,
+    apply_exif: bool | None = None,
 ) -> Summary:
     """Detect in each file of `images`, by name as `find_images` gives them, and leave in `out_dir`
 
@@ -107,16 +136,18 @@ def predict(
     again. The two JSON files are written however this ends, with the images done by then.
 
     ``image_id`` counts the images from 1, and images are turned upright by their EXIF orientation. With `coco_images`
-    (see `image_records`) ids are theirs and the pixels stay as stored, as annotations and `evaluate` have them.
+    (see `image_records`) ids are theirs and the pixels stay as stored, as annotations and `evaluate` have them, with a
+    warning of orientations. `apply_exif` decides in both cases.
     `categories` are the checkpoint's: label i is ``categories[i - 1]``. `score_threshold` limits what is drawn.
     Errors: ValueError if `out_dir` has results of other settings or weights, or without a record, unless `overwrite`;
     if another process is at work there; and, when all others are done, one that names the files that are no images.
     """
-    from tmask.data.images import read_image
+    from tmask.data.images import read_picture, warn_transparent, warn_turned
 
     device = torch.device(device)
     model.to(device).eval()
-    settings = {"precision": precision, "score_threshold": score_threshold, "exif": coco_images is None}
+    turn = coco_images is None if apply_exif is None else apply_exif
+    settings = {"precision": precision, "score_threshold": score_threshold, "exif": turn}
     settings = _model_settings(model, categories) | settings
     with held(out_dir):
         record = Record(out_dir, settings, overwrite=overwrite, completed=_completed)
@@ -136,6 +167,7 @@ def predict(
         if reused:
             print(f"{reused} of {len(files)} images were done before", file=sys.stderr)
         unreadable: dict[str, str] = {}
+        turned, transparent = [], []
         skeleton = skeleton_of(model)
         edges = () if skeleton is None else skeleton.edges
         try:
@@ -143,12 +175,14 @@ def predict(
                 path, entry = files[name], entries[name]
                 try:
                     state = file_state(path)
-                    image = read_image(path, apply_exif=coco_images is None)  # [3, H, W] uint8
+                    image, orientation, is_transparent = read_picture(path, apply_exif=turn)
                     if coco_images:
                         _check_size(path, image, coco_images[name])
                 except ValueError as error:
                     unreadable[name] = str(error)
                     continue
+                turned += [path] * (orientation != 1)
+                transparent += [path] * is_transparent
                 if entry is None:
                     rows = _detect(model, image, path, categories, device, precision)
                     entry = record.add(name, state, (image.shape[1], image.shape[2]), rows)
@@ -159,6 +193,10 @@ def predict(
             kept = [{"id": int(category["id"]), "name": str(category["name"])} for category in categories]
             taken = {name: (numbers[name], path) for name, path in files.items() if name not in unreadable}
             counts = record.write_results(taken, kept)
+            if turned and not turn and apply_exif is None:
+                warn_turned(turned, len(todo))
+            if transparent:
+                warn_transparent(transparent, len(todo))
     if unreadable:
         done = f"the {len(files) - len(unreadable)} others are done"
         raise ValueError(

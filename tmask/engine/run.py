@@ -39,19 +39,20 @@ OVERVIEW_NAME, OVERVIEW_PICTURES = "overview.png", 4
 def open_dataset(data: DataConfig, split: str) -> Any:
     """The CocoDataset of split ``"train"`` or ``"val"``; None if `data` names none.
 
-    Errors: those of CocoDataset, and ValueError if there is nothing to train on, or if of the classes chosen for their
-    masks one that is listed, or all of a split, have none.
+    The headers of all images are read. Errors: those of CocoDataset and `check_images`, and ValueError if there is
+    nothing to train on, or if of the classes chosen for their masks one that is listed, or all of a split, have none.
     """
-    from tmask.data.coco import CocoDataset, check_instances, check_masks
+    from tmask.data.coco import CocoDataset, check_images, check_instances, check_masks
 
     images, annotations = getattr(data, f"{split}_images"), getattr(data, f"{split}_annotations")
     if images is None:
         return None
     mask_classes = data.mask_classes if split == "train" else None  # masks of all classes are evaluated
-    dataset = CocoDataset(images, annotations, packed_masks=True, mask_classes=mask_classes)
+    dataset = CocoDataset(images, annotations, packed_masks=True, mask_classes=mask_classes, apply_exif=data.exif)
     check_instances(dataset, train=split == "train")
     if mask_classes is not None:
         check_masks(dataset, mask_classes)
+    check_images(dataset)
     return dataset
 
 
