@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
+from torchvision.tv_tensors import BoundingBoxes
 
 from tmask import visualize
 from tmask.visualize import comparison, draw_instances, grid, save_png
@@ -43,6 +44,12 @@ def test_every_form_of_mask_draws_the_same():
         picture = draw_instances(grey(), {**result(), "masks": masks}, NAMES)
         first = picture if first is None else first
         assert torch.equal(picture, first), name
+
+
+def test_boxes_of_torchvision_s_other_formats_draw_the_same():
+    boxes = BoundingBoxes([[5.0, 5, 15, 10], [30, 20, 20, 15]], format="XYWH", canvas_size=(40, 60))
+    picture = draw_instances(grey(), result() | {"boxes": boxes}, NAMES)
+    assert torch.equal(picture, draw_instances(grey(), result(), NAMES))
 
 
 def test_skeletons_are_drawn_between_visible_keypoints():

@@ -16,6 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tmask.model.transform import xyxy
+
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont, ImageFont
@@ -66,7 +68,7 @@ def draw_instances(
         raise ValueError(f"image: expected uint8 [3, H, W], got {image.dtype} {tuple(image.shape)}")
     size = (int(image.shape[1]), int(image.shape[2]))
     factor = max(1, min(round(side / max(1, min(size))), _MAX_ASPECT * side // max(1, *size)))
-    boxes, labels, scores = _to_numpy(result["boxes"]), _to_numpy(result["labels"]), result.get("scores")
+    boxes, labels, scores = _to_numpy(xyxy(result["boxes"])), _to_numpy(result["labels"]), result.get("scores")
     scores = None if scores is None else _to_numpy(scores)
     masks = result.get("masks")
     if masks is not None:

@@ -2,6 +2,7 @@ import pickle
 
 import pytest
 import torch
+from torchvision.tv_tensors import BoundingBoxes
 
 from tmask.data.transforms import train_transforms
 
@@ -31,6 +32,15 @@ def test_flips_move_image_boxes_and_masks_together(hflip, vflip, dims):
     assert torch.equal(target["boxes"], before)
     for value in (flipped, out["boxes"], out["masks"]):
         assert type(value) is torch.Tensor
+
+
+def test_boxes_of_torchvision_s_other_formats_move_as_plain_ones_do():
+    image, target = item()
+    expected = train_transforms(1, 0)(image, target)[1]["boxes"]
+    typed = BoundingBoxes([[1.0, 2, 4, 4], [7, 0, 7, 3]], format="XYWH", canvas_size=(9, 14))
+    found = train_transforms(1, 0)(image, target | {"boxes": typed})[1]["boxes"]
+    assert torch.equal(found, expected)
+    assert type(found) is torch.Tensor
 
 
 def test_probability_is_kept():

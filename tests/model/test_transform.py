@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torchvision.tv_tensors import BoundingBoxes
 
 from tests.model.sync import count_blocking
 from tmask.model.transform import ImageTransform
@@ -181,3 +182,37 @@ def test_gradient_to_the_boxes() -> None:
     assert targets is not None
     (gradient,) = torch.autograd.grad(targets.boxes.sum(), one["boxes"])
     torch.testing.assert_close(gradient, torch.full((2, 4), 3.2))  # 20 pixels become 64
+
+
+@pytest.mark.parametrize("boxes_format", ["XYXY", "XYWH", "CXCYWH"])
+def test_torchvision_s_boxes_of_any_format_are_the_same(boxes_format: str) -> None:
+    from torchvision.transforms.v2.functional import convert_bounding_box_format
+
+    image, plain = torch.rand(3, 20, 30), target()
+    typed = BoundingBoxes(plain["boxes"], format="XYXY", canvas_size=(20, 30))  # type: ignore[call-arg]
+    typed = convert_bounding_box_format(typed, new_format=boxes_format)
+    expected, found = (TRANSFORM([image], [one])[1] for one in (plain, target(boxes=typed)))
+    assert expected is not None
+    assert found is not None
+    assert torch.equal(found.boxes, expected.boxes)
+    assert type(found.boxes) is Tensor
+
+
+def test_a_mask_without_a_pixel_is_not_learnt() -> None:
+    """It contradicts its box; with ``has_mask`` the caller says what is known."""
+    masks = torch.ones(2, 20, 30, dtype=torch.uint8)
+    masks[1] = 0
+    for known, expected in (({}, [True, False]), ({"has_mask": torch.tensor([True, True])}, [True, True])):
+        for one in (masks, masks.float(), masks.bool()):
+            _, targets = TRANSFORM([torch.rand(3, 20, 30)], [target(masks=one, **known)])
+            assert targets is not None
+            assert targets.has_mask[0].tolist() == expected
+
+
+def test_masks_of_0_and_255_are_those_of_0_and_1() -> None:
+    masks = torch.zeros(2, 20, 30, dtype=torch.uint8)
+    masks[0, 3:9, 2:12] = masks[1, ::3, ::5] = 1
+    expected, found = (TRANSFORM([torch.rand(3, 20, 30)], [target(masks=one)])[1] for one in (masks, masks * 255))
+    assert expected is not None
+    assert found is not None
+    assert torch.equal(found.masks, expected.masks)

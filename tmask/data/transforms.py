@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from tmask.model.transform import is_packed, mask_chunks
+from tmask.model.transform import is_packed, mask_chunks, xyxy
 from tmask_kernels import pack_masks, unpack_masks
 
 Target = dict[str, Any]
@@ -76,7 +76,7 @@ class JointTransform:
         height, width = image.shape[-2:]
         masks = target["masks"]
         wrapped = dict(target)
-        wrapped["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=(height, width))
+        wrapped["boxes"] = tv_tensors.BoundingBoxes(xyxy(target["boxes"]), format="XYXY", canvas_size=(height, width))
         wrapped["masks"] = PackedMasks.of(masks, width) if is_packed(masks, width) else tv_tensors.Mask(masks)
         keypoints = target.get("keypoints")
         if keypoints is not None:

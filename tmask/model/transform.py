@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision import tv_tensors
 
 from tmask.structures import ImageBatch, Targets
 from tmask_kernels import pack_masks, unpack_masks
@@ -54,11 +55,13 @@ class ImageTransform:
     ) -> tuple[ImageBatch, Targets | None]:
         """Images [3, h, w], uint8 or float in 0..1, and torchvision's target dicts, as padded batches.
 
-        A target holds ``boxes`` [G, 4] xyxy in pixels, ``labels`` [G], ``masks`` [G, h, w] of 0 and 1 or packed
+        A target holds ``boxes`` [G, 4] xyxy in pixels (torchvision's `BoundingBoxes` in any format without rotation),
+        ``labels`` [G], ``masks`` [G, h, w] of 0 and 1 (integers other than 0 count as 1) or packed
         [G, h, ceil(w / 32)] int32 (`tmask_kernels.pack_masks`; left out if they are not known), and may hold
-        ``iscrowd`` [G], ``has_mask`` [G], ``keypoints`` [G, Kp, 3] (x and y in pixels, and visibility, 0 for a keypoint
-        that is not known, as all are without this entry) and ``min_size``, the short side of this image. Masks are
-        never all held as bytes or floats, unless they came so.
+        ``iscrowd`` [G], ``has_mask`` [G] (without it a mask without a pixel counts as not known), ``keypoints``
+        [G, Kp, 3] (x and y in pixels, and visibility, 0 for a keypoint that is not known, as all are without this
+        entry) and ``min_size``, the short side of this image. Masks are never all held as bytes or floats, unless they
+        came so.
 
         Errors: ValueError for wrong types, shapes, counts or devices, images, boxes or keypoints that are not
         finite, float images far outside 0..1 (but with an `image_mean` of 0, for images that come normalised, or above
@@ -110,12 +113,12 @@ class ImageTransform:
         padded: tuple[int, int],
     ) -> dict[str, Tensor]:
         """One image's boxes and packed masks at the resized size; masks fill the padded size."""
-        boxes = target["boxes"].float()
+        boxes = xyxy(target["boxes"]).float()
         scale = _constant([after[1] / before[1], after[0] / before[0]], boxes).repeat(2)
         count = len(boxes)
         crowd = target.get("iscrowd", boxes.new_zeros(count)).to(torch.bool)
         masks = target.get("masks")
-        has_mask = target.get("has_mask", boxes.new_full((count,), float(masks is not None))).to(torch.bool)
+        has_pixel = torch.zeros(count, dtype=torch.bool, device=boxes.device)
         words = num_words(padded[1])
         packed = torch.zeros(count, padded[0], words, dtype=torch.int32, device=boxes.device)
         if masks is not None:
@@ -123,6 +126,8 @@ class ImageTransform:
                 part = masks[chunk]
                 if is_packed(part, before[1]):
                     part = unpack_masks(part, before[1])
+                part = part if part.is_floating_point() or part.dtype == torch.bool else part != 0
+                has_pixel[chunk] = part.flatten(1).any(1)
                 if after != before:
                     part = F.interpolate(part.float()[:, None], size=after, mode=self.mask_resize)[:, 0]
                 part = part if part.dtype == torch.bool else part >= 0.5
@@ -133,7 +138,7 @@ class ImageTransform:
             "valid": ~crowd,
             "crowd": crowd & self.keep_crowds,
             "masks": packed,
-            "has_mask": has_mask,
+            "has_mask": target.get("has_mask", has_pixel).to(torch.bool),
         }
         if self.num_keypoints:
             keypoints = target.get("keypoints", boxes.new_zeros(count, self.num_keypoints, 3)).float()
@@ -144,6 +149,17 @@ class ImageTransform:
 def _constant(values: Sequence[float], like: Tensor) -> Tensor:
     """float32 numbers on the device of `like`. Made there, a GPU would be waited for."""
     return torch.tensor(values, dtype=torch.float32).to(like.device, non_blocking=True)
+
+
+def xyxy(boxes: Tensor) -> Tensor:
+    """Plain boxes [G, 4] xyxy: torchvision's `BoundingBoxes` may have another format."""
+    if not isinstance(boxes, tv_tensors.BoundingBoxes):
+        return boxes
+    if boxes.format != tv_tensors.BoundingBoxFormat.XYXY:
+        from torchvision.transforms.v2.functional import convert_bounding_box_format
+
+        boxes = convert_bounding_box_format(boxes, new_format="XYXY")
+    return boxes.as_subclass(Tensor)
 
 
 def mask_chunks(count: int, pixels: int, device: str = "cpu") -> Iterator[slice]:
