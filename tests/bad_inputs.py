@@ -27,6 +27,7 @@ Spoil = Callable[[], object]
 FILE, IMAGES, FIRST = Path("data/annotations.json"), Path("data/images"), Path("data/images/000000.png")
 CHECKPOINT = Path("run/checkpoint.pt")
 
+KEYPOINT_TRAINING = "train --model.keypoints.names [head,tail]"
 # `train` stands for these and what a case adds; `eval` and `predict` likewise.
 SMALL = """--model.min_size 32 --model.max_size 64 --model.fpn_channels 8 --model.box_head_dim 8
     --model.mask_head_channels 8 --model.mask_head_layers 1 --model.box_batch_size 8 --train.precision fp32
@@ -165,16 +166,100 @@ def torchvision_weights() -> None:
 def other_categories() -> None:
     shutil.copy(FILE, "val.json")
     parsed = json.loads(FILE.read_text())
-    parsed["categories"][0]["name"] = "plate"
+    parsed["categories"][2]["name"] = "plate"
     Path("val.json").write_text(json.dumps(parsed))
+
+
+def two_of_a_name() -> None:
+    for folder in ("a", "b"):
+        (IMAGES / folder / "sub").mkdir(parents=True)
+        shutil.copy(FIRST, IMAGES / folder / "sub" / "1.png")
+    content(lambda c: c["images"][0].update(file_name="sub/1.png"))()
+
+
+def categories_of_one_name() -> None:
+    parsed = json.loads(FILE.read_text())
+    parsed["categories"][0]["name"] = "square"
+    Path("val.json").write_text(json.dumps(parsed))
+
+
+def xyxy(c: Any) -> None:
+    """Boxes as x1, y1, x2, y2."""
+    for item in c["annotations"]:
+        x, y, w, h = item["bbox"]
+        item["bbox"] = [x, y, x + w, y + h]
+
+
+def in_parts(c: Any) -> None:
+    """Boxes and polygons in parts of the image's size, 32 x 32."""
+    for item in c["annotations"]:
+        item["bbox"] = [value / 32 for value in item["bbox"]]
+        item["segmentation"] = [[value for point in corners(item) for value in point]]
+
+
+def by_rows(c: Any) -> None:
+    """Run lengths along the rows."""
+    for item in c["annotations"]:
+        x, y, w, h = map(int, item["bbox"])
+        counts = [32 * y + x, *[w, 32 - w] * (h - 1), w, 32 * (32 - y - h) + 32 - x - w]
+        item["segmentation"] = {"size": [32, 32], "counts": counts}
+
+
+def corners(item: dict[str, Any]) -> list[list[float]]:
+    x, y, w, h = item["bbox"]
+    return [[x, y], [x + w, y], [x + w, y + h], [x, y + h]]
+
+
+def other_ids() -> None:
+    """A validation set of the same classes by other ids, one of them left out."""
+    parsed = json.loads(FILE.read_text())
+    parsed["categories"] = [{"id": 9 - item["id"], "name": item["name"]} for item in parsed["categories"][1:]]
+    for item in parsed["annotations"]:
+        item["category_id"] = 9 - item["category_id"]
+    Path("val.json").write_text(json.dumps(parsed))
+
+
+def with_root(c: Any) -> None:
+    """Roboflow's first category."""
+    for item in c["categories"]:
+        item["supercategory"] = "shapes"
+    c["categories"].insert(0, {"id": 0, "name": "shapes", "supercategory": "none"})
+
+
+def lvis(c: Any) -> None:
+    """LVIS' fields."""
+    for item in c["images"]:
+        url = f"http://images.cocodataset.org/val2017/{item.pop('file_name')}"
+        item.update(coco_url=url, neg_category_ids=[1], not_exhaustive_category_ids=[])
+    for item in c["categories"]:
+        item["frequency"] = "r"
+    for item in c["annotations"]:
+        del item["iscrowd"]
+
+
+def renamed(change: Callable[[str], str]) -> Spoil:
+    """Other image names in the annotation file."""
+    return content(lambda c: [item.update(file_name=change(item["file_name"])) for item in c["images"]])
 
 
 FILES = [
     Case(
         "missing image file",
         "train",
-        "data/annotations.json: 1 of 3 images do not exist, first data/images/000000.png (image id 1)",
+        "data/annotations.json: 1 of 3 images do not exist, first data/images/000000.png (image id 1); there is 000002.png",
         FIRST.unlink,
+    ),
+    Case(
+        "image name of which two files have the end",
+        "train",
+        "data/annotations.json: 1 of 3 images do not exist, first data/images/sub/1.png (image id 1); there is a/sub/1.png and b/sub/1.png",
+        two_of_a_name,
+    ),
+    Case(
+        "two images of one file",
+        "train",
+        "data/annotations.json: 1 of 3 images do not exist, first data/images/000001.jpg (image id 1); there is 000001.png",
+        content(lambda c: c["images"][0].update(file_name="000001.jpg")),
     ),
     Case(
         "wrong images folder: all images missing",
@@ -399,6 +484,18 @@ FILES = [
         annotation(category_id=99),
     ),
     Case(
+        "image id of no whole number",
+        "train",
+        "data/annotations.json: annotation id 1: image_id: expected a whole number, got 'one'",
+        annotation(image_id="one"),
+    ),
+    Case(
+        "category id that is null",
+        "train",
+        "data/annotations.json: annotations[0]: expected a field 'category_id', got none",
+        annotation(category_id=None),
+    ),
+    Case(
         "the same id twice",
         "train",
         "data/annotations.json: images[1]: id 1 occurs twice",
@@ -429,14 +526,20 @@ FILES = [
         annotation(bbox=[1, 2, 3]),
     ),
     Case(
-        "keypoints of the wrong number",
+        "neither box nor mask",
         "train",
+        "data/annotations.json: annotation id 1: expected a bbox or a segmentation, got neither",
+        annotation(bbox=None, segmentation=None),
+    ),
+    Case(
+        "keypoints of the wrong number",
+        KEYPOINT_TRAINING,
         "data/annotations.json: annotation id 1: keypoints: expected 6 numbers, x, y and visibility of each of 2, got 3",
         keypoints([1, 2, 2]),
     ),
     Case(
         "keypoint that is half visible",
-        "train",
+        KEYPOINT_TRAINING,
         "data/annotations.json: annotation id 1: keypoints: expected a visibility of 0, 1 or 2, got 0.5",
         keypoints([1, 2, 0.5, 0, 0, 0]),
     ),
@@ -483,6 +586,12 @@ FILES = [
         annotation(segmentation=[1, 2, 9, 2, 9, 8]),
     ),
     Case(
+        "masks that are all empty",
+        "train",
+        "data/annotations.json: segmentation: expected masks that cover pixels, got 7 that are all empty, first annotation id 1",
+        each(segmentation=[[1, 2, 9, 8]]),
+    ),
+    Case(
         "run lengths of another size",
         "train",
         "data/annotations.json: annotation id 1: segmentation: expected run lengths of size (32, 32), got (9, 9)",
@@ -509,8 +618,14 @@ FILES = [
     Case(
         "validation set of other categories",
         f"train --data.val_images {IMAGES} --data.val_annotations val.json",
-        "categories: expected those of training, where label 1 is (1, 'disc'), got (1, 'plate')",
+        "val.json: categories: expected those of training, one of disc, ring, square, star, triangle, got 'plate' (id 3)",
         other_categories,
+    ),
+    Case(
+        "validation set of the same categories, two of one name",
+        f"train --data.val_images {IMAGES} --data.val_annotations val.json",
+        "categories: expected those of training, where label 1 is (1, 'disc'), got (1, 'square')",
+        categories_of_one_name,
     ),
 ]
 
@@ -882,7 +997,7 @@ CHECKPOINTS = [
     Case(
         "checkpoint of other categories",
         "eval --annotations val.json",
-        "categories: expected those of training, where label 1 is (1, 'disc'), got (1, 'plate')",
+        "val.json: categories: expected those of training, one of disc, ring, square, star, triangle, got 'plate' (id 3)",
         other_categories,
     ),
 ]
@@ -937,6 +1052,119 @@ ACCEPTED = [
         "data/annotations.json: no annotation to evaluate with: no average precision",
     ),
     Accepted("annotation without a mask", "train", "the box counts", annotation(segmentation=None)),
+    Accepted(
+        "class without any mask",
+        "train",
+        "its boxes count",
+        content(lambda c: c["annotations"][1].pop("segmentation")),
+        "data/annotations.json: no instance of ring (id 5) has a mask; first annotation id 2",
+    ),
+    Accepted(
+        "boxes alone",
+        "train",
+        "the detector learns, its masks do not",
+        each(segmentation=[]),
+        "data/annotations.json: none of 7 annotations has a mask: boxes alone are learnt from and evaluated",
+    ),
+    Accepted(
+        "box that its mask contradicts",
+        "train",
+        "both are taken as they are",
+        annotation(bbox=[1, 20, 9, 9]),
+        "data/annotations.json: bbox and mask of 1 of 7 annotations contradict each other (IoU of the box and the mask's box below 0.5); first annotation id 1",
+    ),
+    Accepted(
+        "boxes as x1, y1, x2, y2",
+        "train",
+        "are taken for x, y, width, height",
+        content(xyxy),
+        "data/annotations.json: bbox and mask of 7 of 7 annotations contradict each other (IoU of the box and the mask's box below 0.5; as if bbox held x1, y1, x2, y2); first annotation id 1",
+    ),
+    Accepted(
+        "boxes and polygons in parts of the image's size",
+        "train",
+        "are taken for pixels",
+        content(in_parts),
+        "data/annotations.json: bbox of 7 of 7 annotations lies in 0..1: expected pixels, got parts of the image's size; first annotation id 1",
+    ),
+    Accepted(
+        "run lengths along the rows",
+        "train",
+        "are taken to go down the columns",
+        content(by_rows),
+        "data/annotations.json: bbox and mask of 7 of 7 annotations contradict each other (IoU of the box and the mask's box below 0.5; as if run lengths went along the rows, and not down the columns); first annotation id 1",
+    ),
+    Accepted(
+        "many crowds",
+        "train",
+        "are not learnt",
+        content(lambda c: [item.update(iscrowd=1) for item in c["annotations"][::2]]),
+        "data/annotations.json: 4 of 7 annotations are crowds (iscrowd 1), which are not learnt; if they are single objects, set crowds to instances; first annotation id 1",
+    ),
+    Accepted("nothing but crowds", "train --data.crowds instances", "are learnt like all", each(iscrowd=1)),
+    Accepted("nothing but crowds", "eval --crowds instances", "are evaluated like all", each(iscrowd=1)),
+    Accepted(
+        "polygon as points",
+        "train",
+        "is that polygon",
+        content(lambda c: [item.update(segmentation=corners(item)) for item in c["annotations"]]),
+    ),
+    Accepted(
+        "polygons nested deeper",
+        "train",
+        "are those polygons",
+        content(lambda c: [item.update(segmentation=[[corners(item)]]) for item in c["annotations"]]),
+    ),
+    Accepted(
+        "masks without boxes",
+        "train",
+        "the boxes are made from them",
+        each(bbox=None),
+        "data/annotations.json: the box of 7 of 7 annotations is missing and made from the mask; first annotation id 1",
+    ),
+    Accepted("fields that are null", "train", "are as if they were missing", each(iscrowd=None, area=None)),
+    Accepted(
+        "ids of annotations as texts",
+        "train",
+        "are the numbers they name",
+        content(lambda c: [item.update(image_id=str(item["image_id"]), category_id="3") for item in c["annotations"]]),
+    ),
+    Accepted(
+        "keypoints of the wrong number",
+        "train",
+        "are left out, as nothing learns them",
+        keypoints([1, 2, 2]),
+        "data/annotations.json: annotation id 1: keypoints: expected 6 numbers, x, y and visibility of each of 2, got 3; all keypoints are left out",
+    ),
+    Accepted(
+        "root category without annotations",
+        "train",
+        "is left out",
+        content(with_root),
+        "data/annotations.json: left out the category 'shapes' (id 0), which has no annotation and is the supercategory of all others",
+    ),
+    Accepted(
+        "validation set of other ids and fewer classes",
+        f"train --data.val_images {IMAGES} --data.val_annotations val.json",
+        "names decide; a class that is not there has no AP",
+        other_ids,
+    ),
+    Accepted("data of other ids and fewer classes", "eval --annotations val.json", "names decide", other_ids),
+    Accepted(
+        "image names of Windows",
+        "train",
+        "the files are found",
+        renamed(lambda name: f"C:\\data\\images\\{name}"),
+        "data/annotations.json: 3 of 3 images are there under another name, first 'C:\\\\data\\\\images\\\\000000.png': 000000.png (image id 1)",
+    ),
+    Accepted(
+        "image names of another format and case",
+        "eval",
+        "the files are found",
+        renamed(lambda name: name.replace(".png", ".JPG")),
+        "data/annotations.json: 3 of 3 images are there under another name, first '000000.JPG': 000000.png (image id 1)",
+    ),
+    Accepted("fields of LVIS, without file names", "train", "the end of the URL is the name", content(lvis)),
     Accepted("crowd among the annotations", "train", "nothing inside it counts as background", annotation(iscrowd=1)),
     Accepted(
         "category ids with holes",
@@ -1215,7 +1443,7 @@ PYTHON = [
     PythonCase(
         "missing image file",
         'CocoDataset("data/images", "data/annotations.json")[0]',
-        "data/annotations.json: 1 of 3 images do not exist, first data/images/000000.png (image id 1)",
+        "data/annotations.json: 1 of 3 images do not exist, first data/images/000000.png (image id 1); there is 000002.png",
     ),
     PythonCase("checkpoint that does not exist", 'load_model("nowhere.pt")', "checkpoint nowhere.pt: no such file"),
     PythonCase(

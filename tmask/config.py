@@ -306,6 +306,7 @@ class DataConfig:
     val_annotations: str | None = None
     # Classes whose masks are learnt from; of the others only boxes are. voc: those of COCO that VOC has too.
     mask_classes: str | None = None  # names or ids with commas between, voc, non_voc or random:COUNT:SEED; null: all
+    crowds: Literal["ignore", "instances"] = "ignore"  # what annotations with iscrowd 1 are taken for
     hflip: float = 0.5  # probability of a left-right flip in training
     vflip: float = 0.0
     min_crop: float = 1.0  # random crops in training: each side is at least this part of the image's; 1: none

@@ -26,7 +26,7 @@ CONTENT = {
             "area": 24, "iscrowd": 0,
         },
         {
-            "id": 12, "image_id": 7, "category_id": 5, "bbox": [0, 0, 20, 10], "iscrowd": 1, "area": 10,
+            "id": 12, "image_id": 7, "category_id": 5, "bbox": [3, 0, 1, 10], "iscrowd": 1, "area": 10,
             "segmentation": {"size": [10, 20], "counts": [30, 10, 160]},
         },
         {"id": 13, "image_id": 7, "category_id": 5, "bbox": [15, 5, 9, 9]},

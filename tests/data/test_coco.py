@@ -11,8 +11,8 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from tmask.data.annotations import check_segmentation
 from tmask.data.coco import CocoDataset
+from tmask.data.segmentation import check_segmentation
 
 
 def test_items_carry_images_boxes_labels_and_masks(write, content, capsys):
@@ -28,7 +28,7 @@ def test_items_carry_images_boxes_labels_and_masks(write, content, capsys):
     assert np.array_equal(image.permute(1, 2, 0).numpy(), np.array(Image.open(dataset.image_path(0))))
     assert target["image_id"] == 7
     # The third box reaches beyond the image and is clipped.
-    assert target["boxes"].tolist() == [[2, 3, 8, 7], [0, 0, 20, 10], [15, 5, 20, 10]]
+    assert target["boxes"].tolist() == [[2, 3, 8, 7], [3, 0, 4, 10], [15, 5, 20, 10]]
     assert target["boxes"].dtype == torch.float32
     assert target["labels"].tolist() == [2, 1, 1]
     assert target["iscrowd"].tolist() == [False, True, False]
@@ -96,8 +96,8 @@ def test_masks_of_nothing_do_not_count(write, content, segmentation):
     expected = (
         "file.json: the mask of 1 of 3 annotations is empty and left out, their boxes count; first annotation id 11"
     )
-    told = [str(item.message) for item in caught if item.category is UserWarning]
-    assert len(told) == (isinstance(segmentation, list))
+    told = [str(item.message) for item in caught if "is empty" in str(item.message)]
+    assert len(told) == (segmentation is not None)
     assert all(expected in text for text in told)
     assert target["has_mask"].tolist() == [False, True, False]
     assert not target["masks"][0].any()
@@ -109,7 +109,7 @@ def test_boxes_without_area_inside_are_left_out_with_one_warning(write, content)
     arguments = write(content)
     with pytest.warns(UserWarning, match=r"file.json: left out 2 of 3 .* first annotation id 11") as caught:
         dataset = CocoDataset(*arguments)
-    assert len(caught) == 1
+    assert len([item for item in caught if "left out" in str(item.message)]) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert dataset[0][1]["labels"].tolist() == [1]
@@ -158,7 +158,10 @@ def annotation(**fields):
         (broken(lambda c: c["images"][1].update(height=0)), r"images\[1\]: expected a size in whole pixels, got 8 x 0"),
         (broken(lambda c: c["images"][1].update(width="8")), r"expected a size in whole pixels, got '8' x 12"),
         (broken(lambda c: c["images"][1].update(file_name=3)), r"images\[1\]: file_name: expected a text, got 3"),
-        (broken(lambda c: c["annotations"][0].pop("bbox") and c), r"annotations\[0\]: expected a field 'bbox'"),
+        (
+            broken(lambda c: c["annotations"][2].pop("bbox") and c),
+            r"annotation id 13: expected a bbox or a segmentation, got neither",
+        ),
         (annotation(bbox=[1, 2, 3]), r"annotation id 11: bbox: expected four numbers .* got \[1, 2, 3\]"),
         (annotation(bbox=[1, 2, 3, math.nan]), r"annotation id 11: bbox: expected finite numbers, got nan"),
         (annotation(bbox=[1, math.inf, -math.inf, 4]), r"annotation id 11: bbox: expected finite numbers, got inf"),
@@ -168,9 +171,13 @@ def annotation(**fields):
         (annotation(iscrowd="0"), r"annotation id 11: iscrowd: expected 0 or 1, got '0'"),
         (annotation(area=math.nan), r"annotation id 11: area: expected finite numbers, got nan"),
         (annotation(image_id=99), r"file.json: annotation id 11: image_id 99 is not in the file"),
-        (annotation(image_id="7"), r"file.json: annotation id 11: image_id '7' is not in the file"),
+        (annotation(image_id="8"), r"file.json: annotation id 11: image_id: expected a whole number, got '8'"),
+        (annotation(image_id="07"), r"file.json: annotation id 11: image_id: expected a whole number, got '07'"),
+        (annotation(image_id=7.5), r"file.json: annotation id 11: image_id: expected a whole number, got 7.5"),
+        (annotation(image_id=True), r"file.json: annotation id 11: image_id: expected a whole number, got True"),
+        (annotation(category_id=None), r"annotations\[0\]: expected a field 'category_id', got none"),
         (annotation(category_id=1), r"file.json: annotation id 11: category_id 1 is not in the file"),
-        (annotation(category_id=[5]), r"file.json: annotation id 11: category_id \[5\] is not in the file"),
+        (annotation(category_id=[5]), r"annotation id 11: category_id: expected a whole number, got \[5\]"),
         (
             broken(lambda c: c["images"][0].update(file_name="gone.png")),
             r"file.json: 1 of 2 images do not exist, first .*gone.png \(image id 7\)",
@@ -180,7 +187,8 @@ def annotation(**fields):
         "broken JSON", "deep JSON", "long number", "no object", "no categories", "empty categories", "no images",
         "no width", "same id", "text id", "no height", "text width", "no name", "no box", "short box", "NaN box",
         "infinite box", "text box", "huge box", "endless box", "text crowd", "NaN area", "unknown image", "text image",
-        "unknown category", "list category", "missing image",
+        "text with a zero", "half an image", "true image", "no category", "unknown category", "list category",
+        "missing image",
     ],
 )  # fmt: skip
 def test_faults_of_the_file_are_found_on_opening(write, content, change, message):

@@ -200,6 +200,30 @@ def test_results_of_an_unknown_image_are_an_error() -> None:
         coco_metrics(truth, [{**results[0], "image_id": 99}])
 
 
+def test_ids_of_results_may_be_texts_of_known_ids() -> None:
+    truth, results = fixture()
+    texts = [{**item, "image_id": str(item["image_id"]), "category_id": str(item["category_id"])} for item in results]
+    assert coco_metrics(truth, texts) == coco_metrics(truth, results)
+    for name, value, message in (
+        ("image_id", "99", "image_id: expected a whole number, got '99'"),
+        ("category_id", "disc", "category_id: expected a whole number, got 'disc'"),
+        ("category_id", 99, "category_id 99 is not in the ground truth"),
+    ):
+        with pytest.raises(ValueError, match=f"^results: {message}$"):
+            coco_metrics(truth, [{**results[0], name: value}])
+
+
+@pytest.mark.parametrize("field", ["iscrowd", "area"])
+def test_null_is_as_if_the_field_were_missing(field: str) -> None:
+    truth, results = fixture()
+    missing, null = copy.deepcopy(truth), copy.deepcopy(truth)
+    for item in missing["annotations"]:
+        item.pop(field, None)
+    for item in null["annotations"]:
+        item[field] = None
+    assert coco_metrics(null, results) == coco_metrics(missing, results)
+
+
 def crowded() -> dict[str, Any]:
     """One image with 150 small objects."""
     boxes = [[float(10 * (i % 15)), float(10 * (i // 15)), 8.0, 8.0] for i in range(150)]

@@ -1,5 +1,6 @@
 """What a run leaves in its folder, and what it does with what another one left there."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,3 +91,39 @@ def test_a_fresh_run_removes_what_would_be_taken_for_its_own(fresh: str, dataset
     assert left == {*FOREIGN, *([] if fresh in ("fresh", "from itself") else OWN)} | (
         {"checkpoint.pt"} if fresh in ("from itself", "resumed") else set()
     )
+
+
+def test_a_validation_set_of_other_ids_gives_the_same_figures(dataset: CocoDataset, tmp_path: Path) -> None:
+    """Its results have its own ids, and a class that it lacks has no AP."""
+    content = json.loads(dataset.annotation_file.read_text())
+    content["categories"] = [{"id": 9 - item["id"], "name": item["name"]} for item in content["categories"][1:]]
+    content["annotations"] = [item for item in content["annotations"] if item["category_id"] != 1]
+    figures, results = {}, {}
+    for name in ("same ids", "other ids"):
+        file = tmp_path / f"{name}.json"
+        if name == "same ids":
+            categories = [{"id": 9 - item["id"], "name": item["name"]} for item in content["categories"]]
+            file.write_text(json.dumps(content | {"categories": [{"id": 1, "name": "disc"}, *categories]}))
+        else:
+            for item in content["annotations"]:
+                item["category_id"] = 9 - item["category_id"]
+            file.write_text(json.dumps(content))
+        val = CocoDataset(dataset.images_folder, file)
+        config = dataclasses.replace(make_model().config, box_score_threshold=0.0)
+        out = tmp_path / name
+        result = run_training(config, CONFIG, DataConfig(num_workers=0), masked(dataset), val, out_dir=out, device=CPU)
+        figures[name], results[name] = result.metrics, json.loads((out / "results.json").read_text())
+    assert figures["other ids"] == figures["same ids"]
+    assert figures["other ids"]["bbox/AP/disc"] == -1
+    assert {"segm/AP_boxes_only", "segm/AP_with_masks"} <= figures["other ids"].keys()
+    assert max(value for key, value in figures["other ids"].items() if key.startswith("bbox/AP/")) >= 0
+    own = {item["id"] for item in content["categories"]}
+    found = {item["category_id"] for item in results["other ids"]}
+    assert found & own
+    back = [9 - item["category_id"] if item["category_id"] in own else 1 for item in results["other ids"]]
+    assert back == [item["category_id"] for item in results["same ids"]]
+
+
+def masked(dataset: CocoDataset) -> CocoDataset:
+    """Of two classes the masks are learnt."""
+    return CocoDataset(dataset.images_folder, dataset.annotation_file, mask_classes="triangle,square")

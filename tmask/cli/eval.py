@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 from tmask.cli.common import (
     UsageError,
@@ -44,6 +45,9 @@ def eval_command(argv: list[str]) -> int:
         default=None,
         help="turn images by their EXIF orientation, as --data.exif; null: no, with a warning where there is one",
     )
+    parser.add_argument(
+        "--crowds", type=Literal["ignore", "instances"], default="ignore", help="what iscrowd 1 is taken for"
+    )
     # Images of a batch are padded to one size, which reaches into the features at their borders.
     parser.add_argument("--batch_size", type=int | None, default=None, help="null: as in training")
     parser.add_argument("--num_workers", type=int, default=0)
@@ -70,15 +74,18 @@ def eval_command(argv: list[str]) -> int:
 
     model, saved = load_model(args.checkpoint, device)
     training = saved["train_config"] or {}  # None: written by hand
-    dataset = CocoDataset(args.images, args.annotations, packed_masks=True, apply_exif=args.exif)
-    check_categories(model.config.num_classes, saved["categories"], dataset.categories)
+    dataset = CocoDataset(args.images, args.annotations, packed_masks=True, crowds=args.crowds, apply_exif=args.exif)
+    print(dataset.summary)
+    check_categories(model.config.num_classes, saved["categories"])
+    dataset.use_labels(saved["categories"])
     check_instances(dataset, train=False)
     if model.config.keypoints is not None:
         check_keypoint_names(dataset, model.config.keypoints.skeleton.names, train=False)
     check_images(dataset)
     boxes_only = {item["id"] for item in saved["categories"] if item.get("boxes_only")}
+    ids = [item["id"] for item in saved["categories"]]
     if args.mask_classes is not None:
-        boxes_only = set(dataset.category_ids) - mask_category_ids(args.mask_classes, dataset.categories)
+        boxes_only = set(ids) - mask_category_ids(args.mask_classes, saved["categories"])
     loader = make_loader(
         dataset,
         model.transform,
@@ -99,7 +106,7 @@ def eval_command(argv: list[str]) -> int:
         device=device,
         precision=precision_of(device, args.precision, saved),
         results_file=out / RESULTS_NAME if out else None,
-        boxes_only=boxes_only,
+        boxes_only={own for own, learnt in zip(dataset.category_ids, ids, strict=True) if learnt in boxes_only},
     )
     if out:
         replace_text(out / METRICS_NAME, json.dumps(metrics, indent=1))

@@ -206,6 +206,8 @@ def _convention(name: str) -> dict[str, Any]:
 
 def _keypoints_of_data(settings: dict[str, Any], train_set: Any) -> None:
     """Fill in, in place, the names that are not given, and the lines that come with them."""
+    if train_set.keypoint_fault is not None:
+        raise ValueError(train_set.keypoint_fault)
     if settings["names"] is None and train_set.keypoint_names:
         settings["names"] = train_set.keypoint_names
         if settings["edges"] is None:

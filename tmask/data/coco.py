@@ -19,17 +19,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tmask.data.annotations import (
-    compressed,
-    covers_pixels,
-    fill_annotations,
-    keypoints_of,
-    naming,
-    outlines_nothing,
-    read_coco,
-)
+from tmask.checks import nearest
+from tmask.data.annotations import fill_annotations, naming, read_coco, uncollected
+from tmask.data.categories import match_categories, root_category
+from tmask.data.image_files import find_image_files
 from tmask.data.images import read_header, read_picture, warn_transparent, warn_turned
+from tmask.data.keypoints import read_keypoints
 from tmask.data.mask_classes import is_split, mask_category_ids
+from tmask.data.segmentation import compressed, covers_pixels
+from tmask.data.summary import summarize
 from tmask.model.transform import mask_chunks, num_words
 from tmask_kernels import pack_masks
 
@@ -54,8 +52,15 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
 
     Label i in 1..num_classes-1 stands for ``category_ids[i - 1]``; 0 is the background. Images without annotations
     are kept. Annotations whose box has no area inside the image (is less than 0.01 pixels wide or high) are left out
-    of the targets, with one warning; one more counts masks that are given but empty. A missing ``iscrowd`` means 0, a
-    missing ``area`` is the mask's, or the box's without a mask.
+    of the targets. A missing ``iscrowd`` means 0, a missing ``area`` is the mask's, or the box's without a mask, a
+    missing ``bbox`` the mask's. A category that is only the heading of all others is left out. An image whose file
+    has another name is found if one file alone can be meant.
+
+    ``summary`` is a text of what the file holds. Every contradiction in it, and all that is left out or made, is
+    counted in one warning with the id of the first annotation.
+
+    `crowds` is ``ignore`` or ``instances``: what crowd annotations are taken for. Annotation tools mark masks of single
+    objects as crowds.
 
     With `packed_masks` the masks are bits, [G, H, ceil(W / 32)] int32 (`tmask_kernels.pack_masks`), and never are all
     of an image's held as bytes: what training uses.
@@ -73,10 +78,11 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     since its evaluator takes a match with id 0 for none.
 
     Errors: ValueError, naming file and entry, for a missing folder, file or image, broken JSON, no image or category,
-    missing or contradictory fields, and unknown `mask_classes`; on reading an item, for an image that cannot be decoded
-    or is not of the size the file says.
+    missing or wrong fields, masks that are all empty, and unknown `mask_classes`; on reading an item, for an image that
+    cannot be decoded or is not of the size the file says.
     """
 
+    @uncollected()
     def __init__(
         self,
         images_folder: str | Path,
@@ -86,9 +92,12 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         packed_masks: bool = False,
         mask_classes: str | None = None,
         apply_exif: bool | None = None,
+        crowds: str = "ignore",
     ) -> None:
         from pycocotools.coco import COCO
 
+        if crowds not in ("ignore", "instances"):
+            raise ValueError(f"crowds: expected {nearest(crowds, ('ignore', 'instances'))}, got {crowds!r}")
         self.images_folder, self.annotation_file = Path(images_folder), Path(annotation_file)
         self.transforms, self.packed_masks, self.apply_exif = transforms, packed_masks, apply_exif
         self.told: set[str] = set()  # of "exif" and "alpha": what a warning has told of
@@ -96,14 +105,22 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             fault = "expected a folder, got a file" if self.images_folder.exists() else "no such folder"
             raise ValueError(f"images_folder: {fault}: {self.images_folder}")
         content = read_coco(self.annotation_file)
+        if crowds == "instances":
+            for item in content["annotations"]:
+                item["iscrowd"] = 0
+        self._leave_out_root(content)
         self.images: list[dict[str, Any]] = content["images"]
         self.categories: list[dict[str, Any]] = sorted(content["categories"], key=lambda category: category["id"])
         self.category_ids: list[int] = [category["id"] for category in self.categories]
-        named = keypoints_of(self.categories, self.annotation_file)
-        self.keypoint_names, self.keypoint_edges = ((), ()) if named is None else named
+        self.keypoint_names, self.keypoint_edges, self.keypoint_fault = read_keypoints(content, self.annotation_file)
+        if self.keypoint_fault is not None:
+            warnings.warn(f"{self.keypoint_fault}; all keypoints are left out", stacklevel=3)
         masked = self.category_ids if mask_classes is None else mask_category_ids(mask_classes, self.categories)
         self.boxes_only = frozenset(self.category_ids) - frozenset(masked)
-        self._check_image_files()
+        self._found = find_image_files(self.images_folder, self.images, self.annotation_file)
+        self.summary, faults = summarize(self.annotation_file, content, self.boxes_only)
+        for fault in faults:
+            warnings.warn(fault, stacklevel=3)
         self._annotations, self._boxes = self._sort_annotations(content["annotations"])
         fill_annotations(content)
         self.coco = COCO()
@@ -133,12 +150,23 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             and covers_pixels(item.get("segmentation"))
         )
 
+    def use_labels(self, categories: Sequence[dict[str, Any]]) -> None:
+        """Number the labels as `categories`, those of training, do: `match_categories` says how they are matched.
+
+        Errors: ValueError for categories that do not match.
+        """
+        used = {item["category_id"] for item in self.coco.anns.values()}
+        self.categories = match_categories(categories, self.categories, used, self.annotation_file)
+        self.category_ids = [category["id"] for category in self.categories]
+        self.coco.dataset["categories"] = self.categories
+        self.coco.cats = {category["id"]: category for category in self.categories}
+
     def __len__(self) -> int:
         return len(self.images)
 
     def image_path(self, i: int) -> Path:
         """The file of image i."""
-        return self.images_folder / self.images[i]["file_name"]
+        return self.images_folder / self._found.get(i, self.images[i]["file_name"])
 
     def aspect_ratio(self, i: int) -> float:
         """Width / height of image i, without reading it."""
@@ -185,19 +213,15 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         expected, got = f"{record['width']}x{record['height']}", f"{width}x{height}"
         raise ValueError(f"{self.image_path(i)}: expected {expected} pixels by {self.annotation_file}, got {got}{hint}")
 
-    def _check_image_files(self) -> None:
-        missing = [i for i in range(len(self)) if not self.image_path(i).is_file()]
-        if not missing:
-            return
-        if len(missing) == len(self):
-            raise ValueError(
-                f"images_folder: none of the {len(self)} images of {self.annotation_file} is in {self.images_folder}, "
-                f"first {self.images[0]['file_name']} (image id {self.images[0]['id']})"
+    def _leave_out_root(self, content: dict[str, Any]) -> None:
+        root = root_category(content["categories"], {item["category_id"] for item in content["annotations"]})
+        if root is not None:
+            content["categories"].remove(root)
+            warnings.warn(
+                f"{self.annotation_file}: left out the category {root['name']!r} (id {root['id']}), which has no "
+                "annotation and is the supercategory of all others",
+                stacklevel=4,
             )
-        raise ValueError(
-            f"{self.annotation_file}: {len(missing)} of {len(self)} images do not exist, "
-            f"first {self.image_path(missing[0])} (image id {self.images[missing[0]]['id']})"
-        )
 
     def _sort_annotations(
         self, annotations: Sequence[dict[str, Any]]
@@ -206,7 +230,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         row = {record["id"]: i for i, record in enumerate(self.images)}
         kept: list[list[dict[str, Any]]] = [[] for _ in self.images]
         boxes: list[list[tuple[float, ...]]] = [[] for _ in self.images]
-        dropped, empty = [], []
+        dropped = []
         for item in annotations:
             i = row[item["image_id"]]
             x, y, width, height = item["bbox"]
@@ -215,21 +239,13 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             if box[2] - box[0] >= _MIN_SIDE and box[3] - box[1] >= _MIN_SIDE:
                 kept[i].append(item)
                 boxes[i].append(box)
-                if outlines_nothing(item.get("segmentation")):
-                    empty.append(item["id"])
             else:
                 dropped.append(item["id"])
         if dropped:
             warnings.warn(
                 f"{self.annotation_file}: left out {len(dropped)} of {len(annotations)} annotations, whose box has no "
                 f"area inside the image; first annotation id {dropped[0]}",
-                stacklevel=3,
-            )
-        if empty:
-            warnings.warn(
-                f"{self.annotation_file}: the mask of {len(empty)} of {len(annotations)} annotations is empty and left "
-                f"out, their boxes count; first annotation id {empty[0]}",
-                stacklevel=3,
+                stacklevel=4,
             )
         return kept, [np.array(item, dtype=np.float32).reshape(-1, 4) for item in boxes]
 
@@ -312,6 +328,8 @@ def check_masks(dataset: CocoDataset, mask_classes: str) -> None:
 
 def check_keypoint_names(dataset: CocoDataset, names: Sequence[str], *, train: bool) -> None:
     """Raise ValueError unless the data set has the keypoints `names`; to evaluate with it may also have none."""
+    if dataset.keypoint_fault is not None:
+        raise ValueError(dataset.keypoint_fault)
     if dataset.keypoint_names == tuple(names) or (not train and not dataset.keypoint_names):
         return
     got = ", ".join(dataset.keypoint_names) or "none"

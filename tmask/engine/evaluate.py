@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tmask.data.annotations import run_length
+from tmask.data.annotations import known_id
+from tmask.data.segmentation import run_length
 from tmask.engine.device import autocast, to_device
 from tmask.engine.files import replace_text
 from tmask.engine.progress import progress
@@ -189,10 +190,10 @@ def _ground_truth(dataset: dict[str, Any], kind: str, num_keypoints: int) -> Any
     sizes = {image["id"]: (image["height"], image["width"]) for image in dataset["images"]}
     annotations, usable = [], 0
     for number, source in enumerate(dataset.get("annotations", ()), start=1):
-        item = {**source, "id": number, "iscrowd": int(source.get("iscrowd", 0))}  # id 0 would read as "no match"
+        item = {**source, "id": number, "iscrowd": int(source.get("iscrowd") or 0)}  # id 0 would read as "no match"
         size = sizes[item["image_id"]]
-        rle = run_length(item.get("segmentation"), size) if kind == "segm" or "area" not in item else None
-        if "area" not in item:
+        rle = run_length(item.get("segmentation"), size) if kind == "segm" or item.get("area") is None else None
+        if item.get("area") is None:
             item["area"] = float(mask_utils.area(rle)) if rle else float(item["bbox"][2] * item["bbox"][3])
         if kind == "segm":
             usable += rle is not None
@@ -227,9 +228,12 @@ def _results(truth: Any, results: list[dict[str, Any]], kind: str, num_keypoints
 
     annotations = []
     for number, result in enumerate(results, start=1):
-        if result["image_id"] not in truth.imgs:
-            raise ValueError(f"results: image_id {result['image_id']} is not in the ground truth")
-        item = {key: result[key] for key in ("image_id", "category_id", "score")} | {"id": number, "iscrowd": 0}
+        item = {"id": number, "iscrowd": 0, "score": result["score"]}
+        for key, known in (("image_id", truth.imgs), ("category_id", truth.cats)):
+            try:
+                item[key] = known_id(key, result[key], known, where="the ground truth")
+            except ValueError as error:
+                raise ValueError(f"results: {error}") from error
         if kind == "segm":
             rle = result["segmentation"]
             item |= {"segmentation": rle, "area": float(mask_utils.area(rle)), "bbox": mask_utils.toBbox(rle).tolist()}

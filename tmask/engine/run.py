@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import json
 import sys
 import warnings
@@ -37,7 +36,7 @@ OVERVIEW_NAME, OVERVIEW_PICTURES = "overview.png", 4
 
 
 def open_dataset(data: DataConfig, split: str) -> Any:
-    """The CocoDataset of split ``"train"`` or ``"val"``; None if `data` names none.
+    """The CocoDataset of split ``"train"`` or ``"val"``, whose summary is printed; None if `data` names none.
 
     The headers of all images are read. Errors: those of CocoDataset and `check_images`, and ValueError if there is
     nothing to train on, or if of the classes chosen for their masks one that is listed, or all of a split, have none.
@@ -48,7 +47,15 @@ def open_dataset(data: DataConfig, split: str) -> Any:
     if images is None:
         return None
     mask_classes = data.mask_classes if split == "train" else None  # masks of all classes are evaluated
-    dataset = CocoDataset(images, annotations, packed_masks=True, mask_classes=mask_classes, apply_exif=data.exif)
+    dataset = CocoDataset(
+        images,
+        annotations,
+        packed_masks=True,
+        mask_classes=mask_classes,
+        crowds=data.crowds,
+        apply_exif=data.exif,
+    )
+    print(dataset.summary)
     check_instances(dataset, train=split == "train")
     if mask_classes is not None:
         check_masks(dataset, mask_classes)
@@ -103,6 +110,7 @@ def run_training(
     A fresh run begins with the weights of `init` (`load_initial`) if it is given, `resume` is a run to go on with. Of a
     run that stands in `out_dir` a fresh one removes what it will not write anew at once, before the first step.
     ``config.yaml`` is the caller's to write, by `on_start`: called before the first step, once all checks are passed.
+    `val_set` gets the labels of `train_set`.
     Errors: ValueError if the model has not the classes or keypoints of the data or the two sets name other categories,
     or ``only`` would freeze layers that begin at random; and those of `train`.
     """
@@ -111,7 +119,12 @@ def run_training(
 
     if train_config.only is not None and init is None and resume is None:
         raise ValueError(f"init: expected the checkpoint of a detector, as only={train_config.only!r}, got none")
-    check_categories(model_config.num_classes, train_set.categories, val_set.categories if val_set else None)
+    check_categories(model_config.num_classes, train_set.categories)
+    boxes_only = train_set.boxes_only  # as ids of the validation set
+    if val_set is not None:
+        val_set.use_labels(train_set.categories)
+        pairs = zip(train_set.category_ids, val_set.category_ids, strict=True)
+        boxes_only = {own for learnt, own in pairs if learnt in train_set.boxes_only}
     if model_config.keypoints is not None:
         names = model_config.keypoints.skeleton.names
         check_keypoint_names(train_set, names, train=True)
@@ -164,7 +177,7 @@ def run_training(
             device=device,
             precision=train_config.precision,
             results_file=out_dir / RESULTS_NAME,
-            boxes_only=train_set.boxes_only,
+            boxes_only=boxes_only,
         )
     result = train(
         model,
@@ -216,19 +229,11 @@ def _listed(kept: Mapping[str, str]) -> str:
     return first + (f" and {more} more" if more else "") + (f" ({reasons})" if reasons else "")
 
 
-def check_categories(
-    num_classes: int, train: Sequence[dict[str, Any]], val: Sequence[dict[str, Any]] | None = None
-) -> None:
-    """The model must have the classes of `train` and no more, and both sets the same. Errors: ValueError."""
-    if num_classes != len(train) + 1:
-        need = f"{len(train) + 1} (the {len(train)} categories and background)"
+def check_categories(num_classes: int, categories: Sequence[dict[str, Any]]) -> None:
+    """The model must have the classes of `categories` and no more. Errors: ValueError."""
+    if num_classes != len(categories) + 1:
+        need = f"{len(categories) + 1} (the {len(categories)} categories and background)"
         raise ValueError(f"num_classes: expected {need}, got {num_classes}")
-    if val is None:
-        return
-    both = itertools.zip_longest(*([(int(item["id"]), str(item["name"])) for item in part] for part in (train, val)))
-    for label, (old, new) in enumerate(both, start=1):
-        if old != new:
-            raise ValueError(f"categories: expected those of training, where label {label} is {old}, got {new}")
 
 
 def draw_pictures(

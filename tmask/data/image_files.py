@@ -1,0 +1,135 @@
+"""The files that the image names of a COCO file mean, where no file has just that name.
+
+Names come from other systems and other folders: with backslashes, a drive, a URL, in another Unicode form, case or
+image format. A file is taken if it is the only one that fits.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from tmask.data.images import image_suffixes
+
+Parts = tuple[str, ...]  # of a path below the images folder
+
+
+def find_image_files(folder: Path, images: Sequence[dict[str, Any]], annotation_file: Path) -> dict[int, str]:
+    """The file of each of `images` that is not there by its ``file_name``: its path below `folder`, by number.
+
+    They are counted in one warning. Errors: ValueError for images that are not there at all.
+    """
+    names = [record["file_name"] for record in images]
+    missing = [i for i, name in enumerate(names) if not (folder / name).is_file()]
+    if not missing:
+        return {}
+    there = ImageFolder(folder)
+    present = set(range(len(names))).difference(missing)
+    found = there.match({i: names[i] for i in missing}, (names[i] for i in present))
+    missing = [i for i in missing if i not in found]
+    if missing:
+        first, number = names[missing[0]], f"(image id {images[missing[0]]['id']})"
+        if len(missing) == len(images):
+            raise ValueError(
+                f"images_folder: none of the {len(images)} images of {annotation_file} is in {folder}, "
+                f"first {first} {number}{there.hint(first)}"
+            )
+        raise ValueError(
+            f"{annotation_file}: {len(missing)} of {len(images)} images do not exist, "
+            f"first {folder / first} {number}{there.hint(first)}"
+        )
+    # A name that is the end of the image's URL was made from it: LVIS names no files, which is no fault.
+    renamed = [i for i in found if not str(images[i].get("coco_url")).endswith(f"/{names[i]}")]
+    if renamed:
+        first, number = renamed[0], images[renamed[0]]["id"]
+        warnings.warn(
+            f"{annotation_file}: {len(renamed)} of {len(images)} images are there under another name, first "
+            f"{names[first]!r}: {found[first]} (image id {number})",
+            stacklevel=4,
+        )
+    return found
+
+
+class ImageFolder:
+    """The image files below `folder`, read once."""
+
+    def __init__(self, folder: Path) -> None:
+        suffixes = image_suffixes()
+        self.files: list[Parts] = []
+        for root, _, names in os.walk(folder):
+            above = Path(root).relative_to(folder).parts
+            self.files += [(*above, name) for name in names if os.path.splitext(name)[1].lower() in suffixes]
+
+        def stem(name: str) -> str:
+            first, suffix = os.path.splitext(name)
+            return _lower(first if suffix.lower() in suffixes else name)
+
+        # From the strictest comparison to the loosest: Unicode form, case, image format.
+        self._levels: list[tuple[Callable[[str], str], dict[str, list[Parts]]]] = []
+        for key in (_composed, _lower, stem):
+            by_name: dict[str, list[Parts]] = {}
+            for parts in self.files:
+                by_name.setdefault(key(parts[-1]), []).append(parts)
+            self._levels.append((key, by_name))
+
+    def find(self, name: str) -> list[Parts]:
+        """The files that `name` may mean, by the strictest comparison that finds any."""
+        for key, by_name in self._levels:
+            for wanted in _readings(name):
+                found = [
+                    (min(len(parts), len(wanted)), parts)
+                    for parts in by_name.get(key(wanted[-1]), ())
+                    # One path must end as the other does: a/1.png is not b/1.png.
+                    if all(_lower(a) == _lower(b) for a, b in zip(parts[-2::-1], wanted[-2::-1], strict=False))
+                ]
+                if found:
+                    longest = max(length for length, _ in found)
+                    return sorted(parts for length, parts in found if length == longest)
+        return []
+
+    def match(self, names: Mapping[int, str], taken: Iterable[str]) -> dict[int, str]:
+        """The path below the folder for each of `names` that means one file, and no other's.
+
+        `taken` are the files that other images have by their own name.
+        """
+        found = {i: self.find(name) for i, name in names.items()}
+        paths = {i: "/".join(files[0]) for i, files in found.items() if len(files) == 1}
+        uses = Counter([*paths.values(), *(os.path.normpath(name) for name in taken)])
+        return {i: path for i, path in paths.items() if uses[path] == 1}
+
+    def hint(self, name: str) -> str:
+        """What is there in place of `name`, to end an error message; empty if nothing is like it."""
+        found = ["/".join(parts) for parts in self.find(name)]
+        if not found:
+            wanted = _readings(name)[-1][-1]
+            near = difflib.get_close_matches(wanted, {parts[-1] for parts in self.files}, n=1)
+            found = ["/".join(parts) for parts in self.files if near and parts[-1] == near[0]]
+        return f"; there is {' and '.join(found[:2])}" if found else ""
+
+
+def _readings(name: str) -> list[Parts]:
+    """The paths that a name may stand for, without drive, host, and what is above the folder."""
+    texts = [name]
+    if "://" in name:
+        url = urlsplit(name)
+        # Label Studio names local files in the query: /data/local-files/?d=images/1.png
+        texts = [unquote(url.path), *(value for _, value in parse_qsl(url.query))]
+    elif "%" in name:
+        texts.append(unquote(name))
+    paths = [[part for part in text.replace("\\", "/").split("/") if part not in ("", ".", "..")] for text in texts]
+    return [tuple(parts) for parts in paths if parts] or [(name,)]
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _lower(name: str) -> str:
+    return _composed(name).casefold()

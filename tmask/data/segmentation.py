@@ -1,0 +1,156 @@
+"""COCO's forms of a mask: polygons and run lengths, checked and made into one form. Checks of numbers as well."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+# Larger coordinates are no pixels, and pycocotools would walk a polygon's outline pixel by pixel.
+MAX_COORDINATE = 1e6
+
+
+def outlines_nothing(segmentation: Any) -> bool:
+    """Whether a mask is given, but without a single polygon of three points."""
+    return isinstance(segmentation, list) and not any(len(points) >= 6 for points in segmentation)
+
+
+def is_outlined(segmentation: Any) -> bool:
+    """Whether there is a mask in it."""
+    return segmentation is not None and not outlines_nothing(segmentation)
+
+
+def covers_pixels(segmentation: Any) -> bool:
+    """Whether there is a mask in it and, of run lengths, one that has a pixel. Polygons are not drawn: that is slow."""
+    if not isinstance(segmentation, dict):
+        return is_outlined(segmentation)
+    if isinstance(segmentation["counts"], list):
+        return sum(segmentation["counts"][1::2]) > 0
+    from pycocotools import mask as coco_mask
+
+    return bool(coco_mask.area(segmentation) > 0)
+
+
+def flat_polygons(segmentation: list[Any]) -> list[Any]:
+    """Polygons as COCO has them, [[x, y, x, y, ...], ...], also of lists of pairs and of lists that are nested deeper.
+
+    Three lists of two numbers or more are the points of one polygon: a polygon of one point has no area. What is no
+    list of numbers stays as it is.
+    """
+    if not any(isinstance(part, list) and (len(part) == 2 or _is_nested(part)) for part in segmentation):
+        return segmentation
+    parts = []
+    for part in segmentation:
+        while isinstance(part, list) and len(part) == 1 and isinstance(part[0], list):  # as OpenCV's contours
+            part = part[0]
+        parts.append(part)
+    if len(parts) >= 3 and all(isinstance(part, list) and len(part) == 2 and not _is_nested(part) for part in parts):
+        return [[value for point in parts for value in point]]
+    return [flat for part in parts for flat in (flat_polygons(part) if _is_nested(part) else [part])]
+
+
+def _is_nested(part: Any) -> bool:
+    return isinstance(part, list) and bool(part) and isinstance(part[0], list)
+
+
+def run_length(segmentation: Any, size: tuple[int, int]) -> dict[str, Any] | None:
+    """COCO's compressed run lengths of any of its mask forms, for an image of `size` (H, W); None for no mask.
+
+    Forms: polygons (a list of [x, y, x, y, ...], or as `flat_polygons` takes them; those of fewer than three points are
+    ignored), or run lengths, as numbers or compressed.
+    Errors: ValueError for another form or size, and for damaged run lengths.
+    """
+    if isinstance(segmentation, list):
+        segmentation = flat_polygons(segmentation)
+    check_segmentation(segmentation, size)
+    return compressed(segmentation, size)
+
+
+def compressed(segmentation: Any, size: tuple[int, int]) -> dict[str, Any] | None:
+    """`run_length` of what `read_coco` has checked already: training asks for every mask in every epoch."""
+    from pycocotools import mask as coco_mask
+
+    if not is_outlined(segmentation):
+        return None
+    if isinstance(segmentation, list):
+        # pycocotools would take a list of four numbers for a box.
+        return coco_mask.merge(coco_mask.frPyObjects([points for points in segmentation if len(points) >= 6], *size))
+    if isinstance(segmentation["counts"], list):
+        return coco_mask.frPyObjects(segmentation, *size)
+    return segmentation
+
+
+def check_segmentation(segmentation: Any, size: tuple[int, int]) -> None:
+    """Raise ValueError unless `segmentation` is None or one of COCO's forms, whole and for an image of `size`."""
+    if segmentation is None:
+        return
+    if isinstance(segmentation, list):
+        for points in segmentation:
+            if not isinstance(points, list):
+                raise ValueError(f"segmentation: expected polygons [[x, y, ...], ...], got a list of {points!r}")
+            if len(points) % 2:
+                raise ValueError(
+                    f"segmentation: expected polygons of x, y pairs, got an odd number of values, {len(points)}"
+                )
+            check_numbers("segmentation", points)
+        return
+    if not isinstance(segmentation, dict) or "counts" not in segmentation or "size" not in segmentation:
+        raise ValueError(f"segmentation: expected polygons or run lengths, got {type(segmentation).__name__}")
+    given, counts = segmentation["size"], segmentation["counts"]
+    if not isinstance(given, list | tuple) or tuple(given) != size:
+        got = tuple(given) if isinstance(given, list) else given
+        raise ValueError(f"segmentation: expected run lengths of size {size}, got {got!r}")
+    if isinstance(counts, list):
+        pixels = sum(counts) if all(is_int(count) and count >= 0 for count in counts) else None
+    elif isinstance(counts, str | bytes):
+        pixels = _pixels(counts.encode() if isinstance(counts, str) else counts)
+    else:
+        raise ValueError(f"segmentation: expected run lengths as a list or a text, got {counts!r}")
+    if pixels != size[0] * size[1]:
+        got = "damaged ones" if pixels is None else str(pixels)
+        raise ValueError(f"segmentation: expected runs of {size[0] * size[1]} pixels in all, got {got}")
+
+
+def _pixels(counts: bytes) -> int | None:
+    """How many pixels compressed run lengths cover in all; None if they are damaged.
+
+    pycocotools fills the rest of a mask whose runs end early with whatever stood in memory. Its format (`rleFrString`
+    of maskApi.c): a number is a row of characters from '0' on, low 5 bits first, bit 5 of each says that more follow,
+    bit 4 of the last is the sign; from the fourth on a run is stored as its difference to the last but one.
+    """
+    digits = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
+    if not digits.size or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
+        return None
+    last = np.flatnonzero(digits & 32 == 0)
+    first = np.concatenate([[0], last[:-1] + 1])
+    place = np.arange(digits.size) - np.repeat(first, last - first + 1)
+    if place.max() > 6:  # 35 bits: more than any run
+        return None
+    runs = np.add.reduceat((digits & 31) << (5 * place), first)
+    runs -= (digits[last] >> 4 & 1) << (5 * (place[last] + 1))
+    runs[1::2] = runs[1::2].cumsum()
+    runs[2::2] = runs[2::2].cumsum()
+    return int(runs.sum()) if runs.min() >= 0 else None
+
+
+def check_numbers(name: str, values: Sequence[Any], *, limit: float = MAX_COORDINATE) -> None:
+    """Raise ValueError for the first of `values` that is no finite number or larger than `limit`."""
+    try:  # sum, min and max run at C's speed: COCO has forty million coordinates
+        if not values or (math.isfinite(sum(values)) and -limit <= min(values) and max(values) <= limit):
+            return
+    except (TypeError, OverflowError):
+        pass
+    for value in values:
+        # Whole numbers that no float holds count as infinite; the comparison also refuses NaN.
+        if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+            raise ValueError(f"{name}: expected finite numbers, got {value!r}")
+        if abs(value) > limit:
+            raise ValueError(f"{name}: expected pixels within {limit:g}, got {value!r}")
+
+
+def is_int(value: Any) -> bool:
+    """Whether it is a whole number; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
