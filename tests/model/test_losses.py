@@ -396,10 +396,10 @@ def test_boxes_without_area_have_a_finite_gradient(kind: losses.BoxLoss) -> None
 @pytest.mark.parametrize(
     ("box", "expected"),
     [
-        # Meets the target as x1 falls: overlap 10 / union 300. Of y1 and y2 the box around takes half, the union all.
-        ([10.0, 0, 30, 10], [1 / 30, 1 / 60, 0, -1 / 60]),
-        # Grows with y2: overlap 10 / union 100. With y1, an edge of the target, by half. The box around moves by half.
-        ([0.0, 0, 10, 0], [-0.05, 0.05, 0.05, -0.1]),
+        # As x1 falls it meets the target: overlap 4, union 180, of the box around 300.
+        ([10.0, 2, 30, 6], [4 / 180, 20 / 300, 180 * 10 / 300**2 - 4 / 300, -20 / 300]),
+        # As y2 rises or y1 falls the overlap grows by 5, the union by 20 - 5, from 100; the box around is 250.
+        ([5.0, 4, 25, 4], [0.0, 5 / 100 + 15 / 250, 100 * 10 / 250**2, -5 / 100 - 15 / 250]),
         ([0.0, 0, 10, 10], [0.0, 0, 0, 0]),  # a move either way costs the same
     ],
     ids=["touching", "no height", "equal"],
