@@ -17,7 +17,7 @@ def takes_much(case: Case) -> bool:
 
 
 @pytest.mark.parametrize("arch", CARDS)
-@pytest.mark.parametrize("case", filter(takes_much, all_cases()), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", list(filter(takes_much, all_cases())), ids=lambda case: case.name)
 def test_fits(case: Case, arch: str) -> None:
     got = compile_case(case, arch)
     assert got.spills <= case.known_spills, got

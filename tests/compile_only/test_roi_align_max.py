@@ -49,6 +49,7 @@ def _forward(
     sampling_ratio: int = 2,
     cubic: float | None = None,
     keep_index: bool = True,
+    known_spills: int = 0,
 ) -> Case:
     tile = kernels.pick_tile(CHANNELS, 7, channels_last)
     strides = _strides(channels_last)
@@ -89,6 +90,7 @@ def _forward(
         num_warps=tile.num_warps,
         enable_fp_fusion=False,
         wide=channels_last,
+        known_spills=known_spills,
         target=lambda arch: _forward_target(
             arch, tile, dtype, channels_last=channels_last, sampling_ratio=sampling_ratio
         ),
@@ -177,7 +179,8 @@ CASES = [
     _forward("forward bf16 channels_last 7x7 no index", dtype="bf16", keep_index=False),
     _forward("forward fp32 channels_last 7x7", dtype="fp32"),
     _forward("forward bf16 channels_last 7x7 adaptive", dtype="bf16", sampling_ratio=0),
-    _forward("forward fp32 contiguous 7x7", dtype="fp32", channels_last=False),
+    # Of Triton 3.8, on the RTX 50 series alone: ptxas spills one register to stay at 80.
+    _forward("forward fp32 contiguous 7x7", dtype="fp32", channels_last=False, known_spills=8),
     _forward("forward bf16 channels_last 7x7 bicubic", dtype="bf16", cubic=-0.5),
     _gather("bf16 channels_last 7x7", dtype="bf16"),
     _gather("fp32 channels_last 7x7", dtype="fp32"),
