@@ -6,7 +6,6 @@ All that is wrong with a file is found here, before anything uses it, and named:
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import math
 import re
@@ -113,18 +112,6 @@ def fill_annotations(content: dict[str, Any]) -> None:
             item["area"] = float(coco_mask.area(run)) if run else float(item["bbox"][2] * item["bbox"][3])
         if item["id"] == 0:
             item["id"] = max(top, 0) + 1
-
-
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Garbage is not collected in here: a third of the time to open COCO, whose millions of lists are no garbage."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tmask.checks import nearest
-from tmask.data.annotations import fill_annotations, naming, read_coco, uncollected
+from tmask.data.annotations import fill_annotations, naming, read_coco
 from tmask.data.categories import match_categories, root_category
 from tmask.data.image_files import find_image_files
 from tmask.data.images import read_header, read_picture, warn_transparent, warn_turned
@@ -82,7 +82,6 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     cannot be decoded or is not of the size the file says.
     """
 
-    @uncollected()
     def __init__(
         self,
         images_folder: str | Path,
@@ -114,13 +113,13 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         self.category_ids: list[int] = [category["id"] for category in self.categories]
         self.keypoint_names, self.keypoint_edges, self.keypoint_fault = read_keypoints(content, self.annotation_file)
         if self.keypoint_fault is not None:
-            warnings.warn(f"{self.keypoint_fault}; all keypoints are left out", stacklevel=3)
+            warnings.warn(f"{self.keypoint_fault}; all keypoints are left out", stacklevel=2)
         masked = self.category_ids if mask_classes is None else mask_category_ids(mask_classes, self.categories)
         self.boxes_only = frozenset(self.category_ids) - frozenset(masked)
         self._found = find_image_files(self.images_folder, self.images, self.annotation_file)
         self.summary, faults = summarize(self.annotation_file, content, self.boxes_only)
         for fault in faults:
-            warnings.warn(fault, stacklevel=3)
+            warnings.warn(fault, stacklevel=2)
         self._annotations, self._boxes = self._sort_annotations(content["annotations"])
         fill_annotations(content)
         self.coco = COCO()
@@ -220,7 +219,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             warnings.warn(
                 f"{self.annotation_file}: left out the category {root['name']!r} (id {root['id']}), which has no "
                 "annotation and is the supercategory of all others",
-                stacklevel=4,
+                stacklevel=3,
             )
 
     def _sort_annotations(
@@ -245,7 +244,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             warnings.warn(
                 f"{self.annotation_file}: left out {len(dropped)} of {len(annotations)} annotations, whose box has no "
                 f"area inside the image; first annotation id {dropped[0]}",
-                stacklevel=4,
+                stacklevel=3,
             )
         return kept, [np.array(item, dtype=np.float32).reshape(-1, 4) for item in boxes]
 

@@ -52,7 +52,7 @@ def find_image_files(folder: Path, images: Sequence[dict[str, Any]], annotation_
         warnings.warn(
             f"{annotation_file}: {len(renamed)} of {len(images)} images are there under another name, first "
             f"{names[first]!r}: {found[first]} (image id {number})",
-            stacklevel=4,
+            stacklevel=3,
         )
     return found
 
