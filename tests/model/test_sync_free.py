@@ -4,6 +4,7 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,11 +38,11 @@ def triton_where_there_is_a_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[
     """Every op takes Triton if it can, else its reference: what ``auto`` does on a GPU. Yields the ops that ran it."""
     used = set()
 
-    def prefer(op: str, backend: str | None, reasons: dict[str, list[str]], *, device: torch.device) -> str:
+    def prefer(op: str, backend: str | None, reasons: dict[str, list[str]], **options: Any) -> str:
         chosen = "triton" if reasons.get("triton", ["none"]) == [] else "reference"
         if chosen == "triton":
             used.add(op)
-        return resolve(op, chosen, reasons, device=device)
+        return resolve(op, chosen, reasons, **options)
 
     for op in OPS:
         monkeypatch.setattr(importlib.import_module(f"tmask_kernels.ops.{op}.op"), "resolve", prefer)
