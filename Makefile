@@ -40,11 +40,12 @@ $(COMPILED)/.compiled: pyproject.toml $(COMPILED_CONSTRAINTS) .ci/rows/newest.tx
 	$(COMPILED)/bin/python -m pip install --quiet --disable-pip-version-check $(COMPILED_CONSTRAINTS:%=-c %) -e '.[dev]' ttsem
 	touch $@
 
-# ARGS="-k nms" picks some. `-quick`, which .ci/run runs, leaves out what is slow, here or anywhere.
+# ARGS="-k nms" picks some. The files left out launch no kernel. `-quick`, which .ci/run runs, leaves out what is slow, here or anywhere.
 test-compiled-quick: QUICK := -m 'not slow' $(addprefix --deselect tests/kernels/test_, \
 	mask_targets.py::test_equals_torchvision paste_masks.py::test_all_outputs modules.py::test_torchvision_model)
 test-compiled test-compiled-quick: $(COMPILED)/.compiled
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=0 $(COMPILED)/bin/python -m pytest -p tests.compiled.plugin -n 2 $(QUICK) $(ARGS) \
+		$(foreach file,arguments machine kernel_rules constants_rule,--ignore tests/kernels/test_$(file).py) \
 		tests/compiled tests/kernels tests/test_validate.py::test_every_row_passes_on_a_gpu
 
 # The tests of kernels and model take their device from a fixture, so here they run compiled.
