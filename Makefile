@@ -9,7 +9,7 @@ CONSTRAINTS := constraints.txt .ci/rows/$(ROW).txt
 # What `make demo` writes to.
 OUT ?= runs/demo
 
-.PHONY: demo test test-slow check fix test-compile test-compiled test-compiled-quick test-gpu bench gpu-report clean
+.PHONY: demo test test-slow check fix test-compile test-compiled test-gpu bench gpu-report clean
 
 # One pip command, pinned: torch, torchvision and numpy must be resolved together. Redone only when a file it reads changes.
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
@@ -40,12 +40,13 @@ $(COMPILED)/.compiled: pyproject.toml $(COMPILED_CONSTRAINTS) .ci/rows/newest.tx
 	$(COMPILED)/bin/python -m pip install --quiet --disable-pip-version-check $(COMPILED_CONSTRAINTS:%=-c %) -e '.[dev]' ttsem
 	touch $@
 
-# ARGS="-k nms" picks some. The files left out launch no kernel. `-quick`, which .ci/run runs, leaves out what is slow, here or anywhere.
-test-compiled-quick: QUICK := -m 'not slow' $(addprefix --deselect tests/kernels/test_, \
-	mask_targets.py::test_equals_torchvision paste_masks.py::test_all_outputs modules.py::test_torchvision_model)
-test-compiled test-compiled-quick: $(COMPILED)/.compiled
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=0 $(COMPILED)/bin/python -m pytest -p tests.compiled.plugin -n 2 $(QUICK) $(ARGS) \
+# Left out: files that launch no kernel, and three groups that take minutes each here. ARGS="-k nms" picks some tests,
+# ARGS="-m slow" those that `make test` leaves out too.
+test-compiled: $(COMPILED)/.compiled
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=0 $(COMPILED)/bin/python -m pytest -p tests.compiled.plugin -n 2 -m 'not slow' $(ARGS) \
 		$(foreach file,arguments machine kernel_rules constants_rule,--ignore tests/kernels/test_$(file).py) \
+		$(addprefix --deselect tests/kernels/test_,mask_targets.py::test_equals_torchvision \
+			paste_masks.py::test_all_outputs modules.py::test_torchvision_model) \
 		tests/compiled tests/kernels tests/test_validate.py::test_every_row_passes_on_a_gpu
 
 # The tests of kernels and model take their device from a fixture, so here they run compiled.
