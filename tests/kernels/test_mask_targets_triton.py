@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -363,6 +364,10 @@ def test_parity_is_green(device: torch.device) -> None:
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else SLOW) for name in MUTANTS])
 def test_mutants_turn_parity_red(name: str, device: torch.device, tmp_path: Path) -> None:
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if name == "infinite boxes" and version >= (3, 8):
+        # There, as on a GPU, the maximum of NaN and 1 is 1. Without the check loops are longer, the result is 0 too.
+        pytest.skip("the interpreter of Triton 3.8 gives the right result without the check")
     broken = mutant(kernels, *MUTANTS[name], tmp_path)
     with pytest.raises(AssertionError):
         parity(broken, device)
