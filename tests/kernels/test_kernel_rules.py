@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-KERNEL_FILES = sorted(
-    path for path in ROOT.glob("tmask_kernels/**/*.py") if "@triton.jit" in path.read_text()
-)  # fmt: skip
+KERNEL_FILES = sorted(path for path in ROOT.glob("tmask_kernels/**/*.py") if "@triton.jit" in path.read_text())
 
 Names = dict[str, frozenset[str]]  # a name -> the values it may hold
 
@@ -73,9 +71,7 @@ class Aliases:
                     names[name] = frozenset({next(self._fresh)})
                 case ast.If(body=then, orelse=other):
                     one, two = self.run(then, names), self.run(other, names)
-                    names = {
-                        name: one.get(name, frozenset()) | two.get(name, frozenset()) for name in one | two
-                    }  # fmt: skip
+                    names = {name: one.get(name, frozenset()) | two.get(name, frozenset()) for name in one | two}
                 case ast.For(body=inside) | ast.While(body=inside):
                     names = self.loop(statement, inside, names)
         return names

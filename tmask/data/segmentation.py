@@ -13,14 +13,11 @@ import numpy as np
 MAX_COORDINATE = 1e6
 
 
-def outlines_nothing(segmentation: Any) -> bool:
-    """Whether a mask is given, but without a single polygon of three points."""
-    return isinstance(segmentation, list) and not any(len(points) >= 6 for points in segmentation)
-
-
 def is_outlined(segmentation: Any) -> bool:
-    """Whether there is a mask in it."""
-    return segmentation is not None and not outlines_nothing(segmentation)
+    """Whether a mask is given: run lengths, or at least one polygon of three points."""
+    if isinstance(segmentation, list):
+        return any(len(points) >= 6 for points in segmentation)
+    return segmentation is not None
 
 
 def covers_pixels(segmentation: Any) -> bool:
