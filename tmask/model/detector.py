@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tmask.model.postprocess import to_list
 from tmask.model.roi_heads import RoIHeads
@@ -77,15 +78,31 @@ class MaskRCNN(nn.Module):
         The losses come weighted, each a float32 scalar under torchvision's name; train on their sum. No host
         synchronisation, unless `compact` drops empty slots before the mask head: same result, less work, and shapes
         that depend on data. It pays on a CPU.
+
+        Features have the dtype of the weights. Errors: ValueError for weights of several dtypes outside autocast, and
+        for a batch that leaves a norm a single value of a channel.
         """
         if self.training and targets is None:
             raise ValueError("targets: expected Targets in training mode, got None")
-        features = self.fpn(list(self.backbone(images.tensor).values()))  # P2-P6, or one level
+        try:
+            return self._forward_padded(images, targets, compact=compact)
+        except (RuntimeError, ValueError) as error:  # PyTorch's own name no setting
+            cause = _cause(error, self, images.tensor)
+            if cause is None:
+                raise
+            raise ValueError(cause) from error
+
+    def _forward_padded(
+        self, images: ImageBatch, targets: Targets | None, *, compact: bool
+    ) -> dict[str, Tensor] | Detections:
+        weight = next((p for p in self.backbone.parameters() if p.is_floating_point()), images.tensor)
+        pixels = images.tensor.to(weight.dtype)  # of a model in half or double precision; boxes are float32 in all
+        features = self.fpn(list(self.backbone(pixels).values()))  # P2-P6, or one level
         proposals, losses = self.rpn(features, images, targets)
         if targets is None:
             return self.roi_heads.detect(features, proposals, images, compact=compact)
         losses |= self.roi_heads.losses(features, proposals, images, targets, compact=compact)
-        return {name: self.loss_weights[name] * loss for name, loss in losses.items()}
+        return {name: self.loss_weights[name] * loss.float() for name, loss in losses.items()}
 
     def forward(
         self,
@@ -109,3 +126,19 @@ class MaskRCNN(nn.Module):
             return result
         original_sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         return to_list(result, batch.sizes, original_sizes, masks=masks, convention=self.paste)
+
+
+def _cause(error: Exception, model: nn.Module, pixels: Tensor) -> str | None:
+    """What an error of PyTorch comes from, if it is one of two that settings mend; None for any other."""
+    dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
+    if isinstance(error, RuntimeError) and len(dtypes) > 1 and "type" in str(error):
+        mend = "give all the same, or keep all in float32 and use torch.autocast (in the commands --precision)"
+        return f"weights: expected one dtype, got {' and '.join(dtypes)}: {mend}"
+    if "more than 1 value per channel" not in str(error):
+        return None
+    size = f"batch_size {len(pixels)} of {pixels.shape[-2]} x {pixels.shape[-1]} pixels"
+    if any(isinstance(module, _BatchNorm) and module.training for module in model.modules()):
+        norm, mend = "bn", "larger --train.batch_size or --model.min_size, or --model.norm frozen_bn (or gn)"
+    else:
+        norm, mend = "gn", "larger --model.min_size, or --model.fpn_channels above the 32 groups"
+    return f"norm {norm} needs more than one value a channel: {size} leaves a map of 1 x 1; {mend}"

@@ -51,7 +51,7 @@ class KeypointBranch:
         """
         logits, chosen = run_head(head, pool, boxes, valid, self.pool_size, compact=compact)
         xy, scores = decode_keypoints(to_slots(logits, chosen, valid), boxes, valid)
-        return torch.cat([xy, scores[..., None]], dim=-1)
+        return torch.cat([xy, scores[..., None]], dim=-1).float()
 
 
 def encode_keypoints(keypoints: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor]:
