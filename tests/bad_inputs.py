@@ -8,6 +8,7 @@ a checkpoint trained on it, ``run/checkpoint.pt``, and whatever its `spoil` does
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
 import shutil
@@ -21,6 +22,8 @@ import torch
 from PIL import Image
 
 from tests.image_files import tiff, with_exif
+from tmask.engine.checkpoint import load_checkpoint
+from tmask.model.state_dict import NOT_READ
 
 Spoil = Callable[[], object]
 
@@ -151,7 +154,7 @@ class Evil:
     """Runs code when it is unpickled."""
 
     def __reduce__(self) -> Any:
-        return Path.touch, (Path("code-ran"),)
+        return exec, ("open('code-ran', 'w')",)
 
 
 def evil_checkpoint() -> None:
@@ -796,6 +799,11 @@ SETTINGS = [
         code=2,
     ),
     Case("negative learning rate", "train --train.lr -1", "--train.lr: expected at least 0, got -1.0", code=2),
+    Case(
+        "one image of 32 x 32 pixels and batch norm",
+        "train --train.batch_size 1",
+        "norm bn needs more than one value a channel: batch_size 1 of 32 x 32 pixels leaves a map of 1 x 1; larger --train.batch_size or --model.min_size, or --model.norm frozen_bn (or gn)",
+    ),
     Case("batch of no images", "train --train.batch_size 0", "--train.batch_size: expected at least 1, got 0", code=2),
     Case("negative size", "train --model.min_size -3", "--model.min_size: expected in 1..max_size, got -3", code=2),
     Case(
@@ -884,7 +892,7 @@ SETTINGS = [
     Case(
         "backbone weights that are no weights",
         f"train --model.backbone_weights {FILE}",
-        "backbone_weights: data/annotations.json is truncated, damaged or no state dict",
+        'backbone_weights: expected weights in data/annotations.json, got a text that begins \'{"images": [{"id": 1, "file_name": "0000\'',
     ),
     Case(
         "device that does not exist",
@@ -941,29 +949,97 @@ CHECKPOINTS = [
     Case(
         "truncated checkpoint",
         "eval",
-        "checkpoint run/checkpoint.pt: truncated, damaged or no checkpoint",
+        "checkpoint run/checkpoint.pt: expected a file written by tmask, got a truncated or damaged file",
         truncated_checkpoint,
     ),
     Case(
         "foreign file to go on from",
         f"train --resume {FILE}",
-        "checkpoint data/annotations.json: truncated, damaged or no checkpoint",
+        'checkpoint data/annotations.json: expected a file written by tmask, got a text that begins \'{"images": [{"id": 1, "file_name": "0000\'',
     ),
     Case(
         "foreign file",
         f"predict --checkpoint {FILE}",
-        "checkpoint data/annotations.json: truncated, damaged or no checkpoint",
+        'checkpoint data/annotations.json: expected a file written by tmask, got a text that begins \'{"images": [{"id": 1, "file_name": "0000\'',
     ),
     Case(
         "pickle with code in it: does not run",
         "eval",
-        "checkpoint run/checkpoint.pt: truncated, damaged or no checkpoint",
+        "checkpoint run/checkpoint.pt: expected a file written by tmask, got a pickle of builtins.exec, which is not read, as it could run code; save the weights alone: torch.save(model.state_dict(), 'weights.pth')",
         evil_checkpoint,
+    ),
+    Case(
+        "checkpoint with another object in it",
+        "predict --checkpoint args.pt",
+        "checkpoint args.pt: holds argparse.Namespace, which is none of tmask's and could run code",
+        lambda: torch.save({"format": "tmask checkpoint", "args": argparse.Namespace(lr=0.02)}, "args.pt"),
+    ),
+    Case(
+        "a whole model, pickled",
+        "train --init model.pth",
+        f"init model.pth: expected a checkpoint or weights of a Mask R-CNN, got a pickle of torch.nn.modules.linear.Linear, {NOT_READ}",
+        lambda: torch.save(torch.nn.Linear(1, 1), "model.pth"),
+    ),
+    Case(
+        "a whole model, pickled",
+        "eval --checkpoint model.pth",
+        f"checkpoint model.pth: expected a file written by tmask, got a pickle of torch.nn.modules.linear.Linear, {NOT_READ}",
+        lambda: torch.save(torch.nn.Linear(1, 1), "model.pth"),
+    ),
+    Case(
+        "weights of detectron2",
+        "train --init d2.pkl",
+        "init d2.pkl: expected a checkpoint or weights of a Mask R-CNN, got weights of detectron2, which are not read yet",
+        file("d2.pkl", pickle.dumps({"model": {"backbone.bottom_up.stem.conv1.weight": np.zeros(1)}})),
+    ),
+    Case(
+        "weights of mmdetection",
+        "train --init mm.pth",
+        "init mm.pth: expected a checkpoint or weights of a Mask R-CNN, got weights of mmdetection, which are not read yet",
+        lambda: torch.save({"meta": {}, "state_dict": {"rpn_head.rpn_conv.weight": torch.zeros(1)}}, "mm.pth"),
+    ),
+    Case(
+        "weights of Keras",
+        "train --init mask_rcnn_coco.h5",
+        "init mask_rcnn_coco.h5: expected a checkpoint or weights of a Mask R-CNN, got an HDF5 file, such as Keras's .h5, which is not read",
+        file("mask_rcnn_coco.h5", b"\x89HDF\r\n\x1a\n" + bytes(99)),
+    ),
+    Case(
+        "page of an error, saved as weights",
+        "eval --checkpoint a.pt",
+        "checkpoint a.pt: expected a file written by tmask, got a page of HTML or XML, which servers give in place of a file: download it again",
+        file("a.pt", "<!DOCTYPE html>\n<html>404</html>"),
+    ),
+    Case(
+        "Git LFS pointer",
+        "train --model.backbone_weights resnet18.pth",
+        "backbone_weights: expected weights in resnet18.pth, got a Git LFS pointer in place of the file: run git lfs pull",
+        file("resnet18.pth", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+    ),
+    Case(
+        "weights of tmask without settings",
+        "predict --checkpoint own.pth",
+        "checkpoint own.pth: expected a file written by tmask, got the weights of tmask's model alone: --init begins a run with them, model.load_state_dict takes them",
+        lambda: torch.save(load_checkpoint(CHECKPOINT)["model"], "own.pth"),
+    ),
+    Case(
+        "weights of a ResNet alone",
+        "train --init resnet18.pth",
+        "init resnet18.pth: expected a checkpoint or weights of a Mask R-CNN, got weights of a ResNet without a detector: give them as model.backbone_weights",
+        lambda: torch.save({"layer1.0.conv1.weight": torch.zeros(1)}, "resnet18.pth"),
+    ),
+    Case(
+        "weights of several models",
+        "train --init two.pth",
+        "init two.pth: expected the weights of one model, got 2, under 'student.', 'teacher.'; save one alone",
+        lambda: torch.save(
+            {f"{own}.rpn.head.conv.weight": torch.zeros(1) for own in ("student", "teacher")}, "two.pth"
+        ),
     ),
     Case(
         "torchvision's weights",
         "eval --checkpoint tv.pth",
-        "checkpoint tv.pth: expected a file written by tmask: it is a torchvision state dict, use tmask.load_torchvision",
+        "checkpoint tv.pth: expected a file written by tmask, got a torchvision state dict: use tmask.load_torchvision, or --init to begin a run with it",
         torchvision_weights,
     ),
     Case(
@@ -974,14 +1050,12 @@ CHECKPOINTS = [
     Case(
         "file to begin with that holds no weights",
         f"train --init {FILE}",
-        "init: data/annotations.json is truncated, damaged or no state dict",
+        'init data/annotations.json: expected a checkpoint or weights of a Mask R-CNN, got a text that begins \'{"images": [{"id": 1, "file_name": "0000\'',
     ),
     Case(
         "weights to begin with of another model",
         f"train --init {CHECKPOINT} --model.fpn_channels 16",
-        "checkpoint run/checkpoint.pt: weights do not fit the model: fpn.lateral.0.weight: expected [16, 64, 1, 1], "
-        "got [8, 64, 1, 1]; fpn.lateral.0.bias: expected [16], got [8]; "
-        "fpn.lateral.1.weight: expected [16, 128, 1, 1], got [8, 128, 1, 1] and 19 more",
+        "init run/checkpoint.pt: the weights are of another model: fpn_channels: 8 -> 16",
     ),
     Case(
         "detector to be frozen of which not all is there",
@@ -1183,6 +1257,11 @@ ACCEPTED = [
         "all of it is background",
         content(lambda c: c.update(annotations=c["annotations"][:2])),
     ),
+    Accepted(
+        "one image of 32 x 32 pixels and group norm",
+        "train --train.batch_size 1 --model.norm gn --model.fpn_channels 64 --model.mask_head_channels 32",
+        "trains: it has statistics of groups of channels",
+    ),
     Accepted("batch larger than the data set", "train --train.batch_size 8", "every batch holds all images"),
     Accepted(
         "alpha that hides something",
@@ -1251,6 +1330,24 @@ ACCEPTED = [
         "predict",
         "the orientation alone is read",
         file(FIRST, with_exif(np.zeros((32, 32, 3), np.uint8), "png", 6, [(0x11A, 10, 1, 200), (0x8769, 4, 1, 8)])),
+    ),
+    Accepted(
+        "weights of tmask without settings",
+        "train --init own.pth",
+        "a run begins with them; their classes are taken to be those of the data",
+        lambda: torch.save(load_checkpoint(CHECKPOINT)["model"], "own.pth"),
+    ),
+    Accepted(
+        "weights in a checkpoint of Lightning or of a script, with other objects beside them",
+        "train --init theirs.ckpt",
+        "the weights are taken, and no prefix of a wrapper; in place of the objects stand empty dicts",
+        lambda: torch.save(
+            {
+                "state_dict": {f"model.module.{n}": t for n, t in load_checkpoint(CHECKPOINT)["model"].items()},
+                "args": argparse.Namespace(lr=0.02, out=Path("a")),
+            },
+            "theirs.ckpt",
+        ),
     ),
     Accepted(
         "folder with other files, and with subfolders",
@@ -1444,6 +1541,11 @@ PYTHON = [
         "missing image file",
         'CocoDataset("data/images", "data/annotations.json")[0]',
         "data/annotations.json: 1 of 3 images do not exist, first data/images/000000.png (image id 1); there is 000002.png",
+    ),
+    PythonCase(
+        "weights of several precisions",
+        "model.eval() and model.fpn.half() and model([image])",
+        "weights: expected one dtype, got float16 and float32: give all the same, or keep all in float32 and use torch.autocast (in the commands --precision)",
     ),
     PythonCase("checkpoint that does not exist", 'load_model("nowhere.pt")', "checkpoint nowhere.pt: no such file"),
     PythonCase(

@@ -1,5 +1,6 @@
 """load_torchvision: what it reads from a state dict, the forms it takes, and what it refuses."""
 
+import argparse
 import re
 from pathlib import Path
 
@@ -82,7 +83,9 @@ def test_older_names(state: dict[str, Tensor]) -> None:
     assert same(tmask.load_torchvision(old), tmask.load_torchvision(state))
 
 
-@pytest.mark.parametrize("form", ["pth", "safetensors", "training checkpoint", "DataParallel"])
+@pytest.mark.parametrize(
+    "form", ["pth", "safetensors", "training checkpoint", "DataParallel", "Lightning", "training script"]
+)
 def test_forms(form: str, state: dict[str, Tensor], tmp_path: Path) -> None:
     given: object = None
     if form == "pth":
@@ -93,6 +96,14 @@ def test_forms(form: str, state: dict[str, Tensor], tmp_path: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, given)
     elif form == "training checkpoint":
         given = {"model": state, "epoch": 3}
+    elif form == "Lightning":
+        given = tmp_path / "last.ckpt"
+        hyper = {"callbacks": {}, "hyper_parameters": {"lr": 0.1}, "optimizer_states": [{"state": {}}]}
+        torch.save({"state_dict": {f"model.{name}": tensor for name, tensor in state.items()}, **hyper}, given)
+    elif form == "training script":
+        given = tmp_path / "model_25.pth"
+        args = argparse.Namespace(lr=0.02, device=torch.device("cuda"), output_dir=Path("out"))
+        torch.save({"model": state, "optimizer": {}, "lr_scheduler": {}, "args": args, "epoch": 25}, given)
     else:
         given = {f"module.{name}": tensor for name, tensor in state.items()}
     assert same(tmask.load_torchvision(given), tmask.load_torchvision(state))  # type: ignore[arg-type]
@@ -130,7 +141,7 @@ BAD = {
     "empty": "got nothing",
     "type": "expected names and tensors or a file of them, got int",
     "file": "expected a state-dict file, got 'nowhere.pth', which does not exist",
-    "damaged": "damaged.pth is truncated, damaged or no state dict",
+    "damaged": "expected weights in .*damaged.pth, got a truncated or damaged file",
     "neck": "neck: expected 'fpn', as torchvision's, got 'c5'",
     "setting": "unknown ModelConfig setting 'min_sise': expected 'min_size'",
     "mlp": "mask_head: expected 'fcn', as torchvision's, got 'mlp'",

@@ -17,7 +17,7 @@ from tmask.checks import require
 from tmask.config import ModelConfig
 from tmask.model.backbone import RESNETS
 from tmask.model.detector import MaskRCNN
-from tmask.model.state_dict import misfits, read_state_dict
+from tmask.model.state_dict import ForeignFileError, bare_weights, describe, library, misfits, read_weights
 
 # torchvision's name -> ours. The optional parts are its two generations of names: published files hold the older one.
 _TORCHVISION_NAMES = [
@@ -34,6 +34,8 @@ _TORCHVISION_NAMES = [
     (r"roi_heads\.mask_predictor\.conv5_mask\.(weight|bias)", r"roi_heads.mask_head.deconv.\1"),
     (r"roi_heads\.mask_predictor\.mask_fcn_logits\.(weight|bias)", r"roi_heads.mask_head.predictor.\1"),
 ]
+LANDMARK = "rpn.head.conv."  # every detector of ours and of torchvision's has such names
+MASK_PARTS = "roi_heads.mask_"
 MASK_PREDICTOR = "roi_heads.mask_head.predictor."
 MASK_LAYERS = (MASK_PREDICTOR, "roi_heads.mask_head.fusion.", "roi_heads.mask_transfer.")
 BOX_PREDICTORS = ("roi_heads.box_head.classifier.", "roi_heads.box_head.regressor.")
@@ -49,10 +51,11 @@ def load_torchvision(state_dict: Mapping[str, Any] | str | Path, **overrides: An
     """Our model with the weights of torchvision's ``maskrcnn_resnet50_fpn``, giving its results.
 
     `state_dict` is that model's ``state_dict()`` or a file of one (.pth or .safetensors), of either generation of
-    names; a training checkpoint that holds it under ``"model"`` and a ``module.`` prefix are unwrapped. The ResNet (18
-    to 101, or a ResNeXt; batch norm or frozen), the widths and the number of classes are read from it; every other
-    setting is torchvision's default and can be replaced by `overrides`, fields of `tmask.ModelConfig`: ``min_size``,
-    ``box_score_threshold``, ``anchor_sizes``... but not ``neck``. The convention is ``"torchvision"`` if not replaced.
+    names. A checkpoint that holds it, such as that of torchvision's training scripts or of Lightning, and prefixes such
+    as ``module.`` are unwrapped (`bare_weights`). The ResNet (18 to 101, or a ResNeXt; batch norm or frozen), the
+    widths and the number of classes are read from it; every other setting is torchvision's default and can be replaced
+    by `overrides`, fields of `tmask.ModelConfig`: ``min_size``, ``box_score_threshold``, ``anchor_sizes``... but not
+    ``neck``. The convention is ``"torchvision"`` if not replaced.
 
     With another ``num_classes`` the three layers that depend on it start anew, for fine-tuning on other classes.
 
@@ -62,13 +65,25 @@ def load_torchvision(state_dict: Mapping[str, Any] | str | Path, **overrides: An
     it, and overrides by which its masks would mean something else.
     """
     if isinstance(state_dict, str | Path):
-        state_dict = read_state_dict(state_dict, "state_dict")
+        state_dict = read_weights(state_dict, "state_dict", LANDMARK)
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"state_dict: expected names and tensors or a file of them, got {type(state_dict).__name__}")
-    weights = torchvision_weights(state_dict)
-    settings = {"convention": "torchvision", **_architecture(weights), **overrides}
+    try:
+        bare = bare_weights(state_dict, LANDMARK)
+        if is_own(bare) or not bare:
+            own = "those of tmask's own model: use its load_state_dict"
+            raise ForeignFileError(own if bare else describe(state_dict))
+        weights = torchvision_weights(bare)
+    except ForeignFileError as error:
+        expected = "the names of torchvision's maskrcnn_resnet50_fpn (not _v2)"
+        raise ValueError(f"state_dict: expected {expected}, got {error}") from error
+    except ValueError as error:
+        raise ValueError(f"state_dict: {error}") from error
+    if not any(name.startswith(MASK_PARTS) for name in weights):
+        raise ValueError("state_dict: expected the weights of a Mask R-CNN, got none for roi_heads.mask_head")
+    settings = {"convention": "torchvision", **architecture(weights), **overrides}
     model = build_model("r50_fpn", warn_if_untrained=False, **settings)
-    _check_architecture(model.config, _architecture(weights)["num_classes"])
+    _check_architecture(model.config, architecture(weights)["num_classes"])
     weights = adapted(weights, model.state_dict())
     problems = misfits(model, weights)
     if problems:
@@ -96,16 +111,18 @@ def adapted(
 
     Batch-norm counters that it has no place for are left out; if they are of another number of classes, it keeps its
     own layers that depend on that, which the predictor of class-agnostic masks does not. What predicts its masks it
-    keeps where they are of a model that does it otherwise, its keypoint head where they have none, and of that the last
-    layer where they have another number of keypoints. A keypoint head that it has no place for is left out. It keeps
-    layers whose names begin as one of `other`, where they mean something else in it, whatever their shapes. What it
-    keeps are the tensors of `own` themselves.
+    keeps where they are of a model that does it otherwise, its mask or keypoint head where they have none, and of the
+    latter the last layer where they have another number of keypoints. A keypoint head that it has no place for is left
+    out. It keeps layers whose names begin as one of `other`, where they mean something else in it, whatever their
+    shapes. What it keeps are the tensors of `own` themselves.
     """
     out = {name: tensor for name, tensor in weights.items() if name in own or not name.endswith("num_batches_tracked")}
     if _CLASSES in out and _CLASSES in own and out[_CLASSES].shape != own[_CLASSES].shape:
         layers = {name: tensor for name, tensor in own.items() if name.startswith(CLASS_LAYERS)}
         out |= {name: tensor for name, tensor in layers.items() if name not in out or out[name].shape != tensor.shape}
     out |= {name: own[name] for name in own if name in out and name.startswith(tuple(other))}
+    if not any(name.startswith(MASK_PARTS) for name in out):
+        out |= {name: tensor for name, tensor in own.items() if name.startswith(MASK_PARTS)}
     theirs, ours = ({n: t.shape for n, t in part.items() if n.startswith(MASK_LAYERS)} for part in (out, own))
     if theirs and theirs != ours:
         out = {name: tensor for name, tensor in out.items() if name not in theirs} | {name: own[name] for name in ours}
@@ -117,20 +134,18 @@ def adapted(
     return out
 
 
-def torchvision_weights(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A state dict of torchvision's Mask R-CNN by our names. Errors: ValueError for names of another model."""
-    state_dict = state_dict["model"] if isinstance(state_dict.get("model"), Mapping) else state_dict
-    weights, unknown = {}, []
-    for key, tensor in state_dict.items():
-        name = _our_name(key.removeprefix("module."))
-        if name is None:
-            unknown.append(key)
-        else:
-            weights[name] = tensor
-    if unknown or not weights:
-        got = f"{len(unknown)} other names, first {unknown[0]!r}" if unknown else "nothing"
-        raise ValueError(f"state_dict: expected the names of torchvision's maskrcnn_resnet50_fpn (not _v2), got {got}")
-    return weights
+def torchvision_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A bare state dict of torchvision's Mask R-CNN by our names. Errors: ForeignFileError for names of another."""
+    names = {key: _our_name(key) for key in weights}
+    unknown = [key for key, name in names.items() if name is None]
+    if unknown:
+        raise ForeignFileError(library(unknown) or f"{len(unknown)} other names, first {unknown[0]!r}")
+    return {name: weights[key] for key, name in names.items() if name is not None}
+
+
+def is_own(weights: Mapping[str, Tensor]) -> bool:
+    """Whether weights have our names, and not torchvision's."""
+    return any(name.startswith("rpn.head.objectness.") for name in weights)
 
 
 def _our_name(name: str) -> str | None:
@@ -144,8 +159,11 @@ def _our_name(name: str) -> str | None:
     return None
 
 
-def _architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The fields of `ModelConfig` that a state dict (with our names) decides."""
+def architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of `ModelConfig` that a state dict (with our names) of a ResNet-FPN decides; no masks: none of theirs.
+
+    Errors: ValueError for weights of another kind of model.
+    """
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in weights:
@@ -163,6 +181,10 @@ def _architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         raise ValueError(f"state_dict: expected one of {', '.join(RESNETS)}, got {got}")
     channels = shape("fpn.output.0.weight")[0]
     hidden, pooled = shape("roi_heads.box_head.fc6.weight")
+    masks = {}
+    if any(name.startswith(MASK_PARTS) for name in weights):
+        masks["mask_head_channels"] = shape("roi_heads.mask_head.deconv.weight")[1]
+        masks["mask_head_layers"] = len(_numbers(weights, r"roi_heads\.mask_head\.convs\.(\d+)\.weight"))
     trained_norm = "backbone.bn1.num_batches_tracked" in weights
     return {
         "backbone": names[0],
@@ -172,8 +194,7 @@ def _architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "num_classes": shape("roi_heads.box_head.classifier.weight")[0],
         "box_pool_size": round((pooled / channels) ** 0.5),
         "box_head_dim": hidden,
-        "mask_head_channels": shape("roi_heads.mask_head.deconv.weight")[1],
-        "mask_head_layers": len(_numbers(weights, r"roi_heads\.mask_head\.convs\.(\d+)\.weight")),
+        **masks,
     }
 
 

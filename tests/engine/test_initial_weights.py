@@ -1,11 +1,12 @@
 """Weights a run begins with: of a checkpoint or of torchvision, of the same classes or others."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -161,12 +162,53 @@ def test_torchvision(norm: str, num_classes: int, mask: str, kept: set[str], tmp
     assert new.roi_heads.box_head.classifier.weight.shape == (3, 1024)
 
 
+def test_a_faster_rcnn_gives_all_but_the_masks(tmp_path: Path) -> None:
+    """In the form that torchvision's training script writes."""
+    theirs = FasterRCNN(resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=FrozenBatchNorm2d), 3)
+    content = {"model": theirs.state_dict(), "optimizer": {}, "args": argparse.Namespace(lr=0.02), "epoch": 25}
+    torch.save(content, tmp_path / "model_25.pth")
+    new = tmask.build_model("r18_fpn", 3, norm="frozen_bn", trainable_layers=5)
+    before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
+    kept = load_initial(new, tmp_path / "model_25.pth")
+    assert kept.keys() == {name for name in before if name.startswith("roi_heads.mask_head.")}
+    assert equal_names(before, new.state_dict()) >= kept.keys()
+    assert torch.equal(new.roi_heads.box_head.classifier.weight, theirs.roi_heads.box_predictor.cls_score.weight)
+    with pytest.raises(ValueError, match=r"another model: backbone: resnet18 -> resnet10; box_head_dim: 1024 -> 16; "):
+        load_initial(model(0), tmp_path / "model_25.pth")
+
+
+@pytest.mark.parametrize("wrap", ["bare", "compiled", "DataParallel", "Lightning", "average", "before PyTorch 1.6"])
+def test_a_state_dict_of_ours(wrap: str, tmp_path: Path) -> None:
+    trained = model(0, keypoints=HEAD)
+    weights = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    content: Any = weights
+    if wrap == "compiled":
+        content = torch.compile(trained).state_dict()
+    elif wrap == "DataParallel":
+        content = {"net": torch.nn.DataParallel(trained).state_dict(), "args": argparse.Namespace()}
+    elif wrap == "Lightning":
+        content = {"state_dict": {f"model.{name}": tensor for name, tensor in weights.items()}, "hyper_parameters": {}}
+    elif wrap == "average":
+        average = torch.optim.swa_utils.AveragedModel(trained)
+        content = {"model": model(1, keypoints=HEAD).state_dict(), "model_ema": average.state_dict()}
+    torch.save(content, tmp_path / "own.pth", _use_new_zipfile_serialization=wrap != "before PyTorch 1.6")
+    new = model(1, keypoints=HEAD)
+    assert load_initial(new, tmp_path / "own.pth", CATS) == {}
+    assert equal_names(weights, new.state_dict()) == weights.keys()
+    other = model(1, num_classes=7)
+    assert load_initial(other, tmp_path / "own.pth").keys() == BOX | MASK
+    with pytest.raises(
+        ValueError, match=r"names of torchvision's .*, got those of tmask's own model: use its load_stat"
+    ):
+        tmask.load_torchvision(content)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"a": torch.zeros(1)}, "init .*a.pt: no checkpoint, and state_dict: expected the names of torchvision's"),
-        ([1], "init: expected a state dict in .*a.pt, got list"),
-        (None, "init: .*a.pt is truncated, damaged or no state dict"),
+        ({"a": torch.zeros(1)}, "init .*a.pt: expected a checkpoint or .*, got 1 other names, first 'a'"),
+        ([1], "init .*a.pt: expected a checkpoint or .*, got a list"),
+        (None, "init .*a.pt: expected a checkpoint or .*, got a truncated or damaged file"),
     ],
     ids=["other names", "a list", "damaged"],
 )
@@ -180,5 +222,5 @@ def test_what_is_refused(content: Any, message: str, tmp_path: Path) -> None:
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     path, _ = saved(tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"a.pt: weights do not fit the model: .*expected \[32, .*got \[16, "):
+    with pytest.raises(ValueError, match=r"init .*a.pt: the weights are of another model: fpn_channels: 16 -> 32$"):
         load_initial(model(1, fpn_channels=32), path)

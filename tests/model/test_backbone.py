@@ -1,8 +1,10 @@
 """Backbone and FPN: strides, odd sizes, torchvision's weights, frozen layers, backbones of one's own."""
 
+import argparse
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +86,34 @@ def test_files_without_the_counters_of_batch_norms_load(tmp_path: Path) -> None:
     ours = ResNet("resnet18", norm="bn")
     load_backbone(ours, str(tmp_path / "old.pth"))
     assert torch.equal(ours.state_dict()["layer4.1.conv2.weight"], weights["layer4.1.conv2.weight"])
+
+
+@pytest.mark.parametrize("form", ["training script", "DataParallel", "Lightning", "average", "detector", "checkpoint"])
+def test_the_resnet_in_another_file_is_taken(form: str, tmp_path: Path) -> None:
+    weights = resnet.resnet18().state_dict()
+    content: Any = {"model": weights, "args": argparse.Namespace(lr=0.1), "epoch": 3}
+    if form == "DataParallel":
+        content["model"] = {f"module.{name}": tensor for name, tensor in weights.items()}
+    elif form == "Lightning":
+        content = {"state_dict": {f"net.{name}": tensor for name, tensor in weights.items()}}
+    elif form == "average":
+        content["model_ema"] = {f"module.{name}": tensor for name, tensor in weights.items()}
+        content["model"] = resnet.resnet18().state_dict()
+    elif form == "detector":
+        content["model"] = {f"backbone.body.{name}": tensor for name, tensor in weights.items() if name[:3] != "fc."}
+        content["model"]["rpn.head.conv.0.0.weight"] = torch.zeros(1)
+    elif form == "checkpoint":
+        model = tmask.build_model("r18_fpn", 3)
+        load_backbone(model.backbone, str(_saved(weights, tmp_path / "r18.pth")))
+        content = {"format": "tmask checkpoint", "model": model.state_dict(), "ema": None}
+    ours = ResNet("resnet18")
+    load_backbone(ours, str(_saved(content, tmp_path / "a.pth")))
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in ours.state_dict().items())
+
+
+def _saved(content: Any, path: Path) -> Path:
+    torch.save(content, path)
+    return path
 
 
 @pytest.mark.parametrize(("layers", "first_trainable"), [(5, "conv1"), (4, "layer1"), (3, "layer2"), (1, "layer4")])

@@ -5,9 +5,9 @@ The file is written whole or not at all, and is read with ``weights_only=True``:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,18 @@ from torch import nn
 from tmask.build import build_model
 from tmask.config import ModelConfig, from_dict
 from tmask.engine.files import replacing
-from tmask.model.state_dict import misfits, read_state_dict
-from tmask.weights import BOX_PREDICTORS, CLASS_LAYERS, KEYPOINT_LAYER, MASK_PREDICTOR, adapted, torchvision_weights
+from tmask.model.state_dict import ForeignFileError, bare_weights, describe, misfits, read_file
+from tmask.weights import (
+    BOX_PREDICTORS,
+    CLASS_LAYERS,
+    KEYPOINT_LAYER,
+    LANDMARK,
+    MASK_PREDICTOR,
+    adapted,
+    architecture,
+    is_own,
+    torchvision_weights,
+)
 
 FORMAT = "tmask checkpoint"
 VERSION = 2
@@ -69,20 +79,34 @@ def load_checkpoint(path: str | Path, *, device: torch.device | str = "cpu") -> 
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path}: no such file")
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        # torch's own message advises to load without weights_only, which would let the file run code.
-        raise CheckpointError(f"checkpoint {path}: truncated, damaged or no checkpoint") from error
-    return _checked(content, path)
+        content, left_out = read_file(path, device)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ForeignFileError(_foreign(content, left_out))
+    except ForeignFileError as error:
+        raise CheckpointError(f"checkpoint {path}: expected a file written by tmask, got {error}") from error
+    return _checked(content, left_out, path)
 
 
-def _checked(content: Any, path: str | Path) -> dict[str, Any]:
-    """The `content` of `path` if it is a whole checkpoint of this version. Errors: CheckpointError."""
-    if isinstance(content, dict) and any("backbone.body." in str(key) for key in content):
-        hint = "it is a torchvision state dict, use tmask.load_torchvision"
-        raise CheckpointError(f"checkpoint {path}: expected a file written by tmask: {hint}")
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"checkpoint {path}: expected a file written by tmask, got something else")
+def _foreign(content: Any, left_out: Sequence[str]) -> str:
+    """What the `content` of a file is that is no checkpoint of ours, and what can be done with it."""
+    try:
+        weights = bare_weights(content, LANDMARK)
+        if not weights:
+            return describe(content, left_out)
+        if is_own(weights):
+            return "the weights of tmask's model alone: --init begins a run with them, model.load_state_dict takes them"
+        torchvision_weights(weights)
+    except ForeignFileError as error:
+        return str(error)
+    except ValueError:
+        return "the weights of several models"
+    return "a torchvision state dict: use tmask.load_torchvision, or --init to begin a run with it"
+
+
+def _checked(content: dict[str, Any], left_out: Sequence[str], path: str | Path) -> dict[str, Any]:
+    """The `content` of `path`, in our format, if it is whole and of this version. Errors: CheckpointError."""
+    if left_out:
+        raise CheckpointError(f"checkpoint {path}: holds {left_out[0]}, which is none of tmask's and could run code")
     version = content.get("version")
     if version != VERSION:
         age = "a newer" if isinstance(version, int) and version > VERSION else "an older"
@@ -134,34 +158,56 @@ def load_weights(model: nn.Module, weights: dict[str, Any], path: str | Path) ->
 
 
 def load_initial(model: nn.Module, path: str | Path, categories: Sequence[dict[str, Any]] = ()) -> dict[str, str]:
-    """Let `model` begin with the weights in `path`: a checkpoint's, or those of torchvision's Mask R-CNN.
+    """Let `model` begin with the weights in `path`, of a checkpoint, of ours or of torchvision's Mask R-CNN.
 
-    Of a run that kept an average it is the average. What cannot be taken over, as `adapted` says, stays as it is, and
-    so does what means something else in `model`: layers of the classes where the names of `categories`, those of the
-    data, are not the checkpoint's, the predictor of masks that go by another loss, and that of other keypoints. The
-    names of what stays are returned, with the reason where it is not the shape.
+    Of a run that kept an average it is the average. A foreign checkpoint that holds them is unwrapped (`bare_weights`).
+    What cannot be taken over, as `adapted` says, stays as it is, and so does what means something else in `model`:
+    layers of the classes where the names of `categories`, those of the data, are not the checkpoint's, the predictor of
+    masks that go by another loss, and that of other keypoints. A state dict alone names no classes: their number
+    decides. The names of what stays are returned, with the reason where it is not the shape.
     Errors: ValueError for a file that is neither or does not fit.
     """
-    content = read_state_dict(path, "init")
     own_config = getattr(model, "config", None)
     others: dict[str, str] = {}
-    if content.get("format") == FORMAT:
-        saved = _checked(content, path)
-        weights = saved["model"] if saved["ema"] is None else saved["ema"]
-        others = _other_classes(saved["categories"], categories, own_config)
-        config = saved["model_config"] and read_model_config(saved["model_config"], path)
-    else:
-        try:
-            weights = torchvision_weights(content)
-        except ValueError as error:
-            raise ValueError(f"init {path}: no checkpoint, and {error}") from error
-        config = ModelConfig()  # whose masks are as torchvision's
+    config = None
+    try:
+        content, left_out = read_file(path)
+        if isinstance(content, dict) and content.get("format") == FORMAT:
+            saved = _checked(content, left_out, path)
+            weights = saved["model"] if saved["ema"] is None else saved["ema"]
+            others = _other_classes(saved["categories"], categories, own_config)
+            config = saved["model_config"] and read_model_config(saved["model_config"], path)
+        else:
+            weights = bare_weights(content, LANDMARK)
+            if not weights:
+                raise ForeignFileError(describe(content, left_out))
+            if not is_own(weights):
+                weights, config = torchvision_weights(weights), ModelConfig()  # whose masks are as torchvision's
+    except CheckpointError:
+        raise
+    except ForeignFileError as error:
+        raise ValueError(f"init {path}: expected a checkpoint or weights of a Mask R-CNN, got {error}") from error
+    except ValueError as error:
+        raise ValueError(f"init {path}: {error}") from error
     others |= _other_predictors(config, own_config)
     own = model.state_dict()
     begin = adapted(weights, own, other=tuple(others))
+    if own_config is not None and misfits(model, begin):
+        _check_architecture(weights, own_config, path)
     load_weights(model, begin, path)
     kept = [name for name, tensor in own.items() if begin[name] is tensor]
     return {name: next((why for part, why in others.items() if name.startswith(part)), "") for name in kept}
+
+
+def _check_architecture(weights: dict[str, Any], config: ModelConfig, path: str | Path) -> None:
+    """Errors: CheckpointError that names the settings in which weights that do not fit are of another model."""
+    changed: list[str] = []
+    with contextlib.suppress(ValueError):  # no ResNet with an FPN
+        saved = architecture(weights)
+        of_training = ("norm", "trainable_layers", "num_classes")  # which need not agree
+        changed = differences(*({n: v[n] for n in saved if n not in of_training} for v in (saved, vars(config))))
+    if changed:
+        raise CheckpointError(f"init {path}: the weights are of another model: {'; '.join(changed)}")
 
 
 def _other_classes(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 
 from tmask.model.norm import norm_layer
-from tmask.model.state_dict import misfits, read_state_dict
+from tmask.model.state_dict import misfits, read_weights
 
 STRIDES = (4, 8, 16, 32)  # of the maps
 _COUNTER = "num_batches_tracked"
@@ -122,12 +122,13 @@ def as_backbone(module: nn.Module) -> nn.Module:
 def load_backbone(backbone: nn.Module, path: str) -> None:
     """Load a torchvision ImageNet state dict (.pth or .safetensors) into `backbone`; classifier keys are left out.
 
+    A checkpoint that holds one is unwrapped, and of a model that has such a ResNet in it the ResNet is taken.
     Errors: ValueError if the file does not exist or does not fit.
     """
     own = backbone.state_dict()
     # A file may lack the counters of the batch norms, as the older ones do, or have them for frozen ones.
     weights = {name: value for name, value in own.items() if name.endswith(_COUNTER)}
-    for name, value in read_state_dict(path, "backbone_weights").items():
+    for name, value in read_weights(path, "backbone_weights", "layer1.0.conv1.").items():
         if not name.startswith("fc.") and (name in own or not name.endswith(_COUNTER)):
             weights[name] = value
     problems = misfits(backbone, weights)
