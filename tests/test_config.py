@@ -34,7 +34,7 @@ FIELDS = {
         rpn_bg_iou rpn_batch_size rpn_positive_fraction rpn_pre_nms_top_n_train rpn_pre_nms_top_n_test
         rpn_post_nms_top_n_train rpn_post_nms_top_n_test rpn_nms_threshold rpn_min_size rpn_score_threshold
         roi_extractor box_pool_size box_head_dim box_fg_iou box_bg_iou box_batch_size box_positive_fraction
-        box_score_threshold box_nms_threshold max_detections mask_pool_size mask_head mask_head_channels
+        box_score_threshold box_nms_threshold max_detections masks mask_pool_size mask_head mask_head_channels
         mask_head_layers mask_fusion_layers mask_mlp_dim mask_mlp_layers mask_class_agnostic mask_transfer keypoints
         losses loss_rpn_objectness loss_rpn_box loss_classifier loss_box loss_mask loss_keypoint""",
     KeypointConfig: """names edges flip_pairs sigmas pool_size head_channels head_layers""",
@@ -280,6 +280,20 @@ def test_the_two_conventions_differ_and_are_named() -> None:
         (ModelConfig, {"mask_transfer": {}, "mask_class_agnostic": True}, "mask_class_agnostic: expected false with"),
         (ModelConfig, {"mask_transfer": {"layers": 4}}, "mask_transfer: layers: expected in 1..3, got 4"),
         (ModelConfig, {"mask_transfer": {"layer": 1}}, "mask_transfer: unknown MaskTransferConfig setting 'layer'"),
+        (ModelConfig, {"masks": 0}, "masks: expected true or false, got 0"),
+        (ModelConfig, {"masks": False, "mask_head": "mlp"}, "mask_head: expected 'fcn' with masks false, got 'mlp'"),
+        (
+            ModelConfig,
+            {"masks": False, "mask_fusion_layers": 1},
+            "mask_fusion_layers: expected 0 with masks false, g",
+        ),
+        (
+            ModelConfig,
+            {"masks": False, "mask_class_agnostic": True},
+            "mask_class_agnostic: expected false with masks",
+        ),
+        (ModelConfig, {"masks": False, "mask_transfer": {}}, "mask_transfer: expected none with masks false, got Mask"),
+        (ModelConfig, {"masks": False, "losses": {"mask": "softmax"}}, "losses.mask: expected 'sigmoid' with masks fa"),
         (TrainConfig, {"only": "boxes"}, "only: expected one of masks or none, got 'boxes'"),
         (LossConfig, {"mask": "sigmod"}, "mask: expected 'sigmoid'?, got 'sigmod'"),
         (TrainConfig, {"lr": math.nan}, "lr: expected a finite number, got nan"),
@@ -319,6 +333,19 @@ def test_overrides_take_lists_and_name_what_is_wrong() -> None:
         with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is compared whole
             model_config(**{"preset": "tiny", **wrong})
         assert message in str(error.value)
+
+
+def test_every_preset_may_be_without_masks() -> None:
+    """Sizes of the mask head are not used then: presets have their own, and GroupNorm does not divide them."""
+    for preset in PRESETS:
+        assert not model_config(preset, masks=False).masks
+    assert not model_config("r50_fpn", masks=False, norm="gn", mask_head_channels=16).masks
+
+
+def test_settings_older_than_masks_false_have_masks() -> None:
+    values = dataclasses.asdict(PRESETS["tiny"])
+    del values["masks"]
+    assert from_dict(ModelConfig, values) == PRESETS["tiny"]
 
 
 def test_a_focal_rpn_samples_no_anchors() -> None:

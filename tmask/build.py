@@ -88,6 +88,7 @@ def _transform(config: ModelConfig) -> ImageTransform:
         antialias=config.convention.resize_antialias,
         mask_resize=config.convention.mask_resize,
         keep_crowds=config.convention.ignore_crowds,
+        masks=config.masks,
         num_keypoints=0 if config.keypoints is None else len(config.keypoints.skeleton.names),
     )
 
@@ -205,18 +206,9 @@ def _mask_head(config: ModelConfig, in_channels: int, num_masks: int) -> nn.Modu
 
 def _roi_heads(config: ModelConfig, extractor: Extractor, channels: int) -> RoIHeads:
     box_head = _box_head(config, channels)
-    branch = MaskBranch(
-        pool_size=config.mask_pool_size,
-        targets=config.convention.mask_targets,
-        mask_loss=config.losses.mask,
-        class_agnostic=config.mask_class_agnostic,
-    )
     return RoIHeads(
         extractor=extractor,
         box_head=box_head,
-        mask_head=_mask_head(config, channels, branch.num_channels(config.num_classes)),
-        mask_transfer=_mask_transfer(config, box_head.classifier.in_features),
-        mask_branch=branch,
         box_pool_size=config.box_pool_size,
         fg_iou=config.box_fg_iou,
         bg_iou=config.box_bg_iou,
@@ -228,8 +220,23 @@ def _roi_heads(config: ModelConfig, extractor: Extractor, channels: int) -> RoIH
         class_loss=config.losses.classifier,
         box_loss=config.losses.box,
         focal=_focal(config),
+        **_masks(config, channels, box_head.classifier.in_features),
         **_keypoints(config, channels),
     )
+
+
+def _masks(config: ModelConfig, in_channels: int, box_features: int) -> dict[str, Any]:
+    """The mask branch, as arguments of `RoIHeads`; none without masks."""
+    if not config.masks:
+        return {}
+    branch = MaskBranch(
+        pool_size=config.mask_pool_size,
+        targets=config.convention.mask_targets,
+        mask_loss=config.losses.mask,
+        class_agnostic=config.mask_class_agnostic,
+    )
+    head = _mask_head(config, in_channels, branch.num_channels(config.num_classes))
+    return {"mask_head": head, "mask_transfer": _mask_transfer(config, box_features), "mask_branch": branch}
 
 
 def _keypoints(config: ModelConfig, in_channels: int) -> dict[str, Any]:

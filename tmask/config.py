@@ -221,6 +221,7 @@ class ModelConfig:
     max_detections: int = 100
 
     # Mask head
+    masks: bool = True  # false: boxes alone (Faster R-CNN), also of data without masks; no other field of masks counts
     mask_pool_size: int = 14  # the mask is twice as large
     mask_head: Literal["fcn", "mlp"] = "fcn"  # convolutions and a deconvolution, or fully connected layers
     mask_head_channels: int = 256  # of fcn
@@ -249,6 +250,12 @@ class ModelConfig:
         require(min(self.image_std) > 0, "image_std", "numbers above 0", self.image_std)
         require(0 <= self.trainable_layers <= 5, "trainable_layers", "in 0..5", self.trainable_layers)
         require(0 <= self.mask_fusion_layers <= 2, "mask_fusion_layers", "0, 1 or 2", self.mask_fusion_layers)
+        if not self.masks:  # sizes stay, since presets have their own
+            off = {"mask_head": "'fcn'", "mask_fusion_layers": "0", "mask_class_agnostic": "false"}
+            for name, none in (off | {"mask_transfer": "none"}).items():
+                value = getattr(self, name)
+                require(value == getattr(type(self), name), name, f"{none} with masks false", value)
+            require(self.losses.mask == "sigmoid", "losses.mask", "'sigmoid' with masks false", self.losses.mask)
         computed = [name for name in ("mask_transfer", "mask_fusion_layers") if getattr(self, name)]
         for name in computed:  # they work on what leaves the deconvolution; in a softmax the fusion would cancel out
             require(self.mask_head == "fcn", "mask_head", f"'fcn' with {name}", self.mask_head)
@@ -291,7 +298,7 @@ class ModelConfig:
             expected = "'frozen_bn' or 'gn', as the neck c4 has conv5 on RoIs, of which batch statistics tell nothing"
             require(self.norm in ("frozen_bn", "gn"), "norm", expected, self.norm)
         if self.norm == "gn":
-            masks = self.mask_head == "fcn" and self.mask_head_layers > 0
+            masks = self.masks and self.mask_head == "fcn" and self.mask_head_layers > 0
             for name in ["fpn_channels"] * (self.neck != "c4") + ["mask_head_channels"] * masks:
                 require(getattr(self, name) % 32 == 0, name, "a multiple of the 32 groups of gn", getattr(self, name))
 

@@ -245,7 +245,7 @@ def test_masks_follow_the_box_head() -> None:
 
     def logits(model: tmask.MaskRCNN) -> Tensor:
         with torch.no_grad():
-            return model.roi_heads._masks_of()(x)
+            return model.roi_heads._predicting(model.roi_heads.mask_head)(x)
 
     before, _ = logits(model), logits(other)
     with torch.no_grad():

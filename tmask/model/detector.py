@@ -52,7 +52,10 @@ class MaskRCNN(nn.Module):
         """From now on the mask head and its weight transfer alone learn; no statistics of batch norm move elsewhere.
 
         It is the second stage of stage-wise training: Hu et al. 2018, section 3.2.
+        Errors: ValueError for a model without masks.
         """
+        if not self.roi_heads.mask_parts():
+            raise ValueError("only: expected none for a model without masks, got 'masks'")
         self.requires_grad_(False)
         for part in self.roi_heads.mask_parts():
             part.requires_grad_(True)
@@ -116,7 +119,8 @@ class MaskRCNN(nn.Module):
         images: [3, h, w] each, float in 0..1 or uint8, of any sizes. targets (training): dicts of ``boxes`` [G, 4]
         xyxy pixels, ``labels`` [G] in 1..num_classes-1, ``masks`` [G, h, w] of 0 and 1, and maybe ``iscrowd`` [G] and
         ``keypoints`` [G, Kp, 3].
-        `masks` picks the form of the result's masks, see `tmask.model.postprocess.to_list`.
+        `masks` picks the form of the result's masks, see `tmask.model.postprocess.to_list`. A model without masks reads
+        and gives none.
         """
         if not self.training:
             targets = None

@@ -30,7 +30,8 @@ def to_list(
 
     `image_sizes` [N, 2]: height and width before padding; `original_sizes`: before the resize. Each dict holds
     ``boxes`` [D, 4] xyxy in original pixels, ``scores`` [D], ``labels`` [D] and ``masks``: [D, 1, H, W] float
-    (``probability``), [D, H, W] bool (``bool``), a list of COCO run-length dicts (``rle``), or left out (``none``).
+    (``probability``), [D, H, W] bool (``bool``), a list of COCO run-length dicts (``rle``), or left out (``none``, and
+    of a model without masks).
     Of a model with keypoints it also holds ``keypoints`` [D, Kp, 3], x and y in original pixels and 1, and
     ``keypoints_scores`` [D, Kp]. `convention` names the rule of `paste_masks`. Errors: ValueError for an unknown
     `masks`.

@@ -1,4 +1,4 @@
-"""RoI heads: proposals in, classified boxes with masks (or, in training, their losses) out.
+"""RoI heads: proposals in, classified boxes, with masks unless left out (or, in training, their losses) out.
 
 This file says which RoIs each head sees; the heads themselves are box_head.py and mask_head.py, and what is learnt of
 masks is mask_branch.py. Letters: N images, P proposals, G ground-truth boxes, S sampled RoIs, D detections, C classes
@@ -31,8 +31,9 @@ class RoIHeads(nn.Module):
     `fg_iou`, `bg_iou`: a RoI is positive at or above the first, negative below the second. `batch_size` RoIs an image
     enter the losses, at most `positive_fraction` of them positive. `sampler` draws the RoIs. `class_loss` and
     `box_loss` name the box head's losses; `focal` has the parameters of a focal one. `mask_branch` says what
-    `mask_head` learns; with `mask_transfer` its predictor is made of the weights of `box_head`, at each call anew.
-    `keypoint_branch` and `keypoint_head`, None without keypoints, are to one another as those of masks.
+    `mask_head` learns; both are None without masks. With `mask_transfer` its predictor is made of the weights of
+    `box_head`, at each call anew. `keypoint_branch` and `keypoint_head`, None without keypoints, are to one another as
+    those of masks.
     """
 
     def __init__(
@@ -40,9 +41,6 @@ class RoIHeads(nn.Module):
         *,
         extractor: Extractor,
         box_head: nn.Module,
-        mask_head: nn.Module,
-        mask_branch: MaskBranch,
-        mask_transfer: MaskTransfer | None = None,
         box_pool_size: int,
         fg_iou: float,
         bg_iou: float,
@@ -55,6 +53,9 @@ class RoIHeads(nn.Module):
         class_loss: ClassLoss = "softmax",
         box_loss: BoxLoss = "smooth_l1",
         focal: Focal | None = None,
+        mask_head: nn.Module | None = None,
+        mask_branch: MaskBranch | None = None,
+        mask_transfer: MaskTransfer | None = None,
         keypoint_head: nn.Module | None = None,
         keypoint_branch: KeypointBranch | None = None,
     ) -> None:
@@ -74,7 +75,7 @@ class RoIHeads(nn.Module):
     def losses(
         self, features: Sequence[Tensor], proposals: Proposals, images: ImageBatch, targets: Targets, *, compact: bool
     ) -> dict[str, Tensor]:
-        """Classifier, box, mask and, with such a branch, keypoint loss of a sample of the proposals.
+        """Classifier and box loss of a sample of the proposals and, with such branches, mask and keypoint loss.
 
         `compact`: see `MaskRCNN.forward_padded`.
         """
@@ -97,8 +98,10 @@ class RoIHeads(nn.Module):
         slots = max(1, int(self.batch_size * self.positive_fraction))  # positives stand in the first slots
         positives = SampledRois(*(field[:, :slots] for field in rois))
         pool = functools.partial(self.extractor, features)
-        mask_loss = self.mask_branch.loss(pool, self._masks_of(), positives, images, targets, compact=compact)
-        losses = {"loss_classifier": classifier_loss, "loss_box_reg": box_loss, "loss_mask": mask_loss}
+        losses = {"loss_classifier": classifier_loss, "loss_box_reg": box_loss}
+        if self.mask_branch is not None and self.mask_head is not None:
+            head = self._predicting(self.mask_head)
+            losses["loss_mask"] = self.mask_branch.loss(pool, head, positives, images, targets, compact=compact)
         if self.keypoint_branch is not None and self.keypoint_head is not None:
             losses["loss_keypoint"] = self.keypoint_branch.loss(
                 pool, self.keypoint_head, positives, targets, compact=compact
@@ -125,8 +128,10 @@ class RoIHeads(nn.Module):
         # The scores have no column of the background: column 0 is label 1. Padding stays 0.
         labels = torch.where(found, labels + 1, 0)
         pool = functools.partial(self.extractor, features)
-        masks = self.mask_branch.masks(pool, self._masks_of(), boxes, labels, found, compact=compact)
-        keypoints = None
+        masks = keypoints = None
+        if self.mask_branch is not None and self.mask_head is not None:
+            head = self._predicting(self.mask_head)
+            masks = self.mask_branch.masks(pool, head, boxes, labels, found, compact=compact)
         if self.keypoint_branch is not None and self.keypoint_head is not None:
             keypoints = self.keypoint_branch.keypoints(pool, self.keypoint_head, boxes, found, compact=compact)
         return Detections(boxes, scores, labels, counts, masks, keypoints)
@@ -164,13 +169,13 @@ class RoIHeads(nn.Module):
         return logits.unflatten(0, valid.shape), deltas.unflatten(0, valid.shape)
 
     def mask_parts(self) -> list[nn.Module]:
-        """What belongs to the masks alone."""
-        return [self.mask_head] if self.mask_transfer is None else [self.mask_head, self.mask_transfer]
+        """What belongs to the masks alone; nothing without masks."""
+        return [part for part in (self.mask_head, self.mask_transfer) if part is not None]
 
-    def _masks_of(self) -> Head:
+    def _predicting(self, mask_head: nn.Module) -> Head:
         """The mask head, with the predictor that the transfer makes of the box head's present weights."""
         if self.mask_transfer is None:
-            return self.mask_head
+            return mask_head
         weights = [self.box_head.get_parameter(f"{layer}.weight") for layer in ("classifier", "regressor")]
         predictor = self.mask_transfer(*weights)
-        return functools.partial(self.mask_head, predictor=predictor)
+        return functools.partial(mask_head, predictor=predictor)

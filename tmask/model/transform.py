@@ -36,7 +36,7 @@ class ImageTransform:
     `antialias`: filter when shrinking (detectron2's convention); torchvision's does not.
     `mask_resize`: how ground-truth masks are resized, ``bilinear`` (cut at 0.5) or ``nearest``.
     `keep_crowds`: hand crowd regions on, so that nothing inside them counts as a negative.
-    `num_keypoints`: of an instance; 0 leaves keypoints out.
+    `masks`: False leaves masks out. `num_keypoints`: of an instance; 0 leaves keypoints out.
     """
 
     num_classes: int
@@ -48,6 +48,7 @@ class ImageTransform:
     antialias: bool
     mask_resize: str
     keep_crowds: bool
+    masks: bool = True
     num_keypoints: int = 0
 
     def __call__(
@@ -68,7 +69,7 @@ class ImageTransform:
         1), boxes without area (but of crowds), and labels outside 1..num_classes-1 (`num_classes` counts the
         background). On CUDA the values are read once, and not for uint8 images alone.
         """
-        _check(images, targets, self.num_keypoints)
+        _check(images, targets, self.masks, self.num_keypoints)
         short = [self.min_size] * len(images)
         if targets is not None:
             short = [target.get("min_size", self.min_size) for target in targets]
@@ -117,9 +118,32 @@ class ImageTransform:
         scale = _constant([after[1] / before[1], after[0] / before[0]], boxes).repeat(2)
         count = len(boxes)
         crowd = target.get("iscrowd", boxes.new_zeros(count)).to(torch.bool)
-        masks = target.get("masks")
+        scaled = {
+            "boxes": boxes * scale,
+            "labels": target["labels"].to(torch.int64),
+            "valid": ~crowd,
+            "crowd": crowd & self.keep_crowds,
+            "has_mask": torch.zeros_like(crowd),
+        }
+        if self.masks:
+            scaled["masks"], has_pixel = self._resize_masks(target.get("masks"), boxes, before, after, padded)
+            scaled["has_mask"] = target.get("has_mask", has_pixel).to(torch.bool)
+        if self.num_keypoints:
+            keypoints = target.get("keypoints", boxes.new_zeros(count, self.num_keypoints, 3)).float()
+            scaled["keypoints"] = torch.cat([keypoints[..., :2] * scale[:2], keypoints[..., 2:]], dim=-1)
+        return scaled
+
+    def _resize_masks(
+        self,
+        masks: Tensor | None,
+        boxes: Tensor,
+        before: tuple[int, int],
+        after: tuple[int, int],
+        padded: tuple[int, int],
+    ) -> tuple[Tensor, Tensor]:
+        """The masks of `boxes` [G, 4], packed, and which of them had a pixel: [G] bool."""
+        count, words = len(boxes), num_words(padded[1])
         has_pixel = torch.zeros(count, dtype=torch.bool, device=boxes.device)
-        words = num_words(padded[1])
         packed = torch.zeros(count, padded[0], words, dtype=torch.int32, device=boxes.device)
         if masks is not None:
             for chunk in mask_chunks(count, max(math.prod(before), math.prod(after)), masks.device.type):
@@ -132,18 +156,7 @@ class ImageTransform:
                     part = F.interpolate(part.float()[:, None], size=after, mode=self.mask_resize)[:, 0]
                 part = part if part.dtype == torch.bool else part >= 0.5
                 packed[chunk, : after[0], : num_words(after[1])] = pack_masks(part)
-        scaled = {
-            "boxes": boxes * scale,
-            "labels": target["labels"].to(torch.int64),
-            "valid": ~crowd,
-            "crowd": crowd & self.keep_crowds,
-            "masks": packed,
-            "has_mask": target.get("has_mask", has_pixel).to(torch.bool),
-        }
-        if self.num_keypoints:
-            keypoints = target.get("keypoints", boxes.new_zeros(count, self.num_keypoints, 3)).float()
-            scaled["keypoints"] = torch.cat([keypoints[..., :2] * scale[:2], keypoints[..., 2:]], dim=-1)
-        return scaled
+        return packed, has_pixel
 
 
 def _constant(values: Sequence[float], like: Tensor) -> Tensor:
@@ -188,10 +201,10 @@ def _stack(targets: Sequence[dict[str, Tensor]]) -> Targets:
         for i, target in enumerate(targets):
             stacked[i, : len(target[name])] = target[name]
         fields[name] = stacked
-    return Targets(**fields)
+    return Targets(masks=fields.pop("masks", None), **fields)
 
 
-def _check(images: Sequence[Tensor], targets: Sequence[Target] | None, num_keypoints: int) -> None:
+def _check(images: Sequence[Tensor], targets: Sequence[Target] | None, with_masks: bool, num_keypoints: int) -> None:
     if not len(images):
         raise ValueError("images: expected at least one image, got an empty list")
     for i, image in enumerate(images):
@@ -207,10 +220,10 @@ def _check(images: Sequence[Tensor], targets: Sequence[Target] | None, num_keypo
     if len(targets) != len(images):
         raise ValueError(f"targets: expected {len(images)}, one an image, got {len(targets)}")
     for i, (target, image) in enumerate(zip(targets, images, strict=True)):
-        _check_target(f"targets[{i}]", target, image, num_keypoints)
+        _check_target(f"targets[{i}]", target, image, with_masks, num_keypoints)
 
 
-def _check_target(name: str, target: Target, image: Tensor, num_keypoints: int) -> None:
+def _check_target(name: str, target: Target, image: Tensor, with_masks: bool, num_keypoints: int) -> None:
     if not isinstance(target, Mapping):
         raise ValueError(f"{name}: expected a dict, got {type(target).__name__}")
     for key in ("boxes", "labels"):
@@ -219,11 +232,12 @@ def _check_target(name: str, target: Target, image: Tensor, num_keypoints: int) 
     boxes = target["boxes"]
     count = len(boxes) if isinstance(boxes, Tensor) and boxes.ndim else 0
     shapes: dict[str, tuple[int, ...]] = {"boxes": (count, 4), "labels": (count,)}
-    shapes |= {"iscrowd": (count,), "has_mask": (count,)}
-    height, width = image.shape[-2:]
-    masks = target.get("masks")
-    packed = isinstance(masks, Tensor) and masks.ndim and is_packed(masks, width)
-    shapes["masks"] = (count, height, num_words(width) if packed else width)
+    shapes["iscrowd"] = (count,)
+    if with_masks:
+        height, width = image.shape[-2:]
+        masks = target.get("masks")
+        packed = isinstance(masks, Tensor) and masks.ndim and is_packed(masks, width)
+        shapes |= {"has_mask": (count,), "masks": (count, height, num_words(width) if packed else width)}
     if num_keypoints:
         shapes["keypoints"] = (count, num_keypoints, 3)
     for key, shape in shapes.items():
