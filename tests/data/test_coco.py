@@ -235,6 +235,25 @@ def test_faults_of_a_mask_are_found_on_opening_and_name_the_annotation(write, co
     content["annotations"][0]["segmentation"] = segmentation
     with pytest.raises(ValueError, match=f"file.json: annotation id 11: segmentation: .*{message}"):
         CocoDataset(*write(content))
+    bare = CocoDataset(*write(content), masks=False)  # which uses none
+    assert bare[0][1]["boxes"].tolist() == [[2, 3, 8, 7], [3, 0, 4, 10], [15, 5, 20, 10]]
+    del content["annotations"][0]["bbox"]
+    with pytest.raises(ValueError, match=f"file.json: annotation id 11: segmentation: .*{message}"):
+        CocoDataset(*write(content), masks=False)
+
+
+def test_without_masks_none_is_decoded(write, content, monkeypatch):
+    del content["annotations"][0]["bbox"]  # is that of the mask
+    expected = CocoDataset(*write(content))[0][1]
+    monkeypatch.setattr("pycocotools.mask.decode", lambda *_: pytest.fail("decoded"))
+    with pytest.warns(UserWarning, match="the box of 1 of 3 annotations is missing and made from the mask"):
+        dataset = CocoDataset(*write(content), masks=False)
+    target = dataset[0][1]
+    assert target.keys() == expected.keys() - {"masks", "has_mask"}
+    for name in ("boxes", "labels", "iscrowd"):
+        assert torch.equal(target[name], expected[name])
+    with pytest.raises(ValueError, match=r"^mask_classes: expected none with masks false, got 'plane'$"):
+        CocoDataset(*write(content), masks=False, mask_classes="plane")
 
 
 @given(arrays(np.uint8, array_shapes(min_dims=2, max_dims=2, max_side=40), elements=st.integers(0, 1)), st.data())

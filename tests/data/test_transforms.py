@@ -50,6 +50,24 @@ def test_probability_is_kept():
     assert 0.22 < share < 0.38
 
 
+@pytest.mark.parametrize("least", [1.0, 0.4])
+def test_boxes_alone_move_as_those_that_masks_fill(least):
+    """A crop clips a box to its window, and drops what it leaves nothing of."""
+    image, target = item()
+    bare = {name: value for name, value in target.items() if name != "masks"}
+    transforms, counts = train_transforms(0.5, 0.5, min_crop=least), set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        expected_image, expected = transforms(image, target)
+        torch.manual_seed(seed)
+        found_image, found = transforms(image, bare)
+        assert torch.equal(found_image, expected_image)
+        assert found.keys() == bare.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in ("boxes", "labels"))
+        counts.add(len(found["boxes"]))
+    assert counts == ({0, 1, 2} if least < 1 else {2})
+
+
 def test_no_instances():
     image, target = item()
     target = {"boxes": target["boxes"][:0], "masks": target["masks"][:0]}

@@ -24,12 +24,13 @@ _FIELDS = {
 }
 
 
-def read_coco(path: Path) -> dict[str, Any]:
+def read_coco(path: Path, *, masks: bool = True) -> dict[str, Any]:
     """The content of a COCO instance file.
 
     Where a file writes another form of what COCO means, the content has COCO's form: a field that is null is left
     out, polygons are flat lists, a text or a float that names a known id is that whole number, and LVIS' ``coco_url``
     gives a missing ``file_name``. An annotation without ``bbox`` has a ``segmentation``. Keypoints are not checked.
+    With `masks` False a wrong ``segmentation`` beside a ``bbox`` is left out.
     Errors: ValueError that names the file and the first entry that is wrong.
     """
     content = _read_json(path)
@@ -46,7 +47,13 @@ def read_coco(path: Path) -> dict[str, Any]:
                 item[key] = known_id(key, item[key], known)
             if type(item.get("segmentation")) is list:
                 item["segmentation"] = flat_polygons(item["segmentation"])
-            _check_annotation(item, sizes[item["image_id"]])
+            _check_annotation(item)
+            try:
+                check_segmentation(item.get("segmentation"), sizes[item["image_id"]])
+            except (ValueError, TypeError, KeyError):
+                if masks or not any(item.get("bbox", ())):  # the box is to be made from it
+                    raise
+                del item["segmentation"]
     return dict(content)
 
 
@@ -149,7 +156,8 @@ def _check_images(path: Path, images: Sequence[dict[str, Any]]) -> None:
             raise ValueError(f"{path}: images[{i}]: file_name: expected a text, got {item['file_name']!r}")
 
 
-def _check_annotation(item: dict[str, Any], size: tuple[int, int]) -> None:
+def _check_annotation(item: dict[str, Any]) -> None:
+    """All fields but the mask."""
     box = item.get("bbox", [])
     if not isinstance(box, list) or len(box) not in (0, 4):
         raise ValueError(f"bbox: expected four numbers [x, y, width, height], got {box!r}")
@@ -162,4 +170,3 @@ def _check_annotation(item: dict[str, Any], size: tuple[int, int]) -> None:
     if isinstance(area, list) and len(area) == 1:
         area = item["area"] = area[0]
     check_numbers("area", [area], limit=math.inf)
-    check_segmentation(item.get("segmentation"), size)

@@ -68,6 +68,9 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     `mask_classes` (see `mask_category_ids`) names the categories whose masks are used; those of the others, whose ids
     ``boxes_only`` has, are left out of the targets, ``has_mask`` is False. None: all are used.
 
+    `masks`: False for a model without masks. Targets then have neither ``masks`` nor ``has_mask``, no mask is decoded,
+    and masks that are damaged, empty or missing are no fault. A missing ``bbox`` is still the mask's.
+
     `transforms` (image, target) -> (image, target) runs on each item.
 
     `apply_exif`: turn images upright by their EXIF orientation (True), as the annotations of most tools are drawn, or
@@ -88,6 +91,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         annotation_file: str | Path,
         *,
         transforms: Transforms | None = None,
+        masks: bool = True,
         packed_masks: bool = False,
         mask_classes: str | None = None,
         apply_exif: bool | None = None,
@@ -97,13 +101,16 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
 
         if crowds not in ("ignore", "instances"):
             raise ValueError(f"crowds: expected {nearest(crowds, ('ignore', 'instances'))}, got {crowds!r}")
+        if mask_classes is not None and not masks:
+            raise ValueError(f"mask_classes: expected none with masks false, got {mask_classes!r}")
         self.images_folder, self.annotation_file = Path(images_folder), Path(annotation_file)
+        self.masks = masks
         self.transforms, self.packed_masks, self.apply_exif = transforms, packed_masks, apply_exif
         self.told: set[str] = set()  # of "exif" and "alpha": what a warning has told of
         if not self.images_folder.is_dir():
             fault = "expected a folder, got a file" if self.images_folder.exists() else "no such folder"
             raise ValueError(f"images_folder: {fault}: {self.images_folder}")
-        content = read_coco(self.annotation_file)
+        content = read_coco(self.annotation_file, masks=masks)
         if crowds == "instances":
             for item in content["annotations"]:
                 item["iscrowd"] = 0
@@ -117,7 +124,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         masked = self.category_ids if mask_classes is None else mask_category_ids(mask_classes, self.categories)
         self.boxes_only = frozenset(self.category_ids) - frozenset(masked)
         self._found = find_image_files(self.images_folder, self.images, self.annotation_file)
-        self.summary, faults = summarize(self.annotation_file, content, self.boxes_only)
+        self.summary, faults = summarize(self.annotation_file, content, self.boxes_only, masks_used=masks)
         for fault in faults:
             warnings.warn(fault, stacklevel=2)
         self._annotations, self._boxes = self._sort_annotations(content["annotations"])
@@ -173,7 +180,6 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
 
     def __getitem__(self, i: int) -> tuple[Tensor, Target]:
         record, annotations = self.images[i], self._annotations[i]
-        size = (record["height"], record["width"])
         image, orientation, transparent = read_picture(self.image_path(i), apply_exif=bool(self.apply_exif))
         self.check_size(i, image.shape[1], image.shape[2], orientation)
         if orientation != 1 and self.apply_exif is None and "exif" not in self.told:
@@ -182,16 +188,17 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         if transparent and "alpha" not in self.told:
             self.told.add("alpha")
             warn_transparent([self.image_path(i)])
-        masks = self._masks(annotations, size)
         labels = {category_id: label for label, category_id in enumerate(self.category_ids, start=1)}
         target = {
             "image_id": record["id"],
             "boxes": torch.from_numpy(self._boxes[i].copy()),
             "labels": torch.tensor([labels[item["category_id"]] for item in annotations], dtype=torch.int64),
-            "masks": masks,
             "iscrowd": torch.tensor([bool(item["iscrowd"]) for item in annotations], dtype=torch.bool),
-            "has_mask": masks.flatten(1).any(1).to(torch.bool),  # of bytes it would be bytes
         }
+        if self.masks:
+            masks = self._masks(annotations, (record["height"], record["width"]))
+            has_mask = masks.flatten(1).any(1).to(torch.bool)  # of bytes it would be bytes
+            target |= {"masks": masks, "has_mask": has_mask}
         if self.keypoint_names:
             target["keypoints"] = self._keypoints(annotations)
         return (image, target) if self.transforms is None else self.transforms(image, target)

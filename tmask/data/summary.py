@@ -46,10 +46,13 @@ class Summary(NamedTuple):
     warnings: list[str]
 
 
-def summarize(path: Path, content: dict[str, Any], boxes_only: Collection[int] = ()) -> Summary:
+def summarize(
+    path: Path, content: dict[str, Any], boxes_only: Collection[int] = (), *, masks_used: bool = True
+) -> Summary:
     """Survey what `read_coco` read from `path`. An annotation without a box gets, in place, the box of its mask.
 
-    `boxes_only` are the ids of categories whose masks are left out on purpose.
+    `boxes_only` are the ids of categories whose masks are left out on purpose. With `masks_used` False those of all
+    are: masks that are empty or missing are no fault.
     Errors: ValueError if masks are given and all of them are empty.
     """
     items = content["annotations"]
@@ -87,7 +90,8 @@ def summarize(path: Path, content: dict[str, Any], boxes_only: Collection[int] =
             crowd,
             "{} are crowds (iscrowd 1), which are not learnt; if they are single objects, set crowds to instances",
         )
-    told += _without_masks(path, content, has_mask, crowd, boxes_only)
+    if masks_used:
+        told += _without_masks(path, content, has_mask, crowd, boxes_only)
     return Summary(_text(path, content, has_mask, crowd, iou), told)
 
 
@@ -206,7 +210,10 @@ def _without_masks(
                 f"{path}: segmentation: expected masks that cover pixels, got {outlined.sum()} that are all empty, "
                 f"first {_first(ids, outlined)}"
             )
-        return [f"{path}: none of {len(items)} annotations has a mask: boxes alone are learnt from and evaluated"]
+        return [
+            f"{path}: none of {len(items)} annotations has a mask: boxes alone are learnt from and evaluated; a model "
+            "trained with --model.masks false predicts no masks"
+        ]
     told = []
     empty = np.array(["segmentation" in item for item in items]) & ~has_mask
     if empty.any():

@@ -74,17 +74,18 @@ class JointTransform:
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
         """[3, H, W] and a target as of `tmask.data.coco.CocoDataset`."""
         height, width = image.shape[-2:]
-        masks = target["masks"]
+        masks = target.get("masks")
         wrapped = dict(target)
         wrapped["boxes"] = tv_tensors.BoundingBoxes(xyxy(target["boxes"]), format="XYXY", canvas_size=(height, width))
-        wrapped["masks"] = PackedMasks.of(masks, width) if is_packed(masks, width) else tv_tensors.Mask(masks)
+        if masks is not None:
+            wrapped["masks"] = PackedMasks.of(masks, width) if is_packed(masks, width) else tv_tensors.Mask(masks)
         keypoints = target.get("keypoints")
         if keypoints is not None:
             # v2 counts pixels, as COCO does; ours are continuous, with the first pixel's centre at 0.5.
             wrapped["keypoints"] = tv_tensors.KeyPoints(keypoints[..., :2] - 0.5, canvas_size=(height, width))
             wrapped["visibility"] = keypoints[..., 2:]
         out_image, out = self.transform(tv_tensors.Image(image), wrapped)
-        for name in ("boxes", "masks"):
+        for name in ("boxes", "masks")[: 1 + (masks is not None)]:
             out[name] = out[name].as_subclass(Tensor)
         if keypoints is not None:
             xy = out["keypoints"].as_subclass(Tensor) + 0.5
@@ -133,13 +134,14 @@ class RandomCrop:
         out = target | {name: crop(target[name]) for name in _MOVED if name in target}
 
         boxes, before = out["boxes"].as_subclass(Tensor), target["boxes"].as_subclass(Tensor)  # [G, 4]
-        visible = _boxes_of(out["masks"])
-        has_mask = target.get("has_mask", torch.ones(len(boxes), dtype=torch.bool))  # [G]
-        out["has_mask"] = has_mask & (visible[:, 2] > 0)
-        cut = (boxes[:, 2:] - boxes[:, :2] < before[:, 2:] - before[:, :2] - _MIN_SIDE).any(1)
-        fitted = torch.cat([boxes[:, :2].maximum(visible[:, :2]), boxes[:, 2:].minimum(visible[:, 2:])], dim=1)
-        boxes = torch.where((cut & has_mask)[:, None], fitted, boxes)
-        out["boxes"] = tv_tensors.wrap(boxes, like=out["boxes"])
+        if "masks" in out:
+            visible = _boxes_of(out["masks"])
+            has_mask = target.get("has_mask", torch.ones(len(boxes), dtype=torch.bool))  # [G]
+            out["has_mask"] = has_mask & (visible[:, 2] > 0)
+            cut = (boxes[:, 2:] - boxes[:, :2] < before[:, 2:] - before[:, :2] - _MIN_SIDE).any(1)
+            fitted = torch.cat([boxes[:, :2].maximum(visible[:, :2]), boxes[:, 2:].minimum(visible[:, 2:])], dim=1)
+            boxes = torch.where((cut & has_mask)[:, None], fitted, boxes)
+            out["boxes"] = tv_tensors.wrap(boxes, like=out["boxes"])
         keep = (boxes[:, 2:] - boxes[:, :2] >= _MIN_SIDE).all(1)
         return crop(image), out | {name: _rows(out[name], keep) for name in _OF_INSTANCES if name in out}
 
