@@ -131,9 +131,25 @@ def test_other_classes_start_anew(state: dict[str, Tensor]) -> None:
     assert all(torch.equal(t, kept[name]) for name, t in model.state_dict().items() if not name.startswith(layers))
 
 
+def test_a_faster_rcnn_is_a_model_without_masks(state: dict[str, Tensor]) -> None:
+    names = ("roi_heads.mask_head.", "roi_heads.mask_predictor.")
+    boxes = {name: tensor for name, tensor in state.items() if not name.startswith(names)}
+    theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).state_dict()
+    assert {name for name in boxes if not name.startswith("backbone.body.")} <= theirs.keys()
+    model = tmask.load_torchvision(boxes)
+    assert not model.config.masks
+    assert len(model.state_dict()) == len(boxes)
+    assert same(model, tmask.load_torchvision(state, masks=False))
+    whole = tmask.load_torchvision(state).state_dict()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in model.state_dict().items())
+    assert len(tmask.load_torchvision(theirs).state_dict()) == len(theirs)
+    assert tmask.load_torchvision(boxes, num_classes=9).roi_heads.box_head.classifier.weight.shape[0] == 9
+
+
 BAD = {
-    "v2": r"expected the names of torchvision's maskrcnn_resnet50_fpn \(not _v2\), got \d+ other names",
-    "faster": "expected the weights of a Mask R-CNN, got none for roi_heads.mask_head",
+    "v2": r"expected the names of torchvision's maskrcnn_resnet50_fpn or .* \(not _v2\), got \d+ other names",
+    "faster": "masks: expected false, as there are no masks in the weights, got True",
+    "half a mask head": "expected the weights of a Mask R-CNN, got none for roi_heads.mask_head.deconv.weight",
     "resnet": r"one of resnet10, .*, got a ResNet of \(3, 8, 36, 3\) bottleneck blocks, groups of 64 channels",
     "wide": r"got a ResNet of \(3, 4, 6, 3\) bottleneck blocks, groups of 128 channels",
     "missing": "does not fit the model: missing fpn.output.2.bias",
@@ -163,6 +179,7 @@ def test_what_is_refused(case: str, state: dict[str, Tensor], tmp_path: Path) ->
         "agnostic": {"mask_class_agnostic": True},
         "transfer": {"mask_transfer": {}},
         "fusion": {"mask_fusion_layers": 1, "mask_pool_size": 2},
+        "faster": {"masks": True},
     }.get(case, {})
     if case in ("v2", "faster", "resnet", "wide"):
         build = {"v2": maskrcnn_resnet50_fpn_v2, "faster": fasterrcnn_resnet50_fpn}.get(case)
@@ -170,6 +187,8 @@ def test_what_is_refused(case: str, state: dict[str, Tensor], tmp_path: Path) ->
         with torch.device("meta"):
             model = build(weights=None, weights_backbone=None) if build else theirs(other)
         given = model.state_dict()
+    elif case == "half a mask head":
+        del given["roi_heads.mask_predictor.conv5_mask.weight"]  # type: ignore[attr-defined]
     elif case == "missing":
         del given["backbone.fpn.layer_blocks.2.0.bias"]  # type: ignore[attr-defined]
     elif case == "shape":

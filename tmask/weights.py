@@ -1,4 +1,4 @@
-"""Weights of other libraries' detectors in ours: torchvision's Mask R-CNN with a ResNet-FPN backbone.
+"""Weights of other libraries' detectors in ours: torchvision's Mask and Faster R-CNN with a ResNet-FPN backbone.
 
 The names of the parameters differ, the tensors do not: nothing is transposed or reordered.
 """
@@ -50,6 +50,8 @@ _OLD_MASK_CONV = re.compile(r"roi_heads\.mask_head\.mask_fcn(\d)\.(weight|bias)"
 def load_torchvision(state_dict: Mapping[str, Any] | str | Path, **overrides: Any) -> MaskRCNN:
     """Our model with the weights of torchvision's ``maskrcnn_resnet50_fpn``, giving its results.
 
+    The weights of ``fasterrcnn_resnet50_fpn`` give a model without masks, and so does ``masks=False``.
+
     `state_dict` is that model's ``state_dict()`` or a file of one (.pth or .safetensors), of either generation of
     names. A checkpoint that holds it, such as that of torchvision's training scripts or of Lightning, and prefixes such
     as ``module.`` are unwrapped (`bare_weights`). The ResNet (18 to 101, or a ResNeXt; batch norm or frozen), the
@@ -75,15 +77,13 @@ def load_torchvision(state_dict: Mapping[str, Any] | str | Path, **overrides: An
             raise ForeignFileError(own if bare else describe(state_dict))
         weights = torchvision_weights(bare)
     except ForeignFileError as error:
-        expected = "the names of torchvision's maskrcnn_resnet50_fpn (not _v2)"
+        expected = "the names of torchvision's maskrcnn_resnet50_fpn or fasterrcnn_resnet50_fpn (not _v2)"
         raise ValueError(f"state_dict: expected {expected}, got {error}") from error
     except ValueError as error:
         raise ValueError(f"state_dict: {error}") from error
-    if not any(name.startswith(MASK_PARTS) for name in weights):
-        raise ValueError("state_dict: expected the weights of a Mask R-CNN, got none for roi_heads.mask_head")
     settings = {"convention": "torchvision", **architecture(weights), **overrides}
     model = build_model("r50_fpn", warn_if_untrained=False, **settings)
-    _check_architecture(model.config, architecture(weights)["num_classes"])
+    _check_architecture(model.config, **architecture(weights))
     weights = adapted(weights, model.state_dict())
     problems = misfits(model, weights)
     if problems:
@@ -92,8 +92,9 @@ def load_torchvision(state_dict: Mapping[str, Any] | str | Path, **overrides: An
     return model
 
 
-def _check_architecture(config: ModelConfig, num_classes: int) -> None:
+def _check_architecture(config: ModelConfig, *, num_classes: int, masks: bool, **_: Any) -> None:
     """torchvision's has an FPN, and an FCN with a sigmoid mask a class; of other classes the predictor is new."""
+    require(masks or not config.masks, "masks", "false, as there are no masks in the weights", config.masks)
     require(config.neck == "fpn", "neck", "'fpn', as torchvision's", config.neck)
     require(config.mask_head == "fcn", "mask_head", "'fcn', as torchvision's", config.mask_head)
     if config.num_classes == num_classes:
@@ -112,24 +113,24 @@ def adapted(
     Batch-norm counters that it has no place for are left out; if they are of another number of classes, it keeps its
     own layers that depend on that, which the predictor of class-agnostic masks does not. What predicts its masks it
     keeps where they are of a model that does it otherwise, its mask or keypoint head where they have none, and of the
-    latter the last layer where they have another number of keypoints. A keypoint head that it has no place for is left
-    out. It keeps layers whose names begin as one of `other`, where they mean something else in it, whatever their
-    shapes. What it keeps are the tensors of `own` themselves.
+    latter the last layer where they have another number of keypoints. A head that it has no place for is left out. It
+    keeps layers whose names begin as one of `other`, where they mean something else in it, whatever their shapes. What
+    it keeps are the tensors of `own` themselves.
     """
     out = {name: tensor for name, tensor in weights.items() if name in own or not name.endswith("num_batches_tracked")}
     if _CLASSES in out and _CLASSES in own and out[_CLASSES].shape != own[_CLASSES].shape:
         layers = {name: tensor for name, tensor in own.items() if name.startswith(CLASS_LAYERS)}
         out |= {name: tensor for name, tensor in layers.items() if name not in out or out[name].shape != tensor.shape}
     out |= {name: own[name] for name in own if name in out and name.startswith(tuple(other))}
-    if not any(name.startswith(MASK_PARTS) for name in out):
-        out |= {name: tensor for name, tensor in own.items() if name.startswith(MASK_PARTS)}
+    for head in (MASK_PARTS, _KEYPOINT_HEAD):
+        if not any(name.startswith(head) for name in out) or not any(name.startswith(head) for name in own):
+            out = {name: tensor for name, tensor in out.items() if not name.startswith(head)}
+            out |= {name: tensor for name, tensor in own.items() if name.startswith(head)}
     theirs, ours = ({n: t.shape for n, t in part.items() if n.startswith(MASK_LAYERS)} for part in (out, own))
     if theirs and theirs != ours:
         out = {name: tensor for name, tensor in out.items() if name not in theirs} | {name: own[name] for name in ours}
     theirs, ours = ({n: t.shape for n, t in part.items() if n.startswith(_KEYPOINT_HEAD)} for part in (out, own))
-    if not theirs or not ours:
-        out = {name: tensor for name, tensor in out.items() if name not in theirs} | {name: own[name] for name in ours}
-    elif theirs.get(_KEYPOINTS) != ours[_KEYPOINTS]:
+    if theirs.get(_KEYPOINTS) != ours.get(_KEYPOINTS):
         out |= {name: own[name] for name in ours if name.startswith(KEYPOINT_LAYER)}
     return out
 
@@ -160,7 +161,7 @@ def _our_name(name: str) -> str | None:
 
 
 def architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The fields of `ModelConfig` that a state dict (with our names) of a ResNet-FPN decides; no masks: none of theirs.
+    """The fields of `ModelConfig` that a state dict (with our names) of a ResNet-FPN decides.
 
     Errors: ValueError for weights of another kind of model.
     """
@@ -181,8 +182,8 @@ def architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         raise ValueError(f"state_dict: expected one of {', '.join(RESNETS)}, got {got}")
     channels = shape("fpn.output.0.weight")[0]
     hidden, pooled = shape("roi_heads.box_head.fc6.weight")
-    masks = {}
-    if any(name.startswith(MASK_PARTS) for name in weights):
+    masks: dict[str, Any] = {"masks": any(name.startswith(MASK_PARTS) for name in weights)}
+    if masks["masks"]:
         masks["mask_head_channels"] = shape("roi_heads.mask_head.deconv.weight")[1]
         masks["mask_head_layers"] = len(_numbers(weights, r"roi_heads\.mask_head\.convs\.(\d+)\.weight"))
     trained_norm = "backbone.bn1.num_batches_tracked" in weights

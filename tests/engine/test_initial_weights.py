@@ -68,9 +68,31 @@ def test_a_keypoint_head_begins_anew_where_there_is_none(tmp_path: Path) -> None
 def test_a_keypoint_head_is_left_out_where_there_is_no_place(tmp_path: Path) -> None:
     path, weights = saved(tmp_path / "a.pt", keypoints=HEAD)
     new = model(1)
-    assert load_initial(new, path) == {}
+    with pytest.warns(UserWarning, match=r"no such part: roi_heads.keypoint_head.convs.0.weight and 3 more$"):
+        assert load_initial(new, path) == {}
     own = new.state_dict()
     assert own.keys() == {name for name in weights if not name.startswith("roi_heads.keypoint_head.")}
+    assert equal_names(own, weights) == own.keys()
+
+
+def test_masks_begin_anew_where_there_are_none(tmp_path: Path) -> None:
+    path, weights = saved(tmp_path / "a.pt", masks=False)
+    new = model(1)
+    before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
+    kept = load_initial(new, path)
+    masks = {name for name in before if name.startswith("roi_heads.mask_head.")}
+    assert kept == dict.fromkeys(sorted(masks), "there are no masks there")
+    assert equal_names(before, new.state_dict()) >= masks
+    assert equal_names(weights, new.state_dict()) == weights.keys()
+
+
+@pytest.mark.parametrize("settings", [{"masks": True}, {"mask_transfer": {}}, {"mask_head": "mlp"}], ids=str)
+def test_masks_are_left_out_where_there_is_no_place(settings: dict[str, Any], tmp_path: Path) -> None:
+    path, weights = saved(tmp_path / "a.pt", **settings)
+    new = model(1, masks=False)
+    with pytest.warns(UserWarning, match=r"^init .*a.pt: left out, as the model has no such part: roi_heads.mask_"):
+        assert load_initial(new, path) == {}
+    own = new.state_dict()
     assert equal_names(own, weights) == own.keys()
 
 
@@ -201,6 +223,20 @@ def test_a_state_dict_of_ours(wrap: str, tmp_path: Path) -> None:
         ValueError, match=r"names of torchvision's .*, got those of tmask's own model: use its load_stat"
     ):
         tmask.load_torchvision(content)
+
+
+def test_torchvision_without_masks(tmp_path: Path) -> None:
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=FrozenBatchNorm2d)
+    torch.save((theirs := FasterRCNN(backbone, 3)).state_dict(), tmp_path / "theirs.pth")
+    bare, whole = (
+        tmask.build_model("r18_fpn", 3, norm="frozen_bn", trainable_layers=5, masks=masks) for masks in (False, True)
+    )
+    assert load_initial(bare, tmp_path / "theirs.pth") == {}
+    assert len(theirs.state_dict()) == len(bare.state_dict())
+    kept = load_initial(whole, tmp_path / "theirs.pth")
+    assert kept == dict.fromkeys(whole.state_dict().keys() - bare.state_dict().keys(), "there are no masks there")
+    for new in (bare, whole):
+        assert torch.equal(new.roi_heads.box_head.fc6.weight, theirs.roi_heads.box_head.fc6.weight)
 
 
 @pytest.mark.parametrize(

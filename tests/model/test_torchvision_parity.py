@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection import maskrcnn_resnet50_fpn
+from torchvision.models.detection import fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn
 from torchvision.ops import box_iou
 
 import tmask
@@ -67,9 +67,11 @@ def real(folder: Any, split: str, count: int) -> tuple[list[Tensor], list[dict[s
     return images, targets
 
 
-def make_pair(images: list[Tensor], targets: list[dict[str, Tensor]], **settings: int) -> Pair:
+def make_pair(
+    images: list[Tensor], targets: list[dict[str, Tensor]], build: Any = maskrcnn_resnet50_fpn, **settings: int
+) -> Pair:
     torch.manual_seed(0)
-    theirs = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, **settings)
+    theirs = build(weights=None, weights_backbone=None, **settings)
     _calibrate(theirs, images[:4])
     ours = tmask.load_torchvision(theirs.state_dict(), **settings)
     for module in [*theirs.modules(), *ours.modules()]:
@@ -305,6 +307,27 @@ def test_results_in_original_pixels(pair: Pair) -> None:
         assert torch.equal(own["labels"], result["labels"])
         close(own["boxes"], result["boxes"])
         close(own["masks"], result["masks"], relative=1e-4)
+
+
+def test_a_detector_without_masks() -> None:
+    """Losses of the same sample, and results in original pixels, of torchvision's Faster R-CNN."""
+    images, targets = generated()
+    targets = [{name: target[name] for name in ("boxes", "labels")} for target in targets]
+    pair = make_pair(images, targets, fasterrcnn_resnet50_fpn, **SMALL).mode(True)
+    ours, theirs = replay(pair)
+    assert ours.keys() == theirs.keys()
+    for name, loss in theirs.items():
+        assert float(loss.detach()) > 1e-4
+        torch.testing.assert_close(ours[name], loss, rtol=1e-4, atol=0)
+    pair.mode(False)
+    with torch.no_grad():
+        results = zip(pair.theirs(images), pair.ours(images), strict=True)
+    for result, own in results:
+        assert own.keys() == result.keys()
+        assert len(result["boxes"]) > 50
+        assert torch.equal(own["labels"], result["labels"])
+        close(own["boxes"], result["boxes"])
+        close(own["scores"], result["scores"])
 
 
 # ---- the whole model, as a user compares it

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tmask.weights import (
     CLASS_LAYERS,
     KEYPOINT_LAYER,
     LANDMARK,
+    MASK_PARTS,
     MASK_PREDICTOR,
     adapted,
     architecture,
@@ -158,13 +160,14 @@ def load_weights(model: nn.Module, weights: dict[str, Any], path: str | Path) ->
 
 
 def load_initial(model: nn.Module, path: str | Path, categories: Sequence[dict[str, Any]] = ()) -> dict[str, str]:
-    """Let `model` begin with the weights in `path`, of a checkpoint, of ours or of torchvision's Mask R-CNN.
+    """Let `model` begin with the weights in `path`, of a checkpoint, of ours or of torchvision's Mask or Faster R-CNN.
 
     Of a run that kept an average it is the average. A foreign checkpoint that holds them is unwrapped (`bare_weights`).
     What cannot be taken over, as `adapted` says, stays as it is, and so does what means something else in `model`:
     layers of the classes where the names of `categories`, those of the data, are not the checkpoint's, the predictor of
     masks that go by another loss, and that of other keypoints. A state dict alone names no classes: their number
-    decides. The names of what stays are returned, with the reason where it is not the shape.
+    decides. The names of what stays are returned, with the reason where it is not the shape. A warning tells of what is
+    left out.
     Errors: ValueError for a file that is neither or does not fit.
     """
     own_config = getattr(model, "config", None)
@@ -182,7 +185,8 @@ def load_initial(model: nn.Module, path: str | Path, categories: Sequence[dict[s
             if not weights:
                 raise ForeignFileError(describe(content, left_out))
             if not is_own(weights):
-                weights, config = torchvision_weights(weights), ModelConfig()  # whose masks are as torchvision's
+                weights = torchvision_weights(weights)
+                config = ModelConfig(masks=any(name.startswith(MASK_PARTS) for name in weights))  # as torchvision's
     except CheckpointError:
         raise
     except ForeignFileError as error:
@@ -195,6 +199,10 @@ def load_initial(model: nn.Module, path: str | Path, categories: Sequence[dict[s
     if own_config is not None and misfits(model, begin):
         _check_architecture(weights, own_config, path)
     load_weights(model, begin, path)
+    unused = [name for name in weights if name not in begin and not name.endswith("num_batches_tracked")]
+    if unused:
+        more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+        warnings.warn(f"init {path}: left out, as the model has no such part: {unused[0]}{more}", stacklevel=2)
     kept = [name for name, tensor in own.items() if begin[name] is tensor]
     return {name: next((why for part, why in others.items() if name.startswith(part)), "") for name in kept}
 
@@ -204,8 +212,9 @@ def _check_architecture(weights: dict[str, Any], config: ModelConfig, path: str 
     changed: list[str] = []
     with contextlib.suppress(ValueError):  # no ResNet with an FPN
         saved = architecture(weights)
-        of_training = ("norm", "trainable_layers", "num_classes")  # which need not agree
-        changed = differences(*({n: v[n] for n in saved if n not in of_training} for v in (saved, vars(config))))
+        free = ["norm", "trainable_layers", "num_classes", "masks"]  # which need not agree
+        free += [] if config.masks else [name for name in saved if name.startswith("mask_")]
+        changed = differences(*({n: v[n] for n in saved if n not in free} for v in (saved, vars(config))))
     if changed:
         raise CheckpointError(f"init {path}: the weights are of another model: {'; '.join(changed)}")
 
@@ -231,7 +240,9 @@ def _other_predictors(saved: ModelConfig | None, current: ModelConfig | None) ->
     if saved is None or current is None:
         return others
     masks = [(config.losses.mask, config.mask_class_agnostic) for config in (saved, current)]
-    if masks[0] != masks[1]:
+    if current.masks and not saved.masks:
+        others[MASK_PARTS] = "there are no masks there"
+    elif masks[0] != masks[1]:
         others[MASK_PREDICTOR] = "the masks are of another kind there"
     if saved.keypoints and current.keypoints and saved.keypoints.skeleton.names != current.keypoints.skeleton.names:
         others[KEYPOINT_LAYER] = "the keypoints are others there"
