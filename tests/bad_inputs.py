@@ -769,6 +769,24 @@ SETTINGS = [
         "--train.only masks: expected --init, the checkpoint of a detector",
         code=2,
     ),
+    Case(
+        "fusion of masks that are left out",
+        "train --model.masks false --model.mask_fusion_layers 1",
+        "--model.mask_fusion_layers: expected 0 with masks false, got 1",
+        code=2,
+    ),
+    Case(
+        "classes with masks, and a model without masks",
+        "train --model.masks false --data.mask_classes disc",
+        "--data.mask_classes: expected null with --model.masks false, got 'disc'",
+        code=2,
+    ),
+    Case(
+        "masks alone, of a model without masks",
+        f"train --model.masks false --train.only masks --init {CHECKPOINT}",
+        "--train.only: expected null with --model.masks false, got 'masks'",
+        code=2,
+    ),
     Case("wrong type", "train --train.steps many", "--train.steps: expected a whole number, got many", code=2),
     Case(
         "wrong type in the config file",
@@ -1048,6 +1066,11 @@ CHECKPOINTS = [
         "checkpoint run/checkpoint.pt: cannot resume, the model differs: fpn_channels: 8 -> 16",
     ),
     Case(
+        "checkpoint with masks, to go on without",
+        f"train --resume {CHECKPOINT} --model.masks false",
+        "checkpoint run/checkpoint.pt: cannot resume, the model differs: masks: True -> False",
+    ),
+    Case(
         "file to begin with that holds no weights",
         f"train --init {FILE}",
         'init data/annotations.json: expected a checkpoint or weights of a Mask R-CNN, got a text that begins \'{"images": [{"id": 1, "file_name": "0000\'',
@@ -1138,7 +1161,27 @@ ACCEPTED = [
         "train",
         "the detector learns, its masks do not",
         each(segmentation=[]),
-        "data/annotations.json: none of 7 annotations has a mask: boxes alone are learnt from and evaluated",
+        "data/annotations.json: none of 7 annotations has a mask: boxes alone are learnt from and evaluated; a model trained with --model.masks false predicts no masks",
+    ),
+    Accepted("boxes alone", "train --model.masks false", "the detector learns", each(segmentation=[])),
+    Accepted(
+        "damaged masks beside boxes",
+        "train --model.masks false",
+        "no mask is used",
+        annotation(segmentation=[[1, 2, 9, 2, 9, 8, 1]]),
+    ),
+    Accepted(
+        "masks that are all empty",
+        "train --model.masks false",
+        "no mask is used",
+        each(segmentation=[[1, 2, 9, 8]]),
+    ),
+    Accepted(
+        "weights with masks to begin with",
+        f"train --model.masks false --init {CHECKPOINT}",
+        "those of masks are left out",
+        None,
+        f"init {CHECKPOINT}: left out, as the model has no such part: roi_heads.mask_head.convs.0.weight and 5 more",
     ),
     Accepted(
         "box that its mask contradicts",

@@ -551,6 +551,48 @@ def test_masks_of_some_classes(data: Data, tmp_path: Path, capsys: Any) -> None:
     assert "classes of boxes only" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("with_masks", [True, False], ids=["data with masks", "boxes alone"])
+def test_a_detector_without_masks(
+    with_masks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, capsys: Any
+) -> None:
+    """Keypoints included: nothing reads, draws, writes or evaluates a mask, and nothing is said of them."""
+    images, file = write_shapes(tmp_path / "data", num_images=3, seed=1, size=64, variant="corners")
+    if not with_masks:
+        content = json.loads(file.read_text())
+        for item in content["annotations"]:
+            del item["segmentation"]
+        file.write_text(json.dumps(content))
+    drawn: list[dict[str, Any]] = []
+    monkeypatch.setattr("tmask.visualize.draw_instances", lambda image, result, *_, **__: drawn.append(result) or image)
+    for name in ("decode", "encode", "merge"):
+        monkeypatch.setattr(f"pycocotools.mask.{name}", lambda *_: pytest.fail("a mask was used"))
+    out, base = tmp_path / "a", ["--model.masks=false", "--model.keypoints.head_channels=8", "--data.min_crop=0.9"]
+    data = Data(images, file, images, file)
+    few = ["--train.steps=1", "--model.box_score_threshold=0", "--model.max_detections=5"]
+    assert call("train", *data.options(), *SMALL, *base, *few, preset="tiny", out=out) == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {name.split("/")[0] for name in metrics} == {"bbox", "keypoints"}
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert saved["model_config"]["masks"] is False
+    assert yaml.safe_load((out / "config.yaml").read_text())["model"]["masks"] is False
+    assert not [name for name in saved["model"] if "mask" in name]
+    assert "mask" not in (out / "log.jsonl").read_text()
+    options: dict[str, Any] = {"checkpoint": out / "checkpoint.pt", "images": images}
+    assert call("eval", **options, annotations=file, out=tmp_path / "e") == 0
+    assert json.loads((tmp_path / "e" / "metrics.json").read_text()) == metrics
+    assert "segm" not in capsys.readouterr().out
+    assert call("predict", **options, score_threshold=0, out=tmp_path / "p") == 0
+    rows = json.loads((tmp_path / "p" / "predictions.json").read_text())
+    assert len(rows) == 15
+    assert all(row.keys() == {*("image_id", "category_id", "bbox", "score", "keypoints", "file_name")} for row in rows)
+    assert len(drawn) == 3 * 2 + 3
+    assert not [result for result in drawn if "masks" in result]
+    assert not [item for item in recwarn if item.category is UserWarning]
+    capsys.readouterr()
+    assert call("eval", **options, annotations=file, mask_classes="disc") == 2
+    assert "--mask_classes: expected null, as the model has no masks, got 'disc'" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_masks_alone_go_on_from_a_detector(run: Path, data: Data, tmp_path: Path) -> None:
     base = [*data.options(), *SMALL, "--preset=tiny", "--train.steps=1", "--train.only=masks"]

@@ -74,7 +74,16 @@ def eval_command(argv: list[str]) -> int:
 
     model, saved = load_model(args.checkpoint, device)
     training = saved["train_config"] or {}  # None: written by hand
-    dataset = CocoDataset(args.images, args.annotations, packed_masks=True, crowds=args.crowds, apply_exif=args.exif)
+    if args.mask_classes is not None and not model.config.masks:
+        raise UsageError(f"--mask_classes: expected null, as the model has no masks, got {args.mask_classes!r}")
+    dataset = CocoDataset(
+        args.images,
+        args.annotations,
+        masks=model.config.masks,
+        packed_masks=True,
+        crowds=args.crowds,
+        apply_exif=args.exif,
+    )
     print(dataset.summary)
     check_categories(model.config.num_classes, saved["categories"])
     dataset.use_labels(saved["categories"])

@@ -77,7 +77,10 @@ def train_command(argv: list[str]) -> int:
     settings = args.model.as_dict()
     if settings["keypoints"] and data.vflip > 0:  # as `augment` says, but before the data are read
         raise UsageError(f"--data.vflip: expected 0 with --model.keypoints, got {data.vflip}")
-    train_set, val_set = open_dataset(data, "train"), open_dataset(data, "val")
+    for option, value in (("data.mask_classes", data.mask_classes), ("train.only", training.only)):
+        if value is not None and not settings["masks"]:
+            raise UsageError(f"--{option}: expected null with --model.masks false, got {value!r}")
+    train_set, val_set = (open_dataset(data, split, masks=settings["masks"]) for split in ("train", "val"))
     if settings["num_classes"] is None:
         settings["num_classes"] = train_set.num_classes
     if settings["keypoints"] is not None:

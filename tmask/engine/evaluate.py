@@ -49,7 +49,9 @@ def evaluate(
     if results_file is not None:
         write_results(results_file, results)
     skeleton = skeleton_of(model)
-    kinds, sigmas = (KINDS, None) if skeleton is None else ((*KINDS, KEYPOINTS), skeleton.sigmas)
+    kinds, sigmas = KINDS if has_masks(model) else KINDS[:1], None
+    if skeleton is not None:
+        kinds, sigmas = (*kinds, KEYPOINTS), skeleton.sigmas
     return coco_metrics(
         dataset.coco.dataset,
         results,
@@ -66,6 +68,11 @@ def skeleton_of(model: Any) -> Skeleton | None:
     return None if own is None else own.skeleton
 
 
+def has_masks(model: Any) -> bool:
+    """Whether a model gives masks, as any does that was not built with ``masks=False``."""
+    return bool(getattr(getattr(model, "config", None), "masks", True))
+
+
 def detect(
     model: Any,
     loader: Iterable[Any],
@@ -74,8 +81,8 @@ def detect(
     device: torch.device | str = "cpu",
     precision: str = "fp32",
 ) -> list[dict[str, Any]]:
-    """The model's detections as COCO results: image_id, category_id, bbox (xywh), score, segmentation (RLE), and
-    keypoints (x, y, score of each) of a model that finds them.
+    """The model's detections as COCO results: image_id, category_id, bbox (xywh), score, segmentation (RLE) of a model
+    with masks, and keypoints (x, y, score of each) of a model that finds them.
 
     Label i becomes ``category_ids[i - 1]``. The mode of the model (train or eval) is put back at the end.
     Errors: ValueError if a model made by `build_model` has more or fewer classes than `category_ids` and background.
@@ -114,7 +121,7 @@ def _on_host(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def coco_results(image_id: int, result: dict[str, Any], category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """One image's result (boxes [D, 4] xyxy, labels [D], scores [D], masks: D RLEs) as COCO results.
+    """One image's result (boxes [D, 4] xyxy, labels [D], scores [D], masks: D RLEs or left out) as COCO results.
 
     So are ``keypoints`` [D, Kp, 3] with ``keypoints_scores`` [D, Kp], if there are any: in COCO's pixels, half a pixel
     less than ours, with the score in the place of the visibility. One whose score is NaN, of a head that has diverged,
@@ -122,17 +129,14 @@ def coco_results(image_id: int, result: dict[str, Any], category_ids: Sequence[i
     """
     boxes: Tensor = result["boxes"]
     xywh = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
-    rows = zip(xywh, result["labels"].tolist(), result["scores"].tolist(), result["masks"], strict=True)
+    rows = zip(xywh, result["labels"].tolist(), result["scores"].tolist(), strict=True)
     results = [
-        {
-            "image_id": image_id,
-            "category_id": category_ids[label - 1],
-            "bbox": box,
-            "score": score,
-            "segmentation": {"size": [int(side) for side in rle["size"]], "counts": rle["counts"]},
-        }
-        for box, label, score, rle in rows
+        {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score}
+        for box, label, score in rows
     ]
+    if "masks" in result:
+        for item, rle in zip(results, result["masks"], strict=True):
+            item["segmentation"] = {"size": [int(side) for side in rle["size"]], "counts": rle["counts"]}
     if "keypoints" in result:
         triples = torch.cat([result["keypoints"][..., :2] - 0.5, result["keypoints_scores"][..., None]], dim=-1)
         triples = torch.where(triples[..., 2:].isnan(), 0.0, triples)

@@ -235,12 +235,13 @@ def _draw(
 
     labels = {int(category["id"]): label for label, category in enumerate(categories, start=1)}
     xywh = torch.tensor([row["bbox"] for row in rows]).reshape(-1, 4)
-    result = {
+    result: dict[str, Any] = {
         "boxes": torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1),
         "labels": torch.tensor([labels[row["category_id"]] for row in rows], dtype=torch.int64),
         "scores": torch.tensor([row["score"] for row in rows]),
-        "masks": [row["segmentation"] for row in rows],
     }
+    if rows and "segmentation" in rows[0]:
+        result["masks"] = [row["segmentation"] for row in rows]
     if rows and "keypoints" in rows[0]:
         keypoints = torch.tensor([row["keypoints"] for row in rows]).unflatten(1, (-1, 3))
         known = (keypoints != 0).any(-1, keepdim=True)

@@ -35,11 +35,12 @@ NUM_PICTURES = 8  # of validation images, drawn at the end
 OVERVIEW_NAME, OVERVIEW_PICTURES = "overview.png", 4
 
 
-def open_dataset(data: DataConfig, split: str) -> Any:
+def open_dataset(data: DataConfig, split: str, *, masks: bool = True) -> Any:
     """The CocoDataset of split ``"train"`` or ``"val"``, whose summary is printed; None if `data` names none.
 
-    The headers of all images are read. Errors: those of CocoDataset and `check_images`, and ValueError if there is
-    nothing to train on, or if of the classes chosen for their masks one that is listed, or all of a split, have none.
+    `masks`: False for a model without masks. The headers of all images are read. Errors: those of CocoDataset and
+    `check_images`, and ValueError if there is nothing to train on, or if of the classes chosen for their masks one that
+    is listed, or all of a split, have none.
     """
     from tmask.data.coco import CocoDataset, check_images, check_instances, check_masks
 
@@ -50,6 +51,7 @@ def open_dataset(data: DataConfig, split: str) -> Any:
     dataset = CocoDataset(
         images,
         annotations,
+        masks=masks,
         packed_masks=True,
         mask_classes=mask_classes,
         crowds=data.crowds,
@@ -265,9 +267,10 @@ def draw_pictures(
         with torch.inference_mode(), autocast(device, precision):
             found = model([image.to(device)], masks="rle")[0]
         found = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in found.items()}
-        truth = {"boxes": target["boxes"], "labels": target["labels"], "masks": target["masks"].bool()}
-        if is_packed(target["masks"], image.shape[-1]):
-            truth["masks"] = unpack_masks(target["masks"], image.shape[-1])
+        truth = {"boxes": target["boxes"], "labels": target["labels"]}
+        if (masks := target.get("masks")) is not None:
+            width = image.shape[-1]
+            truth["masks"] = unpack_masks(masks, width) if is_packed(masks, width) else masks.bool()
         if skeleton is not None and "keypoints" in target:
             truth["keypoints"] = target["keypoints"]
         pictures.append(comparison(image, found, truth, names, min_score=score_threshold, edges=edges))
