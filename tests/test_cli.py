@@ -9,10 +9,12 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
+from tests.image_files import with_exif
 from tmask import cli
 from tmask.cli.common import precision_of
 from tmask.cli.train import train_parser
@@ -591,6 +593,32 @@ def test_a_detector_without_masks(
     capsys.readouterr()
     assert call("eval", **options, annotations=file, mask_classes="disc") == 2
     assert "--mask_classes: expected null, as the model has no masks, got 'disc'" in capsys.readouterr().err
+
+
+def test_a_checkpoint_keeps_how_images_are_turned(tmp_path: Path, capsys: Any) -> None:
+    """Quarter turns: read otherwise, an image is not of the size that the file says."""
+    images, file = write_shapes(tmp_path / "data", num_images=2, seed=1, size=64)
+    content = json.loads(file.read_text())
+    for item in content["annotations"]:
+        del item["segmentation"]  # of another size
+    for item in content["images"]:
+        item["width"] = 70
+        (images / item["file_name"]).write_bytes(with_exif(np.zeros((70, 64, 3), np.uint8), "png", 6))
+    file.write_text(json.dumps(content))
+    data, out = Data(images, file, images, file), tmp_path / "a"
+    base = [*data.options(), *SMALL, "--data.exif=true", "--train.steps=1"]
+    assert call("train", *base, preset="tiny", out=out) == 0
+    options: dict[str, Any] = {"checkpoint": out / "checkpoint.pt", "images": images, "annotations": file}
+    assert call("eval", **options, out=tmp_path / "e") == call("predict", **options, out=tmp_path / "p") == 0
+    assert (tmp_path / "e" / "metrics.json").read_text() == (out / "metrics.json").read_text()
+    assert call("eval", **options, exif="false") == 1
+    assert call("predict", **options, exif="false", out=tmp_path / "q") == 1
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert saved.pop("exif") is True  # as in a checkpoint from before it was kept
+    torch.save(saved, out / "checkpoint.pt")
+    assert call("eval", **options) == call("predict", **options, out=tmp_path / "r") == 1
+    assert capsys.readouterr().err.count("expected 70x64 pixels by") == 1 + 2 + 1 + 2
+    assert call("eval", **options, exif="true") == 0
 
 
 @pytest.mark.slow

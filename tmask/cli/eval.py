@@ -43,7 +43,7 @@ def eval_command(argv: list[str]) -> int:
         "--exif",
         type=bool | None,
         default=None,
-        help="turn images by their EXIF orientation, as --data.exif; null: no, with a warning where there is one",
+        help="turn images by their EXIF orientation, as --data.exif; null: as in training",
     )
     parser.add_argument(
         "--crowds", type=Literal["ignore", "instances"], default="ignore", help="what iscrowd 1 is taken for"
@@ -82,7 +82,7 @@ def eval_command(argv: list[str]) -> int:
         masks=model.config.masks,
         packed_masks=True,
         crowds=args.crowds,
-        apply_exif=args.exif,
+        apply_exif=saved.get("exif") if args.exif is None else args.exif,
     )
     print(dataset.summary)
     check_categories(model.config.num_classes, saved["categories"])

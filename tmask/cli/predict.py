@@ -33,7 +33,7 @@ def predict_command(argv: list[str]) -> int:
         "--exif",
         type=bool | None,
         default=None,
-        help="turn images upright by their EXIF orientation; null: unless with --annotations",
+        help="turn images upright by their EXIF orientation; null: yes, with --annotations as in training",
     )
     parser.add_argument("--pictures", action=ActionYesNo, default=True, help="draw the detections")
     parser.add_argument("--score_threshold", type=float, default=0.5, help="least score that is drawn")
@@ -73,7 +73,7 @@ def predict_command(argv: list[str]) -> int:
             pictures=args.pictures,
             coco_images=known,
             overwrite=args.overwrite,
-            apply_exif=args.exif,
+            apply_exif=saved.get("exif") if known and args.exif is None else args.exif,
         )
     except OtherSettingsError as error:
         raise UsageError(str(error)) from error

@@ -52,6 +52,7 @@ KEYS = (
     "position",  # batches of this epoch already used
     "rng",  # torch and cuda states
 )
+YOUNGER_KEYS = ("exif",)  # DataConfig's; older files lack these entries, which changes no version
 
 
 class CheckpointError(ValueError):
@@ -59,11 +60,12 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
-    """Write `content` (exactly the entries of ``KEYS``) so that `path` holds the old file or the new, never a part.
+    """Write `content` so that `path` holds the old file or the new, never a part.
 
+    It has the entries of ``KEYS`` and may have those of ``YOUNGER_KEYS``.
     Errors: CheckpointError if it cannot be written (a full disk); the old file is then as it was.
     """
-    if set(content) != set(KEYS):
+    if set(content) - set(YOUNGER_KEYS) != set(KEYS):
         raise ValueError(f"content: expected the keys {sorted(KEYS)}, got {sorted(content)}")
     try:
         with replacing(path) as file:

@@ -188,6 +188,7 @@ def run_training(
         out_dir=out_dir,
         device=device,
         categories=[{**item, "boxes_only": item["id"] in train_set.boxes_only} for item in train_set.categories],
+        exif=train_set.apply_exif,
         evaluate_fn=measure,
         resume=resume,
         on_start=start,

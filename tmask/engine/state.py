@@ -38,9 +38,15 @@ class TrainState:
     """
 
     def __init__(
-        self, model: Any, config: TrainConfig, device: torch.device, categories: Sequence[dict[str, Any]]
+        self,
+        model: Any,
+        config: TrainConfig,
+        device: torch.device,
+        categories: Sequence[dict[str, Any]],
+        *,
+        exif: bool | None = None,
     ) -> None:
-        self.model, self.config, self.device = model, config, device
+        self.model, self.config, self.device, self.exif = model, config, device, exif
         self.categories = [
             {"id": int(c["id"]), "name": str(c["name"])} | ({"boxes_only": True} if c.get("boxes_only") else {})
             for c in categories
@@ -71,6 +77,7 @@ class TrainState:
             "epoch": self.epoch,
             "position": self.position,
             "rng": rng_state(self.device),
+            "exif": self.exif,
         }
 
     def restore(self, path: str | Path) -> None:

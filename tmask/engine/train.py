@@ -51,6 +51,7 @@ def train(
     out_dir: str | Path,
     device: torch.device | str,
     categories: Sequence[dict[str, Any]] = (),
+    exif: bool | None = None,
     evaluate_fn: EvaluateFn | None = None,
     resume: str | Path | None = None,
     on_start: Callable[[], None] | None = None,
@@ -60,7 +61,7 @@ def train(
     `train_loader` gives batches with ``.images`` (ImageBatch) and ``.targets`` (Targets), and is gone through again and
     again; `BatchStream` says how. `model` has ``forward_padded`` as MaskRCNN has; its loss terms are summed. With
     ``only="masks"`` the detector in it is frozen, for good.
-    `categories` are stored with the model.
+    `categories` and `exif`, how the images were read, are stored with the model.
     `evaluate_fn` gives metrics of the model (of the averaged weights if ``ema_decay`` is above 0) to log, every
     ``eval_every`` steps and at the end, also where a resumed run has no step left; a checkpoint is written before.
     `resume` is a checkpoint to go on from: weights and their average, optimiser, position in the data, random state.
@@ -82,7 +83,7 @@ def train(
     model.to(device=device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
     if config.only == "masks":
         model.freeze_detector()
-    state = TrainState(model, config, device, categories)
+    state = TrainState(model, config, device, categories, exif=exif)
     if resume is not None:
         state.restore(resume)
     stream = BatchStream(train_loader, device, epoch=state.epoch, position=state.position, rng=state.rng)
