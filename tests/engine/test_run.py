@@ -62,6 +62,13 @@ def test_metrics_come_last(dataset: CocoDataset, tmp_path: Path, monkeypatch: py
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == {"bbox/AP": 0.5}
 
 
+def test_masks_are_not_learnt_from_data_opened_without(dataset: CocoDataset, tmp_path: Path) -> None:
+    bare = CocoDataset(dataset.images_folder, dataset.annotation_file, masks=False)
+    with pytest.raises(ValueError, match=r"^masks: expected false, as the training data were opened without masks"):
+        train(bare, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 class BegunError(Exception):
     pass
 

@@ -113,8 +113,8 @@ def run_training(
     run that stands in `out_dir` a fresh one removes what it will not write anew at once, before the first step.
     ``config.yaml`` is the caller's to write, by `on_start`: called before the first step, once all checks are passed.
     `val_set` gets the labels of `train_set`.
-    Errors: ValueError if the model has not the classes or keypoints of the data or the two sets name other categories,
-    or ``only`` would freeze layers that begin at random; and those of `train`.
+    Errors: ValueError if the model has not the classes, masks or keypoints of the data or the two sets name other
+    categories, or ``only`` would freeze layers that begin at random; and those of `train`.
     """
     from tmask.data.coco import check_keypoint_names
     from tmask.data.loader import make_loader
@@ -122,6 +122,8 @@ def run_training(
     if train_config.only is not None and init is None and resume is None:
         raise ValueError(f"init: expected the checkpoint of a detector, as only={train_config.only!r}, got none")
     check_categories(model_config.num_classes, train_set.categories)
+    if model_config.masks and not train_set.masks:
+        raise ValueError("masks: expected false, as the training data were opened without masks, got True")
     boxes_only = train_set.boxes_only  # as ids of the validation set
     if val_set is not None:
         val_set.use_labels(train_set.categories)
