@@ -55,6 +55,7 @@ def test_keys_are_a_contract() -> None:
         "position",
         "rng",
     )
+    assert checkpoint.YOUNGER_KEYS == ("exif",)
     assert checkpoint.VERSION == 2
 
 
