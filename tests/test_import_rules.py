@@ -25,7 +25,7 @@ ALLOWED = {
     "build": LOW | {"model", "config", "presets"},
     "weights": {"model", "build", "checks", "config"},
     "data": LOW | {"checks", "model", "config", "data"},
-    "engine": LOW | {"model", "config", "build", "weights", "data", "visualize", "engine", "skeleton"},
+    "engine": LOW | {"checks", "model", "config", "build", "weights", "data", "visualize", "engine", "skeleton"},
     "visualize": LOW | {"model", "data"},
 }
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import difflib
 import sys
 import typing
+from collections.abc import Sequence
 from typing import Any, Literal
+
+_NAMED = 5  # of many, in a message
 
 
 def require(condition: bool, name: str, expected: str, got: Any) -> None:
@@ -19,6 +22,12 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
     return f"{near[0]!r}?" if near else f"one of {', '.join(names)}"
+
+
+def listed(items: Sequence[str], separator: str) -> str:
+    """The first few of `items` in words, and the number of the others."""
+    more = len(items) - _NAMED
+    return separator.join(items[:_NAMED]) + (f"{separator}and {more} more" if more > 0 else "")
 
 
 def check_fields(config: Any) -> None:

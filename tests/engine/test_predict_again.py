@@ -4,6 +4,8 @@ import errno
 import fcntl
 import json
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
@@ -16,8 +18,9 @@ import pytest
 from tests.engine.predictions import CATEGORIES, by_name, count_calls, make_model, pictures, rows, seen, stop_at, touch
 from tmask import cli
 from tmask.engine import predict as module
+from tmask.engine.files import held
 from tmask.engine.predict import find_images, predict
-from tmask.engine.record import OtherSettingsError, Record, held
+from tmask.engine.record import OtherSettingsError, Record
 
 
 def test_a_run_that_was_interrupted_goes_on(
@@ -232,20 +235,22 @@ def test_files_of_someone_else_are_not_replaced(
 def test_two_at_once_are_refused(model: Any, checkpoint: Path, images: list[Path], tmp_path: Path, capsys: Any) -> None:
     """The second is told, and the first is none the worse; what a killed one leaves of its lock holds nobody up."""
     out = tmp_path / "out"
-    touch(out, ".predictions.lock")
+    touch(out, ".tmask.lock")
     argv = ["predict", "--checkpoint", str(checkpoint), "--images", str(images[0].parent), "--out", str(out)]
     codes: list[int] = []
     model.register_forward_pre_hook(lambda *_: codes.append(cli.main([*argv, *["--overwrite"] * len(codes)])))
     predict(model, by_name(images[:2]), CATEGORIES, out_dir=out)
     assert codes == [1, 1]
-    assert f"tmask predict: error: {out}: another prediction is at work in this folder\n" in capsys.readouterr().err
+    holder = f"another tmask predict (process {os.getpid()} on {platform.node()}) is at work in this folder"
+    said = f"{out}: {holder}; wait for its end or stop it, or choose another folder"
+    assert f"tmask predict: error: {said}\n" in capsys.readouterr().err
     assert len(seen(out)) == 2
     assert {path.name for path in out.iterdir()} == {"images.json", "pictures", "predictions.json", "predictions.jsonl"}
-    with pytest.raises(KeyError), held(out):
+    with pytest.raises(KeyError), held(out, "predict"):
         raise KeyError
-    with held(out), pytest.raises(ValueError, match="out: another prediction is at work"), held(out):
+    with held(out, "predict"), pytest.raises(ValueError, match=re.escape(said)), held(out, "predict"):
         pass
-    with held(out):
+    with held(out, "predict"):
         pass
 
 
@@ -254,11 +259,11 @@ def test_a_lock_that_was_let_go_in_between_is_not_taken(tmp_path: Path, monkeypa
     flock = fcntl.flock
 
     def late(file: Any, how: int) -> None:
-        (tmp_path / ".predictions.lock").unlink()
+        (tmp_path / ".tmask.lock").unlink()
         flock(file, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with pytest.raises(ValueError, match="another prediction is at work"), held(tmp_path):
+    with pytest.raises(ValueError, match="another tmask command is at work"), held(tmp_path, "predict"):
         pass
 
 

@@ -1,12 +1,16 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and folders that one process at a time writes to."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+_LOCK_NAME = ".tmask.lock"
+_locks: set[BinaryIO] = set()  # the files by which this process holds folders
 
 
 @contextlib.contextmanager
@@ -63,3 +67,68 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextlib.contextmanager
+def held(folder: str | Path, command: str) -> Iterator[None]:
+    """Lock `folder` (made if missing) against other commands, on POSIX systems.
+
+    The operating system frees the lock when this process ends, also by ``kill -9``. At the end a folder that was made
+    here is removed if it is empty.
+
+    Args:
+        folder: The folder.
+        command: The name of the command that is at work, for the message to others.
+
+    Raises:
+        ValueError: Another command is at work in `folder`.
+    """
+    path = Path(folder) / _LOCK_NAME
+    made = [item for item in (path.parent, *path.parent.parents) if not item.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _locked(path, command) if os.name == "posix" else contextlib.nullcontext():
+            yield
+    finally:
+        for item in made:
+            with contextlib.suppress(OSError):  # not empty
+                item.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(path: Path, command: str) -> Iterator[None]:
+    import fcntl
+
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = os.fstat(file.fileno()).st_nlink > 0  # else its holder was just about to end, and removed it
+        except BlockingIOError:
+            free = False
+        except OSError:  # a file system without locks
+            free = True
+        if not free:
+            holder = path.read_text(errors="replace") if path.is_file() else ""
+            way_out = "wait for its end or stop it, or choose another folder"
+            raise ValueError(f"{path.parent}: another tmask {holder or 'command'} is at work in this folder; {way_out}")
+        _locks.add(file)
+        try:
+            with contextlib.suppress(OSError):  # a full disk
+                file.truncate(0)
+                file.write(f"{command} (process {os.getpid()} on {platform.node()})".encode())
+                file.flush()
+            yield
+        finally:
+            _locks.discard(file)
+            path.unlink(missing_ok=True)
+
+
+def _leave_locks_to_the_parent() -> None:
+    """A data worker, which a killed training leaves behind for seconds, must not hold its folder."""
+    for file in _locks:
+        file.close()
+    _locks.clear()
+
+
+if os.name == "posix":
+    os.register_at_fork(after_in_child=_leave_locks_to_the_parent)

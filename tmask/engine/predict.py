@@ -14,15 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tmask.checks import listed
 from tmask.engine.checkpoint import config_dict, read_model_config
 from tmask.engine.device import autocast
 from tmask.engine.evaluate import coco_results, skeleton_of
-from tmask.engine.files import replacing
+from tmask.engine.files import held, replacing
 from tmask.engine.progress import progress
-from tmask.engine.record import RECORD_NAME, Record, file_state, held
+from tmask.engine.record import RECORD_NAME, Record, file_state
 from tmask.skeleton import Pairs
-
-_NAMED_ERRORS = 5  # files that an error names; of the others it gives the number
 
 
 class Summary(NamedTuple):
@@ -110,7 +109,7 @@ def image_records(annotation_file: str | Path, names: Sequence[str]) -> dict[str
             records[record["file_name"]] = record
     missing = [name for name in names if name not in records]
     if missing:
-        raise ValueError(f"{path}: {len(missing)} of {len(names)} images are not in it: {_listed(missing, ', ')}")
+        raise ValueError(f"{path}: {len(missing)} of {len(names)} images are not in it: {listed(missing, ', ')}")
     return records
 
 
@@ -149,7 +148,7 @@ def predict(
     turn = coco_images is None if apply_exif is None else apply_exif
     settings = {"precision": precision, "score_threshold": score_threshold, "exif": turn}
     settings = _model_settings(model, categories) | settings
-    with held(out_dir):
+    with held(out_dir, "predict"):
         record = Record(out_dir, settings, overwrite=overwrite, completed=_completed)
         # A glob may find the pictures of an earlier run.
         files = {name: path for name, path in images.items() if not record.is_own_picture(path)}
@@ -200,7 +199,7 @@ def predict(
     if unreadable:
         done = f"the {len(files) - len(unreadable)} others are done"
         raise ValueError(
-            f"{len(unreadable)} of {len(files)} images left out ({done}): {_listed([*unreadable.values()], '; ')}"
+            f"{len(unreadable)} of {len(files)} images left out ({done}): {listed([*unreadable.values()], '; ')}"
         )
     return Summary(counts[0], reused, counts[1])
 
@@ -286,8 +285,3 @@ def _digest(model: Any) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _listed(items: Sequence[str], separator: str) -> str:
-    more = len(items) - _NAMED_ERRORS
-    return separator.join(items[:_NAMED_ERRORS]) + (f"{separator}and {more} more" if more > 0 else "")

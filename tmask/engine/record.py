@@ -7,7 +7,6 @@ image it was at. ``predictions.json`` and ``images.json``, which others read, ar
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -19,41 +18,11 @@ from tmask.engine.files import naming, replacing
 FORMAT, VERSION = "tmask predictions", 1
 RECORD_NAME, RESULTS_NAME, IMAGES_NAME = "predictions.jsonl", "predictions.json", "images.json"
 PICTURES_NAME = "pictures"
-_LOCK_NAME = ".predictions.lock"
 _WAY_OUT = "--overwrite begins anew, another --out keeps it"
 
 
 class OtherSettingsError(ValueError):
     """The folder holds the record of a run with other settings, or something else of that name."""
-
-
-@contextlib.contextmanager
-def held(out_dir: str | Path) -> Iterator[None]:
-    """No other process has the record in `out_dir` in here, on POSIX systems. That ends with the process, even killed.
-
-    Errors: ValueError if one has it.
-    """
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    path = Path(out_dir) / _LOCK_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = os.fstat(file.fileno()).st_nlink > 0  # else its holder was just about to end, and removed it
-        except BlockingIOError:
-            free = False
-        except OSError:  # a file system without locks
-            free = True
-        if not free:
-            raise ValueError(f"{out_dir}: another prediction is at work in this folder")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 class Entry(NamedTuple):
