@@ -13,6 +13,7 @@ from tmask.config import KeypointConfig, ModelConfig, TrainConfig
 from tmask.engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from tmask.engine.log import read_log
 from tmask.engine.stream import BatchStream
+from tmask.engine.train import _Saver
 
 # Five batches an epoch: with two batches an update the third update stands across the border of an epoch.
 EVERYTHING = dataclasses.replace(
@@ -53,16 +54,25 @@ def assert_same(a: Any, b: Any, place: str = "") -> None:
         pytest.param(dataclasses.replace(EVERYTHING, optimizer="sgd"), 4, id="sgd"),
     ],
 )
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, config: TrainConfig, stop: int) -> None:
+@pytest.mark.parametrize("end", ["killed", "failed"])
+def test_a_resumed_run_is_the_uninterrupted_one(
+    tmp_path: Path, config: TrainConfig, stop: int, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed it goes on from the last regular checkpoint, after an error from the last whole update."""
     whole, first, second = Model(), Model(), Model()
     first.load_state_dict(whole.state_dict())
     loaders = [Loader() for _ in range(3)]
     run(tmp_path / "whole", whole, config, loader=loaders[0])
-    # The steps decide the cosine, so the first part is stopped as a killed run is: by its last checkpoint.
-    saved_at = dataclasses.replace(config, checkpoint_every=stop)
-    with pytest.raises(KilledError):
-        run(tmp_path / "parts", killed_after(stop, first, config), saved_at, loader=loaders[1])
     checkpoint = tmp_path / "parts" / "checkpoint.pt"
+    saved_at, batches = dataclasses.replace(config, checkpoint_every=100), (stop + 1) * config.accumulate - 1
+    if end == "killed":
+        saved_at, batches = dataclasses.replace(config, checkpoint_every=stop), batches + 1
+    with monkeypatch.context() as patch:
+        if end == "killed":
+            patch.setattr(_Saver, "rescue", lambda *_: "")
+        with pytest.raises(KilledError) as error:
+            run(tmp_path / "parts", ended_after(batches, first), saved_at, loader=loaders[1])
+    assert error.value.__notes__ == [f"{checkpoint} is the checkpoint of step {stop}"]
     assert load_checkpoint(checkpoint)["step"] == stop
     torch.manual_seed(99)
     result = run(tmp_path / "parts", second, config, loader=loaders[2], resume=checkpoint)
@@ -79,14 +89,15 @@ class KilledError(Exception):
     pass
 
 
-def killed_after(step: int, model: Model, config: TrainConfig) -> Model:
-    """`model`, which ends its run in the second update after `step`."""
-    real, limit = model.forward_padded, (step + 1) * config.accumulate
+def ended_after(batches: int, model: Model) -> Model:
+    """`model`, which ends its run in the batch after so many, when batch statistics and random state have changed."""
+    real = model.forward_padded
 
     def forward(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        if model.calls == limit:
+        losses = real(*args, **kwargs)
+        if model.calls == batches + 1:
             raise KilledError
-        return real(*args, **kwargs)
+        return losses
 
     model.forward_padded = forward  # type: ignore[method-assign]
     return model

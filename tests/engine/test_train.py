@@ -103,11 +103,11 @@ def test_a_finished_run_is_evaluated_on_resume(tmp_path: Path) -> None:
     assert read_log(tmp_path / "log.jsonl")[-1] == {"step": 12, "segm/AP": 0.5}
 
 
-def test_on_start_comes_after_the_checks_and_before_the_first_step(tmp_path: Path) -> None:
+def test_on_start_comes_after_the_first_step_and_before_any_file(tmp_path: Path) -> None:
     calls = []
     model = Model()
     run(tmp_path, model, on_start=lambda: calls.append((model.calls, (tmp_path / "log.jsonl").exists())))
-    assert calls == [(0, False)]
+    assert calls == [(1, False)]
     with pytest.raises(CheckpointError):
         run(tmp_path, Model(), resume=tmp_path / "none.pt", on_start=lambda: calls.append((0, False)))
     assert len(calls) == 1

@@ -25,8 +25,9 @@ class Interrupted(KeyboardInterrupt):
 class StopSignals:
     """Within ``with``: the first SIGINT or SIGTERM is noted in ``.number``, the second raises Interrupted.
 
-    Inside `at_once` the first one raises too. Handlers are put back at the end. Outside the main thread, where Python
-    allows no handlers, nothing is ever noted. A signal that the process ignores stays ignored.
+    Inside `at_once` the first one raises too; `workers_later` is about another signal. Handlers are put back at the
+    end. Outside the main thread, where Python allows no handlers, nothing is ever noted. A signal that the process
+    ignores stays ignored.
     """
 
     def __init__(self) -> None:
@@ -57,6 +58,29 @@ class StopSignals:
             yield
         finally:
             self._at_once = False
+
+    @contextlib.contextmanager
+    def workers_later(self) -> Iterator[None]:
+        """A block in which the death of a data worker waits for the end: torch's handler would raise anywhere in it.
+
+        A loader that waits for that worker still raises.
+        """
+        if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        died: list[int] = []
+
+        def note(number: int, _: FrameType | None) -> None:
+            died.append(number)
+
+        before = signal.signal(signal.SIGCHLD, note)
+        try:
+            yield
+        finally:
+            if signal.getsignal(signal.SIGCHLD) is note:  # else torch's handler came in here, with the first worker
+                signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+        if died and callable(before):
+            before(signal.SIGCHLD, None)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self._pid:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,8 +18,18 @@ LOG_NAME = "log.jsonl"
 TENSORBOARD_NAME = "tensorboard"
 
 
+_WAY_OUT = "Lower train.lr, lengthen train.warmup_steps, set train.clip_norm, or train in fp32."
+
+
 class NonFiniteLossError(RuntimeError):
-    """A loss became NaN or infinite; the message names the step and the terms."""
+    """A loss or a weight became NaN or infinite; the message names the step and the terms."""
+
+
+def check_weights(model: torch.nn.Module, step: int) -> None:
+    """Errors: NonFiniteLossError if a weight of `model` after `step` is not finite, as after an infinite gradient."""
+    for name, weight in model.named_parameters():
+        if not weight.detach().cpu().isfinite().all():  # on the CPU: the GPU's memory may be full
+            raise NonFiniteLossError(f"step {step}: the weights are not finite: {name}. {_WAY_OUT}")
 
 
 def check_tensorboard(config: TrainConfig) -> None:
@@ -29,20 +41,19 @@ def check_tensorboard(config: TrainConfig) -> None:
 class Report:
     """The reports of one run, which begins at `step` (0, or that of the checkpoint it resumes). Close it at the end.
 
-    What an earlier run wrote about later steps goes; a fresh run (``resumed=False``) keeps nothing.
+    Files change from `open` on. What an earlier run wrote about later steps goes; a fresh run (``resumed=False``) keeps
+    nothing.
     """
+
+    log: JsonLines
 
     def __init__(self, out_dir: Path, device: torch.device, config: TrainConfig, *, step: int, resumed: bool) -> None:
         from tqdm import tqdm
 
-        self.device, self.config = device, config
-        self.log = JsonLines(out_dir / LOG_NAME, resume_step=step if resumed else None)
-        self.events = None
-        if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # TensorBoard hides the older events from this step on.
-            self.events = SummaryWriter(out_dir / TENSORBOARD_NAME, purge_step=step + 1 if resumed else 0)
+        self.out_dir, self.device, self.config = out_dir, device, config
+        self.resume_step = step if resumed else None
+        self.is_open = False
+        self.events: Any = None
         # disable=None: the bar shows on a terminal only; the lines of `losses_of` always do.
         self.bar = tqdm(total=config.steps, initial=step, unit="step", disable=None, file=sys.stderr)
         self.losses = LossBuffer(config.log_every)
@@ -52,6 +63,17 @@ class Report:
         self.seconds = 0.0
         self.means: dict[str, float] = {}
         self._first = step
+
+    def open(self) -> None:
+        """Begin the log and TensorBoard's file, or go on with them."""
+        self.log = JsonLines(self.out_dir / LOG_NAME, resume_step=self.resume_step)
+        if self.config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # TensorBoard hides the older events from this step on.
+            step = 0 if self.resume_step is None else self.resume_step + 1
+            self.events = SummaryWriter(self.out_dir / TENSORBOARD_NAME, purge_step=step)
+        self.is_open = True
 
     def add(self, losses: dict[str, torch.Tensor], images: int) -> None:
         """One update is done."""
@@ -94,7 +116,8 @@ class Report:
         """End the progress bar and TensorBoard's file."""
         self.bar.close()
         if self.events is not None:
-            self.events.close()
+            with contextlib.suppress(OSError):  # a full disk, of which the last write has told
+                self.events.close()
 
     def _write(self, step: int, row: dict[str, float], *, prefix: str) -> None:
         self.log.write({"step": step, **row})
@@ -108,7 +131,4 @@ class Report:
             bad = {name: value for name, value in row.items() if not math.isfinite(value)}
             if bad:
                 terms = ", ".join(f"{name} = {value}" for name, value in bad.items())
-                raise NonFiniteLossError(
-                    f"step {self._first + index + 1}: the loss is not finite: {terms}. "
-                    "Lower train.lr, lengthen train.warmup_steps, set train.clip_norm, or train in fp32."
-                )
+                raise NonFiniteLossError(f"step {self._first + index + 1}: the loss is not finite: {terms}. {_WAY_OUT}")

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ class TrainState:
     """Model (already on `device`), optimiser, gradient scaler, averaged weights, and how far the run is.
 
     `step` counts updates; `epoch` and `position` are those of the data after the last whole update.
+
+    `phase` is ``"whole"`` between updates. In the ``"forward"`` part of an update, `content` gives the state before it.
+    While the update is ``"written"`` to weights, optimiser and average, there is no whole state to save.
     """
 
     def __init__(
@@ -56,17 +59,40 @@ class TrainState:
         self.average = WeightAverage(model, config.ema_decay) if config.ema_decay > 0 else None
         self.step = self.epoch = self.position = 0
         self.rng: dict[str, Any] | None = None  # of the checkpoint; None in a fresh run
+        self.phase: Literal["whole", "forward", "written"] = "whole"
+        # What forward passes change: batch statistics and the random state, as they were before the update.
+        self._buffers = dict(model.named_buffers(remove_duplicate=False))
+        self._buffers_before = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        self._rng_before: dict[str, Any] = {}
 
     def best_model(self) -> Any:
         """The model to evaluate: with the averaged weights if there are any."""
         return self.average.model if self.average else self.model
 
+    def begin_update(self) -> None:
+        """Remember what the forward passes of an update change, so that an error in them leaves a whole state."""
+        self._rng_before = rng_state(self.device)
+        if self._buffers:
+            torch._foreach_copy_([*self._buffers_before.values()], [*self._buffers.values()])
+        self.phase = "forward"
+
+    def end_update(self, epoch: int, position: int) -> None:
+        """An update is whole; it used the data up to there."""
+        self.step += 1
+        self.epoch, self.position = epoch, position
+        self.phase = "whole"  # last: an error may come between any two lines, from a data worker that dies
+
     def content(self) -> dict[str, Any]:
-        """What `save_checkpoint` takes."""
+        """What `save_checkpoint` takes: the state after the last whole update."""
+        assert self.phase != "written"
+        weights, rng = self.model.state_dict(), rng_state(self.device)
+        if self.phase == "forward":
+            weights |= {name: value for name, value in self._buffers_before.items() if name in weights}
+            rng = self._rng_before
         return {
             "format": FORMAT,
             "version": VERSION,
-            "model": self.model.state_dict(),
+            "model": weights,
             "ema": self.average.model.state_dict() if self.average and not self.average.empty else None,
             "model_config": config_dict(getattr(self.model, "config", None)),
             "categories": self.categories,
@@ -76,7 +102,7 @@ class TrainState:
             "step": self.step,
             "epoch": self.epoch,
             "position": self.position,
-            "rng": rng_state(self.device),
+            "rng": rng,
             "exif": self.exif,
         }
 
