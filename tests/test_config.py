@@ -25,7 +25,7 @@ from tmask.skeleton import PERSON, UNKNOWN_SIGMA, Skeleton, make_skeleton
 
 FIELDS = {
     DataConfig: """train_images train_annotations val_images val_annotations mask_classes crowds hflip vflip
-        min_crop min_sizes exif num_workers aspect_grouping""",
+        min_crop min_sizes exif check skip_bad num_workers aspect_grouping""",
     TrainConfig: """steps batch_size only optimizer accumulate lr momentum weight_decay decay_norm_and_bias schedule
         milestones lr_floor warmup_steps warmup_start clip_norm ema_decay precision channels_last seed log_every
         checkpoint_every eval_every eval_max_detections tensorboard""",

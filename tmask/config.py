@@ -319,6 +319,9 @@ class DataConfig:
     min_crop: float = 1.0  # random crops in training: each side is at least this part of the image's; 1: none
     min_sizes: tuple[int, ...] = ()  # short sides, one drawn for each training image; empty: the model's min_size
     exif: bool | None = None  # turn images by their EXIF orientation; null: no, with a warning where there is one
+    # What is read of each image before the first step: its pixels, its kind and size alone, or nothing.
+    check: Literal["full", "headers", "off"] | None = None  # of images, before a run; null: headers (skip_bad: full)
+    skip_bad: bool = False  # leave out images that cannot be read, and list them; check is full then, unless given
     num_workers: int = 2
     aspect_grouping: bool = True  # batch portrait with portrait, landscape with landscape
 
@@ -328,6 +331,8 @@ class DataConfig:
             require(0 <= getattr(self, name) <= 1, name, "in 0..1", getattr(self, name))
         require(0 < self.min_crop <= 1, "min_crop", "in (0, 1]", self.min_crop)
         require(min(self.min_sizes, default=1) >= 1, "min_sizes", "at least 1 each", self.min_sizes)
+        skips = not (self.skip_bad and self.check == "off")
+        require(skips, "check", "'full' or 'headers' with skip_bad", self.check)
         require(self.num_workers >= 0, "num_workers", "at least 0", self.num_workers)
         for split in ("train", "val"):
             pair = (f"{split}_images", f"{split}_annotations")

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from tests.image_files import with_exif
-from tmask.data import coco
-from tmask.data.coco import CocoDataset, check_images
+from tmask.data import check
+from tmask.data.check import check_images
+from tmask.data.coco import CocoDataset
 
 # What a camera stores of an upright image [H, W, 3] with each orientation.
 STORED = {
@@ -149,7 +150,7 @@ def test_alpha_is_counted_before_a_run_and_told_once(tmp_path: Path, monkeypatch
         f"the alpha of 2 of 3 images, first {tmp_path / 'b.png'}, is not opaque, and dropped: what it hides shows"
     ]
     # Of the images that are not decoded before the run the first tells.
-    monkeypatch.setattr(coco, "_ALPHAS_READ", 1)
+    monkeypatch.setattr(check, "_ALPHAS_READ", 1)
     dataset = CocoDataset(*arguments)
     assert messages(lambda: check_images(dataset)) == []
     told = messages(lambda: [dataset[i] for i in (0, 1, 2, 2)])

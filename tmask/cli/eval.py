@@ -64,7 +64,8 @@ def eval_command(argv: list[str]) -> int:
     if out:
         check_out(out)
 
-    from tmask.data.coco import CocoDataset, check_images, check_instances, check_keypoint_names
+    from tmask.data.check import check_images
+    from tmask.data.coco import CocoDataset, check_instances, check_keypoint_names
     from tmask.data.loader import make_loader
     from tmask.data.mask_classes import mask_category_ids
     from tmask.engine.checkpoint import load_model

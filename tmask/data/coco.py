@@ -10,7 +10,7 @@ import contextlib
 import io
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from tmask.checks import nearest
 from tmask.data.annotations import fill_annotations, naming, read_coco
 from tmask.data.categories import match_categories, root_category
 from tmask.data.image_files import find_image_files
-from tmask.data.images import read_header, read_picture, warn_transparent, warn_turned
+from tmask.data.images import BadImageError, read_picture, warn_transparent, warn_turned
 from tmask.data.keypoints import read_keypoints
 from tmask.data.mask_classes import is_split, mask_category_ids
 from tmask.data.segmentation import compressed, covers_pixels
@@ -36,7 +36,6 @@ Transforms = Callable[[Tensor, Target], tuple[Tensor, Target]]
 
 # Pixels. Of a narrower box float32 may lose the area when the image is resized.
 _MIN_SIDE = 0.01
-_ALPHAS_READ = 50  # images decoded before a run, to know whether alpha is opaque: seconds
 
 
 class CocoDataset(Dataset[tuple[Tensor, Target]]):
@@ -77,6 +76,10 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     read them as they are stored (False), as COCO's are. None: as stored, with one warning at the first image that has
     an orientation. One more warning tells of alpha that is dropped though not opaque.
 
+    `allow_missing`: leave out the images whose files do not exist, unless that is all of them. ``left_out`` has the
+    numbers of the images that are left out, here or by `leave_out`, each with the reason. Items keep their numbers;
+    the loader skips these, and ``coco`` does not have them.
+
     ``coco`` is the `pycocotools.coco.COCO` of the whole file for evaluation. There an annotation id of 0 is replaced,
     since its evaluator takes a match with id 0 for none.
 
@@ -96,6 +99,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         mask_classes: str | None = None,
         apply_exif: bool | None = None,
         crowds: str = "ignore",
+        allow_missing: bool = False,
     ) -> None:
         from pycocotools.coco import COCO
 
@@ -123,7 +127,10 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             warnings.warn(f"{self.keypoint_fault}; all keypoints are left out", stacklevel=2)
         masked = self.category_ids if mask_classes is None else mask_category_ids(mask_classes, self.categories)
         self.boxes_only = frozenset(self.category_ids) - frozenset(masked)
-        self._found = find_image_files(self.images_folder, self.images, self.annotation_file)
+        self.left_out: dict[int, str] = {}
+        self._found, missing = find_image_files(
+            self.images_folder, self.images, self.annotation_file, allow_missing=allow_missing
+        )
         self.summary, faults = summarize(self.annotation_file, content, self.boxes_only, masks_used=masks)
         for fault in faults:
             warnings.warn(fault, stacklevel=2)
@@ -132,6 +139,22 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         self.coco = COCO()
         self.coco.dataset = content
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
+            self.coco.createIndex()
+        if missing:
+            self.leave_out(missing)
+
+    def leave_out(self, faults: Mapping[int, str]) -> None:
+        """Leave out the images of these numbers, for these reasons, with their annotations."""
+        self.left_out |= faults
+        for i in faults:
+            self._annotations[i], self._boxes[i] = [], self._boxes[i][:0]
+        gone = {self.images[i]["id"] for i in faults}
+        whole = self.coco.dataset
+        self.coco.dataset = whole | {
+            "images": [record for record in whole["images"] if record["id"] not in gone],
+            "annotations": [item for item in whole["annotations"] if item["image_id"] not in gone],
+        }
+        with contextlib.redirect_stdout(io.StringIO()):
             self.coco.createIndex()
 
     @property
@@ -204,7 +227,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         return (image, target) if self.transforms is None else self.transforms(image, target)
 
     def check_size(self, i: int, height: int, width: int, orientation: int) -> None:
-        """Raise ValueError unless image i, of an EXIF `orientation`, is read with the size that the file says."""
+        """Raise BadImageError unless image i, of an EXIF `orientation`, is read with the size that the file says."""
         record = self.images[i]
         if (height, width) == (record["height"], record["width"]):
             return
@@ -217,7 +240,9 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
                     other = "--data.exif false (eval: --exif false) reads it without its EXIF orientation"
                 hint += f"; {other}"
         expected, got = f"{record['width']}x{record['height']}", f"{width}x{height}"
-        raise ValueError(f"{self.image_path(i)}: expected {expected} pixels by {self.annotation_file}, got {got}{hint}")
+        raise BadImageError(
+            f"{self.image_path(i)}: expected {expected} pixels by {self.annotation_file}, got {got}{hint}"
+        )
 
     def _leave_out_root(self, content: dict[str, Any]) -> None:
         root = root_category(content["categories"], {item["category_id"] for item in content["annotations"]})
@@ -283,29 +308,6 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             part = torch.from_numpy(decoded.transpose(2, 1, 0)).mT  # [rows, H, W]
             masks[rows[chunk]] = pack_masks(part) if self.packed_masks else part
         return masks
-
-
-def check_images(dataset: CocoDataset) -> None:
-    """Read the headers of all images; one warning counts undecided EXIF orientations, one alpha that is dropped.
-
-    Raises:
-        ValueError: An image cannot be read, or has another size than the file says.
-    """
-    turned, with_alpha = [], []
-    for i in range(len(dataset)):
-        path = dataset.image_path(i)
-        height, width, orientation, has_alpha = read_header(path)
-        swapped = dataset.apply_exif and orientation > 4
-        dataset.check_size(i, *((width, height) if swapped else (height, width)), orientation)
-        turned += [path] * (orientation != 1)
-        with_alpha += [path] * has_alpha
-    if turned and dataset.apply_exif is None:
-        dataset.told.add("exif")
-        warn_turned(turned, len(dataset))
-    # Whether alpha is opaque only the pixels tell. Of those that come later __getitem__ warns.
-    if any(read_picture(path).transparent for path in with_alpha[:_ALPHAS_READ]):
-        dataset.told.add("alpha")
-        warn_transparent(with_alpha, len(dataset))
 
 
 def check_instances(dataset: CocoDataset, *, train: bool) -> None:

@@ -21,15 +21,18 @@ from tmask.data.images import image_suffixes
 Parts = tuple[str, ...]  # of a path below the images folder
 
 
-def find_image_files(folder: Path, images: Sequence[dict[str, Any]], annotation_file: Path) -> dict[int, str]:
+def find_image_files(
+    folder: Path, images: Sequence[dict[str, Any]], annotation_file: Path, *, allow_missing: bool = False
+) -> tuple[dict[int, str], dict[int, str]]:
     """The file of each of `images` that is not there by its ``file_name``: its path below `folder`, by number.
 
-    They are counted in one warning. Errors: ValueError for images that are not there at all.
+    They are counted in one warning. With `allow_missing` the second value has a message for each image that is not
+    there at all, unless none is. Errors: ValueError for such images.
     """
     names = [record["file_name"] for record in images]
     missing = [i for i, name in enumerate(names) if not (folder / name).is_file()]
     if not missing:
-        return {}
+        return {}, {}
     there = ImageFolder(folder)
     present = set(range(len(names))).difference(missing)
     found = there.match({i: names[i] for i in missing}, (names[i] for i in present))
@@ -41,10 +44,11 @@ def find_image_files(folder: Path, images: Sequence[dict[str, Any]], annotation_
                 f"images_folder: none of the {len(images)} images of {annotation_file} is in {folder}, "
                 f"first {first} {number}{there.hint(first)}"
             )
-        raise ValueError(
-            f"{annotation_file}: {len(missing)} of {len(images)} images do not exist, "
-            f"first {folder / first} {number}{there.hint(first)}"
-        )
+        if not allow_missing:
+            raise ValueError(
+                f"{annotation_file}: {len(missing)} of {len(images)} images do not exist, "
+                f"first {folder / first} {number}{there.hint(first)}"
+            )
     # A name that is the end of the image's URL was made from it: LVIS names no files, which is no fault.
     renamed = [i for i in found if not str(images[i].get("coco_url")).endswith(f"/{names[i]}")]
     if renamed:
@@ -54,7 +58,7 @@ def find_image_files(folder: Path, images: Sequence[dict[str, Any]], annotation_
             f"{names[first]!r}: {found[first]} (image id {number})",
             stacklevel=3,
         )
-    return found
+    return found, {i: f"{folder / names[i]}: no such file (image id {images[i]['id']})" for i in missing}
 
 
 class ImageFolder:

@@ -42,6 +42,10 @@ _CONVERT = "magick IN -auto-level -depth 8 OUT.png stretches the darkest value t
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
+class BadImageError(ValueError):
+    """An image file that cannot be read, or not rightly, or is not of the size that the annotations say."""
+
+
 class Header(NamedTuple):
     """What a file says of its image before the pixels are decoded."""
 
@@ -80,8 +84,8 @@ def read_picture(path: str | Path, *, apply_exif: bool = False) -> Picture:
             are stored.
 
     Raises:
-        ValueError: Names the file, if the file cannot be read, has more than 8 bits a channel, signed numbers or bands
-            that are neither colour nor alpha, or holds several images (an animation, pages).
+        BadImageError: Names the file, if the file cannot be read, has more than 8 bits a channel, signed numbers or
+            bands that are neither colour nor alpha, or holds several images (an animation, pages).
     """
     from PIL import Image
 
@@ -162,19 +166,19 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, bool]]:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             yield image, _check(image, path)
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file") from error
+        raise BadImageError(f"{path}: no such file") from error
     except _UnsuitableError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise BadImageError(f"{path}: {error}") from error
     except UnidentifiedImageError as error:
         known = "empty, or of no known format"
         with Path(path).open("rb") as file:
             is_tiff = file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
         if is_tiff:
             known = "a damaged TIFF, or one that is not 8-bit grey, RGB or CMYK"
-        raise ValueError(f"{path}: cannot be read as an image: {known}") from error
+        raise BadImageError(f"{path}: cannot be read as an image: {known}") from error
     except Exception as error:  # decoders raise whatever they please on a damaged file
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ValueError(f"{path}: cannot be read as an image: {reason}") from error
+        raise BadImageError(f"{path}: cannot be read as an image: {reason}") from error
 
 
 def _orientation(image: Any) -> int:

@@ -11,7 +11,7 @@ import pickle
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,6 +61,9 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
 
     With `drop_last` every batch is full: what the groups have left over makes mixed batches at the end, and only the
     last length % batch_size of that is left out; with `shuffle` others in each epoch.
+
+    The indices of `left_out` never come. The others keep their order and their seeds: a run that goes on without an
+    image that it could not read sees the batches that a run without it from the start would have seen.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         seed: int = 0,
         aspect_ratios: Sequence[float] | None = None,
         drop_last: bool = False,
+        left_out: Collection[int] = (),
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
@@ -80,7 +84,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         if aspect_ratios is not None and len(aspect_ratios) != length:
             raise ValueError(f"aspect_ratios: expected {length} values, got {len(aspect_ratios)}")
         self.length, self.batch_size, self.shuffle, self.seed = length, batch_size, shuffle, seed
-        self.drop_last = drop_last
+        self.drop_last, self.left_out = drop_last, frozenset(left_out)
         self.epoch = self.start = 0
         self.groups = [0] * length if aspect_ratios is None else [int(ratio >= 1) for ratio in aspect_ratios]
 
@@ -95,9 +99,10 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
+        groups = [group for i, group in enumerate(self.groups) if i not in self.left_out]
         if self.drop_last:
-            return self.length // self.batch_size
-        return sum(-(-self.groups.count(group) // self.batch_size) for group in set(self.groups))
+            return len(groups) // self.batch_size
+        return sum(-(-groups.count(group) // self.batch_size) for group in set(groups))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
@@ -112,6 +117,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
             order = torch.randperm(self.length, generator=generator).tolist()
         batches: list[list[int]] = []
         open_batches: dict[int, list[int]] = {}
+        order = [i for i in order if i not in self.left_out]
         for i in order:
             batch = open_batches.setdefault(self.groups[i], [])
             batch.append(i)
@@ -139,6 +145,7 @@ def make_loader(
 ) -> DataLoader[Batch]:
     """Batches of `dataset`, made by `transform` in `num_workers` processes (0: in this one).
 
+    The images in its ``left_out``, if it has that, never come.
     Call ``loader.batch_sampler.set_epoch(n)`` before each epoch. Without `shuffle` images come in order (leave
     `aspect_grouping` off then, or they do not). Batches are pinned where there is a GPU.
     An error of the data set or the transform is raised as it is, also out of a worker (whose traceback is its note).
@@ -146,7 +153,13 @@ def make_loader(
     """
     ratios = [dataset.aspect_ratio(i) for i in range(len(dataset))] if aspect_grouping else None
     sampler = EpochBatchSampler(
-        len(dataset), batch_size=batch_size, shuffle=shuffle, seed=seed, aspect_ratios=ratios, drop_last=drop_last
+        len(dataset),
+        batch_size=batch_size,
+        shuffle=shuffle,
+        seed=seed,
+        aspect_ratios=ratios,
+        drop_last=drop_last,
+        left_out=getattr(dataset, "left_out", ()),
     )
     return _Loader(
         _BatchMaker(dataset, transform),
@@ -154,7 +167,7 @@ def make_loader(
         collate_fn=_as_it_is,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        worker_init_fn=_leave_stop_signals_to_the_trainer,
+        worker_init_fn=leave_stop_signals_to_the_trainer,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),  # else each epoch draws from the caller's random state
     )
@@ -229,7 +242,7 @@ def _batch_or_error(made: Batch | _Failure) -> Batch:
         del made  # else error, traceback and frames hold one another, and the workers with them
 
 
-def _leave_stop_signals_to_the_trainer(worker: int) -> None:
+def leave_stop_signals_to_the_trainer(worker: int) -> None:
     """A terminal's Ctrl-C reaches the workers too, and a scheduler's SIGTERM: only their parent's SIGTERM ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows

@@ -44,6 +44,7 @@ def evaluate(
     The keys are those of `coco_metrics`, as is `boxes_only`, of ``keypoints`` too if the model finds them.
     `max_detections` an image count in the AP; the model must be set to give as many (``max_detections`` of its config).
     With `results_file` the detections are also written as COCO results.
+    Images that `dataset` has left out have no part in any of it; ``images_left_out`` is their number, if there are any.
     """
     results = detect(model, loader, dataset.category_ids, device=device, precision=precision)
     if results_file is not None:
@@ -52,7 +53,9 @@ def evaluate(
     kinds, sigmas = KINDS if has_masks(model) else KINDS[:1], None
     if skeleton is not None:
         kinds, sigmas = (*kinds, KEYPOINTS), skeleton.sigmas
-    return coco_metrics(
+    left_out = len(getattr(dataset, "left_out", ()))
+    metrics = {"images_left_out": float(left_out)} if left_out else {}
+    return metrics | coco_metrics(
         dataset.coco.dataset,
         results,
         max_detections=max_detections,
@@ -322,6 +325,8 @@ def results_table(metrics: dict[str, float]) -> str:
         cells = [_percent(metrics[key]) if key in metrics else "" for key in keys]
         cells = [cell.rjust(len(head)) for cell, head in zip(cells, heads, strict=True)]
         lines.append(" ".join([f"{label:<{width}}", *cells]).rstrip())
+    if "images_left_out" in metrics:
+        lines.append(f"{metrics['images_left_out']:.0f} images are left out: the figures are of the others")
     return "\n".join(lines)
 
 

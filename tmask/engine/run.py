@@ -22,6 +22,7 @@ from tmask.config import DataConfig, ModelConfig, TrainConfig
 from tmask.engine.checkpoint import load_initial
 from tmask.engine.evaluate import evaluate, skeleton_of
 from tmask.engine.files import replace_text
+from tmask.engine.progress import progress
 from tmask.engine.train import CHECKPOINT_NAME, TrainResult, train
 from tmask.model.detector import MaskRCNN
 from tmask.model.transform import is_packed
@@ -42,7 +43,8 @@ def open_dataset(data: DataConfig, split: str, *, masks: bool = True) -> Any:
     `check_images`, and ValueError if there is nothing to train on, or if of the classes chosen for their masks one that
     is listed, or all of a split, have none.
     """
-    from tmask.data.coco import CocoDataset, check_images, check_instances, check_masks
+    from tmask.data.check import check_images
+    from tmask.data.coco import CocoDataset, check_instances, check_masks
 
     images, annotations = getattr(data, f"{split}_images"), getattr(data, f"{split}_annotations")
     if images is None:
@@ -56,12 +58,19 @@ def open_dataset(data: DataConfig, split: str, *, masks: bool = True) -> Any:
         mask_classes=mask_classes,
         crowds=data.crowds,
         apply_exif=data.exif,
+        allow_missing=data.skip_bad,
     )
     print(dataset.summary)
+    check_images(
+        dataset,
+        data.check,
+        skip_bad=data.skip_bad,
+        num_workers=data.num_workers,
+        watch=functools.partial(progress, task=f"checking {split} images", unit="image"),
+    )
     check_instances(dataset, train=split == "train")
     if mask_classes is not None:
         check_masks(dataset, mask_classes)
-    check_images(dataset)
     return dataset
 
 
