@@ -307,6 +307,48 @@ FILES = [
         truncate(FIRST),
     ),
     Case(
+        "truncated PNG, found before the first step",
+        "train --data.check full",
+        f"{FIRST}: cannot be read as an image: image file is truncated",
+        truncate(FIRST),
+    ),
+    Case(
+        "truncated PNG, found by workers",
+        "eval --check full --num_workers 2",
+        f"{FIRST}: cannot be read as an image: image file is truncated",
+        truncate(FIRST),
+    ),
+    Case(
+        "several bad images",
+        "train --data.check full",
+        f"2 of 3 images are bad: {FIRST}: cannot be read as an image: image file is truncated; data/images/000002.png: cannot be read as an image: empty, or of no known format",
+        both(truncate(FIRST), file(IMAGES / "000002.png", b"")),
+    ),
+    Case(
+        "several bad images, found by their headers",
+        "eval",
+        f"2 of 3 images are bad: {FIRST}: cannot be read as an image: empty, or of no known format; data/images/000002.png: cannot be read as an image: empty, or of no known format",
+        both(file(FIRST, b""), file(IMAGES / "000002.png", b"")),
+    ),
+    Case(
+        "bad images alone, to be left out",
+        "train --data.skip_bad true",
+        "3 of 3 images are bad: data/images/000000.png: cannot be read as an image: empty, or of no known format; data/images/000001.png: cannot be read as an image: empty, or of no known format; data/images/000002.png: cannot be read as an image: empty, or of no known format",
+        both(*[file(IMAGES / f"00000{i}.png", b"") for i in range(3)]),
+    ),
+    Case(
+        "wrong images folder, bad images to be left out",
+        "train --data.skip_bad true --data.train_images empty",
+        "images_folder: none of the 3 images of data/annotations.json is in empty, first 000000.png (image id 1)",
+        lambda: Path("empty").mkdir(),
+    ),
+    Case(
+        "bad images to be left out, with all annotations",
+        "train --data.skip_bad true",
+        "data/annotations.json: annotations: expected at least one to train on, got none",
+        both(content(lambda c: c.update(annotations=c["annotations"][:1])), truncate(FIRST)),
+    ),
+    Case(
         "image file of zero bytes",
         "eval",
         "data/images/000000.png: cannot be read as an image: empty, or of no known format",
@@ -948,6 +990,24 @@ SETTINGS = [
         "--out data/annotations.json/out: expected a folder, but data/annotations.json is a file",
         code=2,
     ),
+    Case(
+        "unknown check of the images",
+        "train --data.check fully",
+        "--data.check: expected 'full'? or none, got fully",
+        code=2,
+    ),
+    Case(
+        "bad images left out without a look",
+        "train --data.skip_bad true --data.check off",
+        "--data.check: expected 'full' or 'headers' with skip_bad, got 'off'",
+        code=2,
+    ),
+    Case(
+        "bad images left out without a look",
+        "eval --skip_bad true --check off",
+        "--check: expected 'full' or 'headers' with skip_bad, got 'off'",
+        code=2,
+    ),
     Case("negative number of workers", "eval --num_workers -1", "--num_workers: expected at least 0, got -1", code=2),
 ]
 
@@ -1218,6 +1278,27 @@ ACCEPTED = [
         content(lambda c: [item.update(iscrowd=1) for item in c["annotations"][::2]]),
         "data/annotations.json: 4 of 7 annotations are crowds (iscrowd 1), which are not learnt; if they are single objects, set crowds to instances; first annotation id 1",
     ),
+    Accepted(
+        "truncated PNG",
+        "train --data.skip_bad true",
+        "is left out, and listed in `skipped.txt` of the run",
+        truncate(FIRST),
+        f"{FILE}: left out 1 of 3 images: {FIRST}: cannot be read as an image: image file is truncated",
+    ),
+    Accepted(
+        "missing image",
+        "train --data.skip_bad true --data.check headers",
+        "is left out, and listed in `skipped.txt` of the run",
+        FIRST.unlink,
+        f"{FILE}: left out 1 of 3 images: {FIRST}: no such file (image id 1)",
+    ),
+    Accepted(
+        "truncated PNG",
+        "eval --skip_bad true --num_workers 2",
+        "is left out of the figures, which say so",
+        truncate(FIRST),
+        f"{FILE}: left out 1 of 3 images: {FIRST}: cannot be read as an image: image file is truncated",
+    ),
     Accepted("nothing but crowds", "train --data.crowds instances", "are learnt like all", each(iscrowd=1)),
     Accepted("nothing but crowds", "eval --crowds instances", "are evaluated like all", each(iscrowd=1)),
     Accepted(
@@ -1428,6 +1509,10 @@ ACCEPTED = [
 # Tested where the code is.
 ELSEWHERE = {
     "full disk while saving a checkpoint": "tests/engine/test_processes.py::test_a_full_disk_ends_the_run_and_not_the_checkpoint",
+    "bad image midway": "tests/engine/test_errors.py::test_a_bad_image_midway_costs_no_step",
+    "any error in a run": "tests/engine/test_errors.py::test_a_run_goes_on_behind_the_last_whole_update",
+    "out of memory, or a data worker that died": "tests/engine/test_memory.py::test_training_saves_and_names_the_options",
+    "folder where another command is at work": "tests/engine/test_files.py::test_one_training_at_a_time",
     "loss that is NaN or infinite": "tests/engine/test_train.py::test_a_loss_that_is_not_finite_names_step_and_term",
     "every form of damage to a mask": "tests/data/test_coco.py::"
     "test_faults_of_a_mask_are_found_on_opening_and_name_the_annotation",

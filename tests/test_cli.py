@@ -261,6 +261,15 @@ def test_options_override_the_config_file_wherever_they_stand(tmp_path: Path, ca
     assert printed_config(capsys, "--model.convention=torchvision")["model"]["convention"]["paste"] == "torchvision"
 
 
+def test_off_in_a_file_is_a_word(tmp_path: Path, capsys: Any) -> None:
+    """YAML reads it as false."""
+    file = tmp_path / "c.yaml"
+    file.write_text("preset: tiny\ndata: {check: off}\n")
+    assert printed_config(capsys, "--config", str(file))["data"]["check"] == "off"
+    assert printed_config(capsys, "--data.check", "off")["data"]["check"] == "off"
+    assert printed_config(capsys)["data"]["check"] is None
+
+
 def test_the_roi_extractor_is_set_by_file_and_option(tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("preset: tiny\nmodel: {roi_extractor: {interpolation: bicubic, sampling_ratio: 2}}\n")

@@ -157,10 +157,32 @@ def test_a_full_disk_ends_the_run_and_not_the_checkpoint(data: list[str], whole:
     path = out / "checkpoint.pt"
     reason = f"checkpoint {path}: cannot be written: File too large"
     lines = err.splitlines()
-    assert lines[-1] == f"tmask train: error: step 14: {reason}; the last good one is of step 7"
+    again = ["train", "--config", str(out / "config.yaml"), "--out", str(out), "--resume", str(path)]
+    failed = f"tmask train: error: step 14: {reason}; the last good one is of step 7"
+    assert lines[-1] == f"{failed}; to go on from step 7: {shlex.join(['tmask', *again])}"
     assert "Traceback" not in err
     assert load_checkpoint(path)["step"] == 7
     assert sorted(item.name for item in out.iterdir()) == ["checkpoint.pt", "config.yaml", "log.jsonl"]
     assert read_log(out / "log.jsonl")[-1] == {"step": 14, "error": reason, "checkpoint_step": 7}
-    finish(["train", "--config", str(out / "config.yaml"), "--out", str(out), "--resume", str(path)])
+    finish(again)
+    assert_same_run(out, whole)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_worker_that_is_killed_costs_no_step(data: list[str], whole: Path, tmp_path: Path, num_workers: int) -> None:
+    """As the system kills one where memory is short."""
+    out = tmp_path / "starved"
+    process = start(train_options(data, out, num_workers))
+    wait_for(lambda: steps_logged(out) >= 9, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [pid for pid in map(int, children) if b"tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(workers[0], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    last = err.splitlines()[-1]
+    assert "a data worker died, most likely as memory" in last
+    assert f"the most effective first: --data.num_workers (now {num_workers}), --train.batch_size (now 2)" in last
+    step, command = last.split("; to go on from step ")[1].split(": tmask ")
+    assert int(step) == load_checkpoint(out / "checkpoint.pt")["step"] >= 9
+    finish(shlex.split(command))
     assert_same_run(out, whole)

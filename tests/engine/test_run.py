@@ -52,10 +52,12 @@ def test_metrics_come_last(dataset: CocoDataset, tmp_path: Path, monkeypatch: py
     def full(*_: Any, **__: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(run, "train", lambda *_, **__: SimpleNamespace(model=None, metrics={"bbox/AP": 0.5}))
+    done = SimpleNamespace(model=None, metrics={"bbox/AP": 0.5}, checkpoint=Path("c.pt"), step=7)
+    monkeypatch.setattr(run, "train", lambda *_, **__: done)
     monkeypatch.setattr(run, "draw_pictures", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match="no space") as error:
         train(dataset, tmp_path / "out")
+    assert error.value.__notes__ == ["c.pt is the checkpoint of step 7"]
     assert not (tmp_path / "out" / "metrics.json").exists()
     monkeypatch.setattr(run, "draw_pictures", lambda *_, **__: [])
     train(dataset, tmp_path / "out")

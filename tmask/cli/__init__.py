@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from tmask.checks import nearest
 from tmask.cli.ablate import ablate_command
 from tmask.cli.bench import bench_command
-from tmask.cli.common import UsageError, fail, one_line
+from tmask.cli.common import UsageError, describe_error, fail, one_line
 from tmask.cli.demo import demo_command
 from tmask.cli.eval import eval_command
 from tmask.cli.predict import predict_command
@@ -65,18 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # a user's terminal is no place for a traceback
         if _debug():
             raise
-        return fail(f"tmask {name}: error: {_describe(error)}", 1)
+        return fail(f"tmask {name}: error: {describe_error(error)}", 1)
     finally:
         warnings.formatwarning = python_format
-
-
-def _describe(error: Exception) -> str:
-    """An error in one line: what the system says with the file it says it of, any other with its kind."""
-    if isinstance(error, ValueError):
-        return str(error)
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return f"{type(error).__name__}: {error}"
 
 
 def _debug() -> bool:

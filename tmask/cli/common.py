@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,10 +27,101 @@ class UsageError(Exception):
     """Something the user typed is wrong; the message is for him."""
 
 
+class RunError(Exception):
+    """A run failed; the message is for the user."""
+
+
 def fail(message: str, code: int) -> int:
     """Say it in one line on stderr; gives `code`."""
     print(one_line(message), file=sys.stderr)
     return code
+
+
+def describe_error(error: BaseException) -> str:
+    """An error in words: what the system says with the file it says it of, any other with its kind."""
+    if isinstance(error, ValueError | RunError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return f"{type(error).__name__}: {error}"
+
+
+@contextlib.contextmanager
+def advising(options: Mapping[str, Any], way_on: str = "") -> Iterator[None]:
+    """What runs out of memory in here ends in a RunError that names `options`, see `memory_advice`, and `way_on`."""
+    try:
+        yield
+    except Exception as error:
+        if advice := memory_advice(error, options):
+            raise RunError(advice + way_on) from error
+        raise
+
+
+@contextlib.contextmanager
+def going_on(out: Path, device: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """What breaks off a training in `out` also gives the command that goes on, if there is a checkpoint.
+
+    Args:
+        out: The folder of the run.
+        device: As the user named it.
+        options: To lower where memory is short, see `memory_advice`.
+
+    Raises:
+        KeyboardInterrupt: As raised in here, with the command.
+        RunError: In place of an error that has something to add.
+    """
+    checkpoint = out / "checkpoint.pt"
+    words = ["tmask", "train", "--config", out / "config.yaml", "--out", out, "--resume", checkpoint]
+    command = shlex.join(map(str, words + ([] if device == "auto" else ["--device", device])))
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        step = getattr(stop, "checkpoint_step", None)
+        after = " before the first checkpoint" if step is None else f"; to go on from step {step}: {command}"
+        stop.args = (f"{str(stop) or 'interrupted'}{after}",)
+        raise
+    except Exception as error:
+        step, advice = getattr(error, "checkpoint_step", None), memory_advice(error, options)
+        parts = [advice or describe_error(error).rstrip("."), getattr(error, "not_saved", "")]
+        if step is not None:
+            from tmask.data.images import BadImageError
+
+            if isinstance(error, BadImageError):
+                parts.append("mend the file, or add --data.skip_bad true --data.check full to leave such images out")
+            if advice:
+                parts.append(f"--train.batch_size and --model.* may change in a new run with --init {checkpoint}")
+            parts.append(f"to go on from step {step}: {command}")
+        text = "; ".join(part for part in parts if part)
+        if text == describe_error(error).rstrip("."):
+            raise
+        raise RunError(text) from error
+
+
+def memory_advice(error: BaseException, options: Mapping[str, Any]) -> str:
+    """What to do about an error of too little memory; empty for any other.
+
+    `options` have their present values, the most effective first. What cannot be lowered is not named; precision can
+    if it is fp32, and for data workers that died their number comes first.
+    """
+    from tmask.engine.device import memory_fault
+
+    fault = memory_fault(error)
+    if fault is None:
+        return ""
+    reason = ". ".join(one_line(str(error)).rstrip(".").split(". ")[:2])
+    lower = []
+    for name, value in options.items():
+        least = 0 if name.endswith("num_workers") else 1
+        if value == "fp32":
+            lower.append(f"{name} bf16 (now fp32)")
+        elif isinstance(value, tuple) or (isinstance(value, int) and value > least):
+            lower.append(f"{name} (now {value})")
+    what = "out of memory"
+    if fault == "worker":
+        what = "a data worker died, most likely as memory or shared memory (/dev/shm; docker: --shm-size) ran out"
+        lower.sort(key=lambda text: "num_workers" not in text)
+    named = f"lower, the most effective first: {', '.join(lower)}" if lower else "no option of this command lowers it"
+    return f"{what}{f' ({reason})' if reason else ''}; {named}"
 
 
 def one_line(text: str) -> str:

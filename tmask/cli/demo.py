@@ -6,7 +6,7 @@ import dataclasses
 import typing
 from pathlib import Path
 
-from tmask.cli.common import check_out, check_precision, device_of, make_parser, parse, usage
+from tmask.cli.common import check_out, check_precision, device_of, going_on, make_parser, parse, usage
 from tmask.config import from_dict
 
 
@@ -22,5 +22,7 @@ def demo_command(argv: list[str]) -> int:
     config = usage(lambda: from_dict(DemoConfig, args.as_dict()))
     usage(lambda: check_precision(device_of(config.device), config.precision))
     check_out(Path(config.out))
-    run_demo(config, device=device_of(config.device))
+    names = ("batch_size", "image_size", "precision", "num_workers")
+    with going_on(Path(config.out), config.device, {f"--{name}": getattr(config, name) for name in names}):
+        run_demo(config, device=device_of(config.device))
     return 0

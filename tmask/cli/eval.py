@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Literal
@@ -9,6 +10,7 @@ from typing import Literal
 from tmask.cli.common import (
     UsageError,
     add_device,
+    advising,
     check_out,
     check_precision,
     device_of,
@@ -48,6 +50,10 @@ def eval_command(argv: list[str]) -> int:
     parser.add_argument(
         "--crowds", type=Literal["ignore", "instances"], default="ignore", help="what iscrowd 1 is taken for"
     )
+    parser.add_argument(
+        "--check", type=Literal["full", "headers", "off"] | None, default=None, help="of the images, as --data.check"
+    )
+    parser.add_argument("--skip_bad", type=bool, default=False, help="leave out bad images, as --data.skip_bad")
     # Images of a batch are padded to one size, which reaches into the features at their borders.
     parser.add_argument("--batch_size", type=int | None, default=None, help="null: as in training")
     parser.add_argument("--num_workers", type=int, default=0)
@@ -60,6 +66,8 @@ def eval_command(argv: list[str]) -> int:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UsageError(f"--{name}: expected at least {least}, got {value}")
+    if args.skip_bad and args.check == "off":
+        raise UsageError("--check: expected 'full' or 'headers' with skip_bad, got 'off'")
     out = Path(args.out) if args.out is not None else None
     if out:
         check_out(out)
@@ -71,6 +79,7 @@ def eval_command(argv: list[str]) -> int:
     from tmask.engine.checkpoint import load_model
     from tmask.engine.evaluate import evaluate, results_table
     from tmask.engine.files import replace_text
+    from tmask.engine.progress import progress
     from tmask.engine.run import METRICS_NAME, RESULTS_NAME, check_categories
 
     model, saved = load_model(args.checkpoint, device)
@@ -84,22 +93,25 @@ def eval_command(argv: list[str]) -> int:
         packed_masks=True,
         crowds=args.crowds,
         apply_exif=saved.get("exif") if args.exif is None else args.exif,
+        allow_missing=args.skip_bad,
     )
     print(dataset.summary)
     check_categories(model.config.num_classes, saved["categories"])
     dataset.use_labels(saved["categories"])
+    watch = functools.partial(progress, task="checking images", unit="image")
+    check_images(dataset, args.check, skip_bad=args.skip_bad, num_workers=args.num_workers, watch=watch)
     check_instances(dataset, train=False)
     if model.config.keypoints is not None:
         check_keypoint_names(dataset, model.config.keypoints.skeleton.names, train=False)
-    check_images(dataset)
     boxes_only = {item["id"] for item in saved["categories"] if item.get("boxes_only")}
     ids = [item["id"] for item in saved["categories"]]
     if args.mask_classes is not None:
         boxes_only = set(ids) - mask_category_ids(args.mask_classes, saved["categories"])
+    batch_size = args.batch_size or training.get("batch_size", 1)
     loader = make_loader(
         dataset,
         model.transform,
-        batch_size=args.batch_size or training.get("batch_size", 1),
+        batch_size=batch_size,
         shuffle=False,
         num_workers=args.num_workers,
     )
@@ -108,16 +120,24 @@ def eval_command(argv: list[str]) -> int:
         max_detections = training.get("eval_max_detections", 100)
     else:
         model.roi_heads.max_detections = max_detections
-    metrics = evaluate(
-        model,
-        loader,
-        dataset,
-        max_detections=max_detections,
-        device=device,
-        precision=precision_of(device, args.precision, saved),
-        results_file=out / RESULTS_NAME if out else None,
-        boxes_only={own for own, learnt in zip(dataset.category_ids, ids, strict=True) if learnt in boxes_only},
-    )
+    precision = precision_of(device, args.precision, saved)
+    memory = {
+        "--batch_size": batch_size,
+        "--max_detections": model.roi_heads.max_detections,
+        "--precision": precision,
+        "--num_workers": args.num_workers,
+    }
+    with advising(memory):
+        metrics = evaluate(
+            model,
+            loader,
+            dataset,
+            max_detections=max_detections,
+            device=device,
+            precision=precision,
+            results_file=out / RESULTS_NAME if out else None,
+            boxes_only={own for own, learnt in zip(dataset.category_ids, ids, strict=True) if learnt in boxes_only},
+        )
     if out:
         replace_text(out / METRICS_NAME, json.dumps(metrics, indent=1))
     print(results_table(metrics))

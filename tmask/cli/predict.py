@@ -7,6 +7,7 @@ from pathlib import Path
 from tmask.cli.common import (
     UsageError,
     add_device,
+    advising,
     check_out,
     check_precision,
     device_of,
@@ -61,25 +62,29 @@ def predict_command(argv: list[str]) -> int:
     model, saved = load_model(args.checkpoint, device)
     if args.max_detections is not None:
         model.roi_heads.max_detections = args.max_detections
+    precision = precision_of(device, args.precision, saved)
+    memory = {"--max_detections": model.roi_heads.max_detections, "--precision": precision}
+    again = "the same command" + (" without --overwrite" if args.overwrite else "")
+    kept = f"what is done is in {out}, and {again} goes on there"
     try:
-        done = predict(
-            model,
-            files,
-            saved["categories"],
-            out_dir=out,
-            device=device,
-            precision=precision_of(device, args.precision, saved),
-            score_threshold=args.score_threshold,
-            pictures=args.pictures,
-            coco_images=known,
-            overwrite=args.overwrite,
-            apply_exif=saved.get("exif") if known and args.exif is None else args.exif,
-        )
+        with advising(memory, f"; {kept}, but other settings begin anew with --overwrite"):
+            done = predict(
+                model,
+                files,
+                saved["categories"],
+                out_dir=out,
+                device=device,
+                precision=precision,
+                score_threshold=args.score_threshold,
+                pictures=args.pictures,
+                coco_images=known,
+                overwrite=args.overwrite,
+                apply_exif=saved.get("exif") if known and args.exif is None else args.exif,
+            )
     except OtherSettingsError as error:
         raise UsageError(str(error)) from error
     except KeyboardInterrupt as stop:
-        command = "the same command" + (" without --overwrite" if args.overwrite else "")
-        raise KeyboardInterrupt(f"interrupted; what is done is in {out}, and {command} goes on there") from stop
+        raise KeyboardInterrupt(f"interrupted; {kept}") from stop
     drawn = f", pictures in {out / PICTURES_NAME}" if args.pictures else ""
     print(f"{done.detections} detections in {done.images} images: {out / PREDICTIONS_NAME}{drawn}")
     return 0

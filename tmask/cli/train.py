@@ -7,7 +7,6 @@ import dataclasses
 import inspect
 import json
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,12 @@ from tmask.cli.common import (
     check_out,
     check_precision,
     device_of,
-    fail,
+    going_on,
     make_parser,
     parse,
     paths_exist,
     settings_of,
+    usage,
 )
 from tmask.config import (
     CONVENTIONS,
@@ -57,10 +57,8 @@ def train_command(argv: list[str]) -> int:
         training = settings_of(TrainConfig, "train", args)
         device = device_of(args.device)
         check_precision(device, training.precision)
-        from tmask.engine.interrupt import Interrupted
         from tmask.engine.report import check_tensorboard
-        from tmask.engine.run import CONFIG_NAME, augment, open_dataset, run_training, write_config
-        from tmask.engine.train import CHECKPOINT_NAME
+        from tmask.engine.run import CONFIG_NAME, augment, check_no_run, open_dataset, run_training, write_config
 
         check_tensorboard(training)
         for name in ("train_images", "train_annotations"):
@@ -72,8 +70,8 @@ def train_command(argv: list[str]) -> int:
         raise UsageError(str(error)) from error
     out = Path(args.out)
     check_out(out)
-    if args.resume is None and not args.overwrite and (out / CHECKPOINT_NAME).exists():
-        raise UsageError(f"--out {out} holds a checkpoint; go on with --resume {out / CHECKPOINT_NAME} or --overwrite")
+    if args.resume is None and not args.overwrite:
+        usage(lambda: check_no_run(out))
     settings = args.model.as_dict()
     if settings["keypoints"] and data.vflip > 0:  # as `augment` says, but before the data are read
         raise UsageError(f"--data.vflip: expected 0 with --model.keypoints, got {data.vflip}")
@@ -90,7 +88,7 @@ def train_command(argv: list[str]) -> int:
     except ValueError as error:
         raise UsageError(f"--model.{error}") from error
     augment(train_set, data, config)
-    try:
+    with going_on(out, args.device, _memory_options(config, training, data)):
         result = run_training(
             config,
             training,
@@ -101,15 +99,9 @@ def train_command(argv: list[str]) -> int:
             device=device,
             init=args.init,
             resume=args.resume,
+            overwrite=args.overwrite,
             on_start=lambda: write_config(out / CONFIG_NAME, args.preset, config, training, data),
         )
-    except Interrupted as stop:
-        if stop.checkpoint_step is None:
-            return fail(f"tmask train: {stop} before the first checkpoint", stop.exit_code)
-        again = ["--config", out / CONFIG_NAME, "--out", out, "--resume", out / CHECKPOINT_NAME]
-        again += [] if args.device == "auto" else ["--device", args.device]
-        command = shlex.join(["tmask", "train", *map(str, again)])
-        return fail(f"tmask train: {stop}; to go on from step {stop.checkpoint_step}: {command}", stop.exit_code)
     _print_run(out, result, has_val=val_set is not None)
     return 0
 
@@ -198,6 +190,8 @@ def _read_config(path: str) -> dict[str, Any]:
     for group in ("model", "train", "data"):
         if config and not isinstance(config.get(group, {}), dict):
             raise UsageError(f"--config {path}: {group}: expected settings by name, got {config[group]!r}")
+    if config and config.get("data", {}).get("check") is False:  # which YAML reads in off
+        config["data"]["check"] = "off"
     return config or {}
 
 
@@ -215,6 +209,19 @@ def _keypoints_of_data(settings: dict[str, Any], train_set: Any) -> None:
         settings["names"] = train_set.keypoint_names
         if settings["edges"] is None:
             settings["edges"] = train_set.keypoint_edges
+
+
+def _memory_options(model: ModelConfig, training: TrainConfig, data: DataConfig) -> dict[str, Any]:
+    """The options that decide about the memory of a training, the most effective first, with their values."""
+    sizes = {"--data.min_sizes": data.min_sizes} if data.min_sizes else {"--model.min_size": model.min_size}
+    return {
+        "--train.batch_size": training.batch_size,
+        **sizes,
+        "--model.max_size": model.max_size,
+        "--train.precision": training.precision,
+        "--model.box_batch_size": model.box_batch_size,
+        "--data.num_workers": data.num_workers,
+    }
 
 
 def _print_run(out: Path, result: Any, *, has_val: bool) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import re
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from tmask_kernels.machine import cuda_fault
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("fp32", *AUTOCAST_DTYPES)
+# How CUDA, its libraries, torch's allocator on the CPU and the system say it.
+_NO_MEMORY = r"out of memory|(can't|cannot) allocate memory|not enough memory|alloc_failed"
 
 
 def pick_device(name: str | torch.device) -> torch.device:
@@ -52,6 +55,25 @@ def keep_freed_memory() -> None:
     libc.mallopt(mmap_max, 0)  # take large blocks from the heap too
     libc.mallopt(trim_threshold, 2**31 - 1)  # and do not shrink it
     libc.mallopt(top_pad, 64 * 2**20)  # grow it in steps of 64 MiB
+
+
+def memory_fault(error: BaseException) -> Literal["process", "worker"] | None:
+    """What ran out of memory, by `error` and its causes: this process, on the CPU or a GPU, or a data worker.
+
+    None if nothing did. A worker that the system kills, or that meets a full /dev/shm, gives no reason of its own.
+    """
+    errors = [error]
+    while errors[-1].__cause__ is not None:
+        errors.append(errors[-1].__cause__)
+    texts = " ".join(str(item) for item in errors if isinstance(item, RuntimeError | OSError))
+    killed = re.search(r"DataLoader worker .* killed by signal: (Killed|Bus error)?", texts)
+    if killed is not None:
+        return "worker" if killed[1] else None
+    if re.search(r"DataLoader worker .* exited unexpectedly|shared memory|</torch_\d+", texts):
+        return "worker"
+    if any(isinstance(item, MemoryError | torch.OutOfMemoryError) for item in errors):
+        return "process"
+    return "process" if re.search(_NO_MEMORY, texts, re.IGNORECASE) else None
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

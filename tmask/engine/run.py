@@ -1,7 +1,8 @@
 """A whole training run on a COCO data set: model, loaders, training, evaluation, pictures. `tmask train` and the demo.
 
 Everything a run leaves stands in one folder: ``config.yaml``, ``checkpoint.pt``, ``log.jsonl``, ``metrics.json``,
-``results.json`` (COCO results of the validation images), ``pictures/`` and, if asked for, ``tensorboard/``.
+``results.json`` (COCO results of the validation images), ``pictures/`` and, if asked for, ``tensorboard/``. Where
+images were left out (``data.skip_bad``), ``skipped.txt`` lists them.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from tmask.build import build_model
 from tmask.config import DataConfig, ModelConfig, TrainConfig
 from tmask.engine.checkpoint import load_initial
 from tmask.engine.evaluate import evaluate, skeleton_of
-from tmask.engine.files import replace_text
+from tmask.engine.files import held, replace_text
 from tmask.engine.progress import progress
-from tmask.engine.train import CHECKPOINT_NAME, TrainResult, train
+from tmask.engine.train import CHECKPOINT_NAME, TrainResult, tell_checkpoint, train
 from tmask.model.detector import MaskRCNN
 from tmask.model.transform import is_packed
 from tmask_kernels import unpack_masks
@@ -31,6 +32,7 @@ from tmask_kernels import unpack_masks
 CONFIG_NAME = "config.yaml"
 METRICS_NAME = "metrics.json"
 RESULTS_NAME = "results.json"
+SKIPPED_NAME = "skipped.txt"
 PICTURES_NAME = "pictures"
 NUM_PICTURES = 8  # of validation images, drawn at the end
 OVERVIEW_NAME, OVERVIEW_PICTURES = "overview.png", 4
@@ -39,9 +41,9 @@ OVERVIEW_NAME, OVERVIEW_PICTURES = "overview.png", 4
 def open_dataset(data: DataConfig, split: str, *, masks: bool = True) -> Any:
     """The CocoDataset of split ``"train"`` or ``"val"``, whose summary is printed; None if `data` names none.
 
-    `masks`: False for a model without masks. The headers of all images are read. Errors: those of CocoDataset and
-    `check_images`, and ValueError if there is nothing to train on, or if of the classes chosen for their masks one that
-    is listed, or all of a split, have none.
+    `masks`: False for a model without masks. The images are read as ``data.check`` says; with ``data.skip_bad`` bad
+    ones are left out. Errors: those of CocoDataset and `check_images`, and ValueError if there is nothing to train on,
+    or if of the classes chosen for their masks one that is listed, or all of a split, have none.
     """
     from tmask.data.check import check_images
     from tmask.data.coco import CocoDataset, check_instances, check_masks
@@ -114,15 +116,18 @@ def run_training(
     device: torch.device,
     init: str | Path | None = None,
     resume: str | Path | None = None,
+    overwrite: bool = True,
     on_start: Callable[[], None] | None = None,
 ) -> TrainResult:
     """Train on `train_set`, evaluate on `val_set` (if given) and leave everything in `out_dir`.
 
     A fresh run begins with the weights of `init` (`load_initial`) if it is given, `resume` is a run to go on with. Of a
-    run that stands in `out_dir` a fresh one removes what it will not write anew at once, before the first step.
-    ``config.yaml`` is the caller's to write, by `on_start`: called before the first step, once all checks are passed.
-    `val_set` gets the labels of `train_set`.
-    Errors: ValueError if the model has not the classes, masks or keypoints of the data or the two sets name other
+    run that stands in `out_dir` a fresh one removes what it will not write anew at once, after the first step.
+    ``config.yaml`` is the caller's to write, by `on_start`: called after the first step.
+    `val_set` gets the labels of `train_set`. `out_dir` is locked to the end; an error tells of its checkpoint, as one
+    of `train` does.
+    Errors: ValueError if another command is at work in `out_dir`, or, without `overwrite`, a fresh run finds a
+    checkpoint there; if the model has not the classes, masks or keypoints of the data or the two sets name other
     categories, or ``only`` would freeze layers that begin at random; and those of `train`.
     """
     from tmask.data.coco import check_keypoint_names
@@ -143,6 +148,7 @@ def run_training(
         check_keypoint_names(train_set, names, train=True)
         if val_set is not None:
             check_keypoint_names(val_set, names, train=False)
+    sets = {"train": train_set} | ({} if val_set is None else {"val": val_set})
     out_dir = Path(out_dir)
     torch.manual_seed(train_config.seed)
     if resume is None and init is None:
@@ -157,9 +163,13 @@ def run_training(
         if kept:
             print(f"init {init}: begins anew: {_listed(kept)}", file=sys.stderr)
 
+    skipped = [f"{split}: {fault}\n" for split, data in sets.items() for fault in data.left_out.values()]
+
     def start() -> None:
         if resume is None:
             _remove_run(out_dir, init)
+        if skipped:
+            replace_text(out_dir / SKIPPED_NAME, "".join(skipped))
         if on_start is not None:
             on_start()
 
@@ -171,7 +181,7 @@ def run_training(
         seed=train_config.seed,
         num_workers=data_config.num_workers,
         aspect_grouping=data_config.aspect_grouping,
-        drop_last=len(train_set) >= train_config.batch_size,
+        drop_last=len(train_set) - len(train_set.left_out) >= train_config.batch_size,
     )
 
     measure = None
@@ -192,23 +202,39 @@ def run_training(
             results_file=out_dir / RESULTS_NAME,
             boxes_only=boxes_only,
         )
-    result = train(
-        model,
-        loader,
-        train_config,
-        out_dir=out_dir,
-        device=device,
-        categories=[{**item, "boxes_only": item["id"] in train_set.boxes_only} for item in train_set.categories],
-        exif=train_set.apply_exif,
-        evaluate_fn=measure,
-        resume=resume,
-        on_start=start,
-    )
-    if val_set is not None:
-        draw_pictures(result.model, val_set, out_dir / PICTURES_NAME, device=device, precision=train_config.precision)
-        # Last: who finds metrics finds a whole run.
-        replace_text(out_dir / METRICS_NAME, json.dumps(result.metrics, indent=1))
+    with held(out_dir, "train"):
+        if resume is None and not overwrite:
+            check_no_run(out_dir)
+        result = train(
+            model,
+            loader,
+            train_config,
+            out_dir=out_dir,
+            device=device,
+            categories=[{**item, "boxes_only": item["id"] in train_set.boxes_only} for item in train_set.categories],
+            exif=train_set.apply_exif,
+            evaluate_fn=measure,
+            resume=resume,
+            on_start=start,
+        )
+        if val_set is not None:
+            try:
+                draw_pictures(
+                    result.model, val_set, out_dir / PICTURES_NAME, device=device, precision=train_config.precision
+                )
+                # Last: who finds metrics finds a whole run.
+                replace_text(out_dir / METRICS_NAME, json.dumps(result.metrics, indent=1))
+            except BaseException as error:
+                tell_checkpoint(error, result.checkpoint, result.step)
+                raise
     return result
+
+
+def check_no_run(out_dir: Path) -> None:
+    """Errors: ValueError if `out_dir` holds a checkpoint, which a fresh run would remove."""
+    path = out_dir / CHECKPOINT_NAME
+    if path.exists():
+        raise ValueError(f"--out {out_dir} holds a checkpoint; go on with --resume {path} or --overwrite")
 
 
 def _remove_run(out_dir: Path, init: str | Path | None) -> None:
@@ -219,7 +245,7 @@ def _remove_run(out_dir: Path, init: str | Path | None) -> None:
     checkpoint = out_dir / CHECKPOINT_NAME
     if not checkpoint.is_file():
         return
-    names = (METRICS_NAME, RESULTS_NAME, f"{PICTURES_NAME}/{OVERVIEW_NAME}")
+    names = (METRICS_NAME, RESULTS_NAME, SKIPPED_NAME, f"{PICTURES_NAME}/{OVERVIEW_NAME}")
     for path in (*(out_dir / name for name in names), *(out_dir / PICTURES_NAME).glob("[1-9]-*.png")):
         path.unlink(missing_ok=True)
     if init is None or not checkpoint.samefile(init):
@@ -274,7 +300,7 @@ def draw_pictures(
     was_training = model.training
     model.eval()
     paths, pictures = [], []
-    for index in range(min(count, len(dataset))):
+    for index in [i for i in range(len(dataset)) if i not in dataset.left_out][:count]:
         image, target = dataset[index]
         with torch.inference_mode(), autocast(device, precision):
             found = model([image.to(device)], masks="rle")[0]
