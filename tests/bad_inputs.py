@@ -38,7 +38,7 @@ SMALL = """--model.min_size 32 --model.max_size 64 --model.fpn_channels 8 --mode
 COMMANDS = {
     "train": f"--preset tiny --data.train_images {IMAGES} --data.train_annotations {FILE} {SMALL} --out out",
     "eval": f"--checkpoint {CHECKPOINT} --images {IMAGES} --annotations {FILE} --device cpu",
-    "predict": f"--checkpoint {CHECKPOINT} --images {IMAGES} --out out --device cpu",
+    "predict": f"--checkpoint {CHECKPOINT} --images {IMAGES} --out out --max_detections 1000 --device cpu",
     "bench": "--device cpu",
     "ablate": "--device cpu --out out",
 }

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from tests.image_files import with_exif
 from tmask import cli
 from tmask.engine import progress
 from tmask.engine.predict import Summary, find_images, image_records, predict
+
+# The small model gives as many detections as it may.
+pytestmark = pytest.mark.filterwarnings("ignore:.*give exactly 5 detections:UserWarning")
 
 
 def test_results_are_coco_and_pictures_stand_beside_them(
@@ -186,6 +190,7 @@ def test_a_setting_turns_images_with_annotations_and_one_warning_asks_for_it(
         listed.append({"id": 10 * i, "file_name": name, "width": 60, "height": 40})
     argv = ["predict", "--checkpoint", str(checkpoint), "--images", str(folder), "--annotations", str(file)]
     file.write_text(json.dumps({"images": listed}))
+    argv += ["--max_detections", "10000"]  # more than there are
     with pytest.warns(UserWarning, match="EXIF") as told:
         assert cli.main([*argv, "--out", str(tmp_path / "asks")]) == 0
     words = f"the EXIF orientation of 2 of 3 images, first {folder / 'b.png'}, is not applied."
@@ -207,6 +212,7 @@ def test_alpha_that_is_dropped_is_counted_in_one_warning(model: Any, images: lis
         pixels = np.asarray(Image.open(path).convert("RGBA")).copy()
         pixels[:9, :, 3] = 0
         Image.fromarray(pixels).save(path)
+    model.roi_heads.max_detections = 10_000  # more than there are
     with pytest.warns(UserWarning, match="alpha") as told:
         predict(model, by_name(images), CATEGORIES, out_dir=tmp_path / "out")
     words = f"the alpha of 2 of 4 images, first {images[1]}, is not opaque, and dropped: what it hides shows"
@@ -235,6 +241,23 @@ def test_max_detections_bounds_the_results(checkpoint: Path, images: list[Path],
         argv = ["predict", "--checkpoint", str(checkpoint), "--images", str(images[0]), f"--max_detections={count}"]
         assert cli.main([*argv, "--out", str(tmp_path / str(count))]) == 0
         assert len(rows(tmp_path / str(count))) == count
+
+
+@pytest.mark.filterwarnings("default:.*give exactly:UserWarning")
+def test_images_with_as_many_detections_as_may_be_are_counted(model: Any, images: list[Path], tmp_path: Path) -> None:
+    words = (
+        "4 of 4 images give exactly 5 detections, the limit of an image: there may be more objects; --max_detections"
+    )
+    for name, draw in (("first", True), ("first", True), ("other", False)):  # also of images done before
+        with pytest.warns(UserWarning, match="exactly") as told:
+            predict(model, by_name(images), CATEGORIES, out_dir=tmp_path / name, pictures=draw)
+        assert [str(item.message) for item in told] == [words]
+    model.roi_heads.max_detections = 10_000
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        done = predict(model, by_name(images), CATEGORIES, out_dir=tmp_path / "all")
+    assert max(Counter(row["image_id"] for row in rows(tmp_path / "all")).values()) < 10_000
+    assert done.detections > 20
 
 
 def test_unreadable_images_are_named_when_the_others_are_done(

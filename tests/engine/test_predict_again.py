@@ -22,6 +22,9 @@ from tmask.engine.files import held
 from tmask.engine.predict import find_images, predict
 from tmask.engine.record import OtherSettingsError, Record
 
+# The small model gives as many detections as it may.
+pytestmark = pytest.mark.filterwarnings("ignore:.*give exactly 5 detections:UserWarning")
+
 
 def test_a_run_that_was_interrupted_goes_on(
     checkpoint: Path, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any

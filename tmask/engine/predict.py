@@ -23,6 +23,8 @@ from tmask.engine.progress import progress
 from tmask.engine.record import RECORD_NAME, Record, file_state
 from tmask.skeleton import Pairs
 
+_MANY = 0.1  # part of the images that give as many detections as the model may
+
 
 class Summary(NamedTuple):
     """What a run of `predict` left: images done, those among them that an earlier run had done, and detections."""
@@ -137,7 +139,8 @@ def predict(
     ``image_id`` counts the images from 1, and images are turned upright by their EXIF orientation. With `coco_images`
     (see `image_records`) ids are theirs and the pixels stay as stored, as annotations and `evaluate` have them, with a
     warning of orientations. `apply_exif` decides in both cases.
-    `categories` are the checkpoint's: label i is ``categories[i - 1]``. `score_threshold` limits what is drawn.
+    `categories` are the checkpoint's: label i is ``categories[i - 1]``. `score_threshold` limits what is drawn. One
+    warning counts the images with as many detections as the model may give, if they are a tenth of all or more.
     Errors: ValueError if `out_dir` has results of other settings or weights, or without a record, unless `overwrite`;
     if another process is at work there; and, when all others are done, one that names the files that are no images.
     """
@@ -196,12 +199,20 @@ def predict(
                 warn_turned(turned, len(todo))
             if transparent:
                 warn_transparent(transparent, len(todo))
+    limit = model.roi_heads.max_detections
+    full = counts.count(limit)
+    if full and full >= _MANY * len(counts):
+        warnings.warn(
+            f"{full} of {len(counts)} images give exactly {limit} detections, the limit of an image: there may be more "
+            "objects; --max_detections",
+            stacklevel=2,
+        )
     if unreadable:
         done = f"the {len(files) - len(unreadable)} others are done"
         raise ValueError(
             f"{len(unreadable)} of {len(files)} images left out ({done}): {listed([*unreadable.values()], '; ')}"
         )
-    return Summary(counts[0], reused, counts[1])
+    return Summary(len(counts), reused, sum(counts))
 
 
 def _detect(

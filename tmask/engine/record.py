@@ -166,34 +166,30 @@ class Record:
             file.seek(entry.offset)
             return json.loads(file.readline())["detections"]
 
-    def write_results(
-        self, images: Mapping[str, tuple[int, Path]], categories: list[dict[str, Any]]
-    ) -> tuple[int, int]:
+    def write_results(self, images: Mapping[str, tuple[int, Path]], categories: list[dict[str, Any]]) -> list[int]:
         """Write ``predictions.json`` and ``images.json`` of those of `images` (name: id, file) that are done.
 
-        Gives the numbers of images and detections.
+        Gives the number of detections of each of them.
         """
-        done = [(name, number, self.find(name, path)) for name, (number, path) in images.items()]
+        found = [(name, number, self.find(name, path)) for name, (number, path) in images.items()]
+        done = [(name, number, entry) for name, number, entry in found if entry is not None]
         listed = [
             {"id": number, "file_name": name, "height": entry.height, "width": entry.width}
             for name, number, entry in done
-            if entry is not None
         ]
-        count = 0
+        counts = []
         with replacing(self.out_dir / RESULTS_NAME) as file:
-            for row in self._rows(done):
-                file.write((b",\n" if count else b"[") + json.dumps(row).encode())
-                count += 1
-            file.write(b"]\n" if count else b"[]\n")
+            start = b"["
+            for name, number, entry in done:
+                rows = self.detections(entry)
+                counts.append(len(rows))
+                for row in rows:
+                    file.write(start + json.dumps({"image_id": number, **row, "file_name": name}).encode())
+                    start = b",\n"
+            file.write(b"]\n" if any(counts) else b"[]\n")
         with replacing(self.out_dir / IMAGES_NAME) as file:
             file.write(_line({"images": listed, "categories": categories, "annotations": []}))
-        return len(listed), count
-
-    def _rows(self, done: list[tuple[str, int, Entry | None]]) -> Iterator[dict[str, Any]]:
-        for name, number, entry in done:
-            if entry is not None:
-                for detection in self.detections(entry):
-                    yield {"image_id": number, **detection, "file_name": name}
+        return counts
 
 
 def _line(row: dict[str, Any]) -> bytes:
