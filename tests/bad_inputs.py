@@ -200,6 +200,18 @@ def in_parts(c: Any) -> None:
         item["segmentation"] = [[value for point in corners(item) for value in point]]
 
 
+def large_ids() -> None:
+    """Image and category ids that int64 does not hold, and negative annotation ids."""
+
+    def change(c: Any) -> None:
+        for item in [*c["images"], *c["categories"]]:
+            item["id"] += 2**64
+        for k, item in enumerate(c["annotations"]):
+            item |= {"id": -k, "image_id": item["image_id"] + 2**64, "category_id": item["category_id"] + 2**64}
+
+    content(change)()
+
+
 def by_rows(c: Any) -> None:
     """Run lengths along the rows."""
     for item in c["annotations"]:
@@ -1208,6 +1220,34 @@ ACCEPTED = [
         content(lambda c: c["annotations"].clear()),
         "data/annotations.json: no annotation to evaluate with: no average precision",
     ),
+    Accepted(
+        "more objects than detections count",
+        "eval --max_detections 2",
+        "AP counts the best 2 of a class and image",
+        None,
+        "data/annotations.json: 1 of 3 images hold more than 2 objects, up to 4, but 2 detections an image count: --max_detections",
+    ),
+    Accepted(
+        "more objects than detections count",
+        f"train --data.val_images {IMAGES} --data.val_annotations {FILE} --train.eval_max_detections 1 --model.max_detections 2",
+        "is told before the first step",
+        None,
+        "data/annotations.json: 2 of 3 images hold more than 1 objects, up to 4, but 1 detections an image count: --train.eval_max_detections, --model.max_detections",
+    ),
+    Accepted(
+        "as many detections as may be",
+        "predict --max_detections 1",
+        "the best are kept",
+        None,
+        "3 of 3 images give exactly 1 detections, the limit of an image: there may be more objects; --max_detections",
+    ),
+    Accepted(
+        "ids beyond 2^63",
+        f"train --data.val_images {IMAGES} --data.val_annotations {FILE}",
+        "results have them",
+        large_ids,
+    ),
+    Accepted("ids beyond 2^63", "eval --out out --plots out", "results have them", large_ids),
     Accepted("annotation without a mask", "train", "the box counts", annotation(segmentation=None)),
     Accepted(
         "class without any mask",
@@ -1578,7 +1618,7 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class PythonCase:
-    """`code` is evaluated with `tmask`, `tmask_kernels`, `torch`, a `model` of 3 classes, an `image` [3, 40, 50] and its `target`."""
+    """`code` is evaluated with `tmask`, `tmask_kernels`, `torch`, a `model` of 3 classes, an `image` [3, 40, 50] and its `target`, the content of the annotation file as `truth` and a `result`."""
 
     what: str
     code: str
@@ -1676,6 +1716,36 @@ PYTHON = [
         "weights: expected one dtype, got float16 and float32: give all the same, or keep all in float32 and use torch.autocast (in the commands --precision)",
     ),
     PythonCase("checkpoint that does not exist", 'load_model("nowhere.pt")', "checkpoint nowhere.pt: no such file"),
+    PythonCase(
+        "result of an unknown category",
+        'coco_metrics(truth, [result, result | {"category_id": 99}])',
+        "results[1]: category_id 99 is not in the ground truth",
+    ),
+    PythonCase(
+        "result of an unknown image",
+        'coco_metrics(truth, [result | {"image_id": 99}])',
+        "results[0]: image_id 99 is not in the ground truth",
+    ),
+    PythonCase(
+        "category by its name",
+        'coco_metrics(truth, [result | {"category_id": "disc"}])',
+        "results[0]: category_id: expected a whole number, got 'disc'",
+    ),
+    PythonCase(
+        "result without a score",
+        'coco_metrics(truth, [{key: result[key] for key in ("image_id", "category_id", "bbox")}])',
+        "results[0]: expected a field 'score', got none",
+    ),
+    PythonCase(
+        "score that is NaN",
+        'coco_metrics(truth, [result | {"score": float("nan")}])',
+        "results[0]: score: expected finite numbers, got nan",
+    ),
+    PythonCase(
+        "run lengths of another size",
+        'coco_metrics(truth, [result | {"segmentation": {"size": [9, 8], "counts": [72]}}])',
+        "results[0]: segmentation: expected run lengths of size (32, 32), got (9, 8)",
+    ),
     PythonCase(
         "IoU threshold above 1",
         "tmask_kernels.nms(torch.zeros(3, 4), torch.zeros(3), 1.5)",

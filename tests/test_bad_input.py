@@ -6,6 +6,7 @@ Write the page anew with ``python -m tests.test_bad_input --write``.
 from __future__ import annotations
 
 import ast
+import json
 import os
 import shutil
 import sys
@@ -23,6 +24,7 @@ from tests.bad_inputs import (
     CHECKPOINT,
     COMMANDS,
     ELSEWHERE,
+    FILE,
     FIRST,
     GROUPS,
     PYTHON,
@@ -32,8 +34,10 @@ from tests.bad_inputs import (
 )
 from tmask import cli
 from tmask.data.coco import CocoDataset
+from tmask.data.segmentation import run_length
 from tmask.data.shapes import write_shapes
 from tmask.engine.checkpoint import load_model
+from tmask.engine.evaluate import coco_metrics
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "bad-input.md"
@@ -94,7 +98,10 @@ def test_it_is_a_value_error_in_python(case: PythonCase, folder: Path) -> None:
     torch.manual_seed(0)
     FIRST.unlink()
     names: dict[str, Any] = {"tmask": tmask, "tmask_kernels": tmask_kernels, "torch": torch}
-    names |= {"CocoDataset": CocoDataset, "load_model": load_model}
+    names |= {"CocoDataset": CocoDataset, "load_model": load_model, "coco_metrics": coco_metrics}
+    names["truth"] = json.loads(FILE.read_text())
+    names["result"] = {**names["truth"]["annotations"][0], "score": 0.5}
+    names["result"]["segmentation"] = run_length(names["result"]["segmentation"], (32, 32))
     if case.code.startswith("model"):
         names["model"] = tmask.build_model("tiny", 3, min_size=32, max_size=64, fpn_channels=8)
     names["image"] = torch.rand(3, 40, 50)

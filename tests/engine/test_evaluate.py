@@ -4,6 +4,8 @@ import contextlib
 import copy
 import io
 import json
+import re
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from tmask.engine import progress
-from tmask.engine.evaluate import coco_metrics, coco_results, detect, evaluate, results_table
+from tmask.engine.evaluate import coco_metrics, coco_results, detect, evaluate, results_table, warn_limits
 from tmask.structures import Detections, ImageBatch
 
 H, W = 120, 150
@@ -104,6 +106,13 @@ def test_figures_equal_pycocotools(kind: str, capsys: pytest.CaptureFixture[str]
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-12)
     own = [metrics[f"{kind}/AP/{name}"] for name in ("disc", "bar")]
     assert metrics[f"{kind}/AP"] == pytest.approx(np.mean(own))
+    for category in CATEGORIES:
+        part = {**truth, "categories": [category]}
+        part["annotations"] = [item for item in truth["annotations"] if item["category_id"] == category["id"]]
+        expected = pycocotools_stats(part, [item for item in results if item["category_id"] == category["id"]], kind)
+        found = {name: metrics[f"{name}/{category['name']}"] for name in expected}
+        assert found == pytest.approx(expected, abs=1e-12)
+        assert len({*found.values()}) > 4
 
 
 def test_classes_of_one_name_are_told_apart() -> None:
@@ -132,7 +141,7 @@ def test_classes_of_boxes_only_are_measured_apart() -> None:
     cells = [f"{100 * metrics[f'segm/AP{suffix}']:.1f}" for suffix in ("", "_with_masks", "_boxes_only")]
     for line, head, cell in zip(table[1:4], heads, cells, strict=True):
         assert line.startswith(head)
-        assert line.split()[-3] == cell
+        assert line[len(heads[-1]) :].split()[0] == cell
     assert [line.split()[0] for line in table[4:]] == ["disc", "bar", "ring"]
     assert len(set(cells)) == 3
 
@@ -196,7 +205,7 @@ def test_annotation_id_zero_counts() -> None:
 
 def test_results_of_an_unknown_image_are_an_error() -> None:
     truth, results = fixture()
-    with pytest.raises(ValueError, match="results: image_id 99 is not in the ground truth"):
+    with pytest.raises(ValueError, match=r"results\[0\]: image_id 99 is not in the ground truth"):
         coco_metrics(truth, [{**results[0], "image_id": 99}])
 
 
@@ -209,8 +218,88 @@ def test_ids_of_results_may_be_texts_of_known_ids() -> None:
         ("category_id", "disc", "category_id: expected a whole number, got 'disc'"),
         ("category_id", 99, "category_id 99 is not in the ground truth"),
     ):
-        with pytest.raises(ValueError, match=f"^results: {message}$"):
-            coco_metrics(truth, [{**results[0], name: value}])
+        with pytest.raises(ValueError, match=rf"^results\[1\]: {message}$"):
+            coco_metrics(truth, [results[0], {**results[0], name: value}])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"score": None}, "expected a field 'score', got none"),
+        ({"segmentation": None}, "expected a field 'segmentation', got none"),
+        ({"score": float("nan")}, "score: expected finite numbers, got nan"),
+        ({"score": "0.5"}, "score: expected finite numbers, got '0.5'"),
+        ({"bbox": [1, 2, 3]}, "bbox: expected four numbers [x, y, width, height], got [1, 2, 3]"),
+        ({"bbox": [1, 2, float("inf"), 3]}, "bbox: expected finite numbers, got inf"),
+        ({"segmentation": [[1, 2, 9, 2, 9, 9]]}, "segmentation: expected run lengths, got list"),
+        ({"segmentation": rle(np.ones((9, 8)))}, f"segmentation: expected run lengths of size ({H}, {W}), got (9, 8)"),
+        (
+            {"segmentation": {"size": [H, W], "counts": "04"}},
+            f"segmentation: expected runs of {H * W} pixels in all, got 4",
+        ),
+    ],
+)
+def test_a_result_that_cannot_be_compared_is_an_error(change: dict[str, Any], message: str) -> None:
+    truth, results = fixture()
+    with pytest.raises(ValueError, match=f"^{re.escape(f'results[2]: {message}')}$"):
+        coco_metrics(truth, [*results[:2], {**results[0], **change}])
+
+
+def test_run_lengths_of_results_may_be_numbers() -> None:
+    truth, results = fixture()
+    numbers = copy.deepcopy(results)
+    for item in numbers:
+        flat = mask_utils.decode(item["segmentation"]).ravel(order="F")
+        runs = np.diff(np.flatnonzero(np.diff(np.concatenate([[1 - flat[0]], flat, [1 - flat[-1]]]))))
+        item["segmentation"] = {"size": [H, W], "counts": [*([0] if flat[0] else []), *runs.tolist()]}
+    assert coco_metrics(truth, numbers) == coco_metrics(truth, results)
+
+
+@pytest.mark.parametrize(("name", "value"), [("image_id", 99), ("category_id", 99)])
+def test_an_annotation_of_nothing_known_is_an_error(name: str, value: int) -> None:
+    truth, results = fixture()
+    truth["annotations"][3][name] = value
+    with pytest.raises(ValueError, match=rf"^annotations\[3\]: {name} 99 is not in the ground truth$"):
+        coco_metrics(truth, results)
+
+
+IDS = {
+    "beyond int64": lambda i: 2**64 - 20 + i,
+    "on both sides of it": lambda i: i if i < 5 else 2**63 + i,
+    "that float64 takes for one": lambda i: 2**53 + i,
+    "negative": lambda i: i - 20,
+    "around 0": lambda i: i - 3,
+}
+
+
+@pytest.mark.parametrize("new", IDS.values(), ids=IDS)
+def test_any_whole_numbers_are_ids(new: Any) -> None:
+    """The figures are those of small ids of the same order, and the results keep theirs."""
+    truth, results = fixture()
+    truth["categories"] = [{"id": 3, "name": "same"}, {"id": 8, "name": "same"}]
+    expected = coco_metrics(truth, results, boxes_only=[8])
+    assert 0.2 < expected["segm/AP/same (8)"] < 0.9
+    truth, results = copy.deepcopy((truth, results))
+    for item in [*truth["images"], *truth["categories"], *truth["annotations"]]:
+        item["id"] = new(item["id"])
+    for item in [*truth["annotations"], *results]:
+        item |= {"image_id": new(item["image_id"]), "category_id": new(item["category_id"])}
+    before = copy.deepcopy(results)
+    metrics = coco_metrics(truth, results, boxes_only=[new(8)])
+    assert results == before
+    names = {f"({i})": f"({new(i)})" for i in (3, 8)}
+    assert metrics == {key.replace(key[-3:], names.get(key[-3:], key[-3:])): value for key, value in expected.items()}
+    texts = [{**item, "image_id": str(item["image_id"]), "category_id": str(item["category_id"])} for item in results]
+    assert coco_metrics(truth, texts, boxes_only=[new(8)]) == metrics
+
+
+def test_a_float_is_no_id_from_2_to_the_53_on() -> None:
+    """It stands for several whole numbers."""
+    truth, results = fixture()
+    truth["images"].append({"id": 2**53, "height": H, "width": W})
+    assert coco_metrics(truth, [{**results[0], "image_id": float(results[0]["image_id"])}])
+    with pytest.raises(ValueError, match=r"image_id: expected a whole number, got 9007199254740992\.0"):
+        coco_metrics(truth, [{**results[0], "image_id": float(2**53 + 1)}])
 
 
 @pytest.mark.parametrize("field", ["iscrowd", "area"])
@@ -235,6 +324,7 @@ def crowded() -> dict[str, Any]:
     return {"images": [image], "categories": CATEGORIES[:1], "annotations": annotations}
 
 
+@pytest.mark.filterwarnings("ignore:.*hold more than:UserWarning")
 @pytest.mark.parametrize(("limit", "ap"), [(300, 1.0), (100, 67 / 101), (5, 4 / 101)])
 def test_max_detections_limits_the_recall(limit: int, ap: float) -> None:
     truth = crowded()
@@ -243,6 +333,54 @@ def test_max_detections_limits_the_recall(limit: int, ap: float) -> None:
     metrics = coco_metrics(truth, results, max_detections=limit)
     assert metrics["bbox/AP"] == metrics["segm/AP"] == pytest.approx(ap)
     assert metrics["bbox/AR"] == pytest.approx(min(limit, 150) / 150)
+
+
+def crowded_set(*counts: tuple[int, int], crowd: int = 0) -> Any:
+    """A data set of images that hold so many objects of the first and of the second class."""
+    items = [
+        {"image_id": image, "category_id": category, "iscrowd": crowd}
+        for image, pair in enumerate(counts)
+        for category, count in zip((3, 8), pair, strict=True)
+        for _ in range(count)
+    ]
+    content = {"images": [{"id": i} for i in range(len(counts))], "annotations": items}
+    return SimpleNamespace(coco=SimpleNamespace(dataset=content), told=set(), annotation_file=Path("a.json"))
+
+
+def limited(detections: int, proposals: int = 1000) -> Any:
+    rpn = SimpleNamespace(post_nms_top_n=SimpleNamespace(test=proposals))
+    return SimpleNamespace(roi_heads=SimpleNamespace(max_detections=detections), rpn=rpn)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "limits", "told"),
+    [
+        (crowded_set((60, 40), (1, 0)), (100, 100), None),
+        (crowded_set((101, 0), crowd=1), (100, 100), None),
+        # The evaluator counts detections of each class, the model gives them of all together.
+        (crowded_set((60, 41), (1, 0)), (100, 100), (1, 2, 100, 101, "model")),
+        (crowded_set((60, 41)), (300, 100), None),
+        (crowded_set((1500, 0), (101, 9), (5, 5)), (300, 100, 2000), (2, 3, 100, 1500, "eval, model")),
+        (crowded_set((150, 0)), (300, 200, 120), (1, 1, 120, 150, "rpn")),
+    ],
+)  # fmt: skip
+def test_more_objects_than_count_are_told_once(dataset: Any, limits: tuple[int, ...], told: Any) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            warn_limits(dataset, limited(*limits[:1], *limits[2:]), limits[1], options=("eval", "model", "rpn"))
+    words = "a.json: {0} of {1} images hold more than {2} objects, up to {3}, but {2} detections an image count: {4}"
+    assert [str(item.message) for item in caught] == ([] if told is None else [words.format(*told)])
+
+
+def test_more_objects_than_count_are_told_in_python() -> None:
+    truth = crowded()
+    results = [{**item, "score": 0.5} for item in truth["annotations"]]
+    with pytest.warns(UserWarning, match="^the ground truth: 1 of 1 images hold more than 100 objects, up to 150"):
+        coco_metrics(truth, results)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        coco_metrics(truth, results, max_detections=150)
 
 
 def test_coco_results_map_labels_and_boxes() -> None:
@@ -261,6 +399,13 @@ def test_coco_results_map_labels_and_boxes() -> None:
             "segmentation": {"size": [4, 5], "counts": "abc"},
         }
     ]
+
+
+def test_a_label_without_a_category_is_an_error() -> None:
+    result = {"boxes": torch.zeros(1, 4), "scores": torch.ones(1), "masks": [{"size": [4, 5], "counts": "abc"}]}
+    for label in (0, 3):
+        with pytest.raises(ValueError, match=f"^labels: expected 1..2, one a category, got {label}$"):
+            coco_results(7, {**result, "labels": torch.tensor([label])}, [3, 8])
 
 
 class Oracle(torch.nn.Module):
@@ -316,8 +461,12 @@ def test_a_model_of_other_classes_is_refused(count: int) -> None:
 
 
 def test_results_table_shows_percent_and_gaps() -> None:
-    metrics = {f"{k}/{n}": 0.5 for k in ("bbox", "segm") for n in ("AP", "AP50", "AP75")}
-    table = results_table(metrics | {"bbox/AP/disc": 0.123, "segm/AP/disc": -1.0}).splitlines()
-    assert table[0].split() == ["bbox/AP", "bbox/AP50", "bbox/AP75", "segm/AP", "segm/AP50", "segm/AP75"]
-    assert table[1].split() == ["all", "classes"] + ["50.0"] * 6
-    assert table[2].split() == ["disc", "12.3", "-"]
+    figures = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR")
+    metrics = {f"{k}/{n}": 0.5 for k in ("bbox", "segm") for n in figures}
+    metrics |= {f"{k}/{n}/{c}": 0.123 for k in ("bbox", "segm") for n in figures for c in ("disc", "a / b")}
+    table = results_table(metrics | {"segm/AP_large/disc": -1.0, "segm/AP50/disc": 1.0}).splitlines()
+    assert [line.split()[0] for line in table] == ["bbox/AP", "all", "disc", "a", "segm/AP", "all", "disc", "a"]
+    assert table[0].split() == ["bbox/AP", "bbox/AP50", "bbox/AP75", "bbox/AR", "small", "medium", "large"]
+    assert table[1].split() == ["all", "classes"] + ["50.0"] * 7
+    assert table[6].split() == ["disc", "12.3", "100.0", "12.3", "12.3", "12.3", "12.3", "-"]
+    assert {len(line) for line in table} == {68}

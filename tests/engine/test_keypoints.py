@@ -124,8 +124,11 @@ def test_keypoints_of_another_number_than_sigmas_are_refused() -> None:
     truth, results = fixture(4)
     with pytest.raises(ValueError, match="annotations: keypoints: expected 51 numbers, three for each sigma, got 12"):
         coco_metrics(truth, results, kinds=["keypoints"])
-    del results[0]["keypoints"]
-    with pytest.raises(ValueError, match="results: keypoints: expected 12 numbers, three for each sigma, got 0"):
+    results[1]["keypoints"] = []
+    with pytest.raises(ValueError, match=r"results\[1\]: keypoints: expected 12 numbers, three for each sigma, got 0"):
+        coco_metrics(truth, results, kinds=["keypoints"], keypoint_sigmas=[0.1] * 4)
+    del results[1]["keypoints"]
+    with pytest.raises(ValueError, match=r"results\[1\]: expected a field 'keypoints', got none"):
         coco_metrics(truth, results, kinds=["keypoints"], keypoint_sigmas=[0.1] * 4)
 
 
@@ -154,15 +157,15 @@ def test_a_keypoint_of_a_diverged_head_is_not_known(
     assert drawn[0]["keypoints"][..., 2].tolist() == [[1, 0, 1, 1]] * len(triples)
 
 
-def test_the_table_has_columns_of_all_kinds() -> None:
+def test_there_is_a_table_of_each_kind() -> None:
     metrics = {f"{kind}/{name}": 0.5 for kind in ("bbox", "keypoints") for name in ("AP", "AP50", "AP75", "AP/disc")}
-    head, every, disc = results_table({**metrics, "keypoints/AP/disc": -1.0}).splitlines()
-    assert head.split() == [f"{kind}/{name}" for kind in ("bbox", "keypoints") for name in ("AP", "AP50", "AP75")]
-    assert every.split() == ["all", "classes", *["50.0"] * 6]
-    assert disc.split() == ["disc", "50.0", "-"]
-    for column, cell in (("keypoints/AP", "-"), ("bbox/AP", "50.0")):
-        end = head.index(column) + len(column)
-        assert disc[:end].endswith(cell)
+    table = results_table({**metrics, "keypoints/AP/disc": -1.0}).splitlines()
+    assert [line.split()[0] for line in table] == ["bbox/AP", "all", "disc", "keypoints/AP", "all", "disc"]
+    for cell, (head, every, disc) in (("50.0", table[:3]), ("-", table[3:])):
+        assert every.split() == ["all", "classes", *["50.0"] * 3]
+        assert disc.split() == ["disc", cell]
+        assert disc.endswith(cell)
+        assert len(disc) == head.index("/AP ") + 3
 
 
 @pytest.fixture

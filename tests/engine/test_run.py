@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from pycocotools import mask as coco_mask
 
+from tests.allocations import peak_allocated
 from tests.engine.predictions import make_model, pictures, touch
 from tmask.config import DataConfig, TrainConfig
 from tmask.data.coco import CocoDataset
@@ -17,6 +19,7 @@ from tmask.engine import run
 from tmask.engine.checkpoint import save_checkpoint
 from tmask.engine.run import draw_pictures, run_training
 from tmask.engine.state import TrainState
+from tmask_kernels import pack_masks
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(steps=1, batch_size=2, precision="fp32")
@@ -103,19 +106,19 @@ def test_a_fresh_run_removes_what_would_be_taken_for_its_own(fresh: str, dataset
 
 
 def test_a_validation_set_of_other_ids_gives_the_same_figures(dataset: CocoDataset, tmp_path: Path) -> None:
-    """Its results have its own ids, and a class that it lacks has no AP."""
+    """Its results have its own ids, which int64 does not hold, and a class that it lacks has no AP."""
     content = json.loads(dataset.annotation_file.read_text())
-    content["categories"] = [{"id": 9 - item["id"], "name": item["name"]} for item in content["categories"][1:]]
+    content["categories"] = [{"id": 2**64 - item["id"], "name": item["name"]} for item in content["categories"][1:]]
     content["annotations"] = [item for item in content["annotations"] if item["category_id"] != 1]
     figures, results = {}, {}
     for name in ("same ids", "other ids"):
         file = tmp_path / f"{name}.json"
         if name == "same ids":
-            categories = [{"id": 9 - item["id"], "name": item["name"]} for item in content["categories"]]
+            categories = [{"id": 2**64 - item["id"], "name": item["name"]} for item in content["categories"]]
             file.write_text(json.dumps(content | {"categories": [{"id": 1, "name": "disc"}, *categories]}))
         else:
             for item in content["annotations"]:
-                item["category_id"] = 9 - item["category_id"]
+                item["category_id"] = 2**64 - item["category_id"]
             file.write_text(json.dumps(content))
         val = CocoDataset(dataset.images_folder, file)
         config = dataclasses.replace(make_model().config, box_score_threshold=0.0)
@@ -129,10 +132,23 @@ def test_a_validation_set_of_other_ids_gives_the_same_figures(dataset: CocoDatas
     own = {item["id"] for item in content["categories"]}
     found = {item["category_id"] for item in results["other ids"]}
     assert found & own
-    back = [9 - item["category_id"] if item["category_id"] in own else 1 for item in results["other ids"]]
+    back = [2**64 - item["category_id"] if item["category_id"] in own else 1 for item in results["other ids"]]
     assert back == [item["category_id"] for item in results["same ids"]]
 
 
 def masked(dataset: CocoDataset) -> CocoDataset:
     """Of two classes the masks are learnt."""
     return CocoDataset(dataset.images_folder, dataset.annotation_file, mask_classes="triangle,square")
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_masks_are_drawn_from_run_lengths(packed: bool) -> None:
+    """The instances of a crowded image are never all held as bytes."""
+    masks = torch.rand(5, 40, 70, generator=torch.Generator().manual_seed(0)) > 0.5
+    runs = run._run_lengths(pack_masks(masks) if packed else masks, 70)
+    assert torch.equal(torch.from_numpy(coco_mask.decode(runs)).permute(2, 0, 1).bool(), masks)
+    assert run._run_lengths(torch.zeros(0, 40, 70), 70) == []
+    many = torch.ones(1, 1, 1, dtype=torch.int32).expand(200, 640, 20)
+    with peak_allocated() as peak:
+        run._run_lengths(many, 640)
+    assert peak.bytes < 2**24  # of 82 MB

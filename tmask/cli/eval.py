@@ -33,6 +33,9 @@ def eval_command(argv: list[str]) -> int:
     parser.add_argument("--annotations", type=str, required=True, help="COCO annotation file")
     parser.add_argument("--out", type=str | None, default=None, help="folder for metrics.json and results.json")
     parser.add_argument(
+        "--plots", type=str | None, default=None, help="folder for precision-recall curves and confusion matrices"
+    )
+    parser.add_argument(
         "--max_detections", type=int | None, default=None, help="an image, made and counted; null: as in training"
     )
     parser.add_argument(
@@ -71,13 +74,15 @@ def eval_command(argv: list[str]) -> int:
     out = Path(args.out) if args.out is not None else None
     if out:
         check_out(out)
+    if args.plots is not None:
+        check_out(Path(args.plots), "plots")
 
     from tmask.data.check import check_images
     from tmask.data.coco import CocoDataset, check_instances, check_keypoint_names
     from tmask.data.loader import make_loader
     from tmask.data.mask_classes import mask_category_ids
     from tmask.engine.checkpoint import load_model
-    from tmask.engine.evaluate import evaluate, results_table
+    from tmask.engine.evaluate import evaluate, results_table, warn_limits
     from tmask.engine.files import replace_text
     from tmask.engine.progress import progress
     from tmask.engine.run import METRICS_NAME, RESULTS_NAME, check_categories
@@ -127,6 +132,8 @@ def eval_command(argv: list[str]) -> int:
         "--precision": precision,
         "--num_workers": args.num_workers,
     }
+    limit = "--max_detections"
+    warn_limits(dataset, model, max_detections, options=(limit, limit, "model.rpn_post_nms_top_n_test of the training"))
     with advising(memory):
         metrics = evaluate(
             model,
@@ -137,6 +144,7 @@ def eval_command(argv: list[str]) -> int:
             precision=precision,
             results_file=out / RESULTS_NAME if out else None,
             boxes_only={own for own, learnt in zip(dataset.category_ids, ids, strict=True) if learnt in boxes_only},
+            plots=args.plots,
         )
     if out:
         replace_text(out / METRICS_NAME, json.dumps(metrics, indent=1))

@@ -63,10 +63,10 @@ def known_id(key: str, value: Any, known: Container[int], *, where: str = "the f
         if value in known:
             return int(value)
         raise ValueError(f"{key} {value} is not in {where}")
-    if isinstance(value, str) and re.fullmatch(r"0|-?[1-9]\d{0,18}", value) and int(value) in known:
+    if isinstance(value, str) and re.fullmatch(r"0|-?[1-9]\d{0,39}", value) and int(value) in known:
         return int(value)
-    if isinstance(value, float) and value.is_integer() and int(value) in known:
-        return int(value)
+    if isinstance(value, float) and value.is_integer() and int(value) in known and abs(value) < 2**53:
+        return int(value)  # from 2^53 on a float stands for several whole numbers
     raise ValueError(f"{key}: expected a whole number, got {value!r}")
 
 

@@ -16,17 +16,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tmask.build import build_model
 from tmask.config import DataConfig, ModelConfig, TrainConfig
 from tmask.engine.checkpoint import load_initial
-from tmask.engine.evaluate import evaluate, skeleton_of
+from tmask.engine.evaluate import evaluate, skeleton_of, warn_limits
 from tmask.engine.files import held, replace_text
 from tmask.engine.progress import progress
 from tmask.engine.train import CHECKPOINT_NAME, TrainResult, tell_checkpoint, train
 from tmask.model.detector import MaskRCNN
-from tmask.model.transform import is_packed
+from tmask.model.transform import is_packed, mask_chunks
 from tmask_kernels import unpack_masks
 
 CONFIG_NAME = "config.yaml"
@@ -186,6 +187,8 @@ def run_training(
 
     measure = None
     if val_set is not None:
+        options = ("--train.eval_max_detections", "--model.max_detections", "--model.rpn_post_nms_top_n_test")
+        warn_limits(val_set, model, train_config.eval_max_detections, options=options)
         measure = functools.partial(
             evaluate,
             loader=make_loader(
@@ -307,8 +310,7 @@ def draw_pictures(
         found = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in found.items()}
         truth = {"boxes": target["boxes"], "labels": target["labels"]}
         if (masks := target.get("masks")) is not None:
-            width = image.shape[-1]
-            truth["masks"] = unpack_masks(masks, width) if is_packed(masks, width) else masks.bool()
+            truth["masks"] = _run_lengths(masks, image.shape[-1])
         if skeleton is not None and "keypoints" in target:
             truth["keypoints"] = target["keypoints"]
         pictures.append(comparison(image, found, truth, names, min_score=score_threshold, edges=edges))
@@ -319,6 +321,17 @@ def draw_pictures(
         save_png(folder / OVERVIEW_NAME, grid(pictures[:OVERVIEW_PICTURES], columns=2))
     model.train(was_training)
     return paths
+
+
+def _run_lengths(masks: torch.Tensor, width: int) -> list[dict[str, Any]]:
+    """COCO's run lengths of masks [G, H, W] or packed, of which few are held as bytes at once."""
+    from pycocotools import mask as coco_mask
+
+    runs: list[dict[str, Any]] = []
+    for chunk in mask_chunks(len(masks), masks.shape[1] * width):
+        part = unpack_masks(masks[chunk], width) if is_packed(masks, width) else masks[chunk]
+        runs += coco_mask.encode(np.asfortranarray(part.to(torch.uint8).permute(1, 2, 0).numpy()))
+    return runs
 
 
 def write_config(path: Path, preset: str, model: ModelConfig, training: TrainConfig, data: DataConfig) -> None:
