@@ -445,16 +445,26 @@ def _summarize(evaluation: Any, kind: str, names: Sequence[str], apart: Any) -> 
     recall = evaluation.eval["recall"][..., -1]  # [T, K, A]
     thresholds = evaluation.params.iouThrs
     at50, at75 = (int(np.argmin(np.abs(thresholds - value))) for value in (0.5, 0.75))
-    figures = {"AP": precision[..., 0], "AP50": precision[at50, ..., 0], "AP75": precision[at75, ..., 0]}  # [..., K]
-    figures |= {f"AP_{area}": precision[..., i] for i, area in enumerate(evaluation.params.areaRngLbl) if i}
-    figures["AR"] = recall[..., 0]
+
+    def figures(chosen: Any) -> dict[str, float]:
+        """Of some of the K classes, which an index, a slice or [K] bool names."""
+        parts = {
+            "AP": precision[:, :, chosen, 0],
+            "AP50": precision[at50, :, chosen, 0],
+            "AP75": precision[at75, :, chosen, 0],
+            "AR": recall[:, chosen, 0],
+        }
+        sizes = enumerate(evaluation.params.areaRngLbl)
+        parts |= {f"AP_{size}": precision[:, :, chosen, index] for index, size in sizes if index}
+        return {name: _mean(values) for name, values in parts.items()}
+
+    metrics = {f"{kind}/{name}": value for name, value in figures(slice(None)).items()}
     groups = [np.ones(len(names), dtype=bool), *([] if apart is None else [~apart, apart])]  # as those of GROUPS
-    metrics: dict[str, float] = {}
     for suffix, chosen in zip(GROUPS.values(), groups, strict=False):
-        metrics |= {f"{kind}/{name}{suffix}": _mean(figures[name][..., chosen]) for name in ("AP", "AP50", "AP75")}
-    metrics |= {f"{kind}/{name}": _mean(values) for name, values in figures.items()}
-    for name, values in figures.items():
-        metrics |= {f"{kind}/{name}/{key}": _mean(values[..., k]) for k, key in enumerate(names)}
+        found = figures(chosen)
+        metrics |= {f"{kind}/{name}{suffix}": found[name] for name in ("AP", "AP50", "AP75")}
+    for index, key in enumerate(names):
+        metrics |= {f"{kind}/{name}/{key}": value for name, value in figures(index).items()}
     return metrics
 
 
