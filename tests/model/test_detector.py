@@ -373,7 +373,7 @@ def stages(model: tmask.MaskRCNN, images: Tensor, boxes: Tensor) -> list[Tensor]
     """Features of padded images, and class logits, deltas and mask logits of the boxes [N, G, 4]."""
     heads, valid = model.roi_heads, torch.ones(boxes.shape[:2], dtype=torch.bool)
     features = model.fpn(list(model.backbone(images).values()))
-    masks = heads._masks_of()(heads.extractor(features, boxes, valid, heads.mask_branch.pool_size))
+    masks = heads._predicting(heads.mask_head)(heads.extractor(features, boxes, valid, heads.mask_branch.pool_size))
     return [*features, *heads.box_head(heads.extractor(features, boxes, valid, heads.box_pool_size)), masks]
 
 
