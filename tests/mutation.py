@@ -2,8 +2,9 @@
 
 import importlib.util
 import itertools
+import re
+import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -14,44 +15,44 @@ from tmask_kernels.backend import interpreter_enabled
 _count = itertools.count()
 
 
-def mutant(
-    module: ModuleType, old: str, new: str, folder: Path, *, through: ModuleType | Sequence[ModuleType] = ()
-) -> ModuleType:
-    """Import a copy of `module` in which `old`, which must occur exactly once, reads `new`.
+def mutant(module: ModuleType, old: str, new: str, folder: Path, *, seen_from: ModuleType | None = None) -> ModuleType:
+    """Import a copy of the package of `module` in which `old`, which must occur exactly once there, reads `new`.
 
-    `through` is a module that imports `module`, or a chain of modules that each import the one before: then a copy of
-    the last is returned that imports the broken one. Copies register their custom ops under a namespace of their own,
-    so they live beside the originals. Copies of kernels skip the test where they would be compiled: on a GPU programs
-    run side by side, so a broken one may be right by luck, or take the CUDA context with it.
+    Returns the copy of `module`, or of `seen_from`, another module of the package: it imports the broken one as the
+    original imports the sound one, whatever stands between them. The copy lives beside the original: it is a package
+    of its own name in `folder`, and its custom ops have a namespace of their own. Copies of kernels skip the test where
+    they would be compiled: on a GPU programs run side by side, so a broken one may be right by luck, or take the CUDA
+    context with it.
     """
-    source = _source(module)
+    assert module.__file__ is not None
+    source = Path(module.__file__).read_text()
     if "@triton.jit" in source and not interpreter_enabled():
         pytest.skip("copies of kernels with an error are for Triton's interpreter")
     assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {module.__file__}"
-    broken = _load(source.replace(old, new), folder)
-    for importer in (through,) if isinstance(through, ModuleType) else through:
-        package, _, name = module.__name__.rpartition(".")
-        source = _source(importer)
-        rewired = source.replace(f"from {module.__name__} import", f"from {broken.__name__} import")
-        rewired = rewired.replace(f"from {package} import {name}\n", f"import {broken.__name__} as {name}\n")
-        assert rewired != source, f"{importer.__name__} does not import {module.__name__}"
-        module, broken = importer, _load(rewired, folder)
-    return broken
+    original = module.__name__.partition(".")[0]
+    copy = f"{original}_mutant_{next(_count)}"
+    _copy_package(original, folder / copy)
+    broken = folder / copy / Path(module.__file__).relative_to(*sys.modules[original].__path__)
+    broken.write_text(broken.read_text().replace(old, new))
+    _import_package(folder / copy)
+    return importlib.import_module((seen_from or module).__name__.replace(original, copy, 1))
 
 
-def _source(module: ModuleType) -> str:
-    assert module.__file__ is not None
-    return Path(module.__file__).read_text()
+def _copy_package(original: str, copy: Path) -> None:
+    """Copy a package's source; imports that name the package, and the namespace of its ops, name the copy."""
+    (root,) = sys.modules[original].__path__
+    shutil.copytree(root, copy, ignore=shutil.ignore_patterns("__pycache__", "*.md"))
+    for path in copy.rglob("*.py"):
+        source = re.sub(rf"^(\s*(?:from|import) ){original}\b", rf"\g<1>{copy.name}", path.read_text(), flags=re.M)
+        path.write_text(source.replace('NAMESPACE = "tmask"', f'NAMESPACE = "{copy.name}"'))
 
 
-def _load(source: str, folder: Path) -> ModuleType:
-    name = f"mutant_{next(_count)}"
-    path = folder / f"{name}.py"
-    path.write_text(source.replace('"tmask::', f'"tmask_{name}::'))
-    spec = importlib.util.spec_from_file_location(name, path)
+def _import_package(package: Path) -> None:
+    """Import a package by its folder; its modules are then found through it."""
+    spec = importlib.util.spec_from_file_location(
+        package.name, package / "__init__.py", submodule_search_locations=[str(package)]
+    )
     assert spec is not None
     assert spec.loader is not None
-    copy = importlib.util.module_from_spec(spec)
-    sys.modules[name] = copy
-    spec.loader.exec_module(copy)
-    return copy
+    sys.modules[package.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[package.name])

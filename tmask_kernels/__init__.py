@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tmask_kernels.backend import use_backend
-from tmask_kernels.ops._levels import pyramid_levels
-from tmask_kernels.ops.boxes.anchors import AnchorSpec, make_anchors
-from tmask_kernels.ops.boxes.op import decode_boxes, detections, encode_boxes, rpn_proposals
-from tmask_kernels.ops.decode_keypoints.op import decode_keypoints
-from tmask_kernels.ops.focal_loss.op import sigmoid_focal_loss, softmax_focal_loss
-from tmask_kernels.ops.mask_bce.op import mask_bce
-from tmask_kernels.ops.mask_targets.op import mask_targets
-from tmask_kernels.ops.matcher.op import match_anchors
-from tmask_kernels.ops.nms.op import batched_nms, nms, padded_nms, soft_nms
-from tmask_kernels.ops.paste_masks.op import paste_masks, paste_masks_batched
-from tmask_kernels.ops.roi_align.op import multiscale_roi_align, roi_align
-from tmask_kernels.ops.roi_pool.op import roi_pool
-from tmask_kernels.packed import pack_masks, unpack_masks
+from .backend import use_backend
+from .ops._levels import pyramid_levels
+from .ops.boxes.anchors import AnchorSpec, make_anchors
+from .ops.boxes.op import decode_boxes, detections, encode_boxes, rpn_proposals
+from .ops.decode_keypoints.op import decode_keypoints
+from .ops.focal_loss.op import sigmoid_focal_loss, softmax_focal_loss
+from .ops.mask_bce.op import mask_bce
+from .ops.mask_targets.op import mask_targets
+from .ops.matcher.op import match_anchors
+from .ops.nms.op import batched_nms, nms, padded_nms, soft_nms
+from .ops.paste_masks.op import paste_masks, paste_masks_batched
+from .ops.roi_align.op import multiscale_roi_align, roi_align
+from .ops.roi_pool.op import roi_pool
+from .packed import pack_masks, unpack_masks
 
 if TYPE_CHECKING:
-    from tmask_kernels.modules import MultiScaleRoIAlign, RoIAlign, RoIPool
+    from .modules import MultiScaleRoIAlign, RoIAlign, RoIPool
 
 __all__ = [
     "AnchorSpec",
@@ -57,7 +57,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """The modules are torchvision's subclasses; the ops do without importing torchvision, which takes seconds."""
     if name in ("MultiScaleRoIAlign", "RoIAlign", "RoIPool"):
-        from tmask_kernels import modules
+        from . import modules
 
         return getattr(modules, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels.backend import interpreter_enabled
+from .backend import interpreter_enabled
 
 # The interpreter multiplies the bits of bf16 as if they were integers; in float32 it gets the same products.
 DOT_IN_FP32 = tl.constexpr(interpreter_enabled())

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tmask_kernels import machine
+from . import machine
 
 BACKENDS = ("auto", "triton", "torchvision", "reference")
 

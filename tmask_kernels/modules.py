@@ -15,9 +15,9 @@ from typing import Any, Literal
 from torch import Tensor
 from torchvision import ops
 
-from tmask_kernels.ops._checks import check_list, check_size, check_tensor, wrong
-from tmask_kernels.ops.roi_align.op import multiscale_roi_align, roi_align
-from tmask_kernels.ops.roi_pool.op import roi_pool
+from .ops._checks import check_list, check_size, check_tensor, wrong
+from .ops.roi_align.op import multiscale_roi_align, roi_align
+from .ops.roi_pool.op import roi_pool
 
 
 class RoIAlign(ops.RoIAlign):

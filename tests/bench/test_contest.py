@@ -111,7 +111,7 @@ def clocked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_a_kernel_with_one_tap_broken_is_not_timed(device, tmp_path, clocked):
     tap = ("high = tl.minimum(low + 1, length - 1)", "high = tl.minimum(low + 2, length - 1)")
-    broken = mutant(kernels_geometry, *tap, tmp_path, through=kernels)
+    broken = mutant(kernels_geometry, *tap, tmp_path, seen_from=kernels)
     rows = rows_of(pooling_contest({"triton": kernels, "triton-broken": broken}, device))
     right = "timed" if device.type == "cuda" else "passed"
     assert [rows[name].status for name in ("triton", "triton-broken")] == [right, "wrong"]

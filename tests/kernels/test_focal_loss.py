@@ -447,6 +447,6 @@ QUICK = ("a loss of the padding", "blocks left out", "slope of any gamma", "p - 
 )
 def test_mutants_turn_parity_red(name: str, device: torch.device, tmp_path: Path) -> None:
     module, old, new = MUTANTS[name]
-    broken = mutant(module, old, new, tmp_path, through=() if module is kernels else (kernels,))
+    broken = mutant(module, old, new, tmp_path, seen_from=kernels)
     with pytest.raises(AssertionError):
         parity(broken, device)

@@ -100,7 +100,7 @@ def test_equals_torchvision_roi_align(device, convention, size, height, width):
     ids=["two samples", "half pixel", "one pixel", "low", "high", "last pixel", "grid", "no target", "unit", "half"],
 )
 def test_a_broken_reference_fails(device, tmp_path: Path, module, old, new):
-    copy = mutant(module, old, new, tmp_path, through=() if module is reference else reference)
+    copy = mutant(module, old, new, tmp_path, seen_from=reference)
 
     def function(packed, boxes, gt_index, size, *, convention, image_sizes):
         binary = convention == "detectron2"

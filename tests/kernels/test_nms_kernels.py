@@ -158,7 +158,7 @@ def test_broken_blocks_fail(device: torch.device, tmp_path: Path, old: str, new:
 
 @named(SORT_MUTANTS)
 def test_a_broken_gather_fails(device: torch.device, tmp_path: Path, old: str, new: str) -> None:
-    broken: Any = mutant(kernels_sort, old, new, tmp_path, through=kernels)
+    broken: Any = mutant(kernels_sort, old, new, tmp_path, seen_from=kernels)
     with pytest.raises(AssertionError):
         check_padded(sorting(broken.padded_nms_segments, broken.sort_boxes), device)
 

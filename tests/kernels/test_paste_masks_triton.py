@@ -391,7 +391,8 @@ def parity(kernels: ModuleType, device: torch.device, name: str) -> None:
         assert torch.equal(out.cpu(), expected)
 
 
-DENSE, RUNS = (kernels,), (kernels_runs,)
+DENSE, RUNS = kernels, kernels_runs
+# The module to break, the texts, and the module whose op is checked.
 MUTANTS = {
     "corner for centre": (kernels_geometry, "+ 0.5 - start", "- start", DENSE),
     "shift": (kernels_geometry, "1.5 if TORCHVISION else 0.5", "0.5", DENSE),
@@ -403,22 +404,22 @@ MUTANTS = {
     "row below wraps": (kernels_geometry, "(row >= 0) & (row < SIDE)", "row >= -1", DENSE),
     "weights": (kernels_geometry, "upper * (1.0 - weight) + lower * weight", "upper * weight + lower", RUNS),
     "same threshold": (kernels_geometry, "inside = value > threshold", "inside = value >= threshold", DENSE),
-    "no second row": (kernels, "tl.where(wraps, column - L, column)", "column", ()),
-    "second row's weight": (kernels, "tl.where(wraps, next_weight, this_weight)", "this_weight", ()),
-    "neighbours overwritten": (kernels, "(first + offs >= 0) & ", "", ()),
-    "not aligned": (kernels, "origin // 16 * 16", "(origin + 15) // 16 * 16", ()),
-    "columns of one row": (kernels, "after & before, after | before", "after & before, after & before", ()),
-    "bits": (kernels, "column * PIXELS + i", "column * PIXELS + 31 - i", ()),
-    "column goes on": (kernels_runs, "taps(x - 1, x_start", "taps(x - 2, x_start", ()),
-    "no column after the box": (kernels_runs, "first_x <= right", "first_x < right - 40", ()),
-    "no row after the box": (kernels_runs, "tl.minimum(bottom + 1, H)", "tl.minimum(bottom - 2, H)", ()),
-    "stale rows": (kernels_runs, "if cell != held:", "if cell > held + 1:", ()),
-    "no end": (kernels_runs, "x * H + H, mask=ends", "x * H + H - 1, mask=ends", ()),
-    "no first run": (kernels_runs, "counts[first] = end[first]", "", ()),
-    "rows of an image": (kernels_runs, "k = n * rows + d", "k = slot_k", ()),
-    "masks beyond the count": (kernels_runs, "x < tl.where(exists, W, 0)", "x < W", ()),
-    "columns beyond the image": (kernels_runs, "tl.where(exists, W, 0)", "tl.where(exists, columns, 0)", ()),
-    "size of the first image": (kernels_runs, "H = tl.load(images_ptr + n * 3)", "H = tl.load(images_ptr)", ()),
+    "no second row": (DENSE, "tl.where(wraps, column - L, column)", "column", DENSE),
+    "second row's weight": (DENSE, "tl.where(wraps, next_weight, this_weight)", "this_weight", DENSE),
+    "neighbours overwritten": (DENSE, "(first + offs >= 0) & ", "", DENSE),
+    "not aligned": (DENSE, "origin // 16 * 16", "(origin + 15) // 16 * 16", DENSE),
+    "columns of one row": (DENSE, "after & before, after | before", "after & before, after & before", DENSE),
+    "bits": (DENSE, "column * PIXELS + i", "column * PIXELS + 31 - i", DENSE),
+    "column goes on": (RUNS, "taps(x - 1, x_start", "taps(x - 2, x_start", RUNS),
+    "no column after the box": (RUNS, "first_x <= right", "first_x < right - 40", RUNS),
+    "no row after the box": (RUNS, "tl.minimum(bottom + 1, H)", "tl.minimum(bottom - 2, H)", RUNS),
+    "stale rows": (RUNS, "if cell != held:", "if cell > held + 1:", RUNS),
+    "no end": (RUNS, "x * H + H, mask=ends", "x * H + H - 1, mask=ends", RUNS),
+    "no first run": (RUNS, "counts[first] = end[first]", "", RUNS),
+    "rows of an image": (RUNS, "k = n * rows + d", "k = slot_k", RUNS),
+    "masks beyond the count": (RUNS, "x < tl.where(exists, W, 0)", "x < W", RUNS),
+    "columns beyond the image": (RUNS, "tl.where(exists, W, 0)", "tl.where(exists, columns, 0)", RUNS),
+    "size of the first image": (RUNS, "H = tl.load(images_ptr + n * 3)", "H = tl.load(images_ptr)", RUNS),
 }  # fmt: skip
 FAST = ("not aligned", "columns of one row", "column goes on", "rows of an image")
 
@@ -430,8 +431,8 @@ def test_parity_is_green(module: ModuleType, device: torch.device, small_chunks:
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in MUTANTS])
 def test_mutants_turn_parity_red(name: str, device: torch.device, tmp_path: Path) -> None:
-    module, old, new, through = MUTANTS[name]
-    broken = mutant(module, old, new, tmp_path, through=through)
+    module, old, new, seen_from = MUTANTS[name]
+    broken = mutant(module, old, new, tmp_path, seen_from=seen_from)
     if hasattr(broken, "CHUNK_BYTES"):
         broken.CHUNK_BYTES, broken.STEPS = 64, 2
     with pytest.raises(AssertionError):

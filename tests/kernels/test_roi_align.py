@@ -567,10 +567,8 @@ def parity(kernels: ModuleType, device: torch.device) -> None:
     )
 
 
-# A module to break and those that import it, down to the one whose ops run.
-FORWARD, GEOMETRY = (kernels,), (kernels_geometry, kernels)
-BACKWARD, TOUCH = (kernels_backward, kernels), (kernels_touch, kernels_backward, kernels)
-TAPS, BITS = (kernels_geometry, kernels_backward, kernels), (_triton, kernels_backward, kernels)
+# The module to break.
+FORWARD, BACKWARD, TOUCH, GEOMETRY, BITS = kernels, kernels_backward, kernels_touch, kernels_geometry, _triton
 MUTANTS = {
     "tap off by one": (GEOMETRY, "tl.minimum(low + 1, length - 1)", "tl.minimum(low + 2, length - 1)"),
     "border not clamped": (GEOMETRY, "high = tl.minimum(low + 1, length - 1)", "high = low + 1"),
@@ -581,7 +579,7 @@ MUTANTS = {
     "wrong image": (GEOMETRY, "image = k // boxes_an_image", "image = k * 0"),
     "non-finite read": (GEOMETRY, "usable = image < num_images", "usable = image < num_images - 1"),
     "gradient not shared": (BACKWARD, "(weights_y * share)", "(weights_y)"),
-    "gradient to one tap alone": (TAPS, "1.0 - tl.abs(at - cells)", "1.0 * (tl.floor(at) == cells)"),
+    "gradient to one tap alone": (GEOMETRY, "1.0 - tl.abs(at - cells)", "1.0 * (tl.floor(at) == cells)"),
     "gradient without the border": (BACKWARD, "(at >= -1.0) & (at <= length)", "(at >= 0.0) & (at <= length)"),
     "last row of bins left out": (TOUCH, "+ 0.01) + 1.0", "+ 0.01)"),
     "tiles beside the box left out": (TOUCH, "tl.floor(high) + 1.0", "tl.floor(high) - 1.0"),
@@ -602,7 +600,7 @@ FAST = {"wrong level", "swapped sizes", "gradient not shared", "tiles beside the
     "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in MUTANTS]
 )
 def test_mutants_turn_parity_red(name: str, device: torch.device, tmp_path: Path) -> None:
-    chain, old, new = MUTANTS[name]
-    broken = mutant(chain[0], old, new, tmp_path, through=chain[1:])
+    module, old, new = MUTANTS[name]
+    broken = mutant(module, old, new, tmp_path, seen_from=kernels)
     with pytest.raises(AssertionError):
         parity(broken, device)

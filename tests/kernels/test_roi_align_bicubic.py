@@ -18,7 +18,6 @@ from tests.kernels.test_roi_align import (
     GRIDS,
     SCALES,
     SIDE,
-    TAPS,
     TOUCH,
     check_forward_and_backward,
     odd_boxes,
@@ -289,8 +288,8 @@ MUTANTS = {
     "weights of one axis": (FIXED, FORWARD, "(weight_y * weight_x)", "(weight_x)"),
     "another kernel near": (FIXED, GEOMETRY, "(CUBIC + 2.0)", "(CUBIC + 2.1)"),
     "another kernel far": (FIXED, GEOMETRY, "CUBIC * (distance", "-0.5 * (distance"),
-    "gradient without the first border": (FIXED, TAPS, "cells == 0,", "cells == -1,"),
-    "gradient without the last border": (FIXED, TAPS, "cells == length - 1.0", "cells == length + 1.0"),
+    "gradient without the first border": (FIXED, GEOMETRY, "cells == 0,", "cells == -1,"),
+    "gradient without the last border": (FIXED, GEOMETRY, "cells == length - 1.0", "cells == length + 1.0"),
     "tiles a tap away left out": (FIXED, TOUCH, "0.0 if CUBIC is None else 1.0", "0.0"),
     "bins a tap above left out": (FIXED, TOUCH, "(low - reach", "(low - 1.0"),
     "bins a tap below left out": (FIXED, TOUCH, "(high + reach", "(high + 1.0"),
@@ -308,8 +307,8 @@ def test_parity_is_green(device: torch.device, ratio: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_turn_parity_red(name: str, device: torch.device, tmp_path: Path) -> None:
-    ratio, chain, old, new = MUTANTS[name]
-    broken = mutant(chain[0], old, new, tmp_path, through=chain[1:])
+    ratio, module, old, new = MUTANTS[name]
+    broken = mutant(module, old, new, tmp_path, seen_from=kernels)
     with pytest.raises(AssertionError):
         parity(broken, device, ratio)
 

@@ -434,7 +434,7 @@ def test_mutants_turn_parity_red(
     name: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     variant, module, old, new = MUTANTS[name]
-    broken = mutant(module, old, new, tmp_path, through=() if module is kernels_boxes else kernels_boxes)
+    broken = mutant(module, old, new, tmp_path, seen_from=kernels_boxes)
     monkeypatch.setattr(kernels, "multiscale_roi_align_backward_boxes", broken.multiscale_roi_align_backward_boxes)
     with pytest.raises(AssertionError):
         parity(kernels, device, *variant)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tmask_kernels.backend import under_vmap
-from tmask_kernels.ops._checks import check_list, check_tensor, wrong
+from ..backend import under_vmap
+from ._checks import check_list, check_tensor, wrong
 
 
 def check_features(op: str, features: list[Tensor], name: str = "features") -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,10 +30,10 @@ DTYPES = {
     "bool": _BOOL,
     "bool or uint8": frozenset({torch.bool, torch.uint8}),
 }
-_WHOLE: Any = (int, torch.SymInt, np.integer)
-_NUMBER: Any = (float, torch.SymFloat, np.floating, *_WHOLE)
+# numpy's numbers are Integral or Real, and are asked for so: the package does without numpy.
+_WHOLE: Any = (int, torch.SymInt, Integral)
+_NUMBER: Any = (float, torch.SymFloat, Real, *_WHOLE)
 _SYMBOLIC: Any = (torch.SymInt, torch.SymFloat)
-_FLAG = (bool, np.bool_)
 _FINITE, _INT64 = sys.float_info.max, 2**63 - 1
 _SHOWN = 100  # characters of a value
 
@@ -51,7 +51,7 @@ def describe(value: Any) -> str:
     if isinstance(value, list | tuple):
         shown = ", ".join(describe(item) for item in value[:8]) + (", ..." if len(value) > 8 else "")
         text = f"[{shown}]" if isinstance(value, list) else f"({shown}{',' if len(value) == 1 else ''})"
-    elif value is None or isinstance(value, (str, complex, *_NUMBER, *_FLAG)):
+    elif value is None or isinstance(value, (str, complex, *_NUMBER)) or _is_flag(value):
         # The repr of an int of thousands of digits is an error of Python's.
         text = repr(value) if not isinstance(value, int) or abs(value) < 10**_SHOWN else "a number of many digits"
     else:
@@ -112,7 +112,7 @@ def check_number(
     `expected` replaces the words that these bounds give.
     """
     # numpy's floats would be compared in their own precision; an int may be beyond any float.
-    number = float(value) if isinstance(value, np.floating) else value
+    number = float(value) if isinstance(value, Real) and hasattr(value, "dtype") else value
     if (
         isinstance(number, _NUMBER)
         and not isinstance(number, bool)
@@ -154,9 +154,14 @@ def check_size(op: str, name: str, value: Any, low: int = 1, *, or_number: bool 
 
 def check_flag(op: str, name: str, value: Any) -> bool:
     """`value` as a bool: True or False, also numpy's."""
-    if isinstance(value, _FLAG):
+    if _is_flag(value):
         return bool(value)
     raise wrong(op, name, "True or False", value)
+
+
+def _is_flag(value: Any) -> bool:
+    kind = type(value)
+    return kind is bool or (kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_"))
 
 
 def check_choice(op: str, name: str, value: Any, known: Sequence[str]) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tmask_kernels.ops._checks import check_choice, check_number, check_numbers, check_tensor, check_whole, wrong
-from tmask_kernels.ops.roi_align.reference import box_levels
+from ._checks import check_choice, check_number, check_numbers, check_tensor, check_whole, wrong
+from .roi_align.reference import box_levels
 
 # Factor on a box's scale sqrt(area) before its level is taken. torchvision adds 1e-6 to the logarithm. detectron2 adds
 # 1e-8 inside it, less than half a unit in the last place of fp32: it only keeps log2(0) finite, which is level 0 here.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tmask_kernels.ops._checks import (
+from .._checks import (
     check_flag,
     check_list,
     check_number,

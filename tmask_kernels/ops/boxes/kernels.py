@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import on_device
-from tmask_kernels.backend import no_second_derivative
+from ..._triton import on_device
+from ...backend import no_second_derivative
+from ...namespace import custom_op
 
 BLOCK = 128
 
@@ -351,7 +352,7 @@ def decode_boxes_bwd(
     return out if out.shape == deltas.shape else out.sum_to_size(deltas.shape)
 
 
-@torch.library.custom_op("tmask::encode_boxes", mutates_args=())
+@custom_op("encode_boxes")
 def encode_boxes(boxes: Tensor, anchors: Tensor, weights: Sequence[float]) -> Tensor:
     """boxes [..., 4], anchors [..., 4] -> deltas [..., 4]."""
     return encode_boxes_fwd(boxes, anchors, weights)
@@ -363,7 +364,7 @@ def _(boxes: Tensor, anchors: Tensor, weights: Sequence[float]) -> Tensor:
     return boxes.new_empty(shape, dtype=_double_or_float(boxes))
 
 
-@torch.library.custom_op("tmask::decode_boxes", mutates_args=())
+@custom_op("decode_boxes")
 def decode_boxes(
     deltas: Tensor,
     anchors: Tensor,
@@ -389,7 +390,7 @@ def _(
     return deltas.new_empty(shape, dtype=_double_or_float(deltas))
 
 
-@torch.library.custom_op("tmask::decode_boxes_backward", mutates_args=())
+@custom_op("decode_boxes_backward")
 def decode_boxes_backward(
     grad: Tensor,
     deltas: Tensor,

@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import of_level, on_device, plain, unspecialized
-from tmask_kernels.ops.boxes.kernels import clipped, decode_delta, load4, store4
-from tmask_kernels.ops.boxes.kernels_select import PADDING, make_key, split_key
+from ..._triton import of_level, on_device, plain, unspecialized
+from ...namespace import custom_op
+from .kernels import clipped, decode_delta, load4, store4
+from .kernels_select import PADDING, make_key, split_key
 
 BLOCK_KEYS = 512
 BLOCK = 128
@@ -325,7 +326,7 @@ def class_candidates_fwd(
     return out_boxes, out_scores, out_valid
 
 
-@torch.library.custom_op("tmask::rpn_candidates", mutates_args=())
+@custom_op("rpn_candidates")
 def rpn_candidates(
     objectness: Sequence[Tensor],
     deltas: Sequence[Tensor],
@@ -365,7 +366,7 @@ def _(
     return _empty_candidates(segments, _num_candidates(objectness, top_n), objectness[0])
 
 
-@torch.library.custom_op("tmask::class_candidates", mutates_args=())
+@custom_op("class_candidates")
 def class_candidates(
     class_scores: Tensor,
     boxes: Tensor,

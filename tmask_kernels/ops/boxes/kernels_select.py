@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import on_device
-from tmask_kernels.ops.boxes.kernels import load4, store4
+from ..._triton import on_device
+from ...namespace import custom_op
+from .kernels import load4, store4
 
 BLOCK_KEYS = 512
 BLOCK = 128
@@ -151,7 +152,7 @@ def select_best_fwd(
     return out_boxes, out_scores, segments, counts
 
 
-@torch.library.custom_op("tmask::select_best", mutates_args=())
+@custom_op("select_best")
 def select_best(
     boxes: Tensor, scores: Tensor, kept: Tensor, images: int, limit: int, box_first: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tmask_kernels.backend import check_no_transform, resolve, triton_reasons
-from tmask_kernels.ops._checks import (
+from ...backend import check_no_transform, resolve, triton_reasons
+from .._checks import (
     check_list,
     check_number,
     check_numbers,
@@ -23,14 +23,14 @@ from tmask_kernels.ops._checks import (
     check_whole,
     wrong,
 )
-from tmask_kernels.ops.boxes.anchors import AnchorSpec, check_spec, level_strides
-from tmask_kernels.ops.boxes.proposals import (
+from ..nms.op import backend_reasons, padded_nms
+from .anchors import AnchorSpec, check_spec, level_strides
+from .proposals import (
     class_candidates_reference,
     rpn_candidates_reference,
     select_best_reference,
 )
-from tmask_kernels.ops.boxes.reference import Weights, decode_boxes_reference, encode_boxes_reference
-from tmask_kernels.ops.nms.op import backend_reasons, padded_nms
+from .reference import Weights, decode_boxes_reference, encode_boxes_reference
 
 SCALE_CLAMP = math.log(1000 / 16)  # a 16-pixel anchor grows to 1,000 pixels at most; Faster R-CNN's choice
 
@@ -54,7 +54,7 @@ def encode_boxes(
     dtype = _double_or_float(boxes)
     boxes, anchors = boxes.to(dtype), anchors.to(dtype)
     if _choose("encode_boxes", backend, reasons, boxes) == "triton":
-        from tmask_kernels.ops.boxes import kernels
+        from . import kernels
 
         return kernels.encode_boxes(boxes, anchors, weights)
     return encode_boxes_reference(boxes, anchors, weights)
@@ -90,7 +90,7 @@ def decode_boxes(
         reasons.append("the Triton backward gives no gradient to anchors")
     anchors = anchors.to(_double_or_float(deltas))
     if _choose("decode_boxes", backend, reasons, deltas) == "triton":
-        from tmask_kernels.ops.boxes import kernels
+        from . import kernels
 
         # The kernel reads half-precision deltas as they are.
         return kernels.decode_boxes(deltas, anchors, weights, scale_clamp, size, sizes)
@@ -135,7 +135,7 @@ def rpn_proposals(
     limits = {"scale_clamp": SCALE_CLAMP, "min_size": min_size, "score_threshold": score_threshold}
     with torch.no_grad():
         if chosen == "triton":
-            from tmask_kernels.ops.boxes import kernels_candidates
+            from . import kernels_candidates
 
             half_sides = [side for level in spec.half_sides for pair in level for side in pair]
             steps = [float(step) for pair in strides for step in pair]
@@ -182,7 +182,7 @@ def detections(
     limits = {"score_threshold": score_threshold, "min_size": min_size}
     with torch.no_grad():
         if chosen == "triton":
-            from tmask_kernels.ops.boxes import kernels_candidates
+            from . import kernels_candidates
 
             candidates = kernels_candidates.class_candidates(class_scores, boxes, valid, image_sizes, **limits)
         else:
@@ -206,7 +206,7 @@ def _suppress_and_select(
     most = min(limit, boxes.shape[1])
     kept, _ = padded_nms(boxes, scores, nms_threshold, valid=valid, max_output=most, backend=backend)
     if backend == "triton":
-        from tmask_kernels.ops.boxes import kernels_select
+        from . import kernels_select
 
         return kernels_select.select_best(boxes, scores, kept, images, limit, box_first)
     return select_best_reference(boxes, scores, kept, images, limit, box_first)

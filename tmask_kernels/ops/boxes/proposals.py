@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tmask_kernels.ops.boxes.anchors import AnchorSpec, anchors_at
-from tmask_kernels.ops.boxes.reference import clip_boxes, decode_boxes_reference
+from .anchors import AnchorSpec, anchors_at
+from .reference import clip_boxes, decode_boxes_reference
 
 
 def rpn_candidates_reference(

@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import on_device
-from tmask_kernels.ops.decode_keypoints.reference import KEYS, MAX_GRID, MAX_LOGIT
-from tmask_kernels.ops.roi_align.kernels_geometry import is_finite
+from ..._triton import on_device
+from ...namespace import custom_op
+from ..roi_align.kernels_geometry import is_finite
+from .reference import KEYS, MAX_GRID, MAX_LOGIT
 
 BLOCK = 1024  # cells read at once in search of the largest: 32 a thread, 128 bytes of fp32 under way
 TILE_Y, TILE_X = 8, 16  # pixels at once: the patches that are left are few and near one another
@@ -261,7 +262,7 @@ def _empty_out(heatmaps: Tensor) -> tuple[Tensor, Tensor]:
     return xy, torch.empty(shape, dtype=torch.float32, device=heatmaps.device)
 
 
-@torch.library.custom_op("tmask::decode_keypoints", mutates_args=())
+@custom_op("decode_keypoints")
 def decode_keypoints(heatmaps: Tensor, boxes: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """[N, D, K, H, W] fp16, bf16 or fp32, [N, D, 4] fp32, [N, D] bool -> [N, D, K, 2], [N, D, K], fp32."""
     xy, scores = _empty_out(heatmaps)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tmask_kernels.backend import resolve, triton_reasons
-from tmask_kernels.ops._checks import check_tensor, wrong
-from tmask_kernels.ops.decode_keypoints.reference import decode_keypoints_reference
+from ...backend import resolve, triton_reasons
+from ...namespace import custom_op
+from .._checks import check_tensor, wrong
+from .reference import decode_keypoints_reference
 
 MAX_COLUMNS = 1023  # of a heat map in the kernel, which holds a row of it in registers
 
@@ -44,7 +45,7 @@ def decode_keypoints(
     heatmaps, boxes = heatmaps.detach(), boxes.detach().float()
     reasons: dict[str, list[str]] = {"triton": _triton_reasons(heatmaps, boxes), "reference": []}
     if resolve("decode_keypoints", backend, reasons, device=heatmaps.device) == "triton":
-        from tmask_kernels.ops.decode_keypoints import kernels
+        from . import kernels
 
         return kernels.decode_keypoints(heatmaps, boxes, valid)
     return _decode_keypoints(heatmaps, boxes, valid)
@@ -60,7 +61,7 @@ def _triton_reasons(heatmaps: Tensor, boxes: Tensor) -> list[str]:
 
 
 # One node of a compiled graph: the reference reads the size of each box.
-@torch.library.custom_op("tmask::decode_keypoints_reference", mutates_args=())
+@custom_op("decode_keypoints_reference")
 def _decode_keypoints(heatmaps: Tensor, boxes: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     return decode_keypoints_reference(heatmaps, boxes, valid)
 

@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import cross_entropy_with_logits, on_device, sigmoids
-from tmask_kernels.backend import no_second_derivative
+from ..._triton import cross_entropy_with_logits, on_device, sigmoids
+from ...backend import no_second_derivative
+from ...namespace import custom_op
 
 BLOCK = 1024  # elements at a time: eight a thread of four warps, 16 bytes of bf16
 NUM_WARPS = 4
@@ -196,7 +197,7 @@ def _lying_as(tensor: Tensor, other: Tensor) -> Tensor:
     return torch.empty_like(other, dtype=tensor.dtype).copy_(tensor)
 
 
-@torch.library.custom_op("tmask::sigmoid_focal_loss", mutates_args=())
+@custom_op("sigmoid_focal_loss")
 def sigmoid_focal_loss(inputs: Tensor, targets: Tensor, alpha: float, gamma: float, reduction: str) -> Tensor:
     """Logits and targets of one shape to the losses of that shape, or to their sum or mean."""
     inputs = _side_by_side(inputs)
@@ -230,7 +231,7 @@ def _(inputs, targets, alpha, gamma, reduction):
     return _empty_loss(_side_by_side(inputs), reduction)
 
 
-@torch.library.custom_op("tmask::sigmoid_focal_loss_backward", mutates_args=())
+@custom_op("sigmoid_focal_loss_backward")
 def sigmoid_focal_loss_backward(
     upstream: Tensor, inputs: Tensor, targets: Tensor, alpha: float, gamma: float, reduction: str
 ) -> Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tmask_kernels.backend import resolve, triton_reasons
-from tmask_kernels.ops._checks import check_choice, check_number, check_tensor, wrong
-from tmask_kernels.ops.focal_loss.reference import sigmoid_focal_loss_reference
-from tmask_kernels.ops.roi_align.reference import no_autocast
+from ...backend import resolve, triton_reasons
+from .._checks import check_choice, check_number, check_tensor, wrong
+from ..roi_align.reference import no_autocast
+from .reference import sigmoid_focal_loss_reference
 
 
 def sigmoid_focal_loss(
@@ -47,7 +47,7 @@ def _sigmoid_focal_loss(
 ) -> Tensor:
     reasons: dict[str, list[str]] = {"triton": _triton_reasons(inputs, targets), "reference": []}
     if resolve(op, backend, reasons, device=inputs.device, differentiable=True) == "triton":
-        from tmask_kernels.ops.focal_loss import kernels
+        from . import kernels
 
         return kernels.sigmoid_focal_loss(inputs, targets, alpha, gamma, reduction)
     dtype = torch.promote_types(inputs.dtype, torch.float32)

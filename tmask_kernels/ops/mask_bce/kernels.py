@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import cross_entropy_with_logits, on_device, sigmoids
-from tmask_kernels.backend import no_second_derivative
+from ..._triton import cross_entropy_with_logits, on_device, sigmoids
+from ...backend import no_second_derivative
+from ...namespace import custom_op
 
 MAX_BLOCK = 1024  # pixels of a program of the forward: the 784 of a 28 x 28 mask are one block
 BLOCK_GRAD = 2048  # elements of a program of the backward: two stores of 16 bytes a thread in half precision
@@ -150,7 +151,7 @@ def _arguments(logits: Tensor, classes: Tensor, targets: Tensor, valid: Tensor) 
     }
 
 
-@torch.library.custom_op("tmask::mask_bce", mutates_args=())
+@custom_op("mask_bce")
 def mask_bce(logits: Tensor, classes: Tensor, targets: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """[K, C, M, M], [K] int64, [K, M, M], [K] bool to the loss and, for the backward, the share [1] of one pixel."""
     loss, share = _empty_loss(logits)
@@ -182,7 +183,7 @@ def _(logits, classes, targets, valid):
     return _empty_loss(logits)
 
 
-@torch.library.custom_op("tmask::mask_bce_backward", mutates_args=())
+@custom_op("mask_bce_backward")
 def mask_bce_backward(
     upstream: Tensor, share: Tensor, logits: Tensor, classes: Tensor, targets: Tensor, valid: Tensor
 ) -> Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tmask_kernels.backend import resolve, triton_reasons
-from tmask_kernels.ops._checks import check_tensor, wrong
-from tmask_kernels.ops.mask_bce.reference import mask_bce_reference
-from tmask_kernels.ops.roi_align.reference import no_autocast
+from ...backend import resolve, triton_reasons
+from .._checks import check_tensor, wrong
+from ..roi_align.reference import no_autocast
+from .reference import mask_bce_reference
 
 INT32_LIMIT = 2**31 - 4096  # and a block beyond
 
@@ -37,7 +37,7 @@ def mask_bce(logits: Tensor, classes: Tensor, targets: Tensor, *, valid: Tensor,
     check_tensor("mask_bce", "valid", valid, (k,), "bool", device=device)
     reasons: dict[str, list[str]] = {"triton": _triton_reasons(logits, targets), "reference": []}
     if resolve("mask_bce", backend, reasons, device=logits.device, differentiable=True) == "triton":
-        from tmask_kernels.ops.mask_bce import kernels
+        from . import kernels
 
         return kernels.mask_bce(logits, classes, targets, valid)[0]
     dtype = torch.promote_types(logits.dtype, torch.float32)

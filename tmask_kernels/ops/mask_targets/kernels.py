@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import on_device
-from tmask_kernels.ops.mask_targets.reference import UNIT
-from tmask_kernels.ops.roi_align.kernels_geometry import axis, is_finite, window
-from tmask_kernels.packed import WORD
+from ..._triton import on_device
+from ...namespace import custom_op
+from ...packed import WORD
+from ..roi_align.kernels_geometry import axis, is_finite, window
+from .reference import UNIT
 
 TILE = 128  # bins x sample rows of a program, which is one warp: 4 a thread, of 4 words each
 SPAN = 30  # samples a pixel apart: with the pixel after the last and a rounding, 32 pixels
@@ -140,7 +141,7 @@ def _empty_out(packed: Tensor, boxes: Tensor, size: int) -> Tensor:
     return torch.empty((*boxes.shape[:2], size, size), dtype=torch.float32, device=packed.device)
 
 
-@torch.library.custom_op("tmask::mask_targets", mutates_args=())
+@custom_op("mask_targets")
 def mask_targets(
     packed: Tensor, boxes: Tensor, gt_index: Tensor, size: int, detectron2: bool, image_sizes: Tensor | None
 ) -> Tensor:

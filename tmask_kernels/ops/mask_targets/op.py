@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tmask_kernels.backend import resolve, triton_reasons
-from tmask_kernels.ops._checks import check_choice, check_tensor, check_whole
-from tmask_kernels.ops.mask_targets.reference import mask_targets_reference
-from tmask_kernels.packed import WORD, check_packed
+from ...backend import resolve, triton_reasons
+from ...namespace import custom_op
+from ...packed import WORD, check_packed
+from .._checks import check_choice, check_tensor, check_whole
+from .reference import mask_targets_reference
 
 # Positions in 1 / UNIT pixels and the sum of a row of a bin's samples, up to W + 4 of them, are int32 in the kernel.
 MAX_SIDE = 8160
@@ -54,7 +55,7 @@ def mask_targets(
     chosen = resolve("mask_targets", backend, reasons, device=packed.device)
     boxes = boxes.detach().to(torch.promote_types(boxes.dtype, torch.float32))
     if chosen == "triton":
-        from tmask_kernels.ops.mask_targets import kernels
+        from . import kernels
 
         return kernels.mask_targets(packed, boxes, gt_index, size, convention == "detectron2", image_sizes)
     return _mask_targets(packed, boxes, gt_index, size, convention == "detectron2", image_sizes)
@@ -70,7 +71,7 @@ def _triton_reasons(packed: Tensor, boxes: Tensor) -> list[str]:
 
 
 # One node of a compiled graph: the reference's loop over chunks of RoIs would unroll into thousands.
-@torch.library.custom_op("tmask::mask_targets_reference", mutates_args=())
+@custom_op("mask_targets_reference")
 def _mask_targets(
     packed: Tensor, boxes: Tensor, gt_index: Tensor, size: int, detectron2: bool, image_sizes: Tensor | None
 ) -> Tensor:

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import lowest_bit, on_device
-from tmask_kernels.ops.matcher.reference import BACKGROUND, CROWD_COVER, IGNORED
+from ..._triton import lowest_bit, on_device
+from ...namespace import custom_op
+from .reference import BACKGROUND, CROWD_COVER, IGNORED
 
 _BACKGROUND, _IGNORED, _CROWD_COVER = tl.constexpr(BACKGROUND), tl.constexpr(IGNORED), tl.constexpr(CROWD_COVER)
 
@@ -238,7 +239,7 @@ def _empty_out(anchors: Tensor, gt_valid: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty(shape, dtype=torch.int64, device=device), torch.empty(shape, device=device)
 
 
-@torch.library.custom_op("tmask::match_anchors", mutates_args=())
+@custom_op("match_anchors")
 def match_anchors(
     anchors: Tensor,
     gt_boxes: Tensor,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tmask_kernels.backend import resolve, triton_reasons, under_vmap
-from tmask_kernels.ops._checks import check_flag, check_number, check_tensor
-from tmask_kernels.ops.matcher.reference import match_anchors_reference
+from ...backend import resolve, triton_reasons, under_vmap
+from ...namespace import custom_op
+from .._checks import check_flag, check_number, check_tensor
+from .reference import match_anchors_reference
 
 
 def match_anchors(
@@ -45,7 +46,7 @@ def match_anchors(
         anchors = anchors[None]
     anchors, gt_boxes = anchors.detach().float(), gt_boxes.detach().float()
     if chosen == "triton":
-        from tmask_kernels.ops.matcher import kernels
+        from . import kernels
 
         return kernels.match_anchors(anchors, gt_boxes, gt_valid, gt_crowd, high, low, allow_low_quality)
     if torch.compiler.is_compiling() or under_vmap():
@@ -55,7 +56,7 @@ def match_anchors(
 
 # One node in a traced graph, where the reference's loop over ground truth would be unrolled, and one op for vmap, which
 # refuses the reference's writes.
-@torch.library.custom_op("tmask::match_anchors_reference", mutates_args=())
+@custom_op("match_anchors_reference")
 def _match_anchors_traced(
     anchors: Tensor,
     gt_boxes: Tensor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tmask_kernels.ops.nms.reference import SortedSegments, box_iou, sort_segments
+from .reference import SortedSegments, box_iou, sort_segments
 
 
 def padded_nms_torchvision(

@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import box_iou, on_device
-from tmask_kernels.ops.nms.kernels_blocks import padded_nms_blocks
-from tmask_kernels.ops.nms.kernels_sort import BOX, NO_BOX, SortedBoxes, load_boxes, sort_boxes, store_kept
+from ..._triton import box_iou, on_device
+from ...namespace import custom_op
+from .kernels_blocks import padded_nms_blocks
+from .kernels_sort import BOX, NO_BOX, SortedBoxes, load_boxes, sort_boxes, store_kept
 
 # A tile of 64 x 64 IoUs is 8 a thread in 16 warps; in 4 warps the coordinates spill. Not tuned on a GPU yet.
 BLOCK = 64
@@ -185,7 +186,7 @@ def padded_nms_fwd(
     return strategy(S, K)(sort_boxes(boxes, scores, valid, groups), thresholds.contiguous(), max_output)
 
 
-@torch.library.custom_op("tmask::padded_nms", mutates_args=())
+@custom_op("padded_nms")
 def padded_nms(
     boxes: Tensor, scores: Tensor, thresholds: Tensor, valid: Tensor | None, groups: Tensor | None, max_output: int
 ) -> tuple[Tensor, Tensor]:

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import box_iou, on_device
-from tmask_kernels.ops.nms.kernels_sort import BOX, NO_BOX, SortedBoxes, load_boxes, store_kept
+from ..._triton import box_iou, on_device
+from .kernels_sort import BOX, NO_BOX, SortedBoxes, load_boxes, store_kept
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import box_iou, on_device
-from tmask_kernels.ops.nms.kernels_sort import load_boxes
+from ..._triton import box_iou, on_device
+from ...namespace import custom_op
+from .kernels_sort import load_boxes
 
 BLOCK = 1024
 NUM_WARPS = 8
@@ -70,7 +71,7 @@ def _soft_nms_kernel(
     tl.store(count_ptr, count.to(tl.int64))
 
 
-@torch.library.custom_op("tmask::soft_nms", mutates_args=())
+@custom_op("soft_nms")
 def soft_nms(
     boxes: Tensor, scores: Tensor, gaussian: bool, iou_threshold: float, sigma: float, score_threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:

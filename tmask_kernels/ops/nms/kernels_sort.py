@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import on_device, plain, unspecialized
-from tmask_kernels.ops.nms.reference import sort_order
+from ..._triton import on_device, plain, unspecialized
+from .reference import sort_order
 
 BLOCK = 256
 

@@ -15,11 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tmask_kernels.backend import check_no_transform, resolve, triton_reasons, under_vmap
-from tmask_kernels.ops._checks import DTYPES, check_choice, check_number, check_tensor, check_values, check_whole
-from tmask_kernels.ops.nms.cpu import padded_nms_torchvision
-from tmask_kernels.ops.nms.reference import padded_nms_reference
-from tmask_kernels.ops.nms.soft_reference import soft_nms_reference
+from ...backend import check_no_transform, resolve, triton_reasons, under_vmap
+from ...namespace import custom_op
+from .._checks import DTYPES, check_choice, check_number, check_tensor, check_values, check_whole
+from .cpu import padded_nms_torchvision
+from .reference import padded_nms_reference
+from .soft_reference import soft_nms_reference
 
 _RAGGED = "the number of its results depends on values; padded_nms takes many lists of boxes"
 
@@ -129,7 +130,7 @@ def soft_nms(
     reasons = {name: why for name, why in backend_reasons(boxes).items() if name != "torchvision"}
     args = boxes.detach(), scores.detach(), method == "gaussian", iou_threshold, sigma, score_threshold
     if resolve("soft_nms", backend, reasons, device=boxes.device) == "triton":
-        from tmask_kernels.ops.nms import kernels_soft
+        from . import kernels_soft
 
         indices, taken, count = kernels_soft.soft_nms(*args)
     else:
@@ -153,7 +154,7 @@ def _padded_nms(
     boxes, scores = boxes.detach(), scores.detach()
     thresholds = _thresholds(name, iou_threshold, boxes)  # [S]
     if backend == "triton":
-        from tmask_kernels.ops.nms import kernels
+        from . import kernels
 
         return kernels.padded_nms(boxes, scores, thresholds, valid, groups, max_output)
     if backend == "torchvision":
@@ -164,7 +165,7 @@ def _padded_nms(
 
 
 # One node in a traced graph, where the reference's loop over K boxes would be unrolled.
-@torch.library.custom_op("tmask::padded_nms_reference", mutates_args=())
+@custom_op("padded_nms_reference")
 def _padded_nms_traced(
     boxes: Tensor, scores: Tensor, thresholds: Tensor, valid: Tensor | None, groups: Tensor | None, max_output: int
 ) -> tuple[Tensor, Tensor]:
@@ -179,7 +180,7 @@ def _(
     return boxes.new_empty(S, max_output, dtype=torch.int64), boxes.new_empty(S, dtype=torch.int64)
 
 
-@torch.library.custom_op("tmask::soft_nms_reference", mutates_args=())
+@custom_op("soft_nms_reference")
 def _soft_nms_traced(
     boxes: Tensor, scores: Tensor, gaussian: bool, iou_threshold: float, sigma: float, score_threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,7 +256,7 @@ def _first(count: Tensor, *rows: Tensor) -> list[Tensor]:
     return [tensor[:length] for tensor in rows]
 
 
-@torch.library.custom_op("tmask::first_rows", mutates_args=())
+@custom_op("first_rows")
 def _first_traced(count: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
     length = int(count)
     return [tensor[:length].clone() for tensor in rows]

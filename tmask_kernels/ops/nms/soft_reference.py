@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tmask_kernels.ops.nms.reference import box_iou
+from .reference import box_iou
 
 
 def soft_nms_reference(

@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import on_device
-from tmask_kernels.ops.paste_masks.kernels_geometry import along_x, along_y, axis, is_inside, taps
-from tmask_kernels.packed import WORD
+from ..._triton import on_device
+from ...namespace import custom_op
+from ...packed import WORD
+from .kernels_geometry import along_x, along_y, axis, is_inside, taps
 
 CHUNK_BYTES = 512  # a warp's store of 16 bytes a thread
 STEPS = 16  # chunks of a program: enough work to pay for reading the box
@@ -107,7 +108,7 @@ def _empty_out(masks: Tensor, height: int, width: int, output: str) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=masks.device)
 
 
-@torch.library.custom_op("tmask::paste_masks", mutates_args=())
+@custom_op("paste_masks")
 def paste_masks(
     masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float, output: str, convention: str
 ) -> Tensor:

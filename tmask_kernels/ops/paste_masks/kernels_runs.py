@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import on_device
-from tmask_kernels.ops.paste_masks.kernels_geometry import BEYOND, along_x, along_y, axis, is_inside, taps
+from ..._triton import on_device
+from .kernels_geometry import BEYOND, along_x, along_y, axis, is_inside, taps
 
 BLOCK_X = 32  # columns of a program: a warp
 

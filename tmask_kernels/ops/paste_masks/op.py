@@ -10,8 +10,10 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from tmask_kernels.backend import check_no_transform, resolve, triton_reasons
-from tmask_kernels.ops._checks import (
+from ...backend import check_no_transform, resolve, triton_reasons
+from ...namespace import custom_op
+from ...packed import WORD
+from .._checks import (
     check_choice,
     check_flag,
     check_list,
@@ -22,9 +24,7 @@ from tmask_kernels.ops._checks import (
     check_whole,
     wrong,
 )
-from tmask_kernels.ops.paste_masks.reference import paste_masks_reference
-from tmask_kernels.ops.paste_masks.rle import paste_rle, strings
-from tmask_kernels.packed import WORD
+from .reference import paste_masks_reference
 
 MAX_PIXELS = 2**30  # of an image in the kernels, which count its pixels in int32
 
@@ -110,10 +110,12 @@ def paste_masks(
     if chosen == "triton" and output == "rle":
         return _runs(masks[None], boxes[None], [len(masks)], [image_size], threshold, convention)[0]
     if chosen == "triton":
-        from tmask_kernels.ops.paste_masks import kernels
+        from . import kernels
 
         return kernels.paste_masks(masks, boxes, height, width, threshold, output, convention)
     if output == "rle":
+        from .rle import paste_rle
+
         with torch.autocast(masks.device.type, enabled=False):
             return paste_rle(masks, boxes, image_size, threshold, convention=convention)
     return _paste(masks, boxes, height, width, threshold, output, convention)
@@ -164,7 +166,8 @@ def _runs(
     convention: str,
 ) -> list[list[dict[str, Any]]]:
     """COCO's run lengths of the first masks of N images, by Triton. [N, D, M, M], [N, D, 4]"""
-    from tmask_kernels.ops.paste_masks.kernels_runs import paste_runs
+    from .kernels_runs import paste_runs
+    from .rle import strings
 
     texts = iter(strings(*paste_runs(masks, boxes, numbers, sizes, threshold, convention)))
     return [
@@ -226,7 +229,7 @@ def _counts(op: str, counts: Tensor | Sequence[int], N: int, D: int) -> list[int
 
 
 # One node of a compiled graph: the reference's loop over chunks of instances would unroll.
-@torch.library.custom_op("tmask::paste_masks_reference", mutates_args=())
+@custom_op("paste_masks_reference")
 def _paste(
     masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float, output: str, convention: str
 ) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tmask_kernels.packed import WORD, pack_masks
+from ...packed import WORD, pack_masks
 
 # Image pixels pasted at once: bounds the memory beside the output.
 _CHUNK_PIXELS = 2**22

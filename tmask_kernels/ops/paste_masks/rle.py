@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tmask_kernels.ops.paste_masks.reference import is_inside, mask_coordinates, resample
+from .reference import is_inside, mask_coordinates, resample
 
 Integers = npt.NDArray[np.int64]
 

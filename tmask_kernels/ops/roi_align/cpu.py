@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tmask_kernels.backend import first_derivative_only
-from tmask_kernels.ops.roi_align.reference import (
+from ...backend import first_derivative_only
+from .reference import (
     CHUNK_ELEMENTS,
     axis_weights,
     box_levels,

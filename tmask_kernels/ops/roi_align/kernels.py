@@ -19,10 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import of_level, on_device
-from tmask_kernels.ops.roi_align import kernels_backward
-from tmask_kernels.ops.roi_align.kernels_boxes import multiscale_roi_align_backward_boxes
-from tmask_kernels.ops.roi_align.kernels_geometry import (
+from ..._triton import of_level, on_device
+from ...namespace import custom_op
+from . import kernels_backward
+from .kernels_boxes import multiscale_roi_align_backward_boxes
+from .kernels_geometry import (
     axis,
     clamped,
     cubic_tap,
@@ -240,7 +241,7 @@ def empty_out(features: Sequence[Tensor], boxes: Tensor, height: int, width: int
     )
 
 
-@torch.library.custom_op("tmask::multiscale_roi_align", mutates_args=())
+@custom_op("multiscale_roi_align")
 def multiscale_roi_align(
     features: Sequence[Tensor],
     boxes: Tensor,

@@ -19,10 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import lowest_bit, of_level, on_device, small_dot
-from tmask_kernels.backend import no_second_derivative
-from tmask_kernels.ops.roi_align.kernels_geometry import axis, load_box, strides_of_level, tap_weight
-from tmask_kernels.ops.roi_align.kernels_touch import bins_near, mark_tiles, tile_place
+from ..._triton import lowest_bit, of_level, on_device, small_dot
+from ...backend import no_second_derivative
+from ...namespace import custom_op
+from .kernels_geometry import axis, load_box, strides_of_level, tap_weight
+from .kernels_touch import bins_near, mark_tiles, tile_place
 
 MIN_DOT = 16  # the least side of a tl.dot
 
@@ -206,7 +207,7 @@ def _launch(
         )
 
 
-@torch.library.custom_op("tmask::multiscale_roi_align_backward", mutates_args=())
+@custom_op("multiscale_roi_align_backward")
 def multiscale_roi_align_backward(
     out_grad: Tensor,
     boxes: Tensor,

@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import of_level, on_device
-from tmask_kernels.backend import no_second_derivative
-from tmask_kernels.ops.roi_align.kernels_geometry import (
+from ..._triton import of_level, on_device
+from ...backend import no_second_derivative
+from ...namespace import custom_op
+from .kernels_geometry import (
     axis,
     clamped,
     cubic_slope,
@@ -289,7 +290,7 @@ def _launch(
     return sums.sum(1)
 
 
-@torch.library.custom_op("tmask::multiscale_roi_align_backward_boxes", mutates_args=())
+@custom_op("multiscale_roi_align_backward_boxes")
 def multiscale_roi_align_backward_boxes(
     out_grad: Tensor,
     features: Sequence[Tensor],

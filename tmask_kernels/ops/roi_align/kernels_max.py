@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import of_level
-from tmask_kernels.ops.roi_align import kernels_max_backward
-from tmask_kernels.ops.roi_align.kernels import add_cubic, empty_out, is_channels_last, launch
-from tmask_kernels.ops.roi_align.kernels_geometry import (
+from ..._triton import of_level
+from ...namespace import custom_op
+from . import kernels_max_backward
+from .kernels import add_cubic, empty_out, is_channels_last, launch
+from .kernels_geometry import (
     axis,
     clamped,
     is_finite,
@@ -172,7 +173,7 @@ def _empty_outputs(
     return out, torch.empty_like(out, dtype=dtype) if keep_index else out.new_empty(0, dtype=dtype)
 
 
-@torch.library.custom_op("tmask::multiscale_roi_align_max", mutates_args=())
+@custom_op("multiscale_roi_align_max")
 def multiscale_roi_align_max(
     features: Sequence[Tensor],
     boxes: Tensor,

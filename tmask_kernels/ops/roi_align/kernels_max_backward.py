@@ -18,10 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import lowest_bit, of_level, on_device
-from tmask_kernels.backend import no_second_derivative
-from tmask_kernels.ops.roi_align.kernels_backward import empty_gradients
-from tmask_kernels.ops.roi_align.kernels_geometry import (
+from ..._triton import lowest_bit, of_level, on_device
+from ...backend import no_second_derivative
+from ...namespace import custom_op
+from .kernels_backward import empty_gradients
+from .kernels_geometry import (
     axis,
     load_box,
     samples_a_row,
@@ -29,7 +30,7 @@ from tmask_kernels.ops.roi_align.kernels_geometry import (
     tap_weight,
     window,
 )
-from tmask_kernels.ops.roi_align.kernels_touch import bins_near, mark_tiles, tile_place
+from .kernels_touch import bins_near, mark_tiles, tile_place
 
 
 @triton.jit
@@ -199,7 +200,7 @@ def _launch(
         )
 
 
-@torch.library.custom_op("tmask::multiscale_roi_align_max_backward", mutates_args=())
+@custom_op("multiscale_roi_align_max_backward")
 def multiscale_roi_align_max_backward(
     out_grad: Tensor,
     index: Tensor,

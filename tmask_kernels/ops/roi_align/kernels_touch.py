@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import of_level, on_device
-from tmask_kernels.ops.roi_align.kernels_geometry import axis, is_finite, level_index, load_box
+from ..._triton import of_level, on_device
+from .kernels_geometry import axis, is_finite, level_index, load_box
 
 WORD = 32  # boxes a word of the mask
 BLOCK_TILES = 32  # tiles that one program of the mask's launch tests

@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tmask_kernels.backend import resolve, triton_reasons
-from tmask_kernels.ops._boxes_input import boxes_as_tensor, check_features, check_image_indices, is_traced
-from tmask_kernels.ops._checks import check_choice, check_flag, check_list, check_number, check_size, check_whole
-from tmask_kernels.ops._levels import level_thresholds
-from tmask_kernels.ops.roi_align.cpu import multiscale_roi_align_cpu
-from tmask_kernels.ops.roi_align.reference import multiscale_roi_align_reference
-from tmask_kernels.ops.roi_align.reference_max import multiscale_roi_align_max_reference
+from ...backend import resolve, triton_reasons
+from .._boxes_input import boxes_as_tensor, check_features, check_image_indices, is_traced
+from .._checks import check_choice, check_flag, check_list, check_number, check_size, check_whole
+from .._levels import level_thresholds
+from .cpu import multiscale_roi_align_cpu
+from .reference import multiscale_roi_align_reference
+from .reference_max import multiscale_roi_align_max_reference
 
 MAX_TRITON_LEVELS = 5
 # A million samples a bin. Beyond it backends run out of memory or of int32.
@@ -150,7 +150,7 @@ def _roi_align(
     if chosen == "reference":
         pool = multiscale_roi_align_max_reference if is_max else multiscale_roi_align_reference
         return pool(features, boxes, valid, size, scales, sampling_ratio, aligned, thresholds, cubic)
-    from tmask_kernels.ops.roi_align import kernels, kernels_max
+    from . import kernels, kernels_max
 
     shared = (features, boxes, valid, size[0], size[1], scales, thresholds, sampling_ratio, aligned, cubic)
     if is_max:

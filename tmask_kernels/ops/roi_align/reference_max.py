@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tmask_kernels.ops.roi_align.reference import (
+from .reference import (
     CHUNK_ELEMENTS,
     box_levels,
     cubic_weight,

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import on_device
-from tmask_kernels.ops.roi_pool import kernels_backward
-from tmask_kernels.ops.roi_pool.kernels_geometry import axis, bin_cells, load_cells
+from ..._triton import on_device
+from ...namespace import custom_op
+from . import kernels_backward
+from .kernels_geometry import axis, bin_cells, load_cells
 
 UNDER_WAY = 2  # cells of a bin that are loaded before the first is looked at
 
@@ -181,7 +182,7 @@ def is_channels_last(feature: Tensor) -> bool:
     return feature.stride(1) == 1 and feature.shape[1] > 1
 
 
-@torch.library.custom_op("tmask::roi_pool", mutates_args=())
+@custom_op("roi_pool")
 def roi_pool(
     feature: Tensor,
     boxes: Tensor,

@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tmask_kernels._triton import lowest_bit, on_device
-from tmask_kernels.backend import no_second_derivative
-from tmask_kernels.ops.roi_pool.kernels_geometry import axis, load_cells
+from ..._triton import lowest_bit, on_device
+from ...backend import no_second_derivative
+from ...namespace import custom_op
+from .kernels_geometry import axis, load_cells
 
 WORD = 32  # boxes a word of the mask
 BLOCK_TILES = 32  # tiles that one program of the mask's launch tests
@@ -238,7 +239,7 @@ def _launch(grad: Tensor, out_grad: Tensor, index: Tensor, boxes: Tensor, valid:
         )
 
 
-@torch.library.custom_op("tmask::roi_pool_backward", mutates_args=())
+@custom_op("roi_pool_backward")
 def roi_pool_backward(
     out_grad: Tensor,
     index: Tensor,

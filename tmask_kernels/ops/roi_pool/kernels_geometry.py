@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tmask_kernels.ops.roi_align.kernels_geometry import is_finite, load_box
+from ..roi_align.kernels_geometry import is_finite, load_box
 
 
 @triton.jit
