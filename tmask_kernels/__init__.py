@@ -5,18 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .backend import use_backend
-from .ops._levels import pyramid_levels
-from .ops.boxes.anchors import AnchorSpec, make_anchors
-from .ops.boxes.op import decode_boxes, detections, encode_boxes, rpn_proposals
+from .common.pyramid import pyramid_levels
+from .ops.anchors.op import AnchorSpec, make_anchors
+from .ops.box_coding.op import decode_boxes, encode_boxes
 from .ops.decode_keypoints.op import decode_keypoints
 from .ops.focal_loss.op import sigmoid_focal_loss, softmax_focal_loss
 from .ops.mask_bce.op import mask_bce
 from .ops.mask_targets.op import mask_targets
-from .ops.matcher.op import match_anchors
-from .ops.nms.op import batched_nms, nms, padded_nms, soft_nms
+from .ops.match_anchors.op import match_anchors
+from .ops.nms.op import batched_nms, nms, padded_nms
 from .ops.paste_masks.op import paste_masks, paste_masks_batched
+from .ops.proposals.op import detections, rpn_proposals
 from .ops.roi_align.op import multiscale_roi_align, roi_align
 from .ops.roi_pool.op import roi_pool
+from .ops.soft_nms.op import soft_nms
 from .packed import pack_masks, unpack_masks
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torchvision import ops
 
-from .ops._checks import check_list, check_size, check_tensor, wrong
+from .common.checks import check_list, check_size, check_tensor, wrong
 from .ops.roi_align.op import multiscale_roi_align, roi_align
 from .ops.roi_pool.op import roi_pool
 

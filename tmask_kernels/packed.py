@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops._checks import check_tensor, check_whole
+from .common.checks import check_tensor, check_whole
 
 WORD = 32
 

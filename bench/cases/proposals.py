@@ -11,7 +11,7 @@ from bench.cases.case import ITEM, STRIDES
 from bench.cases.roi_align import rois
 from bench.work import Work
 from tmask_kernels import AnchorSpec, make_anchors
-from tmask_kernels.ops.nms.reference import box_iou
+from tmask_kernels.common.reference import box_iou
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bench.cases.case import ITEM, STRIDES
 from bench.work import Work
-from tmask_kernels.ops.roi_align.reference import axis_weights, box_levels
+from tmask_kernels.common.pyramid import box_levels
+from tmask_kernels.ops.roi_align.reference import axis_weights
 from tmask_kernels.testing import random_boxes
 
 

@@ -20,7 +20,7 @@ from bench.contest import Call, Contest
 from bench.machine import device
 from bench.variants import variants
 from tmask_kernels import match_anchors
-from tmask_kernels.ops.matcher.reference import match_anchors_reference
+from tmask_kernels.ops.match_anchors.reference import match_anchors_reference
 from tmask_kernels.testing import Tolerance, assert_close
 
 # Two IoUs that differ by less than this may come out in either order in float32.
@@ -155,7 +155,7 @@ def _truth(case: MatchCase, anchors: Tensor, boxes: Tensor) -> tuple[Tensor, Ten
 
 def blocks() -> Contest:
     """W9 with one provider a number of anchors and warps of a program; `triton` is the launch as it is now."""
-    from tmask_kernels.ops.matcher import kernels
+    from tmask_kernels.ops.match_anchors import kernels
 
     def launched(block: kernels.Block) -> Callable[[Given], Call]:
         def call(given: Given) -> Call:

@@ -23,7 +23,7 @@ from bench.machine import device
 from bench.timing import median, time_in_turn
 from bench.variants import variants
 from tmask_kernels import nms, padded_nms
-from tmask_kernels.ops.nms.reference import box_iou
+from tmask_kernels.common.reference import box_iou
 
 # Ours is bit-equal to the definition in float32; a peer's compiler may fuse a product and a sum, which moves an IoU by
 # a unit in the last place, over the threshold or under it.
@@ -202,7 +202,7 @@ LIST_PROVIDERS = {
 
 def segments() -> Contest:
     """W6, a program a segment, with one provider a block size and number of warps; `triton` is the launch as it is."""
-    from tmask_kernels.ops.nms import kernels
+    from tmask_kernels.ops.nms.kernels import padded as kernels
 
     return suppression(
         "W6",
@@ -220,7 +220,8 @@ def steps(case: str) -> Callable[[], Contest]:
     """A case of long segments, with one provider a launch of its steps; `triton` is the launch as it is."""
 
     def contest() -> Contest:
-        from tmask_kernels.ops.nms import kernels, kernels_blocks
+        from tmask_kernels.ops.nms.kernels import blocks as kernels_blocks
+        from tmask_kernels.ops.nms.kernels import padded as kernels
 
         def provider(launch: kernels_blocks.Launch) -> Callable[[Given], Call]:
             run = functools.partial(kernels_blocks.padded_nms_blocks, launch=launch)

@@ -288,7 +288,7 @@ def always(value: Any) -> Callable[..., Any]:
 
 def forward_launches() -> Contest:
     """W1 in bf16 nhwc with one provider a tile of the kernel; `triton` is the launch as it is now."""
-    from tmask_kernels.ops.roi_align import kernels
+    from tmask_kernels.ops.roi_align.kernels import forward as kernels
 
     block_pw = 8  # of 7 bins
     providers = {"triton": provider(ours("triton"))} | {
@@ -304,7 +304,7 @@ def forward_launches() -> Contest:
 
 def backward_launches() -> Contest:
     """W1b in bf16 nhwc with one provider a tile of the gather; `triton` is the launch as it is now."""
-    from tmask_kernels.ops.roi_align import kernels_backward
+    from tmask_kernels.ops.roi_align.kernels import backward as kernels_backward
 
     providers = {"triton": provider(ours("triton"))} | {
         f"triton[{height}x{width},block_c={block_c},warps={warps},registers={registers}]": patched(

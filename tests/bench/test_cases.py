@@ -16,7 +16,7 @@ from bench.ops import matcher as matcher_bench
 from bench.ops import nms as nms_bench
 from bench.ops import proposals as proposals_bench
 from bench.ops import roi_align as roi_align_bench
-from tmask_kernels.ops.roi_align.reference import box_levels
+from tmask_kernels.common.pyramid import box_levels
 
 CPU = torch.device("cpu")
 MB = 1e6
@@ -255,7 +255,7 @@ def test_a_graph_needs_a_gpu() -> None:
 
 
 def test_a_sweep_launches_the_tile_it_names() -> None:
-    from tmask_kernels.ops.roi_align import kernels
+    from tmask_kernels.ops.roi_align.kernels import forward as kernels
 
     contest = roi_align_bench.SWEEPS["roi_align-forward"]()
     assert len(contest.providers) >= 12
@@ -271,7 +271,7 @@ def test_a_sweep_launches_the_tile_it_names() -> None:
 
 
 def test_a_sweep_launches_the_block_it_names() -> None:
-    from tmask_kernels.ops.nms import kernels
+    from tmask_kernels.ops.nms.kernels import padded as kernels
 
     contest = nms_bench.SWEEPS["nms"]()
     assert len(contest.providers) >= 12
@@ -285,7 +285,7 @@ def test_a_sweep_launches_the_block_it_names() -> None:
 
 
 def test_a_sweep_launches_the_anchors_it_names() -> None:
-    from tmask_kernels.ops.matcher import kernels
+    from tmask_kernels.ops.match_anchors import kernels
 
     contest = matcher_bench.SWEEPS["match_anchors"]()
     assert len(contest.providers) >= 12
@@ -300,7 +300,8 @@ def test_a_sweep_launches_the_anchors_it_names() -> None:
 
 @pytest.mark.parametrize("name", ["nms-levels", "nms-list"])
 def test_a_sweep_launches_the_steps_it_names(name: str) -> None:
-    from tmask_kernels.ops.nms import kernels, kernels_blocks
+    from tmask_kernels.ops.nms.kernels import blocks as kernels_blocks
+    from tmask_kernels.ops.nms.kernels import padded as kernels
 
     contest = nms_bench.SWEEPS[name]()
     assert len(contest.providers) >= 12

@@ -25,7 +25,8 @@ from tests.bench.test_timing import SimulatedGPU
 from tests.mutation import mutant
 from tmask_kernels import multiscale_roi_align, sigmoid_focal_loss
 from tmask_kernels.backend import resolve
-from tmask_kernels.ops.roi_align import kernels, kernels_geometry
+from tmask_kernels.common.kernels import roi_axis
+from tmask_kernels.ops.roi_align.kernels import forward as kernels
 from tmask_kernels.testing import assert_close, random_boxes
 
 pytest_plugins = ["pytester"]
@@ -111,7 +112,7 @@ def clocked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_a_kernel_with_one_tap_broken_is_not_timed(device, tmp_path, clocked):
     tap = ("high = tl.minimum(low + 1, length - 1)", "high = tl.minimum(low + 2, length - 1)")
-    broken = mutant(kernels_geometry, *tap, tmp_path, seen_from=kernels)
+    broken = mutant(roi_axis, *tap, tmp_path, seen_from=kernels)
     rows = rows_of(pooling_contest({"triton": kernels, "triton-broken": broken}, device))
     right = "timed" if device.type == "cuda" else "passed"
     assert [rows[name].status for name in ("triton", "triton-broken")] == [right, "wrong"]

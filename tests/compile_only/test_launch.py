@@ -112,7 +112,7 @@ def test_roi_align_boxes(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
 def test_roi_align_max(dtype: torch.dtype, layout: torch.memory_format, launched: list[str]) -> None:
-    kernels = importlib.import_module("tmask_kernels.ops.roi_align.kernels_max")
+    kernels = importlib.import_module("tmask_kernels.ops.roi_align.kernels.max")
     maps = [
         torch.zeros(2, 40, 21 // k, 23 // k, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
         for k in (1, 2)
@@ -153,7 +153,7 @@ def test_padded_nms(grouped: bool, scores: torch.dtype, launched: list[str]) -> 
 
 @pytest.mark.parametrize("gaussian", [False, True])
 def test_soft_nms(gaussian: bool, launched: list[str]) -> None:
-    kernels = importlib.import_module("tmask_kernels.ops.nms.kernels_soft")
+    kernels = importlib.import_module("tmask_kernels.ops.soft_nms.kernels")
     kernels.soft_nms(torch.rand(70, 4), torch.rand(70), gaussian, 0.3, 0.5, 0.001)
     assert launched == ["_soft_nms_kernel"]
 
@@ -203,8 +203,8 @@ def proposal_maps(height: int, width: int, dtype: torch.dtype) -> tuple[list[Ten
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rpn_proposals(dtype: torch.dtype, launched: list[str]) -> None:
     """One variant serves all sizes of images: a training draws many, and each level's strides differ with them."""
-    candidates = importlib.import_module("tmask_kernels.ops.boxes.kernels_candidates")
-    select = importlib.import_module("tmask_kernels.ops.boxes.kernels_select")
+    candidates = importlib.import_module("tmask_kernels.ops.proposals.kernels.candidates")
+    select = importlib.import_module("tmask_kernels.ops.proposals.kernels.select")
     sizes, half_sides, steps = torch.full((2, 2), 30), [4.0, 3.0] * 9, [4.0, 4.0, 8.0, 8.0, 16.0, 16.0]
     variants = set()
     for height, width in ((24, 20), (33, 17), (64, 48), (11, 4)):
@@ -220,8 +220,8 @@ def test_rpn_proposals(dtype: torch.dtype, launched: list[str]) -> None:
 
 @pytest.mark.parametrize("shared", [False, True], ids=["boxes of each class", "shared boxes"])
 def test_detections(shared: bool, launched: list[str]) -> None:
-    candidates = importlib.import_module("tmask_kernels.ops.boxes.kernels_candidates")
-    select = importlib.import_module("tmask_kernels.ops.boxes.kernels_select")
+    candidates = importlib.import_module("tmask_kernels.ops.proposals.kernels.candidates")
+    select = importlib.import_module("tmask_kernels.ops.proposals.kernels.select")
     scores, boxes = torch.rand(2, 30, 4)[:, :, 1:], torch.rand(2, 30, 4, 4)[:, :, 1 : 2 if shared else 4]
     valid, sizes = torch.ones(2, 30, dtype=torch.bool), torch.full((2, 2), 30)
     boxes, scores, _ = candidates.class_candidates(scores, boxes, valid, sizes, 0.05, 0.01)
@@ -273,7 +273,7 @@ def test_paste_masks(dtype: torch.dtype, convention: str, launched: list[str]) -
     for output in ("bool", "packed", "probability"):
         kernels_of("paste_masks").paste_masks(masks, boxes, 17, 41, 0.5, output, convention)
     with mock.patch.object(torch, "empty", torch.ones):
-        importlib.import_module("tmask_kernels.ops.paste_masks.kernels_runs").paste_runs(
+        importlib.import_module("tmask_kernels.ops.paste_masks.kernels.runs").paste_runs(
             masks[None], boxes[None], [3], [(17, 41)], 0.5, convention
         )
     assert launched == ["_paste_kernel"] * 3 + ["_runs_kernel"] * 2

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.compile_only.harness import CHIPS, Case, Target, check, every, registers
-from tmask_kernels.ops.matcher import kernels
+from tmask_kernels.ops.match_anchors import kernels
 
 pytestmark = pytest.mark.compile_only
 

@@ -3,7 +3,10 @@
 import pytest
 
 from tests.compile_only.harness import CHIPS, Case, Target, check, every, registers
-from tmask_kernels.ops.nms import kernels, kernels_blocks, kernels_soft, kernels_sort
+from tmask_kernels.ops.nms.kernels import blocks as kernels_blocks
+from tmask_kernels.ops.nms.kernels import padded as kernels
+from tmask_kernels.ops.nms.kernels import sort as kernels_sort
+from tmask_kernels.ops.soft_nms import kernels as kernels_soft
 
 pytestmark = pytest.mark.compile_only
 

@@ -3,7 +3,8 @@
 import pytest
 
 from tests.compile_only.harness import CHIPS, Case, Target, check, every, registers
-from tmask_kernels.ops.paste_masks import kernels, kernels_runs
+from tmask_kernels.ops.paste_masks.kernels import dense as kernels
+from tmask_kernels.ops.paste_masks.kernels import runs as kernels_runs
 from tmask_kernels.packed import WORD
 
 pytestmark = pytest.mark.compile_only

@@ -3,7 +3,8 @@
 import pytest
 
 from tests.compile_only.harness import CHIPS, Case, Target, check, every, registers
-from tmask_kernels.ops.boxes import kernels_candidates, kernels_select
+from tmask_kernels.ops.proposals.kernels import candidates as kernels_candidates
+from tmask_kernels.ops.proposals.kernels import select as kernels_select
 
 pytestmark = pytest.mark.compile_only
 

@@ -6,7 +6,7 @@ What a thread should cost follows from its share of the tile, see `_target`.
 import pytest
 
 from tests.compile_only.harness import CHIPS, Case, Target, check, every, registers
-from tmask_kernels.ops.roi_align import kernels
+from tmask_kernels.ops.roi_align.kernels import forward as kernels
 
 pytestmark = pytest.mark.compile_only
 

@@ -3,7 +3,8 @@
 import pytest
 
 from tests.compile_only.harness import CHIPS, Case, Target, check, every, registers
-from tmask_kernels.ops.roi_align import kernels_backward, kernels_touch
+from tmask_kernels.ops.roi_align.kernels import backward as kernels_backward
+from tmask_kernels.ops.roi_align.kernels import touch as kernels_touch
 
 pytestmark = pytest.mark.compile_only
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.compile_only.harness import CHIPS, Case, Target, check, every, registers
-from tmask_kernels.ops.roi_align import kernels_boxes
+from tmask_kernels.ops.roi_align.kernels import boxes as kernels_boxes
 
 pytestmark = pytest.mark.compile_only
 

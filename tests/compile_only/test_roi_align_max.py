@@ -5,7 +5,9 @@ import pytest
 from tests.compile_only.harness import CHIPS, Case, Target, check, every, registers
 from tests.compile_only.test_roi_align import BOX_LOADS, TAPS
 from tests.compile_only.test_roi_align_backward import _BOXES, _BYTES, _COUNTS, _PYRAMID, CHANNELS, LEVELS
-from tmask_kernels.ops.roi_align import kernels, kernels_max, kernels_max_backward
+from tmask_kernels.ops.roi_align.kernels import forward as kernels
+from tmask_kernels.ops.roi_align.kernels import max as kernels_max
+from tmask_kernels.ops.roi_align.kernels import max_backward as kernels_max_backward
 
 pytestmark = pytest.mark.compile_only
 

@@ -3,7 +3,8 @@
 import pytest
 
 from tests.compile_only.harness import CHIPS, Case, Target, check, every, registers
-from tmask_kernels.ops.roi_pool import kernels, kernels_backward
+from tmask_kernels.ops.roi_pool.kernels import backward as kernels_backward
+from tmask_kernels.ops.roi_pool.kernels import forward as kernels
 
 pytestmark = pytest.mark.compile_only
 

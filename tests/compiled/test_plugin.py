@@ -8,8 +8,8 @@ from torch import Tensor
 from ttsem.sanitize import KernelFault
 
 from tests.compiled import plugin
-from tmask_kernels.ops.nms.kernels_blocks import Launch, padded_nms_blocks
-from tmask_kernels.ops.nms.kernels_sort import sort_boxes
+from tmask_kernels.ops.nms.kernels.blocks import Launch, padded_nms_blocks
+from tmask_kernels.ops.nms.kernels.sort import sort_boxes
 from tmask_kernels.testing import random_boxes
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from bench.cases import CASES, NMSCase
 from tests.gpu.tools import assert_same_bits, need_cuda, need_memory, peak_bytes, recorded, waiting_is_an_error
 from tmask_kernels import batched_nms, nms, padded_nms, soft_nms
-from tmask_kernels.ops.boxes.proposals import top_indices
-from tmask_kernels.ops.nms.reference import box_iou, sort_segments
+from tmask_kernels.common.reference import box_iou
+from tmask_kernels.ops.nms.reference import sort_segments
+from tmask_kernels.ops.proposals.reference import top_indices
 from tmask_kernels.testing import random_boxes
 
 pytestmark = [

@@ -15,7 +15,8 @@ from torchvision.ops import clip_boxes_to_image
 from tests.model.sync import count_blocking
 from tests.mutation import mutant
 from tmask_kernels import AnchorSpec, decode_boxes, encode_boxes, make_anchors
-from tmask_kernels.ops.boxes import kernels, reference
+from tmask_kernels.common.kernels import boxes
+from tmask_kernels.ops.box_coding import kernels, reference
 from tmask_kernels.testing import assert_close, guarded, poisoned_empty, random_boxes
 
 # The interpreter's numpy warns where the rules for NaN and inf are at work.
@@ -168,29 +169,29 @@ def test_kernels_clip(device, image_size):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("module", "old", "new"),
     [
-        ("first, third = tl.split(even)", "third, first = tl.split(even)"),
-        ("return x1 + 0.5 * width, y1 + 0.5 * height, width, height", "return x1 + 0.5 * width, y1, width, height"),
-        ("rows // d2 % d1 * stride_1", "rows // d2 * stride_1"),
-        ("tl.minimum(dw, scale_clamp)", "dw"),
-        ("tl.exp(tl.minimum(dh, scale_clamp)) * ah", "tl.exp(tl.minimum(dh, scale_clamp)) * aw"),
-        ("dx = tl.where(proper, wx *", "dx = tl.where(proper, wy * 2 *"),
-        ("ww * tl.log(", "wh * tl.log(1e-3 + "),
-        ("sizes_ptr + image * 2 + 1", "sizes_ptr + image * 2"),
-        ("clipped(y2, limit_y)", "clipped(y2, limit_y + 1)"),
-        ("g_x1 = tl.where((x - half_w >= 0) &", "g_x1 = tl.where("),
-        ("(g_x2 - g_x1) * half_w / ww", "(g_x1 - g_x2) * half_w / ww"),
-        ("bad | (free_h == 0)", "bad"),
-        ("image = rows // rows_per_image", "image = rows * 0"),
-        ("tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=mask[:, None])",
+        (boxes, "first, third = tl.split(even)", "third, first = tl.split(even)"),
+        (kernels, "y1 + 0.5 * height, width, height", "y1, width, height"),
+        (kernels, "rows // d2 % d1 * stride_1", "rows // d2 * stride_1"),
+        (kernels, "tl.minimum(dw, scale_clamp)", "dw"),
+        (kernels, "tl.exp(tl.minimum(dh, scale_clamp)) * ah", "tl.exp(tl.minimum(dh, scale_clamp)) * aw"),
+        (kernels, "dx = tl.where(proper, wx *", "dx = tl.where(proper, wy * 2 *"),
+        (kernels, "ww * tl.log(", "wh * tl.log(1e-3 + "),
+        (kernels, "sizes_ptr + image * 2 + 1", "sizes_ptr + image * 2"),
+        (kernels, "clipped(y2, limit_y)", "clipped(y2, limit_y + 1)"),
+        (kernels, "g_x1 = tl.where((x - half_w >= 0) &", "g_x1 = tl.where("),
+        (kernels, "(g_x2 - g_x1) * half_w / ww", "(g_x1 - g_x2) * half_w / ww"),
+        (kernels, "bad | (free_h == 0)", "bad"),
+        (kernels, "image = rows // rows_per_image", "image = rows * 0"),
+        (boxes, "tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=mask[:, None])",
          "tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty))"),
     ],
     ids=["delta order", "centre", "stride", "clamp", "height", "weight", "log", "width and height", "clip", "clip grad",
          "sign", "clamp grad", "image", "mask"],
 )  # fmt: skip
-def test_a_broken_kernel_fails(device, tmp_path: Path, old, new):
-    broken = mutant(kernels, old, new, tmp_path)
+def test_a_broken_kernel_fails(device, tmp_path: Path, module, old, new):
+    broken = mutant(module, old, new, tmp_path, seen_from=kernels)
 
     def both() -> None:
         for image_size in IMAGE_SIZES.values():

@@ -11,7 +11,8 @@ from tests.model.sync import count_blocking
 from tests.mutation import mutant
 from tmask_kernels import detections, padded_nms
 from tmask_kernels.backend import interpreter_enabled
-from tmask_kernels.ops.boxes import kernels_candidates, proposals
+from tmask_kernels.ops.proposals import reference as proposals
+from tmask_kernels.ops.proposals.kernels import candidates as kernels_candidates
 from tmask_kernels.testing import guarded, poisoned_empty, random_boxes
 
 # The interpreter's numpy warns where padding gives 0 / 0.

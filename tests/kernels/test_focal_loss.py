@@ -12,7 +12,8 @@ import torchvision
 from torch import Tensor
 
 from tests.mutation import mutant
-from tmask_kernels import _triton, sigmoid_focal_loss, softmax_focal_loss
+from tmask_kernels import sigmoid_focal_loss, softmax_focal_loss
+from tmask_kernels.common.kernels import numbers
 from tmask_kernels.ops.focal_loss import kernels
 from tmask_kernels.testing import assert_close, guarded, poisoned_empty
 
@@ -428,9 +429,9 @@ MUTANTS = {
     "no focus in the gradient": (kernels, "* (2.0 * t - 1.0)", "* 0.0"),
     "p - t negated": (kernels, "(too_high - too_low)", "(too_low - too_high)"),
     "one upstream for all": (kernels, "not any(upstream.stride())", "True"),
-    "sigmoids swapped": (_triton, "tl.where(x >= 0, larger, smaller), tl", "tl.where(x < 0, larger, smaller), tl"),
-    "log of a rounded sum": (_triton, "tl.log(whole) * ratio)", "tl.log(whole))"),
-    "no entropy of the far side": (_triton, "tl.where(x >= 0, 1.0 - t, t)", "t"),
+    "sigmoids swapped": (numbers, "tl.where(x >= 0, larger, smaller), tl", "tl.where(x < 0, larger, smaller), tl"),
+    "log of a rounded sum": (numbers, "tl.log(whole) * ratio)", "tl.log(whole))"),
+    "no entropy of the far side": (numbers, "tl.where(x >= 0, 1.0 - t, t)", "t"),
 }  # fmt: skip
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.mutation import mutant
-from tmask_kernels import _triton, mask_bce
+from tmask_kernels import mask_bce
+from tmask_kernels.common.kernels import numbers
 from tmask_kernels.ops.mask_bce import kernels, reference
 from tmask_kernels.testing import assert_close, guarded, poisoned_empty
 
@@ -263,7 +264,7 @@ MUTANTS = {
     "soft targets as hard ones": (kernels, "(p * (1.0 - t) - q * t)", "(p * (t < 0.5) - q * (t >= 0.5))"),
     "no upstream": (kernels, "tl.load(upstream_ptr).to(ACC) * tl.load(share_ptr)", "tl.load(share_ptr)"),
     "a run past the RoI": (kernels, "mask=offs < elements", "mask=offs <= elements"),
-    "sigmoids swapped": (_triton, "tl.where(x >= 0, larger, smaller), tl", "tl.where(x < 0, larger, smaller), tl"),
+    "sigmoids swapped": (numbers, "tl.where(x >= 0, larger, smaller), tl", "tl.where(x < 0, larger, smaller), tl"),
 }  # fmt: skip
 # A few of each kind in the quick set.
 QUICK = ("reference: denominator", "first channel", "channels that end within a run", "channels_last as contiguous")
@@ -278,6 +279,6 @@ def test_parity_is_green(device: torch.device) -> None:
 )
 def test_mutants_turn_parity_red(name: str, device: torch.device, tmp_path: Path) -> None:
     module, old, new = MUTANTS[name]
-    broken = mutant(module, old, new, tmp_path, seen_from=kernels if module is _triton else None)
+    broken = mutant(module, old, new, tmp_path, seen_from=kernels if module is numbers else None)
     with pytest.raises(AssertionError):
         parity(broken, device)

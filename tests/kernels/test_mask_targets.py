@@ -10,8 +10,8 @@ import torchvision
 from tests.model.sync import count_blocking
 from tests.mutation import mutant
 from tmask_kernels import mask_targets, pack_masks
+from tmask_kernels.common import reference as common
 from tmask_kernels.ops.mask_targets import reference
-from tmask_kernels.ops.roi_align import reference as roi_align
 from tmask_kernels.testing import Tolerance, assert_close, random_boxes
 
 CONVENTIONS = ["detectron2", "torchvision"]
@@ -86,9 +86,9 @@ def test_equals_torchvision_roi_align(device, convention, size, height, width):
 @pytest.mark.parametrize(
     ("module", "old", "new"),
     [
-        (roi_align, "NEARBY_SAMPLES = 5", "NEARBY_SAMPLES = 2"),
-        (roi_align, "(0.5 if aligned else 0.0)", "0.0"),
-        (roi_align, "size if aligned else torch.where(size < 1, 1.0, size)", "size"),
+        (common, "NEARBY_SAMPLES = 5", "NEARBY_SAMPLES = 2"),
+        (common, "(0.5 if aligned else 0.0)", "0.0"),
+        (common, "size if aligned else torch.where(size < 1, 1.0, size)", "size"),
         (reference, "at >= -1", "at >= 0"),
         (reference, "at <= limit", "at <= limit - 1"),
         (reference, "(limit - 1).clamp(min=0)", "limit.clamp(min=0)"),

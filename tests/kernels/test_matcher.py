@@ -21,7 +21,7 @@ from bench.cases import CASES, MatchCase
 from tests.model.sync import count_blocking
 from tests.mutation import mutant
 from tmask_kernels import AnchorSpec, make_anchors, match_anchors
-from tmask_kernels.ops.matcher import kernels, op, reference
+from tmask_kernels.ops.match_anchors import kernels, op, reference
 from tmask_kernels.testing import guarded, poisoned_empty, random_boxes
 
 # The interpreter's numpy warns where the rules for NaN and inf are at work.

@@ -16,9 +16,11 @@ from torch import Tensor
 from tests.model.sync import count_blocking
 from tests.mutation import mutant
 from tmask_kernels import batched_nms, nms, padded_nms
-from tmask_kernels.ops.nms import kernels, op, reference
-from tmask_kernels.ops.nms.kernels_blocks import Launch, padded_nms_blocks
-from tmask_kernels.ops.nms.kernels_sort import SortedBoxes
+from tmask_kernels.common import reference as common
+from tmask_kernels.ops.nms import op, reference
+from tmask_kernels.ops.nms.kernels import padded as kernels
+from tmask_kernels.ops.nms.kernels.blocks import Launch, padded_nms_blocks
+from tmask_kernels.ops.nms.kernels.sort import SortedBoxes
 from tmask_kernels.testing import random_boxes
 
 # The kernels' strategies by name, the launches of the second small: through the interpreter a program takes its time.
@@ -269,22 +271,22 @@ def test_empty(device, backend, segments, count):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("module", "old", "new"),
     [
-        ("> thresholds[:, None]", ">= thresholds[:, None]"),
-        ("takes = keep[:, i : i + 1] &", "takes ="),
-        ("& segments.suppresses[:, i : i + 1]", ""),
-        ("if sorted_groups is not None:", "if False:"),
-        ("keep = segments.alive.clone()", "keep = torch.ones_like(segments.alive)"),
-        (".clamp(min=0)\n    height", "\n    height"),
-        ("- inter\n", "\n"),
-        ("torch.where(real, -scores, torch.nan)", "torch.where(real, -scores, -torch.inf)"),
-        ("(rank < max_output)", "(rank < max_output - 1)"),
+        (reference, "> thresholds[:, None]", ">= thresholds[:, None]"),
+        (reference, "takes = keep[:, i : i + 1] &", "takes ="),
+        (reference, "& segments.suppresses[:, i : i + 1]", ""),
+        (reference, "if sorted_groups is not None:", "if False:"),
+        (reference, "keep = segments.alive.clone()", "keep = torch.ones_like(segments.alive)"),
+        (common, ".clamp(min=0)\n    height", "\n    height"),
+        (common, "- inter\n", "\n"),
+        (reference, "torch.where(real, -scores, torch.nan)", "torch.where(real, -scores, -torch.inf)"),
+        (reference, "(rank < max_output)", "(rank < max_output - 1)"),
     ],
     ids=["tie", "removed removes", "NaN score removes", "groups", "valid", "overlap", "union", "NaN order", "output"],
 )
-def test_a_broken_reference_fails(tmp_path: Path, monkeypatch, old, new):
-    broken = mutant(reference, old, new, tmp_path)
+def test_a_broken_reference_fails(tmp_path: Path, monkeypatch, module, old, new):
+    broken = mutant(module, old, new, tmp_path, seen_from=reference)
     monkeypatch.setattr(op, "padded_nms_reference", broken.padded_nms_reference)
     cpu = torch.device("cpu")
     with pytest.raises((AssertionError, RuntimeError)):  # noqa: PT012 - any of these checks may be the one that fails

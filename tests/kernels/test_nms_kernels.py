@@ -18,8 +18,11 @@ from tests.model.sync import count_blocking
 from tests.mutation import mutant
 from tmask_kernels import batched_nms, nms
 from tmask_kernels.backend import interpreter_enabled
-from tmask_kernels.ops.nms import kernels, kernels_blocks, kernels_sort, reference
-from tmask_kernels.ops.nms.kernels_blocks import LAUNCH, Launch, padded_nms_blocks
+from tmask_kernels.ops.nms import reference
+from tmask_kernels.ops.nms.kernels import blocks as kernels_blocks
+from tmask_kernels.ops.nms.kernels import padded as kernels
+from tmask_kernels.ops.nms.kernels import sort as kernels_sort
+from tmask_kernels.ops.nms.kernels.blocks import LAUNCH, Launch, padded_nms_blocks
 from tmask_kernels.testing import guarded, poisoned_empty, random_boxes
 
 # The interpreter's numpy warns where the rules for NaN and inf are at work.
@@ -125,7 +128,7 @@ BLOCK_MUTANTS = {
     "count": ("tl.minimum(total + tl.sum(keep, axis=0), M)", "total + tl.sum(keep, axis=0)"),
 }
 SORT_MUTANTS = {
-    "x and y": ("return x1, y1, x2, y2", "return y1, x1, x2, y2"),
+    "x and y": ("tl.store(ptr + rows * 4 + 1, y1", "tl.store(ptr + rows * 4 + 1, x1"),
     "NaN score in list": ('tl.where(state == BOX, x1, float("nan"))', "x1"),
     "NaN score": ("tl.where(score == score, BOX, HARMLESS)", "tl.where(score == score, BOX, BOX)"),
     "valid": ("tl.where(valid != 0, state, NO_BOX)", "state"),

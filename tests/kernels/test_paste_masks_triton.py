@@ -16,7 +16,9 @@ from torch import Tensor
 from tests.model.sync import count_blocking
 from tests.mutation import mutant
 from tmask_kernels import paste_masks, paste_masks_batched
-from tmask_kernels.ops.paste_masks import kernels, kernels_geometry, kernels_runs
+from tmask_kernels.ops.paste_masks.kernels import dense as kernels
+from tmask_kernels.ops.paste_masks.kernels import geometry
+from tmask_kernels.ops.paste_masks.kernels import runs as kernels_runs
 from tmask_kernels.ops.paste_masks.rle import strings
 from tmask_kernels.testing import guarded, poisoned_empty
 
@@ -394,16 +396,16 @@ def parity(kernels: ModuleType, device: torch.device, name: str) -> None:
 DENSE, RUNS = kernels, kernels_runs
 # The module to break, the texts, and the module whose op is checked.
 MUTANTS = {
-    "corner for centre": (kernels_geometry, "+ 0.5 - start", "- start", DENSE),
-    "shift": (kernels_geometry, "1.5 if TORCHVISION else 0.5", "0.5", DENSE),
-    "floor for truncate": (kernels_geometry, "tl.where(x < 0, tl.ceil(x), tl.floor(x))", "tl.floor(x)", DENSE),
-    "growth": (kernels_geometry, "* ((SIDE + 2) / SIDE)", "* 1.0", DENSE),
-    "last pixel": (kernels_geometry, "past = last + 1.0", "past = last", DENSE),
-    "window too narrow": (kernels_geometry, "2.0**-20 + 1.0", "2.0**-20 - 2.5", DENSE),
-    "border is not 0": (kernels_geometry, "exists & (cell >= 0)", "exists", DENSE),
-    "row below wraps": (kernels_geometry, "(row >= 0) & (row < SIDE)", "row >= -1", DENSE),
-    "weights": (kernels_geometry, "upper * (1.0 - weight) + lower * weight", "upper * weight + lower", RUNS),
-    "same threshold": (kernels_geometry, "inside = value > threshold", "inside = value >= threshold", DENSE),
+    "corner for centre": (geometry, "+ 0.5 - start", "- start", DENSE),
+    "shift": (geometry, "1.5 if TORCHVISION else 0.5", "0.5", DENSE),
+    "floor for truncate": (geometry, "tl.where(x < 0, tl.ceil(x), tl.floor(x))", "tl.floor(x)", DENSE),
+    "growth": (geometry, "* ((SIDE + 2) / SIDE)", "* 1.0", DENSE),
+    "last pixel": (geometry, "past = last + 1.0", "past = last", DENSE),
+    "window too narrow": (geometry, "2.0**-20 + 1.0", "2.0**-20 - 2.5", DENSE),
+    "border is not 0": (geometry, "exists & (cell >= 0)", "exists", DENSE),
+    "row below wraps": (geometry, "(row >= 0) & (row < SIDE)", "row >= -1", DENSE),
+    "weights": (geometry, "upper * (1.0 - weight) + lower * weight", "upper * weight + lower", RUNS),
+    "same threshold": (geometry, "inside = value > threshold", "inside = value >= threshold", DENSE),
     "no second row": (DENSE, "tl.where(wraps, column - L, column)", "column", DENSE),
     "second row's weight": (DENSE, "tl.where(wraps, next_weight, this_weight)", "this_weight", DENSE),
     "neighbours overwritten": (DENSE, "(first + offs >= 0) & ", "", DENSE),

@@ -14,9 +14,11 @@ from tests.model.sync import count_blocking
 from tests.mutation import mutant
 from tmask_kernels import AnchorSpec, make_anchors, padded_nms, rpn_proposals
 from tmask_kernels.backend import interpreter_enabled
-from tmask_kernels.ops.boxes import kernels_candidates, op, proposals
-from tmask_kernels.ops.boxes.anchors import level_strides
-from tmask_kernels.ops.nms import kernels as nms_kernels
+from tmask_kernels.ops.anchors.op import level_strides
+from tmask_kernels.ops.nms.kernels import padded as nms_kernels
+from tmask_kernels.ops.proposals import op
+from tmask_kernels.ops.proposals import reference as proposals
+from tmask_kernels.ops.proposals.kernels import candidates as kernels_candidates
 from tmask_kernels.testing import assert_close, guarded, poisoned_empty
 
 # The interpreter's numpy warns where padding gives 0 / 0.

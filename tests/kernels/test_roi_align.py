@@ -13,9 +13,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.mutation import mutant
-from tmask_kernels import _triton, multiscale_roi_align, pyramid_levels, roi_align
-from tmask_kernels.ops._levels import LEVEL_FACTOR, level_thresholds
-from tmask_kernels.ops.roi_align import kernels, kernels_backward, kernels_geometry, kernels_touch, reference
+from tmask_kernels import multiscale_roi_align, pyramid_levels, roi_align
+from tmask_kernels.common.kernels import boxes as boxes_kernels
+from tmask_kernels.common.kernels import numbers, roi_axis
+from tmask_kernels.common.kernels import pyramid as pyramid_kernels
+from tmask_kernels.common.pyramid import LEVEL_FACTOR, level_thresholds
+from tmask_kernels.ops.roi_align import reference
+from tmask_kernels.ops.roi_align.kernels import backward as kernels_backward
+from tmask_kernels.ops.roi_align.kernels import forward as kernels
+from tmask_kernels.ops.roi_align.kernels import touch as kernels_touch
 from tmask_kernels.testing import assert_close, guarded, poisoned_empty, random_boxes
 
 BACKENDS = ("reference", "torchvision", "triton")
@@ -568,18 +574,18 @@ def parity(kernels: ModuleType, device: torch.device) -> None:
 
 
 # The module to break.
-FORWARD, BACKWARD, TOUCH, GEOMETRY, BITS = kernels, kernels_backward, kernels_touch, kernels_geometry, _triton
+FORWARD, BACKWARD, TOUCH, AXIS, BITS = kernels, kernels_backward, kernels_touch, roi_axis, numbers
 MUTANTS = {
-    "tap off by one": (GEOMETRY, "tl.minimum(low + 1, length - 1)", "tl.minimum(low + 2, length - 1)"),
-    "border not clamped": (GEOMETRY, "high = tl.minimum(low + 1, length - 1)", "high = low + 1"),
-    "border excluded": (GEOMETRY, "(at >= -1.0) & (at <= length)", "(at >= 0.0) & (at <= length - 1)"),
-    "wrong level": (GEOMETRY, "(area >= thresholds[i - 1])", "(area >= 4 * thresholds[i - 1])"),
+    "tap off by one": (AXIS, "tl.minimum(low + 1, length - 1)", "tl.minimum(low + 2, length - 1)"),
+    "border not clamped": (AXIS, "high = tl.minimum(low + 1, length - 1)", "high = low + 1"),
+    "border excluded": (AXIS, "(at >= -1.0) & (at <= length)", "(at >= 0.0) & (at <= length - 1)"),
+    "wrong level": (pyramid_kernels, "(area >= thresholds[i - 1])", "(area >= 4 * thresholds[i - 1])"),
     "swapped sizes": (FORWARD, "H = tl.cast(of_level(level, heights,", "H = tl.cast(of_level(level, widths,"),
-    "no half cell": (GEOMETRY, "shift: tl.constexpr = 0.5 if ALIGNED else 0.0", "shift: tl.constexpr = 0.0"),
-    "wrong image": (GEOMETRY, "image = k // boxes_an_image", "image = k * 0"),
-    "non-finite read": (GEOMETRY, "usable = image < num_images", "usable = image < num_images - 1"),
+    "no half cell": (AXIS, "shift: tl.constexpr = 0.5 if ALIGNED else 0.0", "shift: tl.constexpr = 0.0"),
+    "wrong image": (boxes_kernels, "image = k // boxes_an_image", "image = k * 0"),
+    "non-finite read": (boxes_kernels, "usable = image < num_images", "usable = image < num_images - 1"),
     "gradient not shared": (BACKWARD, "(weights_y * share)", "(weights_y)"),
-    "gradient to one tap alone": (GEOMETRY, "1.0 - tl.abs(at - cells)", "1.0 * (tl.floor(at) == cells)"),
+    "gradient to one tap alone": (AXIS, "1.0 - tl.abs(at - cells)", "1.0 * (tl.floor(at) == cells)"),
     "gradient without the border": (BACKWARD, "(at >= -1.0) & (at <= length)", "(at >= 0.0) & (at <= length)"),
     "last row of bins left out": (TOUCH, "+ 0.01) + 1.0", "+ 0.01)"),
     "tiles beside the box left out": (TOUCH, "tl.floor(high) + 1.0", "tl.floor(high) - 1.0"),

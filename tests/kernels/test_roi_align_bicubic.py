@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.kernels.test_roi_align import (
+    AXIS,
     BACKWARD,
     FORWARD,
-    GEOMETRY,
     GRIDS,
     SCALES,
     SIDE,
@@ -26,7 +26,8 @@ from tests.kernels.test_roi_align import (
 )
 from tests.mutation import mutant
 from tmask_kernels import multiscale_roi_align, roi_align
-from tmask_kernels.ops.roi_align import kernels, reference
+from tmask_kernels.ops.roi_align import reference
+from tmask_kernels.ops.roi_align.kernels import forward as kernels
 from tmask_kernels.testing import assert_close, guarded, random_boxes
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -282,14 +283,14 @@ def parity(kernels: ModuleType, device: torch.device, ratio: int) -> None:
 
 FIXED, ADAPTIVE = 2, 0
 MUTANTS = {
-    "tap off by one": (FIXED, GEOMETRY, "tl.floor(at) + (tap - 1)", "tl.floor(at) + tap"),
-    "taps not clamped": (FIXED, GEOMETRY, "tl.minimum(tl.maximum(cell, 0.0), length - 1.0).to", "cell.to"),
+    "tap off by one": (FIXED, AXIS, "tl.floor(at) + (tap - 1)", "tl.floor(at) + tap"),
+    "taps not clamped": (FIXED, AXIS, "tl.minimum(tl.maximum(cell, 0.0), length - 1.0).to", "cell.to"),
     "three rows of taps": (FIXED, FORWARD, "for row in range(4)", "for row in range(3)"),
     "weights of one axis": (FIXED, FORWARD, "(weight_y * weight_x)", "(weight_x)"),
-    "another kernel near": (FIXED, GEOMETRY, "(CUBIC + 2.0)", "(CUBIC + 2.1)"),
-    "another kernel far": (FIXED, GEOMETRY, "CUBIC * (distance", "-0.5 * (distance"),
-    "gradient without the first border": (FIXED, GEOMETRY, "cells == 0,", "cells == -1,"),
-    "gradient without the last border": (FIXED, GEOMETRY, "cells == length - 1.0", "cells == length + 1.0"),
+    "another kernel near": (FIXED, AXIS, "(CUBIC + 2.0)", "(CUBIC + 2.1)"),
+    "another kernel far": (FIXED, AXIS, "CUBIC * (distance", "-0.5 * (distance"),
+    "gradient without the first border": (FIXED, AXIS, "cells == 0,", "cells == -1,"),
+    "gradient without the last border": (FIXED, AXIS, "cells == length - 1.0", "cells == length + 1.0"),
     "tiles a tap away left out": (FIXED, TOUCH, "0.0 if CUBIC is None else 1.0", "0.0"),
     "bins a tap above left out": (FIXED, TOUCH, "(low - reach", "(low - 1.0"),
     "bins a tap below left out": (FIXED, TOUCH, "(high + reach", "(high + 1.0"),

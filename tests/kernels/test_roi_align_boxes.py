@@ -13,7 +13,10 @@ from torch import Tensor
 from tests.kernels.test_roi_align import GRIDS, odd_boxes
 from tests.mutation import mutant
 from tmask_kernels import multiscale_roi_align, roi_align
-from tmask_kernels.ops.roi_align import kernels, kernels_backward, kernels_boxes, kernels_geometry
+from tmask_kernels.common.kernels import roi_axis
+from tmask_kernels.ops.roi_align.kernels import backward as kernels_backward
+from tmask_kernels.ops.roi_align.kernels import boxes as kernels_boxes
+from tmask_kernels.ops.roi_align.kernels import forward as kernels
 from tmask_kernels.testing import assert_close, guarded, poisoned_empty, random_boxes
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -413,9 +416,9 @@ MUTANTS = {
     "a sum for a mean": (ADAPTIVE, kernels_boxes, "scale / tl.maximum(grid_h * grid_w, 1.0)", "scale"),
     "every second channel": (LINEAR, kernels_boxes, "_sum_groups(along_x", "_sum_groups(offs_c % 2 * along_x"),
     "a row of bins left out": (LINEAR, kernels_boxes, "return sums.sum(1)", "return sums[:, 1:].sum(1)"),
-    "slope of another kernel near": (CUBIC, kernels_geometry, "3.0 * CUBIC + 6.0", "3.0 * CUBIC + 5.9"),
-    "slope of another kernel far": (CUBIC, kernels_geometry, "(3.0 * distance - 4.0)", "(3.0 * distance - 4.1)"),
-    "slope of the wrong sign": (CUBIC, kernels_geometry, "tl.where(offset < 0, -slope, slope)", "slope"),
+    "slope of another kernel near": (CUBIC, roi_axis, "3.0 * CUBIC + 6.0", "3.0 * CUBIC + 5.9"),
+    "slope of another kernel far": (CUBIC, roi_axis, "(3.0 * distance - 4.0)", "(3.0 * distance - 4.1)"),
+    "slope of the wrong sign": (CUBIC, roi_axis, "tl.where(offset < 0, -slope, slope)", "slope"),
     "slope of the wrong axis": (CUBIC, kernels_boxes, "tl.fma(slope_y, value", "tl.fma(weight_y, value"),
 }  # fmt: skip
 FAST = {"not free at the border", "the other corner", "short boxes follow their end"}

@@ -14,14 +14,11 @@ from tests.kernels.test_roi_align import EACH_GRID, GRIDS, check_forward_and_bac
 from tests.kernels.test_roi_align_bicubic import sample as cubic_sample
 from tests.mutation import mutant
 from tmask_kernels import multiscale_roi_align, roi_align
-from tmask_kernels.ops.roi_align import (
-    kernels_geometry,
-    kernels_max,
-    kernels_max_backward,
-    kernels_touch,
-    op,
-    reference_max,
-)
+from tmask_kernels.common.kernels import roi_axis
+from tmask_kernels.ops.roi_align import op, reference_max
+from tmask_kernels.ops.roi_align.kernels import max as kernels_max
+from tmask_kernels.ops.roi_align.kernels import max_backward as kernels_max_backward
+from tmask_kernels.ops.roi_align.kernels import touch as kernels_touch
 from tmask_kernels.testing import assert_close, guarded, random_boxes
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -494,14 +491,14 @@ MUTANTS = {
     "a sample outside for one": (FIXED, FORWARD, "tl.where(inside_y, grid_w, 0.0)", "grid_w"),
     "a sample too few": (FIXED, FORWARD, "while ix < num_x", "while ix < num_x - 1"),
     "columns of the taps swapped": (FIXED, FORWARD, "v01 - v00, v00", "v00 - v01, v01"),
-    "no sample before the window": (ADAPTIVE, kernels_geometry, "step - 0.5) - 1", "step - 0.5)"),
-    "no sample after the window": (ADAPTIVE, kernels_geometry, "step - 0.5) + 1", "step - 1.5)"),
+    "no sample before the window": (ADAPTIVE, roi_axis, "step - 0.5) - 1", "step - 0.5)"),
+    "no sample after the window": (ADAPTIVE, roi_axis, "step - 0.5) + 1", "step - 1.5)"),
     "index read by another rule": (FIXED, BACKWARD, "kept % samples_a_row(SAMPLING_RATIO)", "kept % 3"),
     "gradient of bins that kept none": (FIXED, BACKWARD, "tl.where(kept >= 0, grad.to(ACC), 0.0)", "grad.to(ACC)"),
     "gradient not clamped": (FIXED, BACKWARD, "tl.minimum(tl.maximum(at, 0.0), length - 1.0)", "at"),
     "window left out": (ADAPTIVE, BACKWARD, "(first + sample", "(sample"),
     "a tile beside the bins left out": (FIXED, kernels_touch, "+ 0.01) + 1.0", "- 0.5)"),
-    "another weight": (FIXED, kernels_geometry, "1.0 - tl.abs(at - cells)", "1.0 - (at - cells)"),
+    "another weight": (FIXED, roi_axis, "1.0 - tl.abs(at - cells)", "1.0 - (at - cells)"),
 }  # fmt: skip
 QUICK = {"last of equals", "no sample before the window"}
 

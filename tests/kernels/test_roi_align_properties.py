@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.cases import CASES, RoICase
 from tests.kernels.test_roi_align import BACKENDS
 from tmask_kernels import roi_align
-from tmask_kernels.ops.roi_align import kernels_backward
+from tmask_kernels.ops.roi_align.kernels import backward as kernels_backward
 from tmask_kernels.testing import assert_close
 
 H, W = 8, 16  # one tile of the backward: the interpreter is slow

@@ -12,8 +12,11 @@ import torchvision
 from torch import Tensor
 
 from tests.mutation import mutant
-from tmask_kernels import _triton, roi_align, roi_pool
-from tmask_kernels.ops.roi_pool import kernels, kernels_backward, kernels_geometry
+from tmask_kernels import roi_align, roi_pool
+from tmask_kernels.common.kernels import numbers
+from tmask_kernels.ops.roi_pool.kernels import backward as kernels_backward
+from tmask_kernels.ops.roi_pool.kernels import cells
+from tmask_kernels.ops.roi_pool.kernels import forward as kernels
 from tmask_kernels.testing import assert_close, guarded, poisoned_empty, random_boxes
 
 BACKENDS = ("reference", "torchvision", "triton")
@@ -442,13 +445,13 @@ MUTANTS = {
     "every other column": (kernels, "x = first_x + (i + j)", "x = first_x + (i + 2 * j)"),
     "swapped sizes": (kernels, "offs_pw.to(tl.float32), W.to(tl.float32)", "offs_pw.to(tl.float32), H.to(tl.float32)"),
     "index of the column alone": (kernels, "(y * W + x)[:, None]", "x[:, None]"),
-    "rounded down": (kernels_geometry, "size - whole >= 0.5", "size - whole >= 1.5"),
-    "half towards zero": (kernels_geometry, "size - whole >= 0.5", "size - whole > 0.5"),
-    "without the last cell": (kernels_geometry, "- start + 1.0, 1.0)", "- start, 1.0)"),
-    "no cell of inverted boxes": (kernels_geometry, "- start + 1.0, 1.0)", "- start + 1.0, 0.0)"),
-    "bins not rounded up": (kernels_geometry, "tl.ceil((index + 1.0)", "tl.floor((index + 1.0)"),
+    "rounded down": (cells, "size - whole >= 0.5", "size - whole >= 1.5"),
+    "half towards zero": (cells, "size - whole >= 0.5", "size - whole > 0.5"),
+    "without the last cell": (cells, "- start + 1.0, 1.0)", "- start, 1.0)"),
+    "no cell of inverted boxes": (cells, "- start + 1.0, 1.0)", "- start + 1.0, 0.0)"),
+    "bins not rounded up": (cells, "tl.ceil((index + 1.0)", "tl.floor((index + 1.0)"),
     "a gradient for each cell": (kernels_backward, "kept[None, None, :] == cells", "kept[None, None, :] >= 0 * cells"),
-    "a box a word": (_triton, "bits ^ lowest", "bits * 0"),
+    "a box a word": (numbers, "bits ^ lowest", "bits * 0"),
     "boxes of another image": (kernels_backward, " & (image == n)", ""),
     "last row of bins left out": (kernels_backward, "tl.ceil(high + slack)", "tl.floor(high - 1.0)"),
     "first bins left out": (kernels_backward, "tl.floor(low - slack)", "tl.ceil(low + slack)"),

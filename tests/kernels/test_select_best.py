@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.mutation import mutant
-from tmask_kernels.ops.boxes import kernels_select
-from tmask_kernels.ops.boxes.proposals import select_best_reference
+from tmask_kernels.ops.proposals.kernels import select as kernels_select
+from tmask_kernels.ops.proposals.reference import select_best_reference
 from tmask_kernels.testing import guarded, poisoned_empty
 
 NAN, INF = float("nan"), float("inf")

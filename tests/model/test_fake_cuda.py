@@ -21,9 +21,9 @@ import tmask
 from tests.model.conftest import SMALL, images_and_targets
 from tmask.model import losses, roi_heads
 from tmask.op_checks import OP_CHECKS, OpCheck
-from tmask_kernels.ops.boxes import kernels as box_kernels
-from tmask_kernels.ops.roi_align import kernels as roi_align_kernels
-from tmask_kernels.ops.roi_align import kernels_max as roi_align_max_kernels
+from tmask_kernels.ops.box_coding import kernels as box_kernels
+from tmask_kernels.ops.roi_align.kernels import forward as roi_align_kernels
+from tmask_kernels.ops.roi_align.kernels import max as roi_align_max_kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*using the reference backend on CUDA")
 

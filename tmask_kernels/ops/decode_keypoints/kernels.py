@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton import on_device
+from ...common.kernels.boxes import is_finite
+from ...common.launch import on_device
 from ...namespace import custom_op
-from ..roi_align.kernels_geometry import is_finite
 from .reference import KEYS, MAX_GRID, MAX_LOGIT
 
 BLOCK = 1024  # cells read at once in search of the largest: 32 a thread, 128 bytes of fp32 under way

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ...backend import resolve, triton_reasons
+from ...common.checks import check_tensor, wrong
 from ...namespace import custom_op
-from .._checks import check_tensor, wrong
 from .reference import decode_keypoints_reference
 
 MAX_COLUMNS = 1023  # of a heat map in the kernel, which holds a row of it in registers

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..roi_align.reference import is_finite
+from ...common.reference import is_finite
 
 KEYS = -0.75  # coefficient of Keys' kernel: that of torch's bicubic
 MAX_GRID = 2**14  # pixels of a grid's side, so that the work for a box is bounded

@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton import cross_entropy_with_logits, on_device, sigmoids
 from ...backend import no_second_derivative
+from ...common.kernels.numbers import cross_entropy_with_logits, sigmoids
+from ...common.launch import on_device
 from ...namespace import custom_op
 
 BLOCK = 1024  # elements at a time: eight a thread of four warps, 16 bytes of bf16

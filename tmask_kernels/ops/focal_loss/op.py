@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ...backend import resolve, triton_reasons
-from .._checks import check_choice, check_number, check_tensor, wrong
-from ..roi_align.reference import no_autocast
+from ...common.checks import check_choice, check_number, check_tensor, wrong
+from ...common.reference import no_autocast
 from .reference import sigmoid_focal_loss_reference
 
 

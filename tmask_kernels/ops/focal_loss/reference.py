@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-
-def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of targets in 0..1 under sigmoid(logits), also of infinite logits, where PyTorch's is NaN.
-
-    The term of a class with target 0 is 0, whatever its logit.
-    """
-    positive, negative = -F.logsigmoid(logits), -F.logsigmoid(-logits)
-    positive = positive.masked_fill(positive.isinf() & (targets == 0), 0)
-    negative = negative.masked_fill(negative.isinf() & (targets == 1), 0)
-    return targets * positive + (1 - targets) * negative
+from ...common.reference import binary_cross_entropy
 
 
 def sigmoid_focal_loss_reference(inputs: Tensor, targets: Tensor, alpha: float, gamma: float) -> Tensor:

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton import cross_entropy_with_logits, on_device, sigmoids
 from ...backend import no_second_derivative
+from ...common.kernels.numbers import cross_entropy_with_logits, sigmoids
+from ...common.launch import on_device
 from ...namespace import custom_op
 
 MAX_BLOCK = 1024  # pixels of a program of the forward: the 784 of a 28 x 28 mask are one block

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ...backend import resolve, triton_reasons
-from .._checks import check_tensor, wrong
-from ..roi_align.reference import no_autocast
+from ...common.checks import check_tensor, wrong
+from ...common.reference import no_autocast
 from .reference import mask_bce_reference
 
 INT32_LIMIT = 2**31 - 4096  # and a block beyond

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..focal_loss.reference import binary_cross_entropy
+from ...common.reference import binary_cross_entropy
 
 
 def mask_bce_reference(logits: Tensor, classes: Tensor, targets: Tensor, valid: Tensor) -> Tensor:

@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton import on_device
+from ...common.kernels.boxes import is_finite
+from ...common.kernels.roi_axis import axis, window
+from ...common.launch import on_device
 from ...namespace import custom_op
 from ...packed import WORD
-from ..roi_align.kernels_geometry import axis, is_finite, window
 from .reference import UNIT
 
 TILE = 128  # bins x sample rows of a program, which is one warp: 4 a thread, of 4 words each

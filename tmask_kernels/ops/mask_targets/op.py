@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ...backend import resolve, triton_reasons
+from ...common.checks import check_choice, check_tensor, check_whole
 from ...namespace import custom_op
 from ...packed import WORD, check_packed
-from .._checks import check_choice, check_tensor, check_whole
 from .reference import mask_targets_reference
 
 # Positions in 1 / UNIT pixels and the sum of a row of a bin's samples, up to W + 4 of them, are int32 in the kernel.

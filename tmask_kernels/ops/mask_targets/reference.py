@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...common.reference import NEARBY_SAMPLES, in_cells, is_finite
 from ...packed import WORD, unpack_bits
-from ..roi_align.reference import NEARBY_SAMPLES, in_cells, is_finite
 
 # Where a sample may stand in a pixel. A float32 coordinate of 32 or more is no finer than that. The sum over a bin is
 # exact up to 2^53 / UNIT^2 = 2^17 samples, that is bins of 362 x 362 pixels.

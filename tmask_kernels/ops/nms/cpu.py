@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import SortedSegments, box_iou, sort_segments
+from ...common.reference import box_iou
+from .reference import SortedSegments, sort_segments
 
 
 def padded_nms_torchvision(

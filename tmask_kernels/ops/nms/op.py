@@ -9,20 +9,16 @@ None is differentiable.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from ...backend import check_no_transform, resolve, triton_reasons, under_vmap
+from ...common.boxes import check_scored_boxes
+from ...common.checks import DTYPES, check_number, check_tensor, check_values, check_whole
+from ...common.ragged import RAGGED, first_rows
 from ...namespace import custom_op
-from .._checks import DTYPES, check_choice, check_number, check_tensor, check_values, check_whole
 from .cpu import padded_nms_torchvision
 from .reference import padded_nms_reference
-from .soft_reference import soft_nms_reference
-
-_RAGGED = "the number of its results depends on values; padded_nms takes many lists of boxes"
 
 
 def padded_nms(
@@ -43,7 +39,7 @@ def padded_nms(
     Errors: ValueError for a wrong shape or dtype, or a threshold outside 0..1.
     Source: the greedy algorithm of Felzenszwalb et al. 2010, section 7.2.
     """
-    _check_boxes("padded_nms", boxes, scores, ("S", "K"))
+    check_scored_boxes("padded_nms", boxes, scores, ("S", "K"))
     if valid is not None:
         check_tensor("padded_nms", "valid", valid, scores.shape, "bool", device=boxes.device)
     max_output = check_whole("padded_nms", "max_output", max_output, 0)
@@ -63,13 +59,13 @@ def nms(
     Without boxes every dtype is taken, as by torchvision. The output is ragged, so the host waits once. Errors: as
     `padded_nms`, and for tensors on the meta device.
     """
-    check_no_transform("nms", _RAGGED)
+    check_no_transform("nms", RAGGED)
     boxes, scores = _any_if_empty(boxes, width=4), _any_if_empty(scores)
-    _check_boxes("nms", boxes, scores, ("K",))
+    check_scored_boxes("nms", boxes, scores, ("K",))
     check_values("nms", "boxes", boxes)
     limit = _limit("nms", max_output, len(scores))
     indices, counts = _padded_nms("nms", boxes[None], scores[None], iou_threshold, None, None, limit, backend)
-    return _first(counts, indices[0])[0]
+    return first_rows(counts, indices[0])[0]
 
 
 def batched_nms(
@@ -87,57 +83,16 @@ def batched_nms(
     as integers: no coordinate offsets, which leak between classes at negative coordinates. Without boxes every dtype is
     taken, as by torchvision. The host waits once. Errors: as `nms`.
     """
-    check_no_transform("batched_nms", _RAGGED)
+    check_no_transform("batched_nms", RAGGED)
     boxes, scores = _any_if_empty(boxes, width=4), _any_if_empty(scores)
     idxs = _any_if_empty(idxs, "integer", torch.int64)
-    _check_boxes("batched_nms", boxes, scores, ("K",))
+    check_scored_boxes("batched_nms", boxes, scores, ("K",))
     check_values("batched_nms", "boxes", boxes)
     check_tensor("batched_nms", "idxs", idxs, scores.shape, "integer", device=boxes.device)
     limit = _limit("batched_nms", max_output, len(scores))
     groups = idxs.long()[None]  # [1, K]
     indices, counts = _padded_nms("batched_nms", boxes[None], scores[None], iou_threshold, None, groups, limit, backend)
-    return _first(counts, indices[0])[0]
-
-
-def soft_nms(
-    boxes: Tensor,
-    scores: Tensor,
-    *,
-    method: Literal["linear", "gaussian"] = "linear",
-    iou_threshold: float = 0.3,
-    sigma: float = 0.5,
-    score_threshold: float = 1e-3,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Take boxes by falling score; each lowers the scores of those that are left by its IoU with them.
-
-    boxes [K, 4] xyxy, scores [K] -> indices int64 [n], new scores float32 [n], both falling by new score. A score is
-    multiplied by 1 - IoU where the IoU is strictly over `iou_threshold` ("linear"), or by exp(-IoU^2 / sigma)
-    ("gaussian"). Taking ends at `score_threshold`: less is dropped, and so is NaN. Equal scores are taken by rising
-    index; boxes that neither remove nor are removed in `nms` neither lower nor are lowered. The host waits once, for n.
-
-    Errors: ValueError for a wrong shape, dtype or method, an iou_threshold outside 0..1, a sigma that is not positive,
-    a score_threshold that is negative. Backends: triton, one program: for up to some thousand boxes; reference.
-    Source: Bodla et al. 2017, equations 2 and 3, with its threshold strict.
-    """
-    check_no_transform("soft_nms", _RAGGED)
-    _check_boxes("soft_nms", boxes, scores, ("K",))
-    check_values("soft_nms", "boxes", boxes)
-    check_choice("soft_nms", "method", method, ("linear", "gaussian"))
-    iou_threshold = check_number("soft_nms", "iou_threshold", iou_threshold, 0, 1)
-    sigma = check_number("soft_nms", "sigma", sigma, above=0)
-    score_threshold = check_number("soft_nms", "score_threshold", score_threshold, 0)
-    reasons = {name: why for name, why in backend_reasons(boxes).items() if name != "torchvision"}
-    args = boxes.detach(), scores.detach(), method == "gaussian", iou_threshold, sigma, score_threshold
-    if resolve("soft_nms", backend, reasons, device=boxes.device) == "triton":
-        from . import kernels_soft
-
-        indices, taken, count = kernels_soft.soft_nms(*args)
-    else:
-        reference = _soft_nms_traced if torch.compiler.is_compiling() else soft_nms_reference
-        indices, taken, count = reference(*args)
-    indices, taken = _first(count, indices, taken)
-    return indices, taken
+    return first_rows(counts, indices[0])[0]
 
 
 def _padded_nms(
@@ -154,7 +109,7 @@ def _padded_nms(
     boxes, scores = boxes.detach(), scores.detach()
     thresholds = _thresholds(name, iou_threshold, boxes)  # [S]
     if backend == "triton":
-        from . import kernels
+        from .kernels import padded as kernels
 
         return kernels.padded_nms(boxes, scores, thresholds, valid, groups, max_output)
     if backend == "torchvision":
@@ -178,21 +133,6 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     S = boxes.shape[0]
     return boxes.new_empty(S, max_output, dtype=torch.int64), boxes.new_empty(S, dtype=torch.int64)
-
-
-@custom_op("soft_nms_reference")
-def _soft_nms_traced(
-    boxes: Tensor, scores: Tensor, gaussian: bool, iou_threshold: float, sigma: float, score_threshold: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return soft_nms_reference(boxes, scores, gaussian, iou_threshold, sigma, score_threshold)
-
-
-@_soft_nms_traced.register_fake
-def _(
-    boxes: Tensor, scores: Tensor, gaussian: bool, iou_threshold: float, sigma: float, score_threshold: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    indices = scores.new_empty(scores.shape, dtype=torch.int64)
-    return indices, scores.new_empty(scores.shape, dtype=torch.float32), indices.new_empty(1)
 
 
 def backend_reasons(boxes: Tensor) -> dict[str, list[str]]:
@@ -224,11 +164,6 @@ def _thresholds(name: str, iou_threshold: float | Tensor, boxes: Tensor) -> Tens
     return torch.full((S,), threshold, dtype=torch.float32, device=boxes.device)
 
 
-def _check_boxes(name: str, boxes: Tensor, scores: Tensor, letters: tuple[str, ...]) -> None:
-    check_tensor(name, "boxes", boxes, (*letters, 4), "float")
-    check_tensor(name, "scores", scores, boxes.shape[:-1], "float", device=boxes.device)
-
-
 def _any_if_empty(
     tensor: Tensor, kind: str = "float", dtype: torch.dtype = torch.float32, width: int | None = None
 ) -> Tensor:
@@ -246,23 +181,3 @@ def _limit(name: str, max_output: int | None, count: int) -> int:
     if max_output is None:
         return count
     return min(check_whole(name, "max_output", max_output, 0), count)
-
-
-def _first(count: Tensor, *rows: Tensor) -> list[Tensor]:
-    """The first `count` [1] of each of `rows`: the one place where the host waits, since the length is asked for."""
-    if torch.compiler.is_compiling():
-        return _first_traced(count, rows)
-    length = int(count)
-    return [tensor[:length] for tensor in rows]
-
-
-@custom_op("first_rows")
-def _first_traced(count: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
-    length = int(count)
-    return [tensor[:length].clone() for tensor in rows]
-
-
-@_first_traced.register_fake
-def _(count: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
-    length = torch.library.get_ctx().new_dynamic_size()
-    return [tensor.new_empty(length) for tensor in rows]

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...common.reference import box_iou
+
 
 class SortedSegments(NamedTuple):
     """Boxes by falling score, ties by rising index, then those whose score is NaN and, anywhere among these, invalid
@@ -39,17 +41,6 @@ def sort_segments(boxes: Tensor, scores: Tensor, valid: Tensor | None) -> Sorted
     suppresses = ~torch.isnan(scores.gather(1, order))  # [S, K]
     alive = torch.ones_like(suppresses) if valid is None else valid.gather(1, order)  # [S, K]
     return SortedSegments(order, boxes, alive, suppresses & alive)
-
-
-def box_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of boxes a [..., 4] and b [..., 4], broadcast. Sides of the overlap are clamped at 0, areas are not."""
-    ax1, ay1, ax2, ay2 = a.unbind(-1)
-    bx1, by1, bx2, by2 = b.unbind(-1)
-    width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
-    height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
-    inter = width * height
-    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - inter
-    return inter / union
 
 
 def padded_nms_reference(

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from ...backend import check_no_transform, resolve, triton_reasons
-from ...namespace import custom_op
-from ...packed import WORD
-from .._checks import (
+from ...common.checks import (
     check_choice,
     check_flag,
     check_list,
@@ -24,6 +22,8 @@ from .._checks import (
     check_whole,
     wrong,
 )
+from ...namespace import custom_op
+from ...packed import WORD
 from .reference import paste_masks_reference
 
 MAX_PIXELS = 2**30  # of an image in the kernels, which count its pixels in int32
@@ -110,7 +110,7 @@ def paste_masks(
     if chosen == "triton" and output == "rle":
         return _runs(masks[None], boxes[None], [len(masks)], [image_size], threshold, convention)[0]
     if chosen == "triton":
-        from . import kernels
+        from .kernels import dense as kernels
 
         return kernels.paste_masks(masks, boxes, height, width, threshold, output, convention)
     if output == "rle":
@@ -166,7 +166,7 @@ def _runs(
     convention: str,
 ) -> list[list[dict[str, Any]]]:
     """COCO's run lengths of the first masks of N images, by Triton. [N, D, M, M], [N, D, 4]"""
-    from .kernels_runs import paste_runs
+    from .kernels.runs import paste_runs
     from .rle import strings
 
     texts = iter(strings(*paste_runs(masks, boxes, numbers, sizes, threshold, convention)))

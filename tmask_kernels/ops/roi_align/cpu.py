@@ -14,15 +14,9 @@ import torch
 from torch import Tensor
 
 from ...backend import first_derivative_only
-from .reference import (
-    CHUNK_ELEMENTS,
-    axis_weights,
-    box_levels,
-    box_sizes,
-    is_finite,
-    multiscale_roi_align_reference,
-    no_autocast,
-)
+from ...common.pyramid import box_levels
+from ...common.reference import box_sizes, is_finite, no_autocast
+from .reference import CHUNK_ELEMENTS, axis_weights, multiscale_roi_align_reference
 
 # torchvision's CPU op tabulates the taps of all samples of a box; beyond this many a box goes to the reference.
 MAX_TORCHVISION_SAMPLES = 1 << 20

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ...backend import resolve, triton_reasons
-from .._boxes_input import boxes_as_tensor, check_features, check_image_indices, is_traced
-from .._checks import check_choice, check_flag, check_list, check_number, check_size, check_whole
-from .._levels import level_thresholds
+from ...common.boxes import boxes_as_tensor, check_features, check_image_indices, is_traced
+from ...common.checks import check_choice, check_flag, check_list, check_number, check_size, check_whole
+from ...common.pyramid import level_thresholds
 from .cpu import multiscale_roi_align_cpu
 from .reference import multiscale_roi_align_reference
 from .reference_max import multiscale_roi_align_max_reference
@@ -150,7 +150,8 @@ def _roi_align(
     if chosen == "reference":
         pool = multiscale_roi_align_max_reference if is_max else multiscale_roi_align_reference
         return pool(features, boxes, valid, size, scales, sampling_ratio, aligned, thresholds, cubic)
-    from . import kernels, kernels_max
+    from .kernels import forward as kernels
+    from .kernels import max as kernels_max
 
     shared = (features, boxes, valid, size[0], size[1], scales, thresholds, sampling_ratio, aligned, cubic)
     if is_max:

@@ -11,18 +11,15 @@ bicubic: Keys, Cubic convolution interpolation for digital image processing (198
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
+
+from ...common.pyramid import box_levels
+from ...common.reference import NEARBY_SAMPLES, in_cells, is_finite, no_autocast
 
 # Elements of the largest temporary: boxes are worked off in chunks of a size to match.
 CHUNK_ELEMENTS = 1 << 24
 
-# An adaptive grid with two or more samples has them more than half a cell apart, so at most 4 lie within a cell of a
-# given cell. One more absorbs an estimate of where they begin that is one too low; one too high misses a sample a whole
-# cell away, whose weight is 0.
-NEARBY_SAMPLES = 5
 # Bicubic taps are less than 2 cells from their sample. The g samples of a bin, which is longer than g - 1 cells, are
 # more than (g - 1) / g apart: at most 5 lie within 2 cells of a given cell (where g is more than 5, a sixth would be
 # over 5 x 5/6 cells from the first). And one more, for the same reason.
@@ -83,38 +80,6 @@ def multiscale_roi_align_reference(
     result = torch.cat(chunks, 1)  # [N, P, C, PH, PW]
     result = result.sum(0) if flat else result.flatten(0, 1)
     return result.to(features[0].dtype)
-
-
-def no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Autocast would turn the products into half precision. The meta device knows none."""
-    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
-
-
-def box_sizes(boxes: Tensor) -> Tensor:
-    """Width and height of xyxy boxes [..., 4]: [..., 2]. NaN or infinite where any coordinate is."""
-    return boxes[..., 2:] - boxes[..., :2]
-
-
-def is_finite(boxes: Tensor) -> Tensor:
-    """Whether the coordinates and the sides of boxes [..., 4] are finite: bool [...]."""
-    return torch.isfinite(box_sizes(boxes.detach())).all(-1)
-
-
-def in_cells(boxes: Tensor, scale: float, aligned: bool) -> tuple[Tensor, Tensor]:
-    """Start and size [..., 2], x y in cells, of boxes [..., 4] in pixels."""
-    corners = boxes * scale - (0.5 if aligned else 0.0)
-    size = corners[..., 2:] - corners[..., :2]
-    return corners[..., :2], size if aligned else torch.where(size < 1, 1.0, size)
-
-
-def box_levels(boxes: Tensor, level_thresholds: list[float]) -> Tensor:
-    """Level index of boxes [..., 4], int64 [...]: how many thresholds the area reaches. Inverted boxes: level 0."""
-    sides = box_sizes(boxes.detach())
-    area = sides[..., 0] * sides[..., 1]
-    level = torch.zeros_like(area, dtype=torch.int64)
-    for threshold in level_thresholds:
-        level = level + (area >= threshold)
-    return level
 
 
 def _pool(

@@ -11,14 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import (
-    CHUNK_ELEMENTS,
-    box_levels,
-    cubic_weight,
-    in_cells,
-    is_finite,
-    onto_map,
-)
+from ...common.pyramid import box_levels
+from ...common.reference import in_cells, is_finite
+from .reference import CHUNK_ELEMENTS, cubic_weight, onto_map
 
 
 def multiscale_roi_align_max_reference(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...backend import first_derivative_only, resolve, triton_reasons
-from .._boxes_input import boxes_as_tensor, check_features, check_image_indices, is_traced
-from .._checks import check_number, check_size
+from ...common.boxes import boxes_as_tensor, check_features, check_image_indices, is_traced
+from ...common.checks import check_number, check_size
 from .reference import listed_boxes, roi_pool_reference
 
 INT32_LIMIT = 2**31
@@ -57,7 +57,7 @@ def roi_pool(
     reasons: dict[str, list[str]] = {"triton": triton, "reference": [], "torchvision": torchvision}
     chosen = resolve("roi_pool", backend, reasons, device=input.device, differentiable=True)
     if chosen == "triton":
-        from . import kernels
+        from .kernels import forward as kernels
 
         keep_index = torch.is_grad_enabled() and input.requires_grad
         return kernels.roi_pool(input, boxes, valid, size[0], size[1], scale, keep_index)[0]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..roi_align.reference import is_finite
+from ...common.reference import is_finite
 
 # Elements of the largest temporary: boxes are worked off in chunks of a size to match.
 CHUNK_ELEMENTS = 1 << 24

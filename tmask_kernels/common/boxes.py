@@ -1,0 +1,72 @@
+"""Checks of what ops that pool boxes from feature maps are given, and the forms of their boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backend import under_vmap
+from .checks import check_list, check_tensor, wrong
+
+
+def check_features(op: str, features: list[Tensor], name: str = "features") -> None:
+    """Features [N, C, H, W], one a level, of one N, C, dtype and device. Errors: ValueError.
+
+    `name`: the argument, a list, or the one feature map itself.
+    """
+    first = features[0]
+    for i, feature in enumerate(features):
+        label = f"{name}[{i}]" if name == "features" else name
+        if i == 0:
+            check_tensor(op, label, feature, ("N", "C", "H", "W"), "float")
+            continue
+        check_tensor(op, label, feature, (*first.shape[:2], "H", "W"), "float", device=first.device)
+        if feature.dtype != first.dtype:
+            raise wrong(op, label, f"the dtype of the first, {first.dtype}", feature)
+
+
+def boxes_as_tensor(op: str, feature: Tensor, boxes: Tensor | Sequence[Tensor], valid: Tensor | None) -> Tensor:
+    """Check `boxes` and `valid`; join a list of [L, 4] to [K, 5]. Errors: ValueError."""
+    N, device = feature.shape[0], feature.device
+    if not isinstance(boxes, Tensor):
+        expected = f"[K, 5], a list of {N} tensors [L, 4], one an image, or [{N}, P, 4]"
+        images = check_list(op, "boxes", boxes, expected, N)
+        for i, b in enumerate(images):
+            check_tensor(op, f"boxes[{i}]", b, ("L", 4), "float", device=device)
+        # Half precision does not hold every image's index.
+        wide = [b.to(torch.promote_types(b.dtype, torch.float32)) for b in images]
+        rows = [torch.nn.functional.pad(b, (1, 0), value=float(i)) for i, b in enumerate(wide)]
+        boxes = torch.cat(rows) if rows else feature.new_zeros((0, 5), dtype=torch.float32)
+    padded = boxes.ndim == 3
+    hint = "" if padded else f", a list of {N} tensors [L, 4] or [{N}, P, 4]"
+    check_tensor(op, "boxes", boxes, (N, "P", 4) if padded else ("K", 5), "float", device=device, hint=hint)
+    if valid is not None:
+        if not padded:
+            raise wrong(op, "valid", "None unless boxes are [N, P, 4]", valid)
+        check_tensor(op, "valid", valid, boxes.shape[:2], "bool", device=device)
+    return boxes
+
+
+def check_image_indices(op: str, boxes: Tensor, num_images: int) -> None:
+    """That boxes [K, 5] name images that exist; reads values. Errors: ValueError."""
+    index = boxes[:, 0].detach()
+    inside = (index > -1) & (index < num_images)
+    if not bool(inside.all()):
+        got = index[~inside][0].item()
+        raise ValueError(f"{op}: boxes: expected image indices in 0..{num_images - 1}, got {got}")
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether values cannot be read: under torch.compile, torch.export or vmap, or on fake and meta tensors."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    unread = isinstance(tensor, FakeTensor) or tensor.device.type == "meta"
+    return torch.compiler.is_compiling() or unread or under_vmap()
+
+
+def check_scored_boxes(op: str, boxes: Tensor, scores: Tensor, letters: tuple[str, ...]) -> None:
+    """Boxes [*letters, 4] of any float dtype, and scores [*letters] on their device. Errors: ValueError."""
+    check_tensor(op, "boxes", boxes, (*letters, 4), "float")
+    check_tensor(op, "scores", scores, boxes.shape[:-1], "float", device=boxes.device)

@@ -1,0 +1,256 @@
+"""Gradient of RoIAlign to the features, in gather form: no atomics, the same bits from run to run.
+
+The mean of bilinear or bicubic samples is separable, out = Wy F Wx^T, so dF = sum over boxes of Wy^T G Wx. A program
+owns a tile of cells of one level of one image and a block of channels, goes through the boxes that touch the tile in
+the order of their index, keeps the sum in registers and writes each gradient once, in its final dtype. A row of bins is
+spread along x by one small product, [cells of a tile row, bins] x [bins, channels], and along y by a multiply-add for
+each row of the tile; only rows of bins that can reach the tile are read.
+
+Which boxes touch a tile stands in the bit mask of `kernels_touch`, written first. Letters as in `reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ....backend import no_second_derivative
+from ....common.kernels.boxes import load_box
+from ....common.kernels.numbers import lowest_bit, small_dot
+from ....common.kernels.pyramid import of_level, strides_of_level
+from ....common.kernels.roi_axis import axis, tap_weight
+from ....common.launch import on_device
+from ....namespace import custom_op
+from .touch import bins_near, mark_tiles, tile_place
+
+MIN_DOT = 16  # the least side of a tl.dot
+
+# Terms of the features' dtype that add up to a float32 weight: their products and sums are then as good as float32.
+WEIGHT_TERMS = {torch.bfloat16: 3, torch.float16: 2}
+
+
+@triton.jit
+def _axis_weights(start, bin_size, grid, step, bins, cells, length, SAMPLING_RATIO: tl.constexpr, CUBIC: tl.constexpr):
+    """Sum over the samples of `bins` of their weight on `cells` (broadcast together), not yet divided by the grid.
+
+    With an adaptive grid only the samples near a cell are visited: at most 5, or 6 bicubic ones, as in `reference`.
+    """
+    reach: tl.constexpr = 1.0 if CUBIC is None else 2.0
+    bin_start = start + bins * bin_size
+    if SAMPLING_RATIO > 0:
+        first = tl.zeros_like(bin_start + cells)
+        candidates: tl.constexpr = SAMPLING_RATIO
+    else:
+        first = tl.floor((cells - reach - bin_start) / tl.where(step != 0, step, 1.0) - 0.5)
+        first = tl.maximum(tl.minimum(first, grid - 1.0), 0.0)
+        candidates: tl.constexpr = 5 if CUBIC is None else 6
+    total = tl.zeros_like(first)
+    for i in range(candidates):
+        index = first + i
+        at = bin_start + (index + 0.5) * step
+        inside = (at >= -1.0) & (at <= length) & (index < grid)
+        at = tl.minimum(tl.maximum(at, 0.0), length - 1.0)
+        total += tl.where(inside, tap_weight(at, cells, length, CUBIC), 0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["num_images", "boxes_an_image", "num_tiles", "num_words"])
+def _gather_kernel(
+    grad_ptrs,  # one [N, C, H, W] a level, any strides
+    out_grad_ptr,  # [K, C, PH, PW], any strides
+    touch_ptr,
+    boxes_ptr,  # [N, P, 4] or [K, 5], contiguous
+    valid_ptr,  # [N, P] bytes
+    num_images,
+    boxes_an_image,
+    C,
+    heights,
+    widths,
+    scales,
+    tiles_across,
+    first_tiles,
+    num_tiles,
+    num_words,
+    out_grad_strides,  # (k, c, h, w)
+    grad_strides,  # (n, c, h, w) a level
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    BLOCK_PW: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    NUM_LEVELS: tl.constexpr,
+    SAMPLING_RATIO: tl.constexpr,
+    CUBIC: tl.constexpr,  # None: bilinear
+    ALIGNED: tl.constexpr,
+    PADDED: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    GRAD_STRIDE_C_IS_1: tl.constexpr,
+    OUT_GRAD_STRIDE_C_IS_1: tl.constexpr,
+    WEIGHT_TERMS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    offs_c = ((tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    mask_c = offs_c < C
+    tile = tl.program_id(0) // blocks_c % num_tiles
+    n = (tl.program_id(0) // blocks_c // num_tiles).to(tl.int64)
+    level, top, left = tile_place(tile, tiles_across, first_tiles, TILE_H, TILE_W, NUM_LEVELS)
+    H, W = of_level(level, heights, NUM_LEVELS), of_level(level, widths, NUM_LEVELS)
+    scale = of_level(level, scales, NUM_LEVELS)
+    offs_y, offs_x = top + tl.arange(0, TILE_H), left + tl.arange(0, TILE_W)
+    cells_y, cells_x = offs_y.to(ACC), offs_x.to(ACC)
+    offs_pw = tl.arange(0, BLOCK_PW)
+    mask_pw = offs_pw < PW
+    # The compiler cannot see this one in the strides, and needs it for wide loads; so with the stores below.
+    out_channels = offs_c if OUT_GRAD_STRIDE_C_IS_1 else offs_c * out_grad_strides[1]
+    row = (offs_pw.to(tl.int64) * out_grad_strides[3])[:, None] + out_channels[None, :]
+    row_mask = mask_pw[:, None] & mask_c[None, :]
+
+    sums = tl.zeros((TILE_H, TILE_W, BLOCK_C), ACC)
+    word = tl.full((), 0, tl.int32)
+    while word < num_words:
+        # 32 bits in an int64: no sign to mind.
+        bits = tl.load(touch_ptr + (n * num_words + word) * num_tiles + tile).to(tl.int64) & 0xFFFFFFFF
+        while bits != 0:
+            place, bits = lowest_bit(bits)
+            k = (word * 32 + place).to(tl.int64)
+            if PADDED:
+                k += n * boxes_an_image
+            x1, y1, x2, y2, _, _ = load_box(boxes_ptr, valid_ptr, k, num_images, boxes_an_image, PADDED, HAS_VALID)
+            start_y, bin_h, grid_h, step_y = axis(y1, y2, scale, PH, ALIGNED, SAMPLING_RATIO)
+            start_x, bin_w, grid_w, step_x = axis(x1, x2, scale, PW, ALIGNED, SAMPLING_RATIO)
+            weights_x = _axis_weights(
+                start_x, bin_w, grid_w, step_x, offs_pw.to(ACC)[None, :], cells_x[:, None], W, SAMPLING_RATIO, CUBIC
+            )  # [TILE_W, BLOCK_PW]
+            weights_x = tl.where(mask_pw[None, :], weights_x, 0.0)
+            share = 1.0 / tl.maximum(grid_h * grid_w, 1.0)
+            ph, past = bins_near(start_y, bin_h, top, top + TILE_H - 1, PH, CUBIC)
+            while ph < past:
+                row_ptr = out_grad_ptr + k * out_grad_strides[0] + ph.to(tl.int64) * out_grad_strides[2]
+                bins = tl.load(row_ptr + row, mask=row_mask, other=0.0)  # [BLOCK_PW, BLOCK_C]
+                along_x = small_dot(weights_x, bins, WEIGHT_TERMS, ACC)  # [TILE_W, BLOCK_C]
+                weights_y = _axis_weights(
+                    start_y, bin_h, grid_h, step_y, ph.to(ACC), cells_y, H, SAMPLING_RATIO, CUBIC
+                )  # [TILE_H]
+                sums += (weights_y * share)[:, None, None] * along_x[None, :, :]
+                ph += 1
+        word += 1
+
+    grad_ptr = of_level(level, grad_ptrs, NUM_LEVELS)
+    stride_n, stride_c, stride_h, stride_w = strides_of_level(level, grad_strides, NUM_LEVELS)
+    channels = offs_c if GRAD_STRIDE_C_IS_1 else offs_c * stride_c
+    cells = (offs_y.to(tl.int64) * stride_h)[:, None] + (offs_x.to(tl.int64) * stride_w)[None, :]
+    mask = ((offs_y < H)[:, None] & (offs_x < W)[None, :])[:, :, None] & mask_c[None, None, :]
+    at = grad_ptr + n * stride_n + cells[:, :, None] + channels[None, None, :]
+    tl.store(at, sums.to(grad_ptr.dtype.element_ty), mask=mask)
+
+
+class GatherTile(NamedTuple):
+    """Launch parameters: cells and channels of one program, its warps, and the most registers of a thread."""
+
+    height: int
+    width: int
+    block_c: int
+    num_warps: int
+    max_registers: int
+
+
+def pick_gather_tile(C: int, item_bytes: int, channels_last: bool) -> GatherTile:
+    """8 x 16 cells; as many channels as let 4 warps load a row of bins in 16 bytes a thread, 32 to 64 sums each.
+
+    16 channels without channels_last: a thread then needs an address for every element of a row. The registers are
+    those of 3 and 4 programs on an SM; left alone, the assembler spills a few to have one program more.
+    """
+    widest, registers = (128 // item_bytes, 168) if channels_last else (16, 128)
+    block_c = max(16, min(triton.next_power_of_2(max(C, 1)), widest))
+    return GatherTile(8, 16, block_c, num_warps=4, max_registers=registers)
+
+
+def _launch(
+    grads: Sequence[Tensor],
+    out_grad: Tensor,
+    boxes: Tensor,
+    valid: Tensor | None,
+    scales: Sequence[float],
+    thresholds: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+    cubic: float | None,
+) -> None:
+    """Fill `grads` (one [N, C, H, W] a level, uninitialised) from `out_grad` [K, C, PH, PW]."""
+    _, C, PH, PW = out_grad.shape
+    channels_last = all(g.stride(1) == 1 for g in grads)
+    tile = pick_gather_tile(C, out_grad.element_size(), channels_last)
+    shared = mark_tiles(
+        grads, boxes, valid, (PH, PW), (tile.height, tile.width), scales, thresholds, sampling_ratio, aligned, cubic
+    )
+    with on_device(out_grad):
+        _gather_kernel[(grads[0].shape[0] * shared["num_tiles"] * triton.cdiv(C, tile.block_c),)](
+            grad_ptrs=tuple(grads),
+            out_grad_ptr=out_grad,
+            C=C,
+            out_grad_strides=tuple(out_grad.stride()),
+            grad_strides=tuple(tuple(g.stride()) for g in grads),
+            BLOCK_PW=max(MIN_DOT, triton.next_power_of_2(PW)),
+            BLOCK_C=tile.block_c,
+            GRAD_STRIDE_C_IS_1=channels_last,
+            OUT_GRAD_STRIDE_C_IS_1=out_grad.stride(1) == 1,
+            WEIGHT_TERMS=WEIGHT_TERMS.get(out_grad.dtype, 1),
+            ACC=tl.float64 if out_grad.dtype == torch.float64 else tl.float32,
+            num_warps=tile.num_warps,
+            enable_fp_fusion=False,  # the samples are those of the forward
+            **({} if torch.version.hip else {"maxnreg": tile.max_registers}),  # an option of NVIDIA's compiler
+            **shared,
+        )
+
+
+@custom_op("multiscale_roi_align_backward")
+def multiscale_roi_align_backward(
+    out_grad: Tensor,
+    boxes: Tensor,
+    valid: Tensor | None,
+    num_images: int,
+    heights: Sequence[int],
+    widths: Sequence[int],
+    channels_last: bool,
+    scales: Sequence[float],
+    thresholds: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+    cubic: float | None,
+) -> list[Tensor]:
+    """Gradient of `multiscale_roi_align` to each level [N, C, H, W], summed in fp32, in the dtype of `out_grad`."""
+    grads = empty_gradients(out_grad, num_images, heights, widths, channels_last)
+    if any(g.numel() for g in grads):
+        _launch(grads, out_grad, boxes, valid, scales, thresholds, sampling_ratio, aligned, cubic)
+    return grads
+
+
+multiscale_roi_align_backward.register_autograd(no_second_derivative("roi_align, multiscale_roi_align"))
+
+
+@multiscale_roi_align_backward.register_fake
+def _(
+    out_grad, boxes, valid, num_images, heights, widths, channels_last, scales, thresholds, sampling_ratio, aligned,
+    cubic,
+):  # fmt: skip
+    return empty_gradients(out_grad, num_images, heights, widths, channels_last)
+
+
+def empty_gradients(
+    out_grad: Tensor, num_images: int, heights: Sequence[int], widths: Sequence[int], channels_last: bool
+) -> list[Tensor]:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return [
+        torch.empty(
+            (num_images, out_grad.shape[1], H, W),
+            dtype=out_grad.dtype, device=out_grad.device, memory_format=memory_format,
+        )
+        for H, W in zip(heights, widths, strict=True)
+    ]  # fmt: skip

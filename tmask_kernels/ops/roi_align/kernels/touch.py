@@ -1,0 +1,181 @@
+"""Which boxes touch which tile of cells: what the gathers of RoIAlign's gradients walk through.
+
+A gather's program owns a tile of cells of one level of one image. `mark_tiles` writes a bit for each tile and box of
+its image, 32 boxes a word; a program takes the set bits of its tile one by one, and of each box the bins near the tile.
+Letters as in `reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ....common.kernels.boxes import is_finite, load_box
+from ....common.kernels.pyramid import level_index, of_level
+from ....common.kernels.roi_axis import axis
+from ....common.launch import on_device
+
+WORD = 32  # boxes a word of the mask
+BLOCK_TILES = 32  # tiles that one program of the mask's launch tests
+
+
+@triton.jit
+def _reach(start, bin_size, bins, length, CUBIC: tl.constexpr):
+    """First and last cell (floats) that the samples of a box can touch along an axis; first > last if none."""
+    more: tl.constexpr = 0.0 if CUBIC is None else 1.0  # a tap on either side
+    end = start + bins * bin_size
+    low, high = tl.minimum(start, end), tl.maximum(start, end)
+    slack = 0.01 + 1e-5 * (tl.abs(low) + tl.abs(high))  # more than rounding can move a sample
+    low, high = low - slack, high + slack
+    outside = (high < -1.0) | (low > length)
+    first = tl.minimum(tl.maximum(tl.floor(low) - more, 0.0), length - 1.0)
+    last = tl.minimum(tl.maximum(tl.floor(high) + 1.0 + more, 0.0), length - 1.0)
+    return tl.where(outside, 1.0, first), tl.where(outside, 0.0, last)
+
+
+@triton.jit(do_not_specialize=["num_images", "boxes_an_image", "num_tiles", "num_words"])
+def _touch_kernel(
+    touch_ptr,  # [N, num_words, num_tiles] int32: bit i of word w is box 32 w + i of the image
+    boxes_ptr,
+    valid_ptr,
+    num_images,
+    boxes_an_image,  # of boxes [K, 5] each image sees all K
+    heights,  # these are floats, which Triton does not compile a new kernel for
+    widths,
+    scales,
+    thresholds,
+    tiles_across,
+    first_tiles,  # of each level
+    num_tiles,
+    num_words,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    NUM_LEVELS: tl.constexpr,
+    SAMPLING_RATIO: tl.constexpr,
+    CUBIC: tl.constexpr,  # None: bilinear
+    ALIGNED: tl.constexpr,
+    PADDED: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+):
+    blocks_t = tl.cdiv(num_tiles, BLOCK_T)
+    n = (tl.program_id(0) // blocks_t // num_words).to(tl.int64)
+    word = tl.program_id(0) // blocks_t % num_words
+    offs = tl.arange(0, 32)
+    box = word * 32 + offs
+    k = tl.where(box < boxes_an_image, box, 0).to(tl.int64)
+    if PADDED:
+        k += n * boxes_an_image
+    x1, y1, x2, y2, image, usable = load_box(boxes_ptr, valid_ptr, k, num_images, boxes_an_image, PADDED, HAS_VALID)
+    level = level_index(x1, y1, x2, y2, thresholds, NUM_LEVELS)
+    H = tl.zeros_like(x1) + of_level(level, heights, NUM_LEVELS)  # [32]
+    W = tl.zeros_like(x1) + of_level(level, widths, NUM_LEVELS)
+    scale = of_level(level, scales, NUM_LEVELS)
+    usable &= (box < boxes_an_image) & (image == n) & (H > 0) & (W > 0)
+    usable &= is_finite(x1 * scale, y1 * scale, x2 * scale, y2 * scale)
+    start_y, bin_h, _, _ = axis(y1, y2, scale, PH, ALIGNED, SAMPLING_RATIO)
+    start_x, bin_w, _, _ = axis(x1, x2, scale, PW, ALIGNED, SAMPLING_RATIO)
+    first_y, last_y = _reach(start_y, bin_h, PH, H, CUBIC)
+    first_x, last_x = _reach(start_x, bin_w, PW, W, CUBIC)
+
+    tile = tl.program_id(0) % blocks_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    tile_level, top, left = tile_place(tile, tiles_across, first_tiles, TILE_H, TILE_W, NUM_LEVELS)
+    top, left = top.to(tl.float32)[:, None], left.to(tl.float32)[:, None]
+    touches = usable[None, :] & (tile_level[:, None] == level[None, :])  # [BLOCK_T, 32]
+    touches &= (first_y[None, :] <= top + (TILE_H - 1)) & (last_y[None, :] >= top)
+    touches &= (first_x[None, :] <= left + (TILE_W - 1)) & (last_x[None, :] >= left)
+    bits = tl.sum(touches.to(tl.int32) << offs[None, :], 1)
+    tl.store(touch_ptr + (n * num_words + word) * num_tiles + tile, bits, mask=tile < num_tiles)
+
+
+@triton.jit
+def tile_place(tile, tiles_across, first_tiles, TILE_H: tl.constexpr, TILE_W: tl.constexpr, NUM_LEVELS: tl.constexpr):
+    """Level of a tile, and its first row and column of cells."""
+    level = tile * 0
+    for i in tl.static_range(1, NUM_LEVELS):
+        level += (tile.to(tl.float32) >= first_tiles[i]).to(tl.int32)
+    within = tile - tl.cast(of_level(level, first_tiles, NUM_LEVELS), tl.int32)
+    across = tl.cast(of_level(level, tiles_across, NUM_LEVELS), tl.int32)
+    return level, within // across * TILE_H, within % across * TILE_W
+
+
+@triton.jit
+def bins_near(start, bin_size, low, high, bins: tl.constexpr, CUBIC: tl.constexpr):
+    """Bins along an axis, first and past the last, that can touch the cells `low` to `high`. All of an inverted box."""
+    reach: tl.constexpr = 1.0 if CUBIC is None else 2.0
+    size = tl.where(bin_size > 0, bin_size, 1.0)
+    first = tl.floor((low - reach - start) / size - 0.01)
+    past = tl.floor((high + reach - start) / size + 0.01) + 1.0
+    first = tl.where(bin_size > 0, tl.minimum(tl.maximum(first, 0.0), bins), 0.0)
+    past = tl.where(bin_size > 0, tl.minimum(tl.maximum(past, 0.0), bins), bins)
+    return first.to(tl.int32), past.to(tl.int32)
+
+
+def mark_tiles(
+    grads: Sequence[Tensor],
+    boxes: Tensor,
+    valid: Tensor | None,
+    output_size: tuple[int, int],
+    tile_size: tuple[int, int],
+    scales: Sequence[float],
+    thresholds: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+    cubic: float | None,
+) -> dict[str, Any]:
+    """Launch the mask for tiles of `tile_size` cells: the arguments that a gather's launch shares with it.
+
+    grads: one [N, C, H, W] a level, of which only the shapes count. Of no boxes the mask is empty, and not launched.
+    """
+    N = grads[0].shape[0]
+    boxes = boxes.contiguous()
+    tiles_across = [triton.cdiv(g.shape[3], tile_size[1]) for g in grads]
+    counts = [triton.cdiv(g.shape[2], tile_size[0]) * across for g, across in zip(grads, tiles_across, strict=True)]
+    first_tiles = [sum(counts[:i]) for i in range(len(counts))]
+    num_tiles = sum(counts)
+    padded = boxes.dim() == 3
+    boxes_an_image = boxes.shape[1] if padded else boxes.shape[0]
+    num_words = triton.cdiv(boxes_an_image, WORD)
+    touch = torch.empty((N, num_words, num_tiles), dtype=torch.int32, device=boxes.device)
+    shared = {
+        "touch_ptr": touch,
+        "boxes_ptr": boxes,
+        "valid_ptr": boxes if valid is None else valid.contiguous().view(torch.uint8),
+        "num_images": N,
+        "boxes_an_image": boxes_an_image,
+        "heights": tuple(float(g.shape[2]) for g in grads),
+        "widths": tuple(float(g.shape[3]) for g in grads),
+        "scales": tuple(float(scale) for scale in scales),
+        "tiles_across": tuple(float(max(across, 1)) for across in tiles_across),
+        "first_tiles": tuple(float(first) for first in first_tiles),
+        "num_tiles": num_tiles,
+        "num_words": num_words,
+        "PH": output_size[0],
+        "PW": output_size[1],
+        "TILE_H": tile_size[0],
+        "TILE_W": tile_size[1],
+        "NUM_LEVELS": len(grads),
+        "SAMPLING_RATIO": max(sampling_ratio, 0),
+        "CUBIC": cubic,
+        "ALIGNED": aligned,
+        "PADDED": padded,
+        "HAS_VALID": valid is not None,
+    }
+    if touch.numel():
+        areas = tuple(float(area) for area in thresholds) or (0.0,)
+        with on_device(boxes):
+            _touch_kernel[(N * num_words * triton.cdiv(num_tiles, BLOCK_TILES),)](
+                thresholds=areas,
+                BLOCK_T=BLOCK_TILES,
+                # A fused coord * scale - 0.5 would round differently from the forward, and an adaptive grid with it.
+                enable_fp_fusion=False,
+                **shared,
+            )
+    return shared
