@@ -71,7 +71,7 @@ def level_thresholds(
     return [unit**2 * 4.0 ** (finest + i - canonical_level) for i in range(1, len(scales))]
 
 
-def box_levels(boxes: Tensor, level_thresholds: list[float]) -> Tensor:
+def box_levels(boxes: Tensor, level_thresholds: Sequence[float]) -> Tensor:
     """Level index of boxes [..., 4], int64 [...]: how many thresholds the area reaches. Inverted boxes: level 0."""
     sides = box_sizes(boxes.detach())
     area = sides[..., 0] * sides[..., 1]

@@ -36,12 +36,14 @@ def in_cells(boxes: Tensor, scale: float, aligned: bool) -> tuple[Tensor, Tensor
     return corners[..., :2], size if aligned else torch.where(size < 1, 1.0, size)
 
 
-def at_most(values: Tensor, limit: Tensor | float) -> Tensor:
-    """The smaller of values and limit; NaN stays. A value equal to the limit passes its gradient.
+def bounded(values: Tensor, low: float | None = None, high: Tensor | float | None = None) -> Tensor:
+    """`values` brought to `low` .. `high`; NaN stays. A value equal to a bound passes its gradient.
 
     Not by `clamp`, whose gradient there depends on the version of torch: 1 before 2.14, then 0.
     """
-    return torch.where(values > limit, limit, values)
+    if low is not None:
+        values = torch.where(values < low, low, values)
+    return values if high is None else torch.where(values > high, high, values)
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...common.reference import at_most
+from ...common.reference import bounded
 
 Weights = Sequence[float]  # of dx, dy, dw, dh
 
@@ -41,8 +41,8 @@ def decode_boxes_reference(
     dx, dy, dw, dh = torch.where(bad, 0.0, deltas).unbind(-1)
     x = dx / wx * aw + ax
     y = dy / wy * ah + ay
-    half_width = 0.5 * (torch.exp(at_most(dw / ww, scale_clamp)) * aw)
-    half_height = 0.5 * (torch.exp(at_most(dh / wh, scale_clamp)) * ah)
+    half_width = 0.5 * (torch.exp(bounded(dw / ww, high=scale_clamp)) * aw)
+    half_height = 0.5 * (torch.exp(bounded(dh / wh, high=scale_clamp)) * ah)
     bad = bad | (torch.isnan(x) | torch.isnan(y))[..., None]  # inf * 0
     boxes = torch.stack([x - half_width, y - half_height, x + half_width, y + half_height], dim=-1)
     if image_size is not None:
@@ -62,11 +62,10 @@ def clip_boxes(boxes: Tensor, image_size: tuple[int, int] | Tensor) -> Tensor:
 
     image_size is (height, width), or [N, 2] for boxes [N, ..., 4].
     """
-    boxes = torch.where(boxes < 0, 0.0, boxes)  # as `at_most`
     if isinstance(image_size, Tensor):
         limit = image_size.flip(-1).repeat(1, 2).to(boxes.dtype)  # [N, 4] width, height, width, height
-        return at_most(boxes, limit.view(-1, *[1] * (boxes.ndim - 2), 4))
+        return bounded(boxes, 0.0, limit.view(-1, *[1] * (boxes.ndim - 2), 4))
     height, width = image_size
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    clipped = [at_most(x1, width), at_most(y1, height), at_most(x2, width), at_most(y2, height)]
+    x1, y1, x2, y2 = bounded(boxes, 0.0).unbind(-1)
+    clipped = [bounded(x1, high=width), bounded(y1, high=height), bounded(x2, high=width), bounded(y2, high=height)]
     return torch.stack(clipped, dim=-1)

@@ -8,6 +8,7 @@ Letters as in `reference`; R boxes of one level.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from ...backend import first_derivative_only
 from ...common.pyramid import box_levels
 from ...common.reference import box_sizes, is_finite, no_autocast
+from ...common.roi_geometry import RoIGeometry
 from .reference import CHUNK_ELEMENTS, axis_weights, multiscale_roi_align_reference
 
 # torchvision's CPU op tabulates the taps of all samples of a box; beyond this many a box goes to the reference.
@@ -31,10 +33,7 @@ def multiscale_roi_align_cpu(
     boxes: Tensor,
     valid: Tensor | None,
     output_size: tuple[int, int],
-    scales: list[float],
-    sampling_ratio: int,
-    aligned: bool,
-    thresholds: list[float],
+    geometry: RoIGeometry,
 ) -> Tensor:
     """As `multiscale_roi_align_reference`, one call of torchvision's op a level; rows that give zeros cost nothing."""
     boxes = boxes.detach()
@@ -45,9 +44,10 @@ def multiscale_roi_align_cpu(
     usable = is_finite(boxes[:, 1:])  # [K]
     if valid is not None:
         usable &= valid.flatten()
-    levels = box_levels(boxes[:, 1:], thresholds)
+    levels = box_levels(boxes[:, 1:], geometry.thresholds)
+    sampling_ratio, aligned = geometry.sampling_ratio, geometry.aligned
     all_rows, pooled = [], []
-    for level, (feature, scale) in enumerate(zip(features, scales, strict=True)):
+    for level, (feature, scale) in enumerate(zip(features, geometry.scales, strict=True)):
         feature = feature.to(boxes.dtype)  # its CPU op has no bf16, and fp16 is 17 times slower
         # torchvision's CPU op reads outside its memory at NaN and infinite boxes, and in a map without cells.
         here = usable & (levels == level) & is_finite(boxes[:, 1:] * scale)  # [K]
@@ -60,11 +60,8 @@ def multiscale_roi_align_cpu(
             pooled.append(_RoIAlign.apply(feature, boxes[rows], output_size, scale, sampling_ratio, aligned))
             all_rows.append(rows)
         if len(outsized) or not feature.numel():
-            pooled.append(
-                multiscale_roi_align_reference(
-                    [feature], boxes[outsized], None, output_size, [scale], sampling_ratio, aligned, []
-                )
-            )
+            one_level = replace(geometry, scales=(scale,), thresholds=())
+            pooled.append(multiscale_roi_align_reference([feature], boxes[outsized], None, output_size, one_level))
             all_rows.append(outsized)
     index, values = torch.cat(all_rows), torch.cat(pooled)
     if len(features) == 1 and len(index) == K and len(all_rows) == 1:

@@ -12,6 +12,7 @@ from ...backend import resolve, triton_reasons
 from ...common.boxes import boxes_as_tensor, check_features, check_image_indices, is_traced
 from ...common.checks import check_choice, check_flag, check_list, check_number, check_size, check_whole
 from ...common.pyramid import level_thresholds
+from ...common.roi_geometry import RoIGeometry
 from .cpu import multiscale_roi_align_cpu
 from .reference import multiscale_roi_align_reference
 from .reference_max import multiscale_roi_align_max_reference
@@ -65,11 +66,9 @@ def roi_align(
     Cubic convolution interpolation (Keys 1981).
     """
     check_features("roi_align", [input], "input")
-    scales = [check_number("roi_align", "spatial_scale", spatial_scale, above=0)]
-    return _roi_align(
-        "roi_align", [input], boxes, valid, output_size, scales, [], sampling_ratio, aligned,
-        reduction, interpolation, cubic_coeff, backend,
-    )  # fmt: skip
+    scale = check_number("roi_align", "spatial_scale", spatial_scale, above=0)
+    geometry = _geometry("roi_align", [scale], [], sampling_ratio, aligned, interpolation, cubic_coeff)
+    return _roi_align("roi_align", [input], boxes, valid, output_size, geometry, reduction, backend)
 
 
 def multiscale_roi_align(
@@ -103,10 +102,26 @@ def multiscale_roi_align(
     expected = f"a list of tensors [N, C, H, W], one a spatial scale ({len(scales)})"
     maps = check_list(op, "features", features, expected, len(scales))
     check_features(op, maps)
-    return _roi_align(
-        op, maps, boxes, valid, output_size, scales, thresholds, sampling_ratio, aligned,
-        reduction, interpolation, cubic_coeff, backend,
-    )  # fmt: skip
+    geometry = _geometry(op, scales, thresholds, sampling_ratio, aligned, interpolation, cubic_coeff)
+    return _roi_align(op, maps, boxes, valid, output_size, geometry, reduction, backend)
+
+
+def _geometry(
+    op: str,
+    scales: list[float],
+    thresholds: list[float],
+    sampling_ratio: int,
+    aligned: bool,
+    interpolation: str,
+    cubic_coeff: float,
+) -> RoIGeometry:
+    """Check what both functions share of the geometry."""
+    sampling_ratio = check_whole(op, "sampling_ratio", sampling_ratio, high=MAX_SAMPLING_RATIO)
+    aligned = check_flag(op, "aligned", aligned)
+    check_choice(op, "interpolation", interpolation, ("bilinear", "bicubic"))
+    cubic_coeff = check_number(op, "cubic_coeff", cubic_coeff)
+    cubic = cubic_coeff if interpolation == "bicubic" else None
+    return RoIGeometry(tuple(scales), tuple(thresholds), sampling_ratio, aligned, cubic)
 
 
 def _roi_align(
@@ -115,22 +130,12 @@ def _roi_align(
     boxes: Tensor | Sequence[Tensor],
     valid: Tensor | None,
     output_size: int | tuple[int, int],
-    scales: list[float],
-    thresholds: list[float],
-    sampling_ratio: int,
-    aligned: bool,
+    geometry: RoIGeometry,
     reduction: str,
-    interpolation: str,
-    cubic_coeff: float,
     backend: str | None,
 ) -> Tensor:
     size = check_size(op, "output_size", output_size, or_number=True)
-    sampling_ratio = check_whole(op, "sampling_ratio", sampling_ratio, high=MAX_SAMPLING_RATIO)
-    aligned = check_flag(op, "aligned", aligned)
     check_choice(op, "reduction", reduction, ("mean", "max"))
-    check_choice(op, "interpolation", interpolation, ("bilinear", "bicubic"))
-    cubic_coeff = check_number(op, "cubic_coeff", cubic_coeff)
-    cubic = cubic_coeff if interpolation == "bicubic" else None
     boxes = boxes_as_tensor(op, features[0], boxes, valid)
     traced = is_traced(features[0])
     if boxes.dim() == 2 and boxes.device.type == "cpu" and not traced:
@@ -138,22 +143,22 @@ def _roi_align(
     boxes = boxes.to(torch.float64 if features[0].dtype == torch.float64 else torch.float32)
 
     device = features[0].device
-    is_max, adaptive = reduction == "max", sampling_ratio <= 0
-    torchvision = _torchvision_reasons(features, boxes, traced, is_max, cubic)
+    is_max, adaptive = reduction == "max", geometry.sampling_ratio <= 0
+    torchvision = _torchvision_reasons(features, boxes, traced, is_max, geometry.cubic)
     triton = _triton_reasons(features, boxes, is_max, adaptive)
     reference = ["the adaptive grid of max is searched as far as the data say, which cannot be traced"]
     reference = reference if is_max and adaptive and traced else []
     reasons = {"triton": triton, "reference": reference, "torchvision": torchvision}
     chosen = resolve(op, backend, reasons, device=device, differentiable=True)
     if chosen == "torchvision":
-        return multiscale_roi_align_cpu(features, boxes, valid, size, scales, sampling_ratio, aligned, thresholds)
+        return multiscale_roi_align_cpu(features, boxes, valid, size, geometry)
     if chosen == "reference":
         pool = multiscale_roi_align_max_reference if is_max else multiscale_roi_align_reference
-        return pool(features, boxes, valid, size, scales, sampling_ratio, aligned, thresholds, cubic)
+        return pool(features, boxes, valid, size, geometry)
     from .kernels import forward as kernels
     from .kernels import max as kernels_max
 
-    shared = (features, boxes, valid, size[0], size[1], scales, thresholds, sampling_ratio, aligned, cubic)
+    shared = (features, boxes, valid, *size, *geometry.flatten())
     if is_max:
         keep_index = torch.is_grad_enabled() and any(f.requires_grad for f in features)
         return kernels_max.multiscale_roi_align_max(*shared, keep_index)[0]

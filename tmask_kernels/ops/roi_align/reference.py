@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ...common.pyramid import box_levels
-from ...common.reference import NEARBY_SAMPLES, in_cells, is_finite, no_autocast
+from ...common.reference import NEARBY_SAMPLES, bounded, in_cells, is_finite, no_autocast
+from ...common.roi_geometry import RoIGeometry
 
 # Elements of the largest temporary: boxes are worked off in chunks of a size to match.
 CHUNK_ELEMENTS = 1 << 24
@@ -31,19 +32,14 @@ def multiscale_roi_align_reference(
     boxes: Tensor,
     valid: Tensor | None,
     output_size: tuple[int, int],
-    spatial_scales: list[float],
-    sampling_ratio: int,
-    aligned: bool,
-    level_thresholds: list[float],
-    cubic: float | None = None,
+    geometry: RoIGeometry,
 ) -> Tensor:
     """Pool every box from the feature map of its level.
 
     features: one [N, C, H, W] a level, any float dtype. boxes [N, P, 4] with valid [N, P] bool or None, or [K, 5] with
-    the image's index first. level_thresholds: area in px^2 from which a box leaves level i for level i + 1, one fewer
-    than there are levels. cubic: Keys' coefficient of bicubic samples; None: bilinear ones. Returns [N * P, C, PH, PW]
-    or [K, C, PH, PW] in the features' dtype. Differentiable in the features and the boxes; a box that is not valid, or
-    not finite in pixels or in cells of its level, or whose image does not exist, gives zeros and takes no gradient.
+    the image's index first. Returns [N * P, C, PH, PW] or [K, C, PH, PW] in the features' dtype. Differentiable in the
+    features and the boxes; a box that is not valid, or not finite in pixels or in cells of its level, or whose image
+    does not exist, gives zeros and takes no gradient.
     """
     N, C = features[0].shape[:2]
     dtype = torch.float64 if features[0].dtype == torch.float64 else torch.float32
@@ -59,7 +55,7 @@ def multiscale_roi_align_reference(
 
     valid = valid & is_finite(boxes)  # [N, P]
     boxes = torch.where(valid[..., None], boxes, 0.0)
-    levels = box_levels(boxes, level_thresholds)  # [N, P]
+    levels = box_levels(boxes, geometry.thresholds)  # [N, P]
 
     chunk = max(1, CHUNK_ELEMENTS // max(1, max(N * C * output_size[0] * f.shape[-1] for f in features)))
     chunks = []
@@ -69,12 +65,12 @@ def multiscale_roi_align_reference(
             boxes.split(chunk, 1), levels.split(chunk, 1), valid.split(chunk, 1), strict=True
         ):
             out = torch.zeros((), dtype=dtype, device=boxes.device)
-            for level, (feature, scale) in enumerate(zip(maps, spatial_scales, strict=True)):
+            for level, (feature, scale) in enumerate(zip(maps, geometry.scales, strict=True)):
                 fits = is_finite(part * scale)  # [N, p]
                 mine = (part_levels == level) & part_valid & fits  # [N, p]
                 # What overflows is replaced before it is pooled: it would turn gradients into NaN.
                 small = torch.where(fits[..., None], part, 0.0)  # [N, p, 4]
-                pooled = _pool(feature, small, output_size, scale, sampling_ratio, aligned, cubic)  # [N, p, C, PH, PW]
+                pooled = _pool(feature, small, output_size, scale, geometry)  # [N, p, C, PH, PW]
                 out = out + torch.where(mine[..., None, None, None], pooled, 0.0)
             chunks.append(out)
     result = torch.cat(chunks, 1)  # [N, P, C, PH, PW]
@@ -87,17 +83,16 @@ def _pool(
     boxes: Tensor,
     output_size: tuple[int, int],
     scale: float,
-    sampling_ratio: int,
-    aligned: bool,
-    cubic: float | None,
+    geometry: RoIGeometry,
 ) -> Tensor:
     """Pool boxes [N, P, 4] from one feature [N, C, H, W] of the same dtype: [N, P, C, PH, PW]."""
     N, C, H, W = feature.shape
     P = boxes.shape[1]
     PH, PW = output_size
-    start, size = in_cells(boxes, scale, aligned)  # [N, P, 2] x, y
-    weight_x = axis_weights(start[..., 0], size[..., 0], PW, W, sampling_ratio, cubic=cubic)  # [N, P, PW, W]
-    weight_y = axis_weights(start[..., 1], size[..., 1], PH, H, sampling_ratio, cubic=cubic)  # [N, P, PH, H]
+    ratio, cubic = geometry.sampling_ratio, geometry.cubic
+    start, size = in_cells(boxes, scale, geometry.aligned)  # [N, P, 2] x, y
+    weight_x = axis_weights(start[..., 0], size[..., 0], PW, W, ratio, cubic)  # [N, P, PW, W]
+    weight_y = axis_weights(start[..., 1], size[..., 1], PH, H, ratio, cubic)  # [N, P, PH, H]
     rows = feature.permute(0, 2, 1, 3).reshape(N, H, C * W)
     rows = torch.bmm(weight_y.reshape(N, P * PH, H), rows)  # [N, P * PH, C * W]
     rows = rows.reshape(N * P, PH * C, W)
@@ -150,7 +145,7 @@ def _tap_weights(at: Tensor, cells: Tensor, cubic: float | None) -> Tensor:
     """Weight of each of the `cells` [length] for samples `at` [..., 1 or length]: [..., length]."""
     last = len(cells) - 1
     inside = (at >= -1) & (at <= last + 1)
-    at = onto_map(at, last)
+    at = bounded(at, 0.0, last)
     low = at.detach().floor()
     fraction = at - low  # 0 at the last cell
     if cubic is None:
@@ -162,16 +157,6 @@ def _tap_weights(at: Tensor, cells: Tensor, cubic: float | None) -> Tensor:
         cell = (low + tap).clamp(0, last)
         weight = weight + torch.where(cells == cell, tap_weight, 0.0)
     return torch.where(inside, weight, 0.0)
-
-
-def onto_map(at: Tensor, last: int) -> Tensor:
-    """Samples moved to the border's cell, 0 or `last`, where they are beyond it.
-
-    A sample exactly on the border's cell passes its gradient. Not by `clamp`, whose gradient there depends on the
-    version of torch: 1 before 2.14, then 0.
-    """
-    at = torch.where(at < 0, 0.0, at)
-    return torch.where(at > last, last, at)
 
 
 def cubic_weight(distance: Tensor, coefficient: float) -> Tensor:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ...common.pyramid import box_levels
-from ...common.reference import in_cells, is_finite
-from .reference import CHUNK_ELEMENTS, cubic_weight, onto_map
+from ...common.reference import bounded, in_cells, is_finite
+from ...common.roi_geometry import RoIGeometry
+from .reference import CHUNK_ELEMENTS, cubic_weight
 
 
 def multiscale_roi_align_max_reference(
@@ -21,11 +22,7 @@ def multiscale_roi_align_max_reference(
     boxes: Tensor,
     valid: Tensor | None,
     output_size: tuple[int, int],
-    spatial_scales: list[float],
-    sampling_ratio: int,
-    aligned: bool,
-    level_thresholds: list[float],
-    cubic: float | None = None,
+    geometry: RoIGeometry,
 ) -> Tensor:
     """As `multiscale_roi_align_reference`, of the largest sample of each bin in place of their mean.
 
@@ -45,7 +42,7 @@ def multiscale_roi_align_max_reference(
         usable = usable & valid.flatten()
     usable = usable & is_finite(corners)
     corners = torch.where(usable[:, None], corners, 0.0)
-    levels = box_levels(corners, level_thresholds)
+    levels = box_levels(corners, geometry.thresholds)
     maps = [f.to(dtype) for f in features]
 
     chunk = max(1, CHUNK_ELEMENTS // max(1, C * output_size[0] * output_size[1]))
@@ -54,14 +51,14 @@ def multiscale_roi_align_max_reference(
         images.split(chunk), corners.split(chunk), levels.split(chunk), usable.split(chunk), strict=True
     ):
         out = part.new_zeros(len(part), C, *output_size)
-        for i, (feature, scale) in enumerate(zip(maps, spatial_scales, strict=True)):
+        for i, (feature, scale) in enumerate(zip(maps, geometry.scales, strict=True)):
             if not feature.numel():
                 out = out + feature.sum()  # keeps the graph
                 continue
             here = mine & (level == i) & is_finite(part * scale)  # [R]
             # The others are replaced before they are pooled: they may overflow, or have a grid without end.
             small = torch.where(here[:, None], part, 0.0)
-            pooled = _pool(feature, image, small, output_size, scale, sampling_ratio, aligned, cubic)
+            pooled = _pool(feature, image, small, output_size, scale, geometry)
             out = torch.where(here[:, None, None, None], pooled, out)
         chunks.append(out)
     return torch.cat(chunks).to(features[0].dtype)
@@ -73,16 +70,15 @@ def _pool(
     boxes: Tensor,
     output_size: tuple[int, int],
     scale: float,
-    sampling_ratio: int,
-    aligned: bool,
-    cubic: float | None,
+    geometry: RoIGeometry,
 ) -> Tensor:
     """Pool boxes [R, 4] of images [R] from one feature [N, C, H, W]: [R, C, PH, PW]."""
     C, H, W = feature.shape[1:]
     PH, PW = output_size
-    start, size = in_cells(boxes, scale, aligned)  # [R, 2] x, y
-    rows = _Samples(start[:, 1], size[:, 1], PH, H, sampling_ratio, (1, PH, 1))
-    columns = _Samples(start[:, 0], size[:, 0], PW, W, sampling_ratio, (1, 1, PW))
+    ratio, cubic = geometry.sampling_ratio, geometry.cubic
+    start, size = in_cells(boxes, scale, geometry.aligned)  # [R, 2] x, y
+    rows = _Samples(start[:, 1], size[:, 1], PH, H, ratio, (1, PH, 1))
+    columns = _Samples(start[:, 0], size[:, 0], PW, W, ratio, (1, 1, PW))
     flat = feature.reshape(-1)
     planes = ((images[:, None] * C + torch.arange(C, device=images.device)) * (H * W))[..., None, None]  # [R, C, 1, 1]
     best = flat.new_full((len(boxes), C, PH, PW), -torch.inf)
@@ -142,7 +138,7 @@ class _Samples:
 
     def at(self, index: Tensor) -> Tensor:
         """Where the samples of an index lie, moved onto the border's cell where they are beyond it."""
-        return onto_map(self._position(index), self._length - 1)
+        return bounded(self._position(index), 0.0, self._length - 1)
 
     def _position(self, index: Tensor) -> Tensor:
         return self._bin_start + (index + 0.5) * self._bin_size / torch.where(self.grid > 0, self.grid, 1.0)

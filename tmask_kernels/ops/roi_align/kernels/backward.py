@@ -24,7 +24,8 @@ from ....common.kernels.boxes import load_box
 from ....common.kernels.numbers import lowest_bit, small_dot
 from ....common.kernels.pyramid import of_level, strides_of_level
 from ....common.kernels.roi_axis import axis, tap_weight
-from ....common.launch import on_device
+from ....common.launch import empty_map, is_channels_last, on_device
+from ....common.roi_geometry import RoIGeometry
 from ....namespace import custom_op
 from .touch import bins_near, mark_tiles, tile_place
 
@@ -177,19 +178,13 @@ def _launch(
     out_grad: Tensor,
     boxes: Tensor,
     valid: Tensor | None,
-    scales: Sequence[float],
-    thresholds: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-    cubic: float | None,
+    geometry: RoIGeometry,
 ) -> None:
     """Fill `grads` (one [N, C, H, W] a level, uninitialised) from `out_grad` [K, C, PH, PW]."""
     _, C, PH, PW = out_grad.shape
     channels_last = all(g.stride(1) == 1 for g in grads)
     tile = pick_gather_tile(C, out_grad.element_size(), channels_last)
-    shared = mark_tiles(
-        grads, boxes, valid, (PH, PW), (tile.height, tile.width), scales, thresholds, sampling_ratio, aligned, cubic
-    )
+    shared = mark_tiles(grads, boxes, valid, (PH, PW), (tile.height, tile.width), geometry)
     with on_device(out_grad):
         _gather_kernel[(grads[0].shape[0] * shared["num_tiles"] * triton.cdiv(C, tile.block_c),)](
             grad_ptrs=tuple(grads),
@@ -228,7 +223,8 @@ def multiscale_roi_align_backward(
     """Gradient of `multiscale_roi_align` to each level [N, C, H, W], summed in fp32, in the dtype of `out_grad`."""
     grads = empty_gradients(out_grad, num_images, heights, widths, channels_last)
     if any(g.numel() for g in grads):
-        _launch(grads, out_grad, boxes, valid, scales, thresholds, sampling_ratio, aligned, cubic)
+        geometry = RoIGeometry.unflatten(scales, thresholds, sampling_ratio, aligned, cubic)
+        _launch(grads, out_grad, boxes, valid, geometry)
     return grads
 
 
@@ -236,21 +232,19 @@ multiscale_roi_align_backward.register_autograd(no_second_derivative("roi_align,
 
 
 @multiscale_roi_align_backward.register_fake
-def _(
-    out_grad, boxes, valid, num_images, heights, widths, channels_last, scales, thresholds, sampling_ratio, aligned,
-    cubic,
-):  # fmt: skip
+def _(out_grad, boxes, valid, num_images, heights, widths, channels_last, *geometry):
     return empty_gradients(out_grad, num_images, heights, widths, channels_last)
+
+
+def shapes(features: Sequence[Tensor]) -> tuple[int, list[int], list[int], bool]:
+    """What `empty_gradients` must know of the features: their number, heights and widths, and their layout."""
+    heights, widths = [f.shape[2] for f in features], [f.shape[3] for f in features]
+    return features[0].shape[0], heights, widths, is_channels_last(features)
 
 
 def empty_gradients(
     out_grad: Tensor, num_images: int, heights: Sequence[int], widths: Sequence[int], channels_last: bool
 ) -> list[Tensor]:
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return [
-        torch.empty(
-            (num_images, out_grad.shape[1], H, W),
-            dtype=out_grad.dtype, device=out_grad.device, memory_format=memory_format,
-        )
-        for H, W in zip(heights, widths, strict=True)
-    ]  # fmt: skip
+    """Uninitialised, one [N, C, H, W] a level, in the dtype of `out_grad`."""
+    C = out_grad.shape[1]
+    return [empty_map((num_images, C, H, W), out_grad, channels_last) for H, W in zip(heights, widths, strict=True)]

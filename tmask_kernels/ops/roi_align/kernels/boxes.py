@@ -22,7 +22,8 @@ from ....backend import no_second_derivative
 from ....common.kernels.boxes import is_finite, load_box
 from ....common.kernels.pyramid import level_index, of_level, strides_of_level
 from ....common.kernels.roi_axis import axis, clamped, cubic_slope, cubic_tap, taps, window
-from ....common.launch import on_device
+from ....common.launch import box_arguments, on_device, side_arguments
+from ....common.roi_geometry import RoIGeometry
 from ....namespace import custom_op
 
 
@@ -228,19 +229,14 @@ def _launch(
     features: Sequence[Tensor],
     boxes: Tensor,
     valid: Tensor | None,
-    scales: Sequence[float],
-    thresholds: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-    cubic: float | None,
+    geometry: RoIGeometry,
 ) -> Tensor:
     """Gradient to the corners of each box: [K, 4]."""
     K, C, PH, PW = out_grad.shape
     if not out_grad.numel() or not any(f.numel() for f in features):
         return boxes.new_zeros(K, 4)
-    boxes = boxes.contiguous()
     channels_last = all(f.stride(1) == 1 for f in features)
-    tile = pick_slope_tile(C, PW, out_grad.element_size(), channels_last, cubic)
+    tile = pick_slope_tile(C, PW, out_grad.element_size(), channels_last, geometry.cubic)
     blocks = PH * triton.cdiv(C, tile.block_c)
     sums = torch.empty((K, blocks, 4), dtype=boxes.dtype, device=boxes.device)
     with on_device(out_grad):
@@ -248,27 +244,13 @@ def _launch(
             sums_ptr=sums,
             out_grad_ptr=out_grad,
             feature_ptrs=tuple(features),
-            boxes_ptr=boxes,
-            valid_ptr=boxes if valid is None else valid.contiguous().view(torch.uint8),
-            num_images=features[0].shape[0],
-            boxes_an_image=boxes.shape[1] if boxes.dim() == 3 else 0,
             C=C,
-            heights=tuple(float(f.shape[2]) for f in features),
-            widths=tuple(float(f.shape[3]) for f in features),
             out_grad_strides=tuple(out_grad.stride()),
             feature_strides=tuple(tuple(f.stride()) for f in features),
-            scales=tuple(float(scale) for scale in scales),
-            thresholds=tuple(float(area) for area in thresholds) or (0.0,),
             PH=PH,
             PW=PW,
             BLOCK_PW=tile.block_pw,
             BLOCK_C=tile.block_c,
-            NUM_LEVELS=len(features),
-            SAMPLING_RATIO=max(sampling_ratio, 0),
-            CUBIC=cubic,
-            ALIGNED=aligned,
-            PADDED=boxes.dim() == 3,
-            HAS_VALID=valid is not None,
             FEATURE_STRIDE_C_IS_1=channels_last,
             OUT_GRAD_STRIDE_C_IS_1=out_grad.stride(1) == 1,
             GROUP=16 // features[0].element_size() if channels_last else 1,
@@ -276,6 +258,9 @@ def _launch(
             num_warps=tile.num_warps,
             # A fused coord * scale - 0.5 would round differently from the forward, and an adaptive grid with it.
             enable_fp_fusion=False,
+            **box_arguments(boxes, valid, features[0].shape[0]),
+            **side_arguments(features),
+            **geometry.launch_arguments(),
             **({} if torch.version.hip else {"maxnreg": tile.max_registers}),  # an option of NVIDIA's compiler
         )
     return sums.sum(1)
@@ -294,7 +279,8 @@ def multiscale_roi_align_backward_boxes(
     cubic: float | None,
 ) -> Tensor:
     """Gradient of `multiscale_roi_align` to its boxes, of their shape and dtype; 0 to the index of boxes [K, 5]."""
-    gradient = _launch(out_grad, features, boxes, valid, scales, thresholds, sampling_ratio, aligned, cubic)
+    geometry = RoIGeometry.unflatten(scales, thresholds, sampling_ratio, aligned, cubic)
+    gradient = _launch(out_grad, features, boxes, valid, geometry)
     return gradient.view(boxes.shape) if boxes.dim() == 3 else F.pad(gradient, (1, 0))
 
 
@@ -302,5 +288,5 @@ multiscale_roi_align_backward_boxes.register_autograd(no_second_derivative("roi_
 
 
 @multiscale_roi_align_backward_boxes.register_fake
-def _(out_grad, features, boxes, valid, scales, thresholds, sampling_ratio, aligned, cubic):
+def _(out_grad, features, boxes, valid, *geometry):
     return torch.empty(boxes.shape, dtype=boxes.dtype, device=boxes.device)

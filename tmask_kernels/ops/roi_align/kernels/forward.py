@@ -5,7 +5,7 @@ One program: one box x one row of bins x a block of channels. It reads the box, 
 where they lie, by their strides; where every level has its channels side by side (channels_last), a thread
 loads 16 bytes of them, and the output is channels_last too.
 
-The backward is in `kernels_backward` and, to the boxes, in `kernels_boxes`. All are deterministic. Letters as in
+The backward is in `backward` and, to the boxes, in `boxes`. All are deterministic. Letters as in
 `reference`.
 """
 
@@ -22,7 +22,8 @@ from torch import Tensor
 from ....common.kernels.boxes import is_finite, load_box
 from ....common.kernels.pyramid import level_index, of_level, strides_of_level
 from ....common.kernels.roi_axis import axis, clamped, cubic_tap, taps, window
-from ....common.launch import on_device
+from ....common.launch import box_arguments, empty_pooled, on_device, side_arguments
+from ....common.roi_geometry import RoIGeometry
 from ....namespace import custom_op
 from . import backward as kernels_backward
 from .boxes import multiscale_roi_align_backward_boxes
@@ -165,11 +166,7 @@ def launch(
     features: Sequence[Tensor],
     boxes: Tensor,
     valid: Tensor | None,
-    scales: Sequence[float],
-    thresholds: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-    cubic: float | None,
+    geometry: RoIGeometry,
     **more: Any,
 ) -> None:
     """Fill `out` [K, C, PH, PW], which has elements, from `features` (one [N, C, H, W] a level, of which one has).
@@ -177,60 +174,30 @@ def launch(
     kernel: that of the mean, or another with `more` arguments.
     """
     K, C, PH, PW = out.shape
-    boxes = boxes.contiguous()
     channels_last = all(f.stride(1) == 1 for f in features)
     tile = pick_tile(C, PW, channels_last)
     with on_device(out):
         kernel[(K * triton.cdiv(C, tile.block_c) * PH,)](
             out_ptr=out,
             feature_ptrs=tuple(features),
-            boxes_ptr=boxes,
-            valid_ptr=boxes if valid is None else valid.contiguous().view(torch.uint8),
-            num_images=features[0].shape[0],
-            boxes_an_image=boxes.shape[1] if boxes.dim() == 3 else 0,
             C=C,
-            heights=tuple(float(f.shape[2]) for f in features),
-            widths=tuple(float(f.shape[3]) for f in features),
             out_strides=tuple(out.stride()),
             feature_strides=tuple(tuple(f.stride()) for f in features),
-            scales=tuple(float(scale) for scale in scales),
-            thresholds=tuple(float(area) for area in thresholds) or (0.0,),
             PH=PH,
             PW=PW,
             BLOCK_PW=tile.block_pw,
             BLOCK_C=tile.block_c,
-            NUM_LEVELS=len(features),
-            SAMPLING_RATIO=max(sampling_ratio, 0),
-            CUBIC=cubic,
-            ALIGNED=aligned,
-            PADDED=boxes.dim() == 3,
-            HAS_VALID=valid is not None,
             FEATURE_STRIDE_C_IS_1=channels_last,
             OUT_STRIDE_C_IS_1=out.stride(1) == 1,
             ACC=tl.float64 if out.dtype == torch.float64 else tl.float32,
             num_warps=tile.num_warps,
             # A fused coord * scale - 0.5 would round differently from the reference, and an adaptive grid with it.
             enable_fp_fusion=False,
+            **box_arguments(boxes, valid, features[0].shape[0]),
+            **side_arguments(features),
+            **geometry.launch_arguments(),
             **more,
         )
-
-
-def _memory_format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def is_channels_last(features: Sequence[Tensor]) -> bool:
-    """Whether every level has its channels side by side; then so have the output and the gradients."""
-    return all(f.stride(1) == 1 and f.shape[1] > 1 for f in features)
-
-
-def empty_out(features: Sequence[Tensor], boxes: Tensor, height: int, width: int) -> Tensor:
-    num_boxes = boxes.shape[0] * (boxes.shape[1] if boxes.dim() == 3 else 1)
-    shape = (num_boxes, features[0].shape[1], height, width)
-    like = features[0]
-    return torch.empty(
-        shape, dtype=like.dtype, device=like.device, memory_format=_memory_format(is_channels_last(features))
-    )
 
 
 @custom_op("multiscale_roi_align")
@@ -246,40 +213,37 @@ def multiscale_roi_align(
     aligned: bool,
     cubic: float | None,
 ) -> Tensor:
-    """Pool boxes [N, P, 4] (fp32, valid [N, P] bool) or [K, 5]: [K, C, PH, PW]. Arguments as in `reference`."""
-    out = empty_out(features, boxes, pooled_height, pooled_width)
+    """Pool boxes [N, P, 4] (fp32, valid [N, P] bool) or [K, 5]: [K, C, PH, PW]. The last five are a `RoIGeometry`."""
+    out = empty_pooled(features, boxes, pooled_height, pooled_width)
     if out.numel() and any(f.numel() for f in features):
-        launch(_roi_align_kernel, out, features, boxes, valid, scales, thresholds, sampling_ratio, aligned, cubic)
+        geometry = RoIGeometry.unflatten(scales, thresholds, sampling_ratio, aligned, cubic)
+        launch(_roi_align_kernel, out, features, boxes, valid, geometry)
         return out
     return out.zero_()
 
 
 @multiscale_roi_align.register_fake
-def _(features, boxes, valid, pooled_height, pooled_width, scales, thresholds, sampling_ratio, aligned, cubic):
-    return empty_out(features, boxes, pooled_height, pooled_width)
+def _(features, boxes, valid, pooled_height, pooled_width, *geometry):
+    return empty_pooled(features, boxes, pooled_height, pooled_width)
 
 
 def _setup_context(ctx, inputs, output):
-    features, boxes, valid, _, _, *ctx.rest = inputs
+    features, boxes, valid, _, _, *geometry = inputs
     # The gradient to the features needs none of them, that to the boxes all.
     ctx.save_for_backward(boxes, valid, *(features if boxes.requires_grad else ()))
-    ctx.num_images = features[0].shape[0]
-    ctx.heights, ctx.widths = [f.shape[2] for f in features], [f.shape[3] for f in features]
-    ctx.channels_last = is_channels_last(features)
+    ctx.geometry, ctx.maps = RoIGeometry.unflatten(*geometry), kernels_backward.shapes(features)
 
 
 def _backward(ctx, grad):
     boxes, valid, *features = ctx.saved_tensors
-    gradients, to_boxes = [None] * len(ctx.heights), None
+    gradients, to_boxes = [None] * len(ctx.geometry.scales), None
     if any(ctx.needs_input_grad[0]):
         gradients = kernels_backward.multiscale_roi_align_backward(
-            grad, boxes, valid, ctx.num_images, ctx.heights, ctx.widths, ctx.channels_last, *ctx.rest
+            grad, boxes, valid, *ctx.maps, *ctx.geometry.flatten()
         )
     if ctx.needs_input_grad[1]:
-        to_boxes = multiscale_roi_align_backward_boxes(grad, features, boxes, valid, *ctx.rest)
-    # A single map has no thresholds, and autograd takes an empty list for a list of tensors: its gradient is a list.
-    no_thresholds = None if ctx.rest[1] else []
-    return gradients, to_boxes, None, None, None, None, no_thresholds, None, None, None
+        to_boxes = multiscale_roi_align_backward_boxes(grad, features, boxes, valid, *ctx.geometry.flatten())
+    return gradients, to_boxes, None, None, None, *ctx.geometry.gradients()
 
 
 multiscale_roi_align.register_autograd(_backward, setup_context=_setup_context)

@@ -18,9 +18,12 @@ from torch import Tensor
 from ....common.kernels.boxes import is_finite, load_box
 from ....common.kernels.pyramid import level_index, of_level, strides_of_level
 from ....common.kernels.roi_axis import axis, clamped, samples_a_row, taps, window
+from ....common.launch import empty_pooled
+from ....common.roi_geometry import RoIGeometry
 from ....namespace import custom_op
 from . import max_backward as kernels_max_backward
-from .forward import add_cubic, empty_out, is_channels_last, launch
+from .backward import shapes
+from .forward import add_cubic, launch
 
 
 @triton.jit
@@ -159,7 +162,7 @@ def index_dtype(sampling_ratio: int) -> torch.dtype:
 def _empty_outputs(
     features: Sequence[Tensor], boxes: Tensor, height: int, width: int, sampling_ratio: int, keep_index: bool
 ) -> tuple[Tensor, Tensor]:
-    out = empty_out(features, boxes, height, width)
+    out = empty_pooled(features, boxes, height, width)
     dtype = index_dtype(sampling_ratio)
     return out, torch.empty_like(out, dtype=dtype) if keep_index else out.new_empty(0, dtype=dtype)
 
@@ -185,10 +188,9 @@ def multiscale_roi_align_max(
     """
     out, index = _empty_outputs(features, boxes, pooled_height, pooled_width, sampling_ratio, keep_index)
     if out.numel() and any(f.numel() for f in features):
-        launch(
-            _roi_align_max_kernel, out, features, boxes, valid, scales, thresholds, sampling_ratio, aligned, cubic,
-            index_ptr=index if keep_index else out, KEEP_INDEX=keep_index,
-        )  # fmt: skip
+        geometry = RoIGeometry.unflatten(scales, thresholds, sampling_ratio, aligned, cubic)
+        kept = {"index_ptr": index if keep_index else out, "KEEP_INDEX": keep_index}
+        launch(_roi_align_max_kernel, out, features, boxes, valid, geometry, **kept)
         return out, index
     return out.zero_(), index.fill_(-1)
 
@@ -199,27 +201,23 @@ def _(features, boxes, valid, height, width, scales, thresholds, sampling_ratio,
 
 
 def _setup_context(ctx, inputs, output):
-    features, boxes, valid, _, _, *ctx.rest, ctx.kept = inputs
+    features, boxes, valid, _, _, *geometry, ctx.kept = inputs
     ctx.save_for_backward(boxes, valid, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # else a gradient of the index would be filled with zeros
-    ctx.num_images = features[0].shape[0]
-    ctx.heights, ctx.widths = [f.shape[2] for f in features], [f.shape[3] for f in features]
-    ctx.channels_last = is_channels_last(features)
+    ctx.geometry, ctx.maps = RoIGeometry.unflatten(*geometry), shapes(features)
 
 
 def _backward(ctx, grad, _):
-    # A single map has no thresholds, and autograd takes an empty list for a list of tensors: its gradient is a list.
-    no_thresholds = None if ctx.rest[1] else []
-    gradients = [None] * len(ctx.heights)
+    gradients = [None] * len(ctx.geometry.scales)
     if grad is not None:
         if not ctx.kept:
             raise RuntimeError("multiscale_roi_align_max: a backward needs keep_index=True in the forward")
         boxes, valid, index = ctx.saved_tensors
         gradients = kernels_max_backward.multiscale_roi_align_max_backward(
-            grad, index, boxes, valid, ctx.num_images, ctx.heights, ctx.widths, ctx.channels_last, *ctx.rest
+            grad, index, boxes, valid, *ctx.maps, *ctx.geometry.flatten()
         )
-    return gradients, None, None, None, None, None, no_thresholds, None, None, None, None
+    return gradients, None, None, None, None, *ctx.geometry.gradients(), None
 
 
 multiscale_roi_align_max.register_autograd(_backward, setup_context=_setup_context)

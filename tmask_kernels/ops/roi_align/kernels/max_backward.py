@@ -24,6 +24,7 @@ from ....common.kernels.numbers import lowest_bit
 from ....common.kernels.pyramid import of_level, strides_of_level
 from ....common.kernels.roi_axis import axis, samples_a_row, tap_weight, window
 from ....common.launch import on_device
+from ....common.roi_geometry import RoIGeometry
 from ....namespace import custom_op
 from .backward import empty_gradients
 from .touch import bins_near, mark_tiles, tile_place
@@ -162,19 +163,13 @@ def _launch(
     index: Tensor,
     boxes: Tensor,
     valid: Tensor | None,
-    scales: Sequence[float],
-    thresholds: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-    cubic: float | None,
+    geometry: RoIGeometry,
 ) -> None:
     """Fill `grads` (one [N, C, H, W] a level, uninitialised) from `out_grad` and `index` [K, C, PH, PW]."""
     _, C, PH, PW = out_grad.shape
     channels_last = all(g.stride(1) == 1 for g in grads)
-    tile = pick_gather_tile(C, channels_last, cubic)
-    shared = mark_tiles(
-        grads, boxes, valid, (PH, PW), (tile.height, tile.width), scales, thresholds, sampling_ratio, aligned, cubic
-    )
+    tile = pick_gather_tile(C, channels_last, geometry.cubic)
+    shared = mark_tiles(grads, boxes, valid, (PH, PW), (tile.height, tile.width), geometry)
     with on_device(out_grad):
         _max_gather_kernel[(grads[0].shape[0] * shared["num_tiles"] * triton.cdiv(C, tile.block_c),)](
             grad_ptrs=tuple(grads),
@@ -215,7 +210,8 @@ def multiscale_roi_align_max_backward(
     """Gradient of `multiscale_roi_align_max` to each level [N, C, H, W], summed in fp32, in the dtype of `out_grad`."""
     grads = empty_gradients(out_grad, num_images, heights, widths, channels_last)
     if any(g.numel() for g in grads):
-        _launch(grads, out_grad, index, boxes, valid, scales, thresholds, sampling_ratio, aligned, cubic)
+        geometry = RoIGeometry.unflatten(scales, thresholds, sampling_ratio, aligned, cubic)
+        _launch(grads, out_grad, index, boxes, valid, geometry)
     return grads
 
 
@@ -223,8 +219,5 @@ multiscale_roi_align_max_backward.register_autograd(no_second_derivative("roi_al
 
 
 @multiscale_roi_align_max_backward.register_fake
-def _(
-    out_grad, index, boxes, valid, num_images, heights, widths, channels_last, scales, thresholds, sampling_ratio,
-    aligned, cubic,
-):  # fmt: skip
+def _(out_grad, index, boxes, valid, num_images, heights, widths, channels_last, *geometry):
     return empty_gradients(out_grad, num_images, heights, widths, channels_last)

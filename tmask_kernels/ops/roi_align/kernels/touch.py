@@ -18,7 +18,8 @@ from torch import Tensor
 from ....common.kernels.boxes import is_finite, load_box
 from ....common.kernels.pyramid import level_index, of_level
 from ....common.kernels.roi_axis import axis
-from ....common.launch import on_device
+from ....common.launch import box_arguments, on_device, side_arguments
+from ....common.roi_geometry import RoIGeometry
 
 WORD = 32  # boxes a word of the mask
 BLOCK_TILES = 32  # tiles that one program of the mask's launch tests
@@ -124,55 +125,36 @@ def mark_tiles(
     valid: Tensor | None,
     output_size: tuple[int, int],
     tile_size: tuple[int, int],
-    scales: Sequence[float],
-    thresholds: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-    cubic: float | None,
+    geometry: RoIGeometry,
 ) -> dict[str, Any]:
     """Launch the mask for tiles of `tile_size` cells: the arguments that a gather's launch shares with it.
 
     grads: one [N, C, H, W] a level, of which only the shapes count. Of no boxes the mask is empty, and not launched.
     """
     N = grads[0].shape[0]
-    boxes = boxes.contiguous()
     tiles_across = [triton.cdiv(g.shape[3], tile_size[1]) for g in grads]
     counts = [triton.cdiv(g.shape[2], tile_size[0]) * across for g, across in zip(grads, tiles_across, strict=True)]
-    first_tiles = [sum(counts[:i]) for i in range(len(counts))]
-    num_tiles = sum(counts)
-    padded = boxes.dim() == 3
-    boxes_an_image = boxes.shape[1] if padded else boxes.shape[0]
-    num_words = triton.cdiv(boxes_an_image, WORD)
+    num_tiles, num_words = sum(counts), triton.cdiv(boxes.shape[-2], WORD)
     touch = torch.empty((N, num_words, num_tiles), dtype=torch.int32, device=boxes.device)
     shared = {
         "touch_ptr": touch,
-        "boxes_ptr": boxes,
-        "valid_ptr": boxes if valid is None else valid.contiguous().view(torch.uint8),
-        "num_images": N,
-        "boxes_an_image": boxes_an_image,
-        "heights": tuple(float(g.shape[2]) for g in grads),
-        "widths": tuple(float(g.shape[3]) for g in grads),
-        "scales": tuple(float(scale) for scale in scales),
         "tiles_across": tuple(float(max(across, 1)) for across in tiles_across),
-        "first_tiles": tuple(float(first) for first in first_tiles),
+        "first_tiles": tuple(float(sum(counts[:i])) for i in range(len(counts))),
         "num_tiles": num_tiles,
         "num_words": num_words,
         "PH": output_size[0],
         "PW": output_size[1],
         "TILE_H": tile_size[0],
         "TILE_W": tile_size[1],
-        "NUM_LEVELS": len(grads),
-        "SAMPLING_RATIO": max(sampling_ratio, 0),
-        "CUBIC": cubic,
-        "ALIGNED": aligned,
-        "PADDED": padded,
-        "HAS_VALID": valid is not None,
+        **box_arguments(boxes, valid, N),
+        **side_arguments(grads),
+        **geometry.launch_arguments(),
     }
+    thresholds = shared.pop("thresholds")
     if touch.numel():
-        areas = tuple(float(area) for area in thresholds) or (0.0,)
         with on_device(boxes):
             _touch_kernel[(N * num_words * triton.cdiv(num_tiles, BLOCK_TILES),)](
-                thresholds=areas,
+                thresholds=thresholds,
                 BLOCK_T=BLOCK_TILES,
                 # A fused coord * scale - 0.5 would round differently from the forward, and an adaptive grid with it.
                 enable_fp_fusion=False,

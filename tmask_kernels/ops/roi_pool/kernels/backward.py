@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ....backend import no_second_derivative
 from ....common.kernels.numbers import lowest_bit
-from ....common.launch import on_device
+from ....common.launch import box_arguments, empty_map, on_device
 from ....namespace import custom_op
 from .cells import axis, load_cells
 
@@ -188,20 +188,13 @@ def pick_gather_tile(C: int, channels_last: bool) -> GatherTile:
 def _launch(grad: Tensor, out_grad: Tensor, index: Tensor, boxes: Tensor, valid: Tensor | None, scale: float) -> None:
     """Fill `grad` [N, C, H, W] (uninitialised) from `out_grad` and `index` [K, C, PH, PW]."""
     N, C, H, W = grad.shape
-    boxes = boxes.contiguous()
     tile = pick_gather_tile(C, grad.stride(1) == 1)
     tiles_across = triton.cdiv(W, tile.width)
     num_tiles = triton.cdiv(H, tile.height) * tiles_across
-    padded = boxes.dim() == 3
-    boxes_an_image = boxes.shape[1] if padded else boxes.shape[0]
-    num_words = triton.cdiv(boxes_an_image, WORD)
+    num_words = triton.cdiv(boxes.shape[-2], WORD)
     touch = torch.empty((N, num_words, num_tiles), dtype=torch.int32, device=boxes.device)
     shared = {
         "touch_ptr": touch,
-        "boxes_ptr": boxes,
-        "valid_ptr": boxes if valid is None else valid.contiguous().view(torch.uint8),
-        "num_images": N,
-        "boxes_an_image": boxes_an_image,
         "scale": scale,
         "tiles_across": tiles_across,
         "num_tiles": num_tiles,
@@ -210,8 +203,7 @@ def _launch(grad: Tensor, out_grad: Tensor, index: Tensor, boxes: Tensor, valid:
         "PW": out_grad.shape[3],
         "TILE_H": tile.height,
         "TILE_W": tile.width,
-        "PADDED": padded,
-        "HAS_VALID": valid is not None,
+        **box_arguments(boxes, valid, N),
     }
     with on_device(out_grad):
         if touch.numel():
@@ -251,7 +243,7 @@ def roi_pool_backward(
     scale: float,
 ) -> Tensor:
     """Gradient of `roi_pool` to the features [N, C, H, W], summed in fp32, in the dtype of `out_grad`."""
-    grad = _empty_gradient(out_grad, shape, channels_last)
+    grad = empty_map(shape, out_grad, channels_last)
     if grad.numel():
         _launch(grad, out_grad, index, boxes, valid, scale)
     return grad
@@ -262,9 +254,4 @@ roi_pool_backward.register_autograd(no_second_derivative("roi_pool"))
 
 @roi_pool_backward.register_fake
 def _(out_grad, index, boxes, valid, shape, channels_last, scale):
-    return _empty_gradient(out_grad, shape, channels_last)
-
-
-def _empty_gradient(out_grad: Tensor, shape: list[int], channels_last: bool) -> Tensor:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=out_grad.dtype, device=out_grad.device, memory_format=layout)
+    return empty_map(shape, out_grad, channels_last)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....common.launch import on_device
+from ....common.launch import box_arguments, empty_map, empty_pooled, is_channels_last, on_device
 from ....namespace import custom_op
 from . import backward as kernels_backward
 from .cells import axis, bin_cells, load_cells
@@ -132,17 +132,12 @@ def _launch(out: Tensor, index: Tensor, feature: Tensor, boxes: Tensor, valid: T
         out.zero_()
         index.fill_(-1)
         return
-    boxes = boxes.contiguous()
     tile = pick_tile(C, PW, feature.stride(1) == 1)
     with on_device(out):
         _roi_pool_kernel[(K * triton.cdiv(C, tile.block_c) * PH,)](
             out_ptr=out,
             index_ptr=index if index.numel() else out,
             feature_ptr=feature,
-            boxes_ptr=boxes,
-            valid_ptr=boxes if valid is None else valid.contiguous().view(torch.uint8),
-            num_images=feature.shape[0],
-            boxes_an_image=boxes.shape[1] if boxes.dim() == 3 else 0,
             C=C,
             H=feature.shape[2],
             W=feature.shape[3],
@@ -154,32 +149,23 @@ def _launch(out: Tensor, index: Tensor, feature: Tensor, boxes: Tensor, valid: T
             BLOCK_PW=tile.block_pw,
             BLOCK_C=tile.block_c,
             UNDER_WAY=UNDER_WAY,
-            PADDED=boxes.dim() == 3,
-            HAS_VALID=valid is not None,
             KEEP_INDEX=index.numel() > 0,
             FEATURE_STRIDE_C_IS_1=feature.stride(1) == 1,
             OUT_STRIDE_C_IS_1=out.stride(1) == 1,
             ACC=tl.float64 if out.dtype == torch.float64 else tl.float32,
             num_warps=tile.num_warps,
             enable_fp_fusion=False,  # the cells of a bin follow from products and sums that are rounded one by one
+            **box_arguments(boxes, valid, feature.shape[0]),
         )
 
 
 def _empty_out(
     feature: Tensor, boxes: Tensor, pooled_height: int, pooled_width: int, keep_index: bool
 ) -> tuple[Tensor, Tensor]:
-    num_boxes = boxes.shape[0] * (boxes.shape[1] if boxes.dim() == 3 else 1)
-    shape = (num_boxes, feature.shape[1], pooled_height, pooled_width)
-    layout = torch.channels_last if is_channels_last(feature) else torch.contiguous_format
-    out = torch.empty(shape, dtype=feature.dtype, device=feature.device, memory_format=layout)
+    out = empty_pooled([feature], boxes, pooled_height, pooled_width)
     if not keep_index:
         return out, torch.empty(0, dtype=torch.int32, device=feature.device)
-    return out, torch.empty(shape, dtype=torch.int32, device=feature.device, memory_format=layout)
-
-
-def is_channels_last(feature: Tensor) -> bool:
-    """Whether the map has its channels side by side; then so have the output and the gradient."""
-    return feature.stride(1) == 1 and feature.shape[1] > 1
+    return out, empty_map(out.shape, out, is_channels_last([feature]), torch.int32)
 
 
 @custom_op("roi_pool")
@@ -212,7 +198,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(boxes, valid, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # else a gradient of the index would be filled with zeros
-    ctx.shape, ctx.channels_last, ctx.kept = list(feature.shape), is_channels_last(feature), keep_index
+    ctx.shape, ctx.channels_last, ctx.kept = list(feature.shape), is_channels_last([feature]), keep_index
 
 
 def _backward(ctx, grad, _):
