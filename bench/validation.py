@@ -61,16 +61,16 @@ def _failed(op: str, reason: str) -> dict[str, Any]:
 def main() -> None:
     """The worker."""
     from bench.machine import device
-    from tmask.op_checks import OP_CHECKS
     from tmask.validate import validate_op
+    from tmask_kernels.testing import op_specs
 
     parser = argparse.ArgumentParser(prog="python -m bench.validation", description=run_validation.__doc__)
     parser.add_argument("--journal", type=Path, required=True)
     path = parser.parse_args().journal
     done = {line["validation"] for line in read_lines(path) if "validation" in line}
     book = Journal(path, settled_op)
-    book.write({"plan": [check.name for check in OP_CHECKS]})
-    for check in OP_CHECKS:
+    book.write({"plan": [check.name for check in op_specs()]})
+    for check in op_specs():
         if check.name in done:
             continue
         book.write({"begin": check.name})

@@ -14,14 +14,14 @@ from torch import Tensor
 
 import tmask_kernels
 from tmask import validate
-from tmask.op_checks import FEATURE_DTYPES, OP_CHECKS, OpCheck
-from tmask_kernels.testing import TOLERANCES
+from tmask_kernels.common.spec import FEATURE_DTYPES
+from tmask_kernels.testing import TOLERANCES, OpSpec, op_specs
 
 CPU = torch.device("cpu")
-BY_NAME = {check.name: check for check in OP_CHECKS}
+BY_NAME = {check.name: check for check in op_specs()}
 
 
-def faulty(change: Any, **changes: Any) -> OpCheck:
+def faulty(change: Any, **changes: Any) -> OpSpec:
     """The focal loss, with `change` applied to what every backend but the reference in float64 gives."""
     check = BY_NAME["sigmoid_focal_loss"]
 
@@ -36,7 +36,7 @@ def test_every_public_op_has_a_case() -> None:
     helpers = {"AnchorSpec", "make_anchors", "pack_masks", "pyramid_levels", "unpack_masks", "use_backend"}
     modules = {"MultiScaleRoIAlign", "RoIAlign", "RoIPool"}
     ops = set(tmask_kernels.__all__) - helpers - modules
-    assert {check.name.split()[0] for check in OP_CHECKS} == ops
+    assert {check.name.split()[0] for check in op_specs()} == ops
 
 
 @pytest.mark.parametrize("name", sorted(BY_NAME))
@@ -120,7 +120,8 @@ def test_a_failing_row_sets_the_exit_code(cli: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # else a second process would be started
     monkeypatch.setattr(validate, "NAMES", ("reference",))  # one row
     for change, code in ((lambda out: out, 0), (lambda out: out + 1, 1)):
-        monkeypatch.setattr(validate, "OP_CHECKS", (faulty(change, dtypes=(torch.float32,), gradients=()),))
+        one = (faulty(change, dtypes=(torch.float32,), gradients=()),)
+        monkeypatch.setattr(validate, "op_specs", lambda one=one: one)
         assert cli.main(["validate", "--device", "cpu"]) == code
         *_, failure, total = capsys.readouterr().out.splitlines()
         assert f"{code} fail" in total
@@ -143,7 +144,7 @@ def test_a_row_is_printed_before_the_next_is_known(
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(validate, "NAMES", ("reference",))
-    monkeypatch.setattr(validate, "OP_CHECKS", (faulty(change, gradients=()),))
+    monkeypatch.setattr(validate, "op_specs", lambda: (faulty(change, gradients=()),))
     assert cli.main(["validate", "--device", "cpu"]) == 130
     assert ["op " in seen[0], "fp32" in seen[1], "bf16" in seen[2]] == [True] * 3
     last = capsys.readouterr()
@@ -185,7 +186,7 @@ def test_info_names_versions_presets_and_reasons(cli: Any, monkeypatch: pytest.M
     out = capsys.readouterr().out
     for part in (f"torch {torch.__version__.split('+')[0]}", "presets: tiny, tiny_c5, r18_fpn", "backends on"):
         assert part in out
-    for check in OP_CHECKS:
+    for check in op_specs():
         assert f"  {check.name} " in out
     if not torch.cuda.is_available():
         assert "not triton [1]" in out

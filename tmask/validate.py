@@ -19,11 +19,10 @@ from torch import Tensor
 
 from tmask.checks import nearest
 from tmask.engine.progress import progress
-from tmask.op_checks import OP_CHECKS, Inputs, OpCheck
 from tmask.presets import PRESETS
 from tmask_kernels import machine
 from tmask_kernels.backend import BACKENDS, interpreter_enabled, triton_reasons
-from tmask_kernels.testing import TOLERANCES
+from tmask_kernels.testing import TOLERANCES, Inputs, OpSpec, op_specs
 
 NAMES = tuple(name for name in BACKENDS if name != "auto")
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -102,21 +101,21 @@ def _print_beside_the_bar(line: str) -> None:
     sys.stdout.flush()
 
 
-def select_ops(ops: Sequence[str] | None) -> list[OpCheck]:
+def select_ops(ops: Sequence[str] | None) -> list[OpSpec]:
     """The cases of the named ops; all if none is named. Errors: ValueError for an unknown name."""
-    names = {check.name.split()[0] for check in OP_CHECKS}
+    names = {check.name.split()[0] for check in op_specs()}
     for name in ops or ():
         if name not in names:
             raise ValueError(f"ops: expected {nearest(name, names)}, got {name!r}")
-    return [check for check in OP_CHECKS if not ops or check.name.split()[0] in ops]
+    return [check for check in op_specs() if not ops or check.name.split()[0] in ops]
 
 
-def validate_op(check: OpCheck, device: torch.device) -> list[Row]:
+def validate_op(check: OpSpec, device: torch.device) -> list[Row]:
     """All rows of one op on `device`: backend x dtype, forward and (where it has gradients) backward."""
     return list(_rows(check, device))
 
 
-def _rows(check: OpCheck, device: torch.device) -> Iterator[Row]:
+def _rows(check: OpSpec, device: torch.device) -> Iterator[Row]:
     for dtype in check.dtypes:
         inputs = _inputs(check, dtype, device)
         truth_inputs = {k: v.double() if k in check.features else v for k, v in inputs.items()}
@@ -129,7 +128,7 @@ def _rows(check: OpCheck, device: torch.device) -> Iterator[Row]:
 
 
 def _row(
-    check: OpCheck, direction: str, backend: str, dtype: torch.dtype, inputs: Inputs, truth: list[Any]
+    check: OpSpec, direction: str, backend: str, dtype: torch.dtype, inputs: Inputs, truth: list[Any]
 ) -> list[Row]:
     """The row of one backend; none if the op has no such backend."""
     head = (check.name, direction, backend, _DTYPE_NAMES[dtype])
@@ -150,18 +149,18 @@ def _row(
     return [Row(*head, worst[0], worst[1], "pass" if worst[2] else "fail", worst[3])]
 
 
-def _inputs(check: OpCheck, dtype: torch.dtype, device: torch.device) -> Inputs:
+def _inputs(check: OpSpec, dtype: torch.dtype, device: torch.device) -> Inputs:
     made = check.make()
     return {k: (v.to(device, dtype) if k in check.features else v.to(device)) for k, v in made.items()}
 
 
-def _forward(check: OpCheck, inputs: Inputs, backend: str) -> list[Any]:
+def _forward(check: OpSpec, inputs: Inputs, backend: str) -> list[Any]:
     with torch.no_grad():
         out = check.call(inputs, backend)
     return list(out) if isinstance(out, tuple | list) else [out]
 
 
-def _backward(check: OpCheck, inputs: Inputs, backend: str) -> list[Any]:
+def _backward(check: OpSpec, inputs: Inputs, backend: str) -> list[Any]:
     """Gradients of the first output, weighted by seeded random numbers, to the inputs that take them."""
     leaves = {k: v.detach().clone().requires_grad_(k in check.gradients) for k, v in inputs.items()}
     out = check.call(leaves, backend)
@@ -257,12 +256,12 @@ def describe() -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines.append(f"backends on {device}, the first is what auto takes:")
     notes: list[str] = []
-    for check in OP_CHECKS:
+    for check in op_specs():
         lines.append(f"  {check.name:<26} {_backends(check, device, notes)}")
     return "\n".join(lines + [f"[{number}] {note}" for number, note in enumerate(notes, start=1)])
 
 
-def _backends(check: OpCheck, device: torch.device, notes: list[str]) -> str:
+def _backends(check: OpSpec, device: torch.device, notes: list[str]) -> str:
     """The backends that serve this op, in auto's order, then those that do not, with the numbers of their reasons."""
     inputs = _inputs(check, torch.float32, device)
     truth = _forward(check, inputs, "reference")

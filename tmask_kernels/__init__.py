@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from .backend import use_backend
 from .common.pyramid import pyramid_levels
-from .ops.anchors.op import AnchorSpec, make_anchors
+from .ops.anchors.op import make_anchors
+from .ops.anchors.reference import AnchorSpec
 from .ops.box_coding.op import decode_boxes, encode_boxes
 from .ops.decode_keypoints.op import decode_keypoints
 from .ops.focal_loss.op import sigmoid_focal_loss, softmax_focal_loss
@@ -59,7 +60,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """The modules are torchvision's subclasses; the ops do without importing torchvision, which takes seconds."""
     if name in ("MultiScaleRoIAlign", "RoIAlign", "RoIPool"):
-        from . import modules
-
         return getattr(modules, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What a user needs to check a kernel: closeness, guarded buffers and seeded inputs.
+"""What a user needs to check a kernel: closeness, guarded buffers, seeded boxes, and a case of every op.
 
 Truth is an op's reference in float64 on the same (already rounded) inputs. A kernel passes when both its largest and
 its root-mean-square error stay under the tolerance of its output dtype.
@@ -14,6 +14,22 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+
+from .common.spec import Inputs, OpSpec, op_specs, random_boxes
+
+__all__ = [
+    "GUARD",
+    "TOLERANCES",
+    "Inputs",
+    "OpSpec",
+    "Tolerance",
+    "assert_close",
+    "guarded",
+    "op_specs",
+    "poison",
+    "poisoned_empty",
+    "random_boxes",
+]
 
 
 @dataclass(frozen=True)
@@ -132,23 +148,3 @@ def _guarded_buffer(
     inner = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     buffer = torch.full((inner + 2 * GUARD,), poison(dtype), dtype=dtype, device=device)
     return buffer.as_strided(shape, strides, storage_offset=GUARD), buffer
-
-
-def random_boxes(
-    count: int,
-    *,
-    height: float,
-    width: float,
-    min_size: float = 1.0,
-    max_size: float | None = None,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """`count` xyxy boxes [count, 4] float32 inside height x width, sides log-uniform in min_size..max_size pixels."""
-    generator = torch.Generator().manual_seed(seed)
-    top = torch.tensor([width, height]) if max_size is None else torch.full((2,), float(max_size))
-    top = torch.minimum(top, torch.tensor([width, height], dtype=torch.float32))
-    low = torch.full((2,), float(min_size))
-    sides = low * (top / low) ** torch.rand(count, 2, generator=generator)
-    corner = torch.rand(count, 2, generator=generator) * (torch.tensor([width, height]) - sides)
-    return torch.cat([corner, corner + sides], dim=1).to(device)

@@ -13,7 +13,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_p
 from bench.cases import CASES, RPNCase, rois
 from tests.gpu.tools import assert_same_bits, need_cuda, need_memory, recorded, to, waiting_is_an_error
 from tmask_kernels import decode_boxes, detections, encode_boxes, make_anchors, padded_nms, rpn_proposals
-from tmask_kernels.ops.anchors.op import level_strides
+from tmask_kernels.ops.anchors.reference import level_strides
 from tmask_kernels.ops.proposals import op
 from tmask_kernels.ops.proposals.kernels import candidates as kernels_candidates
 from tmask_kernels.ops.proposals.reference import rpn_candidates_reference, select_best_reference

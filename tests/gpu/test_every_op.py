@@ -17,8 +17,8 @@ from tests.gpu.tools import (
     to,
     waiting_is_an_error,
 )
-from tmask.op_checks import OP_CHECKS, Inputs, OpCheck
 from tmask_kernels import use_backend
+from tmask_kernels.testing import Inputs, OpSpec, op_specs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,7 +29,7 @@ pytestmark = [
 ]
 
 RAGGED = ("nms", "batched_nms", "soft_nms", "paste_masks (rle)", "paste_masks_batched (rle)")
-STATIC = [check for check in OP_CHECKS if check.name not in RAGGED]
+STATIC = [check for check in op_specs() if check.name not in RAGGED]
 DTYPED = [(check, dtype) for check in STATIC for dtype in check.dtypes]
 every_static_op = pytest.mark.parametrize(
     ("check", "dtype"), DTYPED, ids=[f"{c.name}-{d}".replace("torch.", "") for c, d in DTYPED]
@@ -50,11 +50,11 @@ def _one_type_is_enough_to_rehearse(request: pytest.FixtureRequest, device: torc
         pytest.skip("a rehearsal is of one type")
 
 
-def make(check: OpCheck, dtype: torch.dtype, device: torch.device) -> Inputs:
+def make(check: OpSpec, dtype: torch.dtype, device: torch.device) -> Inputs:
     return {k: v.to(device, dtype if k in check.features else v.dtype) for k, v in check.make().items()}
 
 
-def forward_and_backward(check: OpCheck, inputs: Inputs) -> list[torch.Tensor]:
+def forward_and_backward(check: OpSpec, inputs: Inputs) -> list[torch.Tensor]:
     leaves = {k: v.detach().requires_grad_(k in check.gradients) for k, v in inputs.items()}
     outputs = tensors(check.call(leaves, None))
     if not check.gradients:
@@ -66,7 +66,7 @@ def forward_and_backward(check: OpCheck, inputs: Inputs) -> list[torch.Tensor]:
 
 
 @every_static_op
-def test_replays_from_a_graph(check: OpCheck, dtype: torch.dtype, device: torch.device) -> None:
+def test_replays_from_a_graph(check: OpSpec, dtype: torch.dtype, device: torch.device) -> None:
     """Captured on one input, replayed on another written over it: what eager mode gives for that other."""
     static = make(check, dtype, device)
     others = [{k: v.flip(0) for k, v in static.items()}, to(static, device)]
@@ -80,7 +80,7 @@ def test_replays_from_a_graph(check: OpCheck, dtype: torch.dtype, device: torch.
 
 
 @every_static_op
-def test_never_waits(check: OpCheck, dtype: torch.dtype, device: torch.device) -> None:
+def test_never_waits(check: OpSpec, dtype: torch.dtype, device: torch.device) -> None:
     inputs = make(check, dtype, device)
     first = forward_and_backward(check, inputs)  # kernels compile
     with waiting_is_an_error(device):
@@ -90,7 +90,7 @@ def test_never_waits(check: OpCheck, dtype: torch.dtype, device: torch.device) -
 
 @pytest.mark.parametrize("name", RAGGED)
 def test_the_guard_sees_a_ragged_op_wait(name: str, device: torch.device) -> None:
-    check = next(check for check in OP_CHECKS if check.name == name)
+    check = next(check for check in op_specs() if check.name == name)
     inputs = make(check, torch.float32, device)
     assert len(check.call(inputs, None))
     need_cuda(device, "sync debug mode")
@@ -99,7 +99,7 @@ def test_the_guard_sees_a_ragged_op_wait(name: str, device: torch.device) -> Non
 
 
 @every_static_op
-def test_gives_the_same_bits_again(check: OpCheck, dtype: torch.dtype, device: torch.device) -> None:
+def test_gives_the_same_bits_again(check: OpSpec, dtype: torch.dtype, device: torch.device) -> None:
     """Forward and backward; only a backward of PyTorch's own may refuse deterministic algorithms, by name."""
     inputs, rounds = make(check, dtype, device), 5 if device.type == "cuda" else 1
     with torch.no_grad():
@@ -118,8 +118,8 @@ def test_gives_the_same_bits_again(check: OpCheck, dtype: torch.dtype, device: t
             assert_same_bits(forward_and_backward(check, inputs), gradients)
 
 
-@pytest.mark.parametrize("check", OP_CHECKS, ids=lambda check: check.name)
-def test_works_on_the_current_stream(check: OpCheck, device: torch.device) -> None:
+@pytest.mark.parametrize("check", op_specs(), ids=lambda check: check.name)
+def test_works_on_the_current_stream(check: OpSpec, device: torch.device) -> None:
     """Inputs that a busy stream is still writing: an op launched on any other stream would read what stood there."""
     expected = forward_and_backward(check, make(check, torch.float32, device))
     late = make(check, torch.float32, device)
@@ -140,8 +140,8 @@ def test_works_on_the_current_stream(check: OpCheck, device: torch.device) -> No
         assert got == check.call(late, None)
 
 
-@pytest.mark.parametrize("check", OP_CHECKS, ids=lambda check: check.name)
-def test_works_on_a_device_that_is_not_the_current_one(check: OpCheck, device: torch.device) -> None:
+@pytest.mark.parametrize("check", op_specs(), ids=lambda check: check.name)
+def test_works_on_a_device_that_is_not_the_current_one(check: OpSpec, device: torch.device) -> None:
     expected = forward_and_backward(check, make(check, torch.float32, device))
     need_cuda(device, "second device")
     if torch.cuda.device_count() < 2:

@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 
 import tmask_kernels
 from tmask.engine.device import pick_device
-from tmask.op_checks import OP_CHECKS, OpCheck
 from tmask_kernels import backend, machine
+from tmask_kernels.testing import OpSpec, op_specs
 
 ROOT = Path(__file__).parents[2]
 CUDA = torch.device("cuda", 0)
@@ -250,8 +250,8 @@ class Mps(TorchFunctionMode):
         return out if isinstance(out, torch.Size) else pytree.tree_map_only(Tensor, place, out)
 
 
-@pytest.mark.parametrize("check", OP_CHECKS, ids=lambda check: check.name)
-def test_auto_serves_mps_tensors(check: OpCheck) -> None:
+@pytest.mark.parametrize("check", op_specs(), ids=lambda check: check.name)
+def test_auto_serves_mps_tensors(check: OpSpec) -> None:
     inputs = check.make()
     expected = check.call(inputs, "reference")
     there = {name: tensor.as_subclass(OnMps) for name, tensor in inputs.items()}

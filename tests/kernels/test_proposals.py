@@ -14,7 +14,7 @@ from tests.model.sync import count_blocking
 from tests.mutation import mutant
 from tmask_kernels import AnchorSpec, make_anchors, padded_nms, rpn_proposals
 from tmask_kernels.backend import interpreter_enabled
-from tmask_kernels.ops.anchors.op import level_strides
+from tmask_kernels.ops.anchors.reference import level_strides
 from tmask_kernels.ops.nms.kernels import padded as nms_kernels
 from tmask_kernels.ops.proposals import op
 from tmask_kernels.ops.proposals import reference as proposals

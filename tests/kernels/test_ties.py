@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from tests.graph import recorded
-from tmask import op_checks
 from tmask_kernels import decode_boxes, roi_align, sigmoid_focal_loss
+from tmask_kernels.common.spec import Inputs, OpSpec, op_specs, roi_inputs
+from tmask_kernels.ops.focal_loss.example import focal_inputs
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton"])
 
@@ -99,30 +100,30 @@ def test_a_sample_on_the_cell_of_the_border_moves(
     torch.testing.assert_close(got[:2, :2] + got[:2, 2:], expected.float(), rtol=1e-5, atol=1e-5)
 
 
-def unaligned(reduction: str) -> Callable[[op_checks.Inputs, str], Tensor]:
+def unaligned(reduction: str) -> Callable[[Inputs, str], Tensor]:
     return lambda x, backend: roi_align(x["features"], x["rois"], 3, 0.25, 0, reduction=reduction, backend=backend)
 
 
 MORE_CHECKS = [
-    op_checks.OpCheck(
+    OpSpec(
         name=f"roi_align (boxes, {reduction}, not aligned)",
-        make=op_checks._roi_inputs,
+        make=roi_inputs,
         call=unaligned(reduction),
         gradients=("features", "rois"),
     )
     for reduction in ("mean", "max")
 ]
-FOCAL = op_checks.OpCheck(
+FOCAL = OpSpec(
     name="sigmoid_focal_loss (any gamma)",
-    make=op_checks._focal_inputs,
+    make=focal_inputs,
     call=lambda x, backend: sigmoid_focal_loss(x["logits"], x["targets"], gamma=0.5, backend=backend),
     gradients=("logits",),
 )
-DIFFERENTIABLE = [check for check in [*op_checks.OP_CHECKS, *MORE_CHECKS, FOCAL] if check.gradients]
+DIFFERENTIABLE = [check for check in [*op_specs(), *MORE_CHECKS, FOCAL] if check.gradients]
 
 
 @pytest.mark.parametrize("check", DIFFERENTIABLE, ids=lambda check: check.name)
-def test_no_reference_hands_a_gradient_to_torchs_clamp(check: op_checks.OpCheck) -> None:
+def test_no_reference_hands_a_gradient_to_torchs_clamp(check: OpSpec) -> None:
     inputs = check.make()
     for name in check.gradients:
         inputs[name].requires_grad_()

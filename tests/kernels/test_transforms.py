@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.func import grad, jacrev, jvp, vjp, vmap
 
 from tests.gpu.tools import tensors
-from tmask.op_checks import OP_CHECKS, OpCheck
 from tmask_kernels import roi_align, roi_pool, sigmoid_focal_loss
+from tmask_kernels.testing import OpSpec, op_specs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # the interpreter's numpy
@@ -24,14 +24,14 @@ pytestmark = [
 
 # encode_boxes has no kernel for gradients; the custom ops of the others are those of roi_align.
 NO_KERNEL_OF_THEIR_OWN = ("encode_boxes", "roi_align (bicubic)", "multiscale_roi_align")
-GRADIENTS = {c.name: c.gradients for c in OP_CHECKS if c.gradients} | {"encode_boxes": ("boxes", "anchors")}
-CHECKS = {check.name: check for check in OP_CHECKS}
+GRADIENTS = {c.name: c.gradients for c in op_specs() if c.gradients} | {"encode_boxes": ("boxes", "anchors")}
+CHECKS = {check.name: check for check in op_specs()}
 TORCHVISIONS = ("roi_align", "roi_pool", "multiscale_roi_align")
 NMS = ("nms", "batched_nms", "padded_nms", "padded_nms (long segments)", "rpn_proposals", "detections")
 Point = tuple[Tensor, ...]
 
 
-def differentiable(check: OpCheck, backend: str, device: torch.device) -> tuple[Callable[..., Tensor], Point, Point]:
+def differentiable(check: OpSpec, backend: str, device: torch.device) -> tuple[Callable[..., Tensor], Point, Point]:
     """The op as a function of what it is differentiable in, a point, and a direction."""
     inputs = {k: v.to(device) for k, v in check.make().items()}
     if backend == "reference":
@@ -117,7 +117,7 @@ TRANSFORMS = ("jvp", "dual tensors", "vmap of jvp, as jacfwd", "vjp", "grad", "j
               "grad of vmap", "backward of vmap")  # fmt: skip
 
 
-def named(check: OpCheck) -> str:
+def named(check: OpSpec) -> str:
     return check.name.split(" ")[0]
 
 
@@ -191,10 +191,10 @@ def test_second_derivatives_of_others_are_refused(name: str, backend: str, devic
 
 
 RAGGED = ("nms", "batched_nms", "soft_nms", "rpn_proposals", "paste_masks (rle)", "paste_masks_batched (rle)")
-PLAIN = [check for check in OP_CHECKS if check.name not in GRADIENTS]
+PLAIN = [check for check in op_specs() if check.name not in GRADIENTS]
 
 
-def backends_of(check: OpCheck) -> tuple[str, ...]:
+def backends_of(check: OpSpec) -> tuple[str, ...]:
     return ("triton", "reference", "torchvision", "auto") if check.name in NMS else ("triton", "reference", "auto")
 
 
@@ -205,7 +205,7 @@ EVERY_PLAIN_OP = pytest.mark.parametrize(
 )
 
 
-def without_derivative(check: OpCheck, backend: str, device: torch.device) -> tuple[Callable[..., Any], Point]:
+def without_derivative(check: OpSpec, backend: str, device: torch.device) -> tuple[Callable[..., Any], Point]:
     if backend == "torchvision" and device.type != "cpu":
         pytest.skip("torchvision's backends serve the CPU")
     inputs = {k: v.to(device) for k, v in check.make().items()}
@@ -219,7 +219,7 @@ def without_derivative(check: OpCheck, backend: str, device: torch.device) -> tu
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @EVERY_PLAIN_OP
-def test_vmap_of_ops_without_derivatives(check: OpCheck, backend: str, device: torch.device) -> None:
+def test_vmap_of_ops_without_derivatives(check: OpSpec, backend: str, device: torch.device) -> None:
     op, point = without_derivative(check, backend, device)
     two = [torch.stack([p, p.flip(0)]) for p in point]
     if check.name in RAGGED:
@@ -236,7 +236,7 @@ def test_vmap_of_ops_without_derivatives(check: OpCheck, backend: str, device: t
 
 
 @EVERY_PLAIN_OP
-def test_no_tangent_passes_ops_without_derivatives(check: OpCheck, backend: str, device: torch.device) -> None:
+def test_no_tangent_passes_ops_without_derivatives(check: OpSpec, backend: str, device: torch.device) -> None:
     """As no gradient does, on every backend."""
     op, point = without_derivative(check, backend, device)
     if "rle" in check.name:

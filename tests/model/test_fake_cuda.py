@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tmask
 from tests.model.conftest import SMALL, images_and_targets
 from tmask.model import losses, roi_heads
-from tmask.op_checks import OP_CHECKS, OpCheck
 from tmask_kernels.ops.box_coding import kernels as box_kernels
 from tmask_kernels.ops.roi_align.kernels import forward as roi_align_kernels
 from tmask_kernels.ops.roi_align.kernels import max as roi_align_max_kernels
+from tmask_kernels.testing import OpSpec, op_specs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*using the reference backend on CUDA")
 
@@ -155,11 +155,11 @@ def test_a_read_value_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 RAGGED = ("nms", "batched_nms", "soft_nms", "paste_masks (rle)", "paste_masks_batched (rle)")
-STATIC = [check for check in OP_CHECKS if check.name not in RAGGED]
+STATIC = [check for check in op_specs() if check.name not in RAGGED]
 
 
 @pytest.mark.parametrize("check", STATIC, ids=lambda check: check.name)
-def test_every_op_stays_on_the_gpu(check: OpCheck) -> None:
+def test_every_op_stays_on_the_gpu(check: OpSpec) -> None:
     inputs = check.make()
     for dtype in check.dtypes:
         typed = {name: t.to(dtype) if name in check.features else t for name, t in inputs.items()}

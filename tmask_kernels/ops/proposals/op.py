@@ -13,21 +13,12 @@ import torch
 from torch import Tensor
 
 from ...backend import check_no_transform, resolve
-from ...common.checks import (
-    check_list,
-    check_number,
-    check_size,
-    check_tensor,
-    check_whole,
-)
-from ..anchors.op import AnchorSpec, check_spec, level_strides
+from ...common.checks import check_list, check_number, check_size, check_tensor, check_whole
+from ..anchors.op import check_spec
+from ..anchors.reference import AnchorSpec, level_strides
 from ..box_coding.op import SCALE_CLAMP
 from ..nms.op import backend_reasons, padded_nms
-from .reference import (
-    class_candidates_reference,
-    rpn_candidates_reference,
-    select_best_reference,
-)
+from .reference import class_candidates_reference, rpn_candidates_reference, select_best_reference
 
 
 def rpn_proposals(

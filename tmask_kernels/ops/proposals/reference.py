@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..anchors.op import AnchorSpec, anchors_at
+from ..anchors.reference import AnchorSpec, anchors_at
 from ..box_coding.reference import clip_boxes, decode_boxes_reference
 
 
