@@ -60,5 +60,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """The modules are torchvision's subclasses; the ops do without importing torchvision, which takes seconds."""
     if name in ("MultiScaleRoIAlign", "RoIAlign", "RoIPool"):
+        from . import modules
+
         return getattr(modules, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
