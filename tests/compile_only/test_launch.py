@@ -68,14 +68,16 @@ def test_every_launch_says_whether_products_and_sums_fuse() -> None:
 
 
 def kernels_of(op: str) -> Any:
-    return importlib.import_module(f"tmask_kernels.ops.{op}.kernels")
+    """The kernels of "op", or one file of them, "op.file"."""
+    op, _, file = op.partition(".")
+    return importlib.import_module(".".join(["tmask_kernels.ops", op, "kernels", file]).rstrip("."))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize("cubic", [None, -0.5], ids=["bilinear", "bicubic"])
 def test_roi_align(dtype: torch.dtype, layout: torch.memory_format, cubic: float | None, launched: list[str]) -> None:
-    kernels = kernels_of("roi_align")
+    kernels = kernels_of("roi_align.forward")
     maps = [
         torch.zeros(2, 40, 21 // k, 23 // k, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
         for k in (1, 2, 4, 8)
@@ -97,7 +99,7 @@ def test_roi_align(dtype: torch.dtype, layout: torch.memory_format, cubic: float
 def test_roi_align_boxes(
     dtype: torch.dtype, layout: torch.memory_format, cubic: float | None, launched: list[str]
 ) -> None:
-    kernels = kernels_of("roi_align")
+    kernels = kernels_of("roi_align.forward")
     maps = [torch.zeros(2, 40, 21 // k, 23 // k, dtype=dtype).contiguous(memory_format=layout) for k in (1, 2, 4, 8)]
     boxes, valid = torch.rand(2, 6, 4, requires_grad=True), torch.ones(2, 6, dtype=torch.bool)
     scales, areas = [1 / 4, 1 / 8, 1 / 16, 1 / 32], [1.0, 2.0, 3.0]
@@ -112,7 +114,7 @@ def test_roi_align_boxes(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
 def test_roi_align_max(dtype: torch.dtype, layout: torch.memory_format, launched: list[str]) -> None:
-    kernels = importlib.import_module("tmask_kernels.ops.roi_align.kernels.max")
+    kernels = kernels_of("roi_align.max")
     maps = [
         torch.zeros(2, 40, 21 // k, 23 // k, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
         for k in (1, 2)
@@ -131,7 +133,7 @@ def test_roi_align_max(dtype: torch.dtype, layout: torch.memory_format, launched
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
 def test_roi_pool(dtype: torch.dtype, layout: torch.memory_format, launched: list[str]) -> None:
-    kernels = kernels_of("roi_pool")
+    kernels = kernels_of("roi_pool.forward")
     feature = torch.zeros(2, 40, 21, 23, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
     out, _ = kernels.roi_pool(feature, torch.rand(2, 6, 4), torch.ones(2, 6, dtype=torch.bool), 7, 7, 0.25, True)
     out.backward(torch.ones_like(out))
@@ -142,7 +144,7 @@ def test_roi_pool(dtype: torch.dtype, layout: torch.memory_format, launched: lis
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("scores", [torch.float32, torch.bfloat16], ids=str)
 def test_padded_nms(grouped: bool, scores: torch.dtype, launched: list[str]) -> None:
-    run = kernels_of("nms").padded_nms
+    run = kernels_of("nms.padded").padded_nms
     for K, kernels in ((70, ["_padded_nms_kernel"]), (1100, ["_step_kernel"] * 2)):
         groups = torch.zeros(3, K, dtype=torch.int64) if grouped else None
         valid = torch.ones(K, 3, dtype=torch.bool).T if grouped else None
@@ -153,7 +155,7 @@ def test_padded_nms(grouped: bool, scores: torch.dtype, launched: list[str]) -> 
 
 @pytest.mark.parametrize("gaussian", [False, True])
 def test_soft_nms(gaussian: bool, launched: list[str]) -> None:
-    kernels = importlib.import_module("tmask_kernels.ops.soft_nms.kernels")
+    kernels = kernels_of("soft_nms")
     kernels.soft_nms(torch.rand(70, 4), torch.rand(70), gaussian, 0.3, 0.5, 0.001)
     assert launched == ["_soft_nms_kernel"]
 
@@ -163,7 +165,7 @@ def test_soft_nms(gaussian: bool, launched: list[str]) -> None:
 def test_match_anchors(anchors: tuple[int, int, int], crowds: bool, launched: list[str]) -> None:
     valid = torch.ones(2, 40, dtype=torch.bool)
     arguments = torch.rand(anchors), torch.rand(2, 40, 4), valid, valid if crowds else None
-    match = kernels_of("matcher").match_anchors
+    match = kernels_of("match_anchors").match_anchors
     match(*arguments, 0.7, 0.3, True)
     match(*arguments, 1.0, 0.0, False)
     assert launched == ["_best_of_gt_kernel", "_match_kernel", "_match_kernel"]
@@ -184,7 +186,7 @@ def test_decode_keypoints(launched: list[str]) -> None:
 
 @pytest.mark.parametrize("size", [None, [30, 40]], ids=["free", "clipped"])
 def test_boxes(size: list[int] | None, launched: list[str]) -> None:
-    kernels = kernels_of("boxes")
+    kernels = kernels_of("box_coding")
     weights, anchors = [1.0, 1.0, 1.0, 1.0], torch.rand(9, 4)
     kernels.encode_boxes(torch.rand(9, 4), anchors, weights)
     deltas = torch.rand(9, 4, requires_grad=True)
@@ -203,8 +205,8 @@ def proposal_maps(height: int, width: int, dtype: torch.dtype) -> tuple[list[Ten
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rpn_proposals(dtype: torch.dtype, launched: list[str]) -> None:
     """One variant serves all sizes of images: a training draws many, and each level's strides differ with them."""
-    candidates = importlib.import_module("tmask_kernels.ops.proposals.kernels.candidates")
-    select = importlib.import_module("tmask_kernels.ops.proposals.kernels.select")
+    candidates = kernels_of("proposals.candidates")
+    select = kernels_of("proposals.select")
     sizes, half_sides, steps = torch.full((2, 2), 30), [4.0, 3.0] * 9, [4.0, 4.0, 8.0, 8.0, 16.0, 16.0]
     variants = set()
     for height, width in ((24, 20), (33, 17), (64, 48), (11, 4)):
@@ -220,8 +222,8 @@ def test_rpn_proposals(dtype: torch.dtype, launched: list[str]) -> None:
 
 @pytest.mark.parametrize("shared", [False, True], ids=["boxes of each class", "shared boxes"])
 def test_detections(shared: bool, launched: list[str]) -> None:
-    candidates = importlib.import_module("tmask_kernels.ops.proposals.kernels.candidates")
-    select = importlib.import_module("tmask_kernels.ops.proposals.kernels.select")
+    candidates = kernels_of("proposals.candidates")
+    select = kernels_of("proposals.select")
     scores, boxes = torch.rand(2, 30, 4)[:, :, 1:], torch.rand(2, 30, 4, 4)[:, :, 1 : 2 if shared else 4]
     valid, sizes = torch.ones(2, 30, dtype=torch.bool), torch.full((2, 2), 30)
     boxes, scores, _ = candidates.class_candidates(scores, boxes, valid, sizes, 0.05, 0.01)
@@ -271,9 +273,7 @@ def test_paste_masks(dtype: torch.dtype, convention: str, launched: list[str]) -
     """Run lengths are written by the second launch of their kernel, here of the sums that the first left: ones."""
     masks, boxes = torch.zeros(3, 28, 28, dtype=dtype), torch.rand(3, 4)
     for output in ("bool", "packed", "probability"):
-        kernels_of("paste_masks").paste_masks(masks, boxes, 17, 41, 0.5, output, convention)
+        kernels_of("paste_masks.dense").paste_masks(masks, boxes, 17, 41, 0.5, output, convention)
     with mock.patch.object(torch, "empty", torch.ones):
-        importlib.import_module("tmask_kernels.ops.paste_masks.kernels.runs").paste_runs(
-            masks[None], boxes[None], [3], [(17, 41)], 0.5, convention
-        )
+        kernels_of("paste_masks.runs").paste_runs(masks[None], boxes[None], [3], [(17, 41)], 0.5, convention)
     assert launched == ["_paste_kernel"] * 3 + ["_runs_kernel"] * 2

@@ -22,7 +22,6 @@ from ...common.launch import on_device
 from ...namespace import custom_op
 from .reference import BACKGROUND, CROWD_COVER, IGNORED
 
-NAN = tl.constexpr(float("nan"))  # a box of NaN overlaps nothing
 _BACKGROUND, _IGNORED, _CROWD_COVER = tl.constexpr(BACKGROUND), tl.constexpr(IGNORED), tl.constexpr(CROWD_COVER)
 
 
@@ -34,7 +33,7 @@ def _load_anchors(anchors_ptr, num_images, A, anchors_an_image, BLOCK: tl.conste
     block = tl.cdiv(A, BLOCK) - 1 - tl.program_id(0) // num_images
     rows = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = rows < A
-    x1, y1, x2, y2 = load4(anchors_ptr, n * anchors_an_image + rows, mask, BLOCK, tl.float32, NAN)
+    x1, y1, x2, y2 = load4(anchors_ptr, n * anchors_an_image + rows, mask, BLOCK, tl.float32, float("nan"))
     # Minima and maxima pass over NaN.
     return n, rows, mask, x1, y1, x2, y2, tl.min(x1, 0), tl.min(y1, 0), tl.max(x2, 0), tl.max(y2, 0)
 
@@ -42,7 +41,7 @@ def _load_anchors(anchors_ptr, num_images, A, anchors_an_image, BLOCK: tl.conste
 @triton.jit
 def _reaches(gt_ptr, rows, mask, left, top, right, bottom):
     """Which boxes `rows` [32] overlap the bounding box. One whose area is NaN overlaps nothing."""
-    x1, y1, x2, y2 = load4(gt_ptr, rows, mask, 32, tl.float32, NAN)
+    x1, y1, x2, y2 = load4(gt_ptr, rows, mask, 32, tl.float32, float("nan"))
     area = (x2 - x1) * (y2 - y1)
     across = tl.minimum(x2, right) > tl.maximum(x1, left)
     return across & (tl.minimum(y2, bottom) > tl.maximum(y1, top)) & (area == area)
