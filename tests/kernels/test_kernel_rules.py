@@ -3,6 +3,10 @@
 Triton finds what a loop carries by comparing values before the loop and after a dry run of its body. Two names that
 share one value before the loop, of which the body gives one to the other, look unchanged: neither is carried, and the
 compiled kernel computes with the first iteration's values. Python, and so the interpreter, carries both.
+
+A constant stands on the right of an operator beside a tensor. A global `tl.constexpr` on the left is asked first by
+Python. Under Triton's interpreter it wraps the whole tensor as another constant, which Triton 3.8 refuses in the next
+operation. Compiled kernels do not see the difference.
 """
 
 import ast
@@ -14,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 KERNEL_FILES = sorted(path for path in ROOT.glob("tmask_kernels/**/*.py") if "@triton.jit" in path.read_text())
+EACH_FILE = pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda path: str(path.relative_to(ROOT)))
 
 Names = dict[str, frozenset[str]]  # a name -> the values it may hold
 
@@ -98,7 +103,7 @@ def lost_names(source: str) -> list[tuple[int, str, str]]:
     return sorted(set().union(*(Aliases(function).lost for function in jitted)))
 
 
-@pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+@EACH_FILE
 def test_loops_carry_all_names(path: Path) -> None:
     faults = [
         f"{path.relative_to(ROOT)}:{line}: the loop would not carry {name!r}, which shares the value of {other!r}"
@@ -151,3 +156,59 @@ def test_the_old_keypoint_kernel_is_found() -> None:
     line = source[: source.index("for patch_y in")].count("\n") + 1
     found = lost_names(source.replace(now, old))
     assert [(at, name) for at, name, _ in found] == [(line, "high0"), (line, "high1"), (line, "low0"), (line, "low1")]
+
+
+# ---- constants
+
+
+def names(*nodes: ast.AST) -> set[str]:
+    return {name.id for node in nodes for name in ast.walk(node) if isinstance(name, ast.Name)}
+
+
+def constants(source: str) -> set[str]:
+    """Names that a module gives to a `tl.constexpr`."""
+    assigned = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    return {name for node in assigned if "constexpr(" in ast.unparse(node) for name in names(*node.targets)}
+
+
+def constants_on_the_left(source: str, known: set[str]) -> list[str]:
+    """Operators in functions with only constants on the left, and a tensor on the right, as "line: expression"."""
+    found = []
+    for function in ast.parse(source).body:
+        for node in ast.walk(function) if isinstance(function, ast.FunctionDef) else ():
+            match node:
+                case ast.BinOp(left=left, right=right) | ast.Compare(left=left, comparators=[right]):
+                    if names(left) and names(left) <= known and not names(right) <= known:
+                        found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+KNOWN = set().union(*(constants(path.read_text()) for path in KERNEL_FILES))
+
+
+@EACH_FILE
+def test_constants_stand_on_the_right(path: Path) -> None:
+    assert constants_on_the_left(path.read_text(), KNOWN) == [], path
+
+
+def test_the_constants_are_found() -> None:
+    assert {"_CROWD_COVER", "_UNIT", "PADDING", "BEYOND", "DOT_IN_FP32"} <= KNOWN
+
+
+@pytest.mark.parametrize(
+    ("line", "faults"),
+    [
+        ("x > C * (x * x)", ["C * (x * x)"]),
+        ("C - x", ["C - x"]),
+        ("C < x", ["C < x"]),
+        ("(C - 1) & x", ["C - 1 & x"]),
+        ("-C * tl.load(p)", ["-C * tl.load(p)"]),
+        ("x * x * C", []),
+        ("x * (1.0 / C / D)", []),
+        ("x[:, None] == C", []),
+        ("2 * x", []),
+    ],
+)
+def test_what_the_rule_finds(line: str, faults: list[str]) -> None:
+    source, known = f"def kernel(p, x):\n    return {line}\n", constants("C, D = tl.constexpr(1), tl.constexpr(2)")
+    assert constants_on_the_left(source, known) == [f"2: {fault}" for fault in faults]
