@@ -296,15 +296,15 @@ def test_candidates_of_empty_levels(device, grids, images):
 
 
 BROKEN_CANDIDATES = {
-    "length": ("real = index < plain(of_level(level, lengths, NUM_LEVELS))", "real = index >= 0"),
+    "length": ("real = index < decode_int(of_level(level, lengths, NUM_LEVELS))", "real = index >= 0"),
     "cell": ("return index % A, cell // W, cell % W", "return index % A, cell % W, cell // W"),
-    "channel stride": ("channel.to(tl.int64) * plain(of_level(level, strides[1]",
-                       "channel.to(tl.int64) * plain(of_level(level, strides[2]"),
-    "image": ("offset = image * plain(", "offset = 0 * plain("),
+    "channel stride": ("channel.to(tl.int64) * decode_int(of_level(level, strides[1]",
+                       "channel.to(tl.int64) * decode_int(of_level(level, strides[2]"),
+    "image": ("offset = image * decode_int(", "offset = 0 * decode_int("),
     "level": ("image, level = row // NUM_LEVELS, row % NUM_LEVELS\n    mask",
               "image, level = row // NUM_LEVELS, row % NUM_LEVELS // 2 * 2\n    mask"),
     "sides": ("half_h = tl.where(shape == i, half_heights[i]", "half_h = tl.where(shape == i, half_widths[i]"),
-    "shape": ("shape = anchor + plain(of_level(level, first_shapes, NUM_LEVELS)).to(tl.int32)", "shape = anchor"),
+    "shape": ("shape = anchor + decode_int(of_level(level, first_shapes, NUM_LEVELS)).to(tl.int32)", "shape = anchor"),
     "step": ("y.to(tl.float32) * of_level(level, steps_y", "y.to(tl.float32) * of_level(level, steps_x"),
     "shift": ("+ of_level(level, shifts_x, NUM_LEVELS)", ""),
     "delta": ("deltas_ptr + next_delta * 2", "deltas_ptr + next_delta * 3"),
@@ -316,7 +316,7 @@ BROKEN_CANDIDATES = {
     "NaN": ("good = real & (is_nan == 0) &", "good = real &"),
     "NaN box": ("empty = bad | (real == 0)", "empty = real == 0"),
     "sigmoid": ("tl.where(logit < 0, shrunk, 1.0)", "1.0"),
-    "padding": ("real = mask & (slot < plain(of_level(level, lengths, NUM_LEVELS)))", "real = mask"),
+    "padding": ("real = mask & (slot < decode_int(of_level(level, lengths, NUM_LEVELS)))", "real = mask"),
     "mask": ("tl.store(scores_ptr + rows, score, mask=mask)", "tl.store(scores_ptr + rows, score)"),
 }  # fmt: skip
 FAST = {"length", "level", "shift", "clip", "NaN"}

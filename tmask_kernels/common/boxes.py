@@ -1,4 +1,4 @@
-"""Checks of what ops that pool boxes from feature maps are given, and the forms of their boxes."""
+"""Checks of box and feature arguments, and the one form that the ops turn boxes into."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from .checks import check_list, check_tensor, wrong
 
 
 def check_features(op: str, features: list[Tensor], name: str = "features") -> None:
-    """Features [N, C, H, W], one a level, of one N, C, dtype and device. Errors: ValueError.
+    """Check feature maps [N, C, H, W], one a level: all have the same N, C, dtype and device.
 
-    `name`: the argument, a list, or the one feature map itself.
+    Args:
+        op: the public function, for the message.
+        features: the maps.
+        name: the argument's name; "features" is a list, any other name a single map.
+
+    Raises:
+        ValueError: a map is of another shape, dtype or device.
     """
     first = features[0]
     for i, feature in enumerate(features):
@@ -28,14 +34,18 @@ def check_features(op: str, features: list[Tensor], name: str = "features") -> N
 
 
 def boxes_as_tensor(op: str, feature: Tensor, boxes: Tensor | Sequence[Tensor], valid: Tensor | None) -> Tensor:
-    """Check `boxes` and `valid`; join a list of [L, 4] to [K, 5]. Errors: ValueError."""
+    """Check `boxes` and `valid`, and return the boxes as one tensor: [N, P, 4], or [K, 5] with the image's index first.
+
+    Raises:
+        ValueError: boxes or valid have a wrong shape, dtype or device.
+    """
     N, device = feature.shape[0], feature.device
     if not isinstance(boxes, Tensor):
         expected = f"[K, 5], a list of {N} tensors [L, 4], one an image, or [{N}, P, 4]"
         images = check_list(op, "boxes", boxes, expected, N)
         for i, b in enumerate(images):
             check_tensor(op, f"boxes[{i}]", b, ("L", 4), "float", device=device)
-        # Half precision does not hold every image's index.
+        # Half precision cannot hold the index of every image.
         wide = [b.to(torch.promote_types(b.dtype, torch.float32)) for b in images]
         rows = [torch.nn.functional.pad(b, (1, 0), value=float(i)) for i, b in enumerate(wide)]
         boxes = torch.cat(rows) if rows else feature.new_zeros((0, 5), dtype=torch.float32)
@@ -50,7 +60,7 @@ def boxes_as_tensor(op: str, feature: Tensor, boxes: Tensor | Sequence[Tensor], 
 
 
 def check_image_indices(op: str, boxes: Tensor, num_images: int) -> None:
-    """That boxes [K, 5] name images that exist; reads values. Errors: ValueError."""
+    """Raise ValueError if boxes [K, 5] name an image that does not exist. Reads values, so a GPU would have to wait."""
     index = boxes[:, 0].detach()
     inside = (index > -1) & (index < num_images)
     if not bool(inside.all()):
@@ -59,7 +69,7 @@ def check_image_indices(op: str, boxes: Tensor, num_images: int) -> None:
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Whether values cannot be read: under torch.compile, torch.export or vmap, or on fake and meta tensors."""
+    """Return whether values cannot be read: under torch.compile, torch.export or vmap, or of a fake or meta tensor."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     unread = isinstance(tensor, FakeTensor) or tensor.device.type == "meta"
@@ -67,6 +77,6 @@ def is_traced(tensor: Tensor) -> bool:
 
 
 def check_scored_boxes(op: str, boxes: Tensor, scores: Tensor, letters: tuple[str, ...]) -> None:
-    """Boxes [*letters, 4] of any float dtype, and scores [*letters] on their device. Errors: ValueError."""
+    """Raise ValueError unless boxes are [*letters, 4] and scores [*letters], both float and on one device."""
     check_tensor(op, "boxes", boxes, (*letters, 4), "float")
     check_tensor(op, "scores", scores, boxes.shape[:-1], "float", device=boxes.device)

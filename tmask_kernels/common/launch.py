@@ -1,4 +1,4 @@
-"""What launches share, without triton: the device, arguments of kernels, layouts of outputs."""
+"""Helpers of kernel launches that do not import triton: device guard, kernel arguments, output tensors."""
 
 from __future__ import annotations
 
@@ -12,49 +12,55 @@ from torch import Tensor
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Launch on the device of `tensor`: Triton launches on the current CUDA device, whatever its arguments say."""
+    """Return a context that makes the device of `tensor` the current CUDA device: Triton launches on that one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def unspecialized(numbers: Iterable[int]) -> tuple[int, ...]:
-    """Integers for a tuple argument, to be read with `plain`: 4 n + 3, which is never 1 nor a multiple of 16.
+def encode_ints(numbers: Iterable[int]) -> tuple[int, ...]:
+    """Encode each integer n of a tuple argument as 4 n + 3; the kernel undoes it with `decode_int`.
 
-    In a tuple Triton compiles a kernel anew for each pattern of such numbers, whatever `do_not_specialize` says; sizes
-    and strides of the levels of a pyramid have a great many.
+    Triton specialises integers in a tuple on 1 and on multiples of 16, whatever `do_not_specialize` says, and would
+    recompile for each image size. 4 n + 3 is never one of these.
     """
     return tuple(4 * number + 3 for number in numbers)
 
 
 def box_arguments(boxes: Tensor, valid: Tensor | None, num_images: int) -> dict[str, Any]:
-    """The arguments by which kernels read boxes with `load_box`: [N, P, 4], of which `valid` count, or [K, 5]."""
+    """Return the keyword arguments from which a kernel reads boxes with `load_box`.
+
+    Args:
+        boxes: [N, P, 4], or [K, 5] with the image's index first.
+        valid: bool [N, P], the boxes to pool; None means all.
+        num_images: N.
+    """
     boxes = boxes.contiguous()
     return {
         "boxes_ptr": boxes,
         "valid_ptr": boxes if valid is None else valid.contiguous().view(torch.uint8),
         "num_images": num_images,
-        "boxes_an_image": boxes.shape[-2],  # of boxes [K, 5] each image sees all K
+        "boxes_an_image": boxes.shape[-2],  # boxes [K, 5] are not sorted by image: each image reads all K
         "PADDED": boxes.dim() == 3,
         "HAS_VALID": valid is not None,
     }
 
 
 def side_arguments(maps: Sequence[Tensor]) -> dict[str, Any]:
-    """Heights and widths of one map [N, C, H, W] a level: floats, for which Triton does not compile a new kernel."""
+    """Return heights and widths of the maps [N, C, H, W], one a level, as floats: Triton does not specialise these."""
     return {"heights": tuple(float(m.shape[2]) for m in maps), "widths": tuple(float(m.shape[3]) for m in maps)}
 
 
 def is_channels_last(maps: Sequence[Tensor]) -> bool:
-    """Whether every map has its channels side by side; then so have the output and the gradients."""
+    """Return whether every map is channels_last in memory; outputs and gradients then are so too."""
     return all(m.stride(1) == 1 and m.shape[1] > 1 for m in maps)
 
 
 def empty_map(shape: Sequence[int], like: Tensor, channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised [N, C, H, W] of the device and dtype (or `dtype`) of `like`."""
+    """Return an uninitialised tensor [N, C, H, W] on the device of `like`, of its dtype unless `dtype` is given."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device, memory_format=layout)
 
 
 def empty_pooled(maps: Sequence[Tensor], boxes: Tensor, height: int, width: int) -> Tensor:
-    """An uninitialised output [K, C, PH, PW] of boxes [N, P, 4] or [K, 5] pooled from `maps`, in their layout."""
+    """Return an uninitialised output [K, C, PH, PW] for boxes [N, P, 4] or [K, 5], in the layout of `maps`."""
     num_boxes = boxes.shape[0] * (boxes.shape[1] if boxes.dim() == 3 else 1)
     return empty_map((num_boxes, maps[0].shape[1], height, width), maps[0], is_channels_last(maps))

@@ -1,4 +1,4 @@
-"""Which level of a feature pyramid a box is pooled from."""
+"""The level of a feature pyramid that a box is pooled from."""
 
 from __future__ import annotations
 

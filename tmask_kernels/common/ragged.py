@@ -1,4 +1,4 @@
-"""Results whose number depends on values: the one place where the host waits for a device."""
+"""Results whose length depends on values. Only here does the host wait for the device."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ..namespace import custom_op
 
-# Why such an op refuses function transforms.
+# The reason that these ops give when they refuse a function transform.
 RAGGED = "the number of its results depends on values; padded_nms takes many lists of boxes"
 
 
 def first_rows(count: Tensor, *rows: Tensor) -> list[Tensor]:
-    """The first `count` [1] of each of `rows`. The host waits, since the length is asked for."""
+    """Return the first `count` (int64 [1]) entries of each of `rows`. The host waits for `count`."""
     if torch.compiler.is_compiling():
         return _first_traced(count, rows)
     length = int(count)

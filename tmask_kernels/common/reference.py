@@ -1,4 +1,4 @@
-"""What several references share."""
+"""Functions that several references use."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ NEARBY_SAMPLES = 5
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Autocast would turn the products into half precision. The meta device knows none."""
+    """Return a context without autocast, which would compute products in half precision. The meta device has none."""
     return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 def box_sizes(boxes: Tensor) -> Tensor:
-    """Width and height of xyxy boxes [..., 4]: [..., 2]. NaN or infinite where any coordinate is."""
+    """Return width and height [..., 2] of xyxy boxes [..., 4]: NaN or infinite if a coordinate is."""
     return boxes[..., 2:] - boxes[..., :2]
 
 
 def is_finite(boxes: Tensor) -> Tensor:
-    """Whether the coordinates and the sides of boxes [..., 4] are finite: bool [...]."""
+    """Return whether all coordinates and sides of boxes [..., 4] are finite: bool [...]."""
     return torch.isfinite(box_sizes(boxes.detach())).all(-1)
 
 
 def in_cells(boxes: Tensor, scale: float, aligned: bool) -> tuple[Tensor, Tensor]:
-    """Start and size [..., 2], x y in cells, of boxes [..., 4] in pixels."""
+    """Convert boxes [..., 4] from pixels to cells: start and size, each [..., 2] as x, y."""
     corners = boxes * scale - (0.5 if aligned else 0.0)
     size = corners[..., 2:] - corners[..., :2]
     return corners[..., :2], size if aligned else torch.where(size < 1, 1.0, size)
 
 
 def bounded(values: Tensor, low: float | None = None, high: Tensor | float | None = None) -> Tensor:
-    """`values` brought to `low` .. `high`; NaN stays. A value equal to a bound passes its gradient.
+    """Clamp `values` to `low` .. `high`; NaN stays NaN. A value equal to a bound passes its gradient.
 
-    Not by `clamp`, whose gradient there depends on the version of torch: 1 before 2.14, then 0.
+    `torch.clamp` does not serve: its gradient at a bound is 1 before torch 2.14, and 0 from then on.
     """
     if low is not None:
         values = torch.where(values < low, low, values)
@@ -47,7 +47,7 @@ def bounded(values: Tensor, low: float | None = None, high: Tensor | float | Non
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of boxes a [..., 4] and b [..., 4], broadcast. Sides of the overlap are clamped at 0, areas are not."""
+    """Return the IoU of boxes a and b, each [..., 4], broadcast. The overlap's sides are at least 0; areas may not be."""
     ax1, ay1, ax2, ay2 = a.unbind(-1)
     bx1, by1, bx2, by2 = b.unbind(-1)
     width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
@@ -58,9 +58,9 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of targets in 0..1 under sigmoid(logits), also of infinite logits, where PyTorch's is NaN.
+    """Return the cross-entropy of targets in 0..1 under sigmoid(logits). PyTorch's gives NaN for infinite logits.
 
-    The term of a class with target 0 is 0, whatever its logit.
+    A term whose target is 0 is 0 for every logit.
     """
     positive, negative = -F.logsigmoid(logits), -F.logsigmoid(-logits)
     positive = positive.masked_fill(positive.isinf() & (targets == 0), 0)

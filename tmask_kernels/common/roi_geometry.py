@@ -1,4 +1,4 @@
-"""Where the bins of a box lie on the levels of a pyramid: what RoIAlign's forward and gradients must agree on."""
+"""The geometry of RoIAlign: everything that decides where the samples of a box lie."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RoIGeometry:
-    """One value in place of five arguments.
+    """The settings that RoIAlign's forward and its gradients must share.
 
-    A custom op's schema knows no such class, so there its fields stand one by one, in this order.
+    A custom op's schema cannot hold this class. `flatten` turns it into the op's arguments, `unflatten` reads them.
     """
 
     scales: tuple[float, ...]  # cells a pixel, one a level
-    thresholds: tuple[float, ...]  # px^2, one fewer: the area from which a box leaves a level for the next
+    thresholds: tuple[float, ...]  # px^2, one fewer: a box of this area or more belongs to the next level
     sampling_ratio: int  # samples a bin along an axis; 0 or less: ceil(bin size)
-    aligned: bool  # shifted by half a cell
+    aligned: bool  # shift boxes by half a cell, so that pixel centres meet
     cubic: float | None = None  # Keys' coefficient of bicubic samples; None: bilinear ones
 
     def flatten(self) -> tuple[list[float], list[float], int, bool, float | None]:
-        """The fields as a custom op takes them."""
+        """Return the fields as the arguments of a custom op."""
         return list(self.scales), list(self.thresholds), self.sampling_ratio, self.aligned, self.cubic
 
     @classmethod
     def unflatten(cls, *fields: Any) -> RoIGeometry:
-        """The inverse of `flatten`."""
+        """Rebuild the geometry from the arguments of a custom op."""
         scales, thresholds, *others = fields
         return cls(tuple(scales), tuple(thresholds), *others)
 
     def gradients(self) -> tuple[Any, ...]:
-        """What a backward gives for the fields: None each.
+        """Return what an autograd backward must return for the five arguments: no gradient.
 
-        A single level has no thresholds, and autograd takes an empty list for a list of tensors: its gradient is one.
+        Autograd mistakes an empty list (the thresholds of a single level) for a list of tensors and wants a list back.
         """
         return None, None if self.thresholds else [], None, None, None
 
     def launch_arguments(self) -> dict[str, Any]:
-        """The arguments of a kernel that depend on the geometry alone."""
+        """Return the keyword arguments of a kernel that follow from the geometry."""
         return {
             "scales": tuple(float(scale) for scale in self.scales),
             "thresholds": tuple(float(area) for area in self.thresholds) or (0.0,),

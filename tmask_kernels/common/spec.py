@@ -1,4 +1,4 @@
-"""What an op's `example.py` says of it, for `tmask validate`, the GPU tests and the tests of all ops."""
+"""The cases that an op's `example.py` gives to `tmask validate`, the GPU tests and the tests of all ops."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class OpSpec:
 
 
 def op_specs() -> tuple[OpSpec, ...]:
-    """The cases of all ops, by the names of their folders: the SPECS of each that has an `example.py`."""
+    """Return the SPECS of every op folder that has an `example.py`, sorted by folder."""
     from .. import ops
 
     found: list[OpSpec] = []

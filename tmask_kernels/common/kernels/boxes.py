@@ -1,4 +1,4 @@
-"""Boxes in Triton: loads and stores, IoU."""
+"""Jit functions on boxes: loads, stores, IoU."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import triton.language as tl
 
 @triton.jit
 def is_finite(x1, y1, x2, y2):
-    """A difference is finite only if both its terms are, and then only if it does not overflow."""
+    """Return whether coordinates and sides are finite. A difference is finite only if both terms are."""
     return (tl.abs(x2 - x1) < float("inf")) & (tl.abs(y2 - y1) < float("inf"))
 
 
 @triton.jit
 def load_box(boxes_ptr, valid_ptr, k, num_images, boxes_an_image, PADDED: tl.constexpr, HAS_VALID: tl.constexpr):
-    """Box k: corners, its image, and whether it is to be pooled at all (valid, finite, of an image that exists)."""
+    """Load box k: corners, image index, and whether to pool it (it is valid, finite, and its image exists)."""
     if PADDED:  # [N, P, 4]
         row = boxes_ptr + k * 4
         image = k // boxes_an_image
@@ -33,7 +33,7 @@ def load_box(boxes_ptr, valid_ptr, k, num_images, boxes_an_image, PADDED: tl.con
 
 @triton.jit
 def load_boxes(ptr, rows, mask):
-    """Coordinates of boxes `rows`, NaN where masked: such a box overlaps nothing."""
+    """Load the coordinates of boxes `rows`. Masked boxes get NaN: they overlap nothing."""
     x1 = tl.load(ptr + rows * 4, mask=mask, other=float("nan"))
     y1 = tl.load(ptr + rows * 4 + 1, mask=mask, other=float("nan"))
     x2 = tl.load(ptr + rows * 4 + 2, mask=mask, other=float("nan"))
@@ -43,7 +43,7 @@ def load_boxes(ptr, rows, mask):
 
 @triton.jit
 def load4(ptr, rows, mask, BLOCK: tl.constexpr, DTYPE: tl.constexpr, OTHER: tl.constexpr = 0.0):
-    """The four numbers of boxes `rows` [BLOCK], OTHER where masked; one tile, so that each box is one wide load."""
+    """Load the four numbers of boxes `rows` [BLOCK], OTHER if masked. One tile makes each box one 16-byte load."""
     tile = tl.load(ptr + rows[:, None] * 4 + tl.arange(0, 4)[None, :], mask=mask[:, None], other=OTHER).to(DTYPE)
     even, odd = tl.split(tl.reshape(tile, (BLOCK, 2, 2)))
     first, third = tl.split(even)
@@ -60,7 +60,7 @@ def store4(ptr, rows, mask, first, second, third, fourth, BLOCK: tl.constexpr):
 
 @triton.jit
 def box_iou(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2):
-    """IoU of boxes a and b, any broadcastable shapes. IEEE division; sides of the overlap clamped at 0, areas not."""
+    """Return the IoU of boxes a and b (they broadcast). The overlap's sides are clamped at 0, areas are not."""
     width = tl.maximum(tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1), 0.0)
     height = tl.maximum(tl.minimum(ay2, by2) - tl.maximum(ay1, by1), 0.0)
     inter = width * height

@@ -1,4 +1,4 @@
-"""Numbers in Triton: integers and bits, products, sigmoids."""
+"""Jit functions on numbers: encoded integers, bits, small matrix products, sigmoids."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ import triton.language as tl
 
 from ...backend import interpreter_enabled
 
-# The interpreter multiplies the bits of bf16 as if they were integers; in float32 it gets the same products.
+# The interpreter multiplies bf16 values as integers. Products in float32 are the same as on a GPU.
 DOT_IN_FP32 = tl.constexpr(interpreter_enabled())
 
 
 @triton.jit
-def plain(number):
-    """The int64 that `unspecialized` took."""
+def decode_int(number):
+    """Return the int64 that `encode_ints` encoded."""
     return tl.cast(number, tl.int64) >> 2
 
 
 @triton.jit
 def lowest_bit(bits):
-    """Place of the lowest set bit of an int64 from 1 to 2^32 - 1, and the bits without it."""
+    """Return the position of the lowest set bit of an int64 in 1..2^32 - 1, and `bits` with that bit cleared."""
     lowest = bits & (0 - bits)
-    # A power of two is exact as a float, and its exponent is the bit's place.
+    # A float32 holds a power of two exactly, and its exponent is the position.
     return (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127, bits ^ lowest
 
 
 @triton.jit
 def small_dot(weights, values, TERMS: tl.constexpr, ACC: tl.constexpr):
-    """weights [M, K] of type ACC times values [K, N], to full ACC precision: [M, N].
+    """Multiply weights [M, K] of dtype ACC by values [K, N], to full ACC precision: [M, N].
 
-    Half-precision values take the tensor cores: the weights go in as a sum of TERMS numbers of the values' type, whose
-    products are exact. Others are multiplied as they are, never rounded to TF32.
+    Half-precision values use the tensor cores: each weight is split into a sum of TERMS numbers of the values' dtype,
+    whose products are exact. Products of other dtypes are never rounded to TF32.
     """
     product = tl.zeros((weights.shape[0], values.shape[1]), ACC)
     for _ in tl.static_range(TERMS):
@@ -45,7 +45,7 @@ def small_dot(weights, values, TERMS: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def sigmoids(x):
-    """sigmoid(x) and sigmoid(-x), the smaller of them to full relative precision too."""
+    """Return sigmoid(x) and sigmoid(-x), both to full relative precision."""
     small = tl.exp(-tl.abs(x))
     larger = 1.0 / (1.0 + small)
     smaller = small * larger
@@ -54,13 +54,14 @@ def sigmoids(x):
 
 @triton.jit
 def cross_entropy_with_logits(x, t):
-    """max(x, 0) - x t + log(1 + exp(-|x|)): the entropy of targets t in 0..1 under sigmoid(x).
+    """Return the cross-entropy of targets t in 0..1 under sigmoid(x): max(x, 0) - x t + log(1 + exp(-|x|)).
 
-    The first two terms are |x| times the distance of t from the side of x, and 0 at no distance, if x is infinite too.
+    The first two terms are computed as |x| times the distance of t from the class that x predicts. A distance of 0
+    gives 0, for an infinite x too.
     """
     distance = tl.where(x >= 0, 1.0 - t, t)
     small = tl.exp(-tl.abs(x))
     whole = 1.0 + small
-    # log(whole) belongs to a rounded sum; this ratio mends it (Goldberg 1991, theorem 4).
+    # `whole` is rounded; the ratio corrects log(whole) for it (Goldberg 1991, theorem 4).
     ratio = small / tl.where(whole == 1.0, 1.0, whole - 1.0)
     return tl.where(distance == 0, 0.0, tl.abs(x)) * distance + tl.where(whole == 1.0, small, tl.log(whole) * ratio)

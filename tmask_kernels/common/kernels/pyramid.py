@@ -1,4 +1,4 @@
-"""What belongs to a box's level of a pyramid, in Triton."""
+"""Jit functions for the level of a box: its index, and the level's member of a tuple argument."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def of_level(level, values, NUM_LEVELS: tl.constexpr):
-    """The member of a tuple that belongs to a level: numbers or pointers."""
+    """Return values[level] of a tuple of numbers or pointers."""
     value = values[0]
     for i in tl.static_range(1, NUM_LEVELS):
         value = tl.where(level >= i, values[i], value)
@@ -17,7 +17,7 @@ def of_level(level, values, NUM_LEVELS: tl.constexpr):
 
 @triton.jit
 def level_index(x1, y1, x2, y2, thresholds, NUM_LEVELS: tl.constexpr):
-    """Level of a box: how many of the areas in `thresholds`, which rise, it reaches."""
+    """Return the level of a box: the number of `thresholds` (areas, rising) that its area reaches."""
     area = (x2 - x1) * (y2 - y1)
     level = tl.zeros_like(area).to(tl.int32)
     for i in tl.static_range(1, NUM_LEVELS):
@@ -27,7 +27,7 @@ def level_index(x1, y1, x2, y2, thresholds, NUM_LEVELS: tl.constexpr):
 
 @triton.jit
 def strides_of_level(level, strides, NUM_LEVELS: tl.constexpr):
-    """(n, c, h, w) of a level, as int64: offsets may pass 2^31."""
+    """Return the strides (n, c, h, w) of a level as int64: offsets may exceed 2^31."""
     stride_n, stride_c = tl.cast(strides[0][0], tl.int64), tl.cast(strides[0][1], tl.int64)
     stride_h, stride_w = tl.cast(strides[0][2], tl.int64), tl.cast(strides[0][3], tl.int64)
     for i in tl.static_range(1, NUM_LEVELS):

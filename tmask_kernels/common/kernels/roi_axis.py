@@ -1,4 +1,4 @@
-"""What the RoIAlign kernels share: a box, its level, and its bins along an axis. Letters as in `reference`."""
+"""Jit functions for the bins, samples and interpolation weights of a RoI along one axis."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def divide(a, b):
-    """IEEE division: fp32 `/` is approximate and would move the ceil of an adaptive grid by one."""
+    """Divide by IEEE rules. The approximate fp32 `/` could move the ceil of an adaptive grid by one."""
     if a.dtype.is_fp64():
         return a / b
     else:
@@ -17,7 +17,7 @@ def divide(a, b):
 
 @triton.jit
 def axis(low_corner, high_corner, scale, bins, ALIGNED: tl.constexpr, SAMPLING_RATIO: tl.constexpr):
-    """Along an axis, in cells: start of the box, size of a bin, samples in it (a float: it may be huge), their step."""
+    """Return, in cells along an axis: box start, bin size, samples a bin (a float: it may be huge), sample step."""
     shift: tl.constexpr = 0.5 if ALIGNED else 0.0
     start = low_corner * scale - shift
     size = high_corner * scale - shift - start
@@ -34,17 +34,17 @@ def axis(low_corner, high_corner, scale, bins, ALIGNED: tl.constexpr, SAMPLING_R
 
 @triton.jit
 def window(bin_start, step, grid, length, SAMPLING_RATIO: tl.constexpr):
-    """First sample of a bin to visit, and how many: the adaptive grid of a huge box has most outside the map.
+    """Return the first sample of a bin to visit, and the number of samples to visit.
 
-    With an adaptive grid samples are at least half a cell apart (or there is just one), so at most
-    2 * (length + 1) + 1 fall inside [-1, length]; one more on either side absorbs rounding. So one of the samples
-    beyond a border is visited, if there are any.
+    Most samples of a huge box's adaptive grid lie outside the map, and the kernel skips them. Adaptive samples are at
+    least half a cell apart (or there is only one), so at most 2 * (length + 1) + 1 lie in [-1, length]. One more on
+    each side absorbs rounding; therefore one sample beyond each border is visited if there is any.
     """
     if SAMPLING_RATIO > 0:
         first = tl.zeros_like(bin_start)
         count = tl.zeros_like(bin_start) + SAMPLING_RATIO
     else:
-        step = tl.where(step != 0, step, 1.0)  # 0 / 0 would be NaN
+        step = tl.where(step != 0, step, 1.0)  # avoid 0 / 0
         first = tl.floor((-1.0 - bin_start) / step - 0.5) - 1
         first = tl.maximum(tl.minimum(first, grid - 1), 0.0)
         last = tl.ceil((length - bin_start) / step - 0.5) + 1
@@ -54,7 +54,7 @@ def window(bin_start, step, grid, length, SAMPLING_RATIO: tl.constexpr):
 
 @triton.jit
 def clamped(at, length):
-    """Samples moved onto the border's cell where they are beyond it, and whether they lie in the map."""
+    """Clamp sample positions to the map; also return whether each lies in it (NaN does not)."""
     inside = (at >= -1.0) & (at <= length)  # false for NaN
     at = tl.where(inside, at, 0.0)
     return tl.minimum(tl.maximum(at, 0.0), length - 1.0), inside
@@ -62,7 +62,7 @@ def clamped(at, length):
 
 @triton.jit
 def taps(at, length):
-    """Cells below and above a sample that is clamped to the map, and the weight of the upper one."""
+    """Return the cells below and above a clamped sample, and the weight of the upper cell."""
     low = tl.floor(at)
     upper_weight = at - low
     low = low.to(tl.int32)
@@ -72,7 +72,7 @@ def taps(at, length):
 
 @triton.jit
 def cubic_weight(distance, CUBIC: tl.constexpr):
-    """Keys' kernel of coefficient CUBIC at a distance of 0 or more cells, as in `reference`; 0 from 2 on."""
+    """Return Keys' kernel with coefficient CUBIC at a distance >= 0 in cells. It is 0 from a distance of 2 on."""
     near = (1.0 - distance) * (1.0 + distance - (CUBIC + 2.0) * distance * distance)
     beyond = tl.minimum(distance - 2.0, 0.0)
     far = CUBIC * (distance - 1.0) * beyond * beyond
@@ -81,11 +81,11 @@ def cubic_weight(distance, CUBIC: tl.constexpr):
 
 @triton.jit
 def tap_weight(at, cells, length, CUBIC: tl.constexpr):
-    """Weight of whole-numbered `cells` in samples `at` that are clamped to the map; broadcast together."""
+    """Return the weight of `cells` (whole numbers) in clamped samples `at`; the two broadcast."""
     if CUBIC is None:
         weight = tl.maximum(1.0 - tl.abs(at - cells), 0.0)
     else:
-        # The taps beyond a border are of its last cell: one on either side, the others weigh 0.
+        # A tap beyond the border reads the border's cell. Only one tap on each side has a weight other than 0.
         weight = cubic_weight(tl.abs(at - cells), CUBIC)
         weight += tl.where(cells == 0, cubic_weight(at + 1.0, CUBIC), 0.0)
         weight += tl.where(cells == length - 1.0, cubic_weight(length - at, CUBIC), 0.0)
@@ -94,7 +94,7 @@ def tap_weight(at, cells, length, CUBIC: tl.constexpr):
 
 @triton.jit
 def cubic_tap(at, tap, length, CUBIC: tl.constexpr):
-    """Cell of tap 0 to 3 of a sample that is clamped to the map, and its weight."""
+    """Return the cell of tap 0..3 of a clamped sample, and the tap's weight."""
     cell = tl.floor(at) + (tap - 1)
     weight = cubic_weight(tl.abs(at - cell), CUBIC)
     return tl.minimum(tl.maximum(cell, 0.0), length - 1.0).to(tl.int32).to(tl.int64), weight
@@ -102,7 +102,7 @@ def cubic_tap(at, tap, length, CUBIC: tl.constexpr):
 
 @triton.jit
 def cubic_slope(at, tap, CUBIC: tl.constexpr):
-    """Derivative of the weight of tap 0 to 3 by the coordinate `at` of a sample that is clamped to the map."""
+    """Return the derivative of the weight of tap 0..3 by the position `at` of a clamped sample."""
     offset = at - tl.floor(at) - (tap - 1)
     distance = tl.abs(offset)
     near = distance * ((3.0 * CUBIC + 6.0) * distance - (2.0 * CUBIC + 6.0))
@@ -113,8 +113,8 @@ def cubic_slope(at, tap, CUBIC: tl.constexpr):
 
 @triton.jit
 def samples_a_row(SAMPLING_RATIO: tl.constexpr):
-    """Numbers that the indices of kept samples leave for a row of a bin's samples: row x this + column.
+    """Return the factor F by which max pooling numbers a bin's samples: row * F + column.
 
-    The window of an adaptive grid has at most 2 * length + 5 rows and columns, which leaves 16 bits for either.
+    The window of an adaptive grid has at most 2 * length + 5 rows and columns, so each fits 16 bits.
     """
     return SAMPLING_RATIO if SAMPLING_RATIO > 0 else 65536

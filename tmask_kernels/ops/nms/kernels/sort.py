@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....common.kernels.numbers import plain
-from ....common.launch import on_device, unspecialized
+from ....common.kernels.numbers import decode_int
+from ....common.launch import encode_ints, on_device
 from ..reference import sort_order
 
 BLOCK = 256
@@ -44,8 +44,8 @@ def store_kept(ptr, rows, x1, y1, x2, y2, state, mask):
 
 @triton.jit
 def _offset(segment, row, strides):
-    """Of rows in segments; strides as `unspecialized` gives them."""
-    return segment * plain(strides[0]) + row * plain(strides[1])
+    """Of rows in segments; strides as `encode_ints` gives them."""
+    return segment * decode_int(strides[0]) + row * decode_int(strides[1])
 
 
 @triton.jit(do_not_specialize=["K", "slots"])
@@ -58,7 +58,7 @@ def _sorted_kernel(
     scores_ptr,
     valid_ptr,  # bool, only if HAS_VALID
     groups_ptr,  # int64, only with groups
-    box_strides,  # these as `unspecialized` gives them, but the last of a box: 1 is to be seen
+    box_strides,  # these as `encode_ints` gives them, but the last of a box: 1 is to be seen
     score_strides,
     valid_strides,
     group_strides,
@@ -110,10 +110,10 @@ def sort_boxes(boxes: Tensor, scores: Tensor, valid: Tensor | None, groups: Tens
             scores_ptr=scores,
             valid_ptr=valid_or_any,
             groups_ptr=groups_or_any,
-            box_strides=(*unspecialized(boxes.stride()[:2]), boxes.stride(2)),
-            score_strides=unspecialized(scores.stride()),
-            valid_strides=unspecialized(valid_or_any.stride()),
-            group_strides=unspecialized(groups_or_any.stride()),
+            box_strides=(*encode_ints(boxes.stride()[:2]), boxes.stride(2)),
+            score_strides=encode_ints(scores.stride()),
+            valid_strides=encode_ints(valid_or_any.stride()),
+            group_strides=encode_ints(groups_or_any.stride()),
             K=K,
             slots=S * K,
             HAS_VALID=valid is not None,

@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ....common.kernels.boxes import load4, store4
-from ....common.kernels.numbers import plain
+from ....common.kernels.numbers import decode_int
 from ....common.kernels.pyramid import of_level
-from ....common.launch import on_device, unspecialized
+from ....common.launch import encode_ints, on_device
 from ....namespace import custom_op
 from ...box_coding.kernels import clipped, decode_delta
 from .select import PADDING, make_key, split_key
@@ -32,8 +32,8 @@ BLOCK = 128
 @triton.jit
 def _cell(index, widths, per_cell, level, NUM_LEVELS: tl.constexpr):
     """Anchor of its cell, row and column (int32) of the index of an anchor within its level."""
-    A = plain(of_level(level, per_cell, NUM_LEVELS)).to(tl.int32)
-    W = plain(of_level(level, widths, NUM_LEVELS)).to(tl.int32)
+    A = decode_int(of_level(level, per_cell, NUM_LEVELS)).to(tl.int32)
+    W = decode_int(of_level(level, widths, NUM_LEVELS)).to(tl.int32)
     cell = index // A
     return index % A, cell // W, cell % W
 
@@ -41,10 +41,10 @@ def _cell(index, widths, per_cell, level, NUM_LEVELS: tl.constexpr):
 @triton.jit
 def _offset(image, channel, y, x, strides, level, NUM_LEVELS: tl.constexpr):
     """Where an element of a level's map [N, C, H, W] lies; `strides` are (n, c, h, w) a level."""
-    offset = image * plain(of_level(level, strides[0], NUM_LEVELS))
-    offset += channel.to(tl.int64) * plain(of_level(level, strides[1], NUM_LEVELS))
-    offset += y.to(tl.int64) * plain(of_level(level, strides[2], NUM_LEVELS))
-    return offset + x.to(tl.int64) * plain(of_level(level, strides[3], NUM_LEVELS))
+    offset = image * decode_int(of_level(level, strides[0], NUM_LEVELS))
+    offset += channel.to(tl.int64) * decode_int(of_level(level, strides[1], NUM_LEVELS))
+    offset += y.to(tl.int64) * decode_int(of_level(level, strides[2], NUM_LEVELS))
+    return offset + x.to(tl.int64) * decode_int(of_level(level, strides[3], NUM_LEVELS))
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def _rpn_keys_kernel(
     row = (tl.program_id(0) // blocks).to(tl.int64)
     index = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     image, level = row // NUM_LEVELS, row % NUM_LEVELS
-    real = index < plain(of_level(level, lengths, NUM_LEVELS))
+    real = index < decode_int(of_level(level, lengths, NUM_LEVELS))
     anchor, y, x = _cell(index, widths, per_cell, level, NUM_LEVELS)
     logits_ptr = of_level(level, logits_ptrs, NUM_LEVELS)
     logit = tl.load(logits_ptr + _offset(image, anchor, y, x, strides, level, NUM_LEVELS), mask=real, other=0.0)
@@ -117,12 +117,12 @@ def _rpn_candidates_kernel(
     slot = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     image, level = row // NUM_LEVELS, row % NUM_LEVELS
     mask = slot < K
-    real = mask & (slot < plain(of_level(level, lengths, NUM_LEVELS)))  # padding's keys are behind a level's own
+    real = mask & (slot < decode_int(of_level(level, lengths, NUM_LEVELS)))  # padding's keys are behind a level's own
     logit, index = split_key(tl.load(keys_ptr + row * K + slot, mask=real, other=0))
     anchor, y, x = _cell(index, widths, per_cell, level, NUM_LEVELS)
 
     # The anchor, rounded as a stored one would be.
-    shape = anchor + plain(of_level(level, first_shapes, NUM_LEVELS)).to(tl.int32)
+    shape = anchor + decode_int(of_level(level, first_shapes, NUM_LEVELS)).to(tl.int32)
     half_w = tl.zeros((BLOCK,), tl.float32)
     half_h = tl.zeros((BLOCK,), tl.float32)
     for i in tl.static_range(NUM_SHAPES):
@@ -135,7 +135,7 @@ def _rpn_candidates_kernel(
 
     deltas_ptr = of_level(level, deltas_ptrs, NUM_LEVELS)
     deltas_ptr += _offset(image, anchor * 4, y, x, strides, level, NUM_LEVELS)
-    next_delta = plain(of_level(level, strides[1], NUM_LEVELS))
+    next_delta = decode_int(of_level(level, strides[1], NUM_LEVELS))
     dx = tl.load(deltas_ptr, mask=real, other=0.0)
     dy = tl.load(deltas_ptr + next_delta, mask=real, other=0.0)
     dw = tl.load(deltas_ptr + next_delta * 2, mask=real, other=0.0)
@@ -197,7 +197,7 @@ def _class_candidates_kernel(
 
 def _level_strides(maps: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
     """(n, c, h, w), each of all levels."""
-    return tuple(unspecialized(x.stride(axis) for x in maps) for axis in range(4))
+    return tuple(encode_ints(x.stride(axis) for x in maps) for axis in range(4))
 
 
 def _one_dtype(maps: Sequence[Tensor]) -> list[Tensor]:
@@ -256,9 +256,9 @@ def rpn_candidates_fwd(
     deltas = _one_dtype(deltas)
     per_cell = [x.shape[1] for x in objectness]
     geometry = {
-        "widths": unspecialized(max(x.shape[3], 1) for x in objectness),  # divisors, even of an empty map
-        "per_cell": unspecialized(per_cell),
-        "lengths": unspecialized(x.shape[1:].numel() for x in objectness),
+        "widths": encode_ints(max(x.shape[3], 1) for x in objectness),  # divisors, even of an empty map
+        "per_cell": encode_ints(per_cell),
+        "lengths": encode_ints(x.shape[1:].numel() for x in objectness),
     }
     with on_device(boxes):
         _rpn_candidates_kernel[(len(boxes) * triton.cdiv(K, BLOCK),)](
@@ -270,7 +270,7 @@ def rpn_candidates_fwd(
             deltas_ptrs=tuple(deltas),
             strides=_level_strides(deltas),
             **geometry,
-            first_shapes=unspecialized(sum(per_cell[:level]) for level in range(L)),
+            first_shapes=encode_ints(sum(per_cell[:level]) for level in range(L)),
             half_widths=tuple(half_sides[::2]),
             half_heights=tuple(half_sides[1::2]),
             steps_y=tuple(steps[::2]),
