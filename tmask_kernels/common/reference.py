@@ -47,7 +47,7 @@ def bounded(values: Tensor, low: float | None = None, high: Tensor | float | Non
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Return the IoU of boxes a and b, each [..., 4], broadcast. The overlap's sides are at least 0; areas may not be."""
+    """Return the IoU of boxes a and b, each [..., 4], broadcast. The overlap's sides are at least 0, areas not."""
     ax1, ay1, ax2, ay2 = a.unbind(-1)
     bx1, by1, bx2, by2 = b.unbind(-1)
     width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
