@@ -184,7 +184,7 @@ def multiscale_roi_align_max(
     """Pool boxes [N, P, 4] (fp32, valid [N, P] bool) or [K, 5]: [K, C, PH, PW], and where its values come from.
 
     With `keep_index`, which the backward needs, that is int8 or int32 [K, C, PH, PW]: the sample, row by row of those
-    visited (`kernels_geometry.samples_a_row`), or -1 where a bin takes no gradient; else it is empty.
+    visited (`roi_axis.samples_a_row`), or -1 where a bin takes no gradient; else it is empty.
     """
     out, index = _empty_outputs(features, boxes, pooled_height, pooled_width, sampling_ratio, keep_index)
     if out.numel() and any(f.numel() for f in features):
