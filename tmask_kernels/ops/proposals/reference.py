@@ -1,7 +1,7 @@
 """From the RPN's maps to proposals, and from class scores to detections, as their definitions read.
 
 Three steps with fixed shapes and no host synchronisation: candidates by segment, NMS of the segments, the best of each
-image. The first and the last stand here; `kernels_candidates` and `kernels_select` are their kernels.
+image. The first and the last stand here; `kernels/candidates.py` and `kernels/select.py` are their kernels.
 Letters: N images, A anchors of a cell, H W side lengths of a map, L levels, P proposals, Cls foreground classes, S
 segments (a level or a class of an image), G of one image, K candidates of a segment, M of them that NMS kept, D rows
 taken of an image. Order everywhere: score falling, then index rising. All arithmetic is float32 whatever the inputs'

@@ -1,7 +1,7 @@
 """Padded NMS in Triton. Letters: S segments, K boxes of a segment, M outputs of a segment.
 
 Two strategies, by shape alone: many segments, or short ones, get a program each, below; few long ones are each spread
-over the whole GPU (`kernels_blocks`). Both are bit-equal to the reference, and so deterministic.
+over the whole GPU (`blocks`). Both are bit-equal to the reference, and so deterministic.
 
 A program takes the boxes, sorted before, in blocks of BLOCK: first the block against the list of boxes kept so far,
 then the block against itself. Inside a block, keep[j] = alive[j] and no i < j with keep[i] and IoU[i, j] over the

@@ -5,7 +5,7 @@ of them, BLOCK at a time, and only where such a chunk touches the mask's box doe
 stores zeros. A thread owns GROUP neighbouring elements, 16 bytes, in chunks that begin at multiples of 16 elements of
 memory, so rows of any width are stored 16 bytes at a time. A group has pixels of at most two rows.
 
-Run lengths are in `kernels_runs`. Letters: K instances, M mask side, H W image size, L elements of a row.
+Run lengths are in `runs`. Letters: K instances, M mask side, H W image size, L elements of a row.
 """
 
 from __future__ import annotations

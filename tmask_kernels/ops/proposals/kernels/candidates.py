@@ -1,6 +1,6 @@
 """The boxes that go into NMS, by segment: of each level of an image, or of each class of an image.
 
-For an RPN one kernel makes a key (`kernels_select`) of every logit of all levels, `torch.topk` picks each level's best,
+For an RPN one kernel makes a key (`select`) of every logit of all levels, `torch.topk` picks each level's best,
 and one kernel computes their anchors from the keys' indices, reads their deltas where these lie, decodes, clips and
 filters. Rows of keys are as long as the largest level: padding costs less than a top-k a level. For detections one
 kernel clips, filters and lays out by class. A program of the kernels serves BLOCK slots of one segment.

@@ -6,7 +6,7 @@ the order of their index, keeps the sum in registers and writes each gradient on
 spread along x by one small product, [cells of a tile row, bins] x [bins, channels], and along y by a multiply-add for
 each row of the tile; only rows of bins that can reach the tile are read.
 
-Which boxes touch a tile stands in the bit mask of `kernels_touch`, written first. Letters as in `reference`.
+Which boxes touch a tile stands in the bit mask of `touch`, written first. Letters as in `reference`.
 """
 
 from __future__ import annotations

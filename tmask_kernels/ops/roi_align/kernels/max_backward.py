@@ -5,7 +5,7 @@ one image and a block of channels, goes through the boxes that touch the tile in
 those of their bins that can. Each bin adds its gradient to the cells of the tile, weighted as the taps of the kept
 sample. The sums stay in registers and are written once, in their final dtype.
 
-Which boxes touch a tile stands in the bit mask of `kernels_touch`, written first. Letters as in `reference`.
+Which boxes touch a tile stands in the bit mask of `touch`, written first. Letters as in `reference`.
 """
 
 from __future__ import annotations

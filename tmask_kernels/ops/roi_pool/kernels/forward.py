@@ -4,7 +4,7 @@ One program: one box x one row of bins x a block of channels. It works on a tile
 over the cells of the bins; their places are computed once a bin, not once a channel. Features are read where they lie,
 by their strides; with channels_last a thread loads 16 bytes of channels, and the output is channels_last too.
 
-The backward is in `kernels_backward`. Both are deterministic. Letters as in `reference`.
+The backward is in `backward`. Both are deterministic. Letters as in `reference`.
 """
 
 from __future__ import annotations
