@@ -1,5 +1,6 @@
 """Out of memory, in a process, on a GPU or in a data worker: the message names the options to lower."""
 
+import faulthandler
 import os
 import signal
 from pathlib import Path
@@ -68,6 +69,7 @@ class Ending:
         return 1
 
     def __getitem__(self, i: int) -> int:
+        faulthandler.disable()  # pytest's would print the worker's stack
         os.kill(os.getpid(), self.number)
         return i
 
