@@ -627,7 +627,7 @@ def test_a_checkpoint_keeps_how_images_are_turned(tmp_path: Path, capsys: Any) -
     assert saved.pop("exif") is True  # as in a checkpoint from before it was kept
     torch.save(saved, out / "checkpoint.pt")
     assert call("eval", **options) == call("predict", **options, out=tmp_path / "r") == 1
-    assert capsys.readouterr().err.count("expected 70x64 pixels by") == 1 + 2 + 1 + 2
+    assert capsys.readouterr().err.count("expected 70x64 pixels by") == 2 + 2 + 2 + 2
     assert call("eval", **options, exif="true") == 0
 
 

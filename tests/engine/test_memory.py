@@ -158,8 +158,8 @@ def test_evaluation_and_prediction_name_theirs(
     assert cli.main(predict) == 1
     said = (
         "tmask predict: error: out of memory (CUDA out of memory); lower, the most effective first: --max_detections "
-        "(now 50), --precision bf16 (now fp32); what is done is in out, and the same command goes on there, but other "
-        "settings begin anew with --overwrite"
+        "(now 1000), --precision bf16 (now fp32); what is done is in out, and the same command goes on there, but "
+        "other settings begin anew with --overwrite"
     )
     assert capsys.readouterr().err.splitlines()[-1] == said
     assert cli.main(predict) == 0

@@ -16,6 +16,7 @@ from torch import Tensor
 from tests.model.sync import count_blocking
 from tests.mutation import mutant
 from tmask_kernels import batched_nms, nms, padded_nms
+from tmask_kernels.common import ragged
 from tmask_kernels.common import reference as common
 from tmask_kernels.ops.nms import op, reference
 from tmask_kernels.ops.nms.kernels import padded as kernels
@@ -307,7 +308,7 @@ def test_opcheck(device, with_groups):
     groups = torch.arange(20, device=device).expand(2, -1) % 3 if with_groups else None
     for custom in (kernels.padded_nms, op._padded_nms_traced):
         torch.library.opcheck(custom, (boxes, scores, thresholds, scores > 0.2, groups, 10))
-    torch.library.opcheck(op._first_traced, (torch.tensor([3]), [torch.arange(5), torch.rand(5)]))
+    torch.library.opcheck(ragged._first_traced, (torch.tensor([3]), [torch.arange(5), torch.rand(5)]))
 
 
 @pytest.mark.parametrize("chosen", ["auto", "reference", "triton"])

@@ -12,8 +12,8 @@ from tests.kernels.test_nms import INF, NAN, UNIT, crowded, distinct_scores
 from tests.model.sync import count_blocking
 from tests.mutation import mutant
 from tmask_kernels import nms, soft_nms
-from tmask_kernels.ops.nms import op
 from tmask_kernels.ops.soft_nms import kernels as kernels_soft
+from tmask_kernels.ops.soft_nms import op
 from tmask_kernels.ops.soft_nms import reference as soft_reference
 from tmask_kernels.testing import guarded, poisoned_empty
 

@@ -20,7 +20,11 @@ from tmask.model.postprocess import to_list
 from tmask.structures import Detections, ImageBatch, Targets
 from tmask_kernels.backend import resolve, use_backend
 
-OPS = sorted(path.parent.name for path in Path(tmask_kernels.__file__).parent.glob("ops/*/op.py"))
+OPS = [  # those with a choice of backends
+    path.parent.name
+    for path in sorted(Path(tmask_kernels.__file__).parent.glob("ops/*/op.py"))
+    if "resolve(" in path.read_text()
+]
 
 
 def run(mode: str, model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]) -> None:
