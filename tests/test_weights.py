@@ -13,6 +13,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
 import tmask
+from tmask.weights import BOX_PREDICTORS, MASK_PARTS, adapted
 
 
 def theirs(backbone: str = "resnet18", num_classes: int = 4, frozen: bool = True) -> MaskRCNN:
@@ -144,6 +145,16 @@ def test_a_faster_rcnn_is_a_model_without_masks(state: dict[str, Tensor]) -> Non
     assert all(torch.equal(tensor, whole[name]) for name, tensor in model.state_dict().items())
     assert len(tmask.load_torchvision(theirs).state_dict()) == len(theirs)
     assert tmask.load_torchvision(boxes, num_classes=9).roi_heads.box_head.classifier.weight.shape[0] == 9
+
+
+def test_masks_of_other_classes_begin_with_a_faster_rcnn(state: dict[str, Tensor]) -> None:
+    weights = tmask.load_torchvision(state, masks=False).state_dict()
+    own = tmask.load_torchvision(state, num_classes=9).state_dict()
+    begin = adapted(weights, own)
+    assert begin.keys() == own.keys()
+    anew = (*BOX_PREDICTORS, MASK_PARTS)
+    assert all((begin[name] is own[name]) == name.startswith(anew) for name in own)
+    assert all(begin[name] is weights[name] for name in own if not name.startswith(anew))
 
 
 BAD = {

@@ -123,7 +123,7 @@ def adapted(
         out |= {name: tensor for name, tensor in layers.items() if name not in out or out[name].shape != tensor.shape}
     out |= {name: own[name] for name in own if name in out and name.startswith(tuple(other))}
     for head in (MASK_PARTS, _KEYPOINT_HEAD):
-        if not any(name.startswith(head) for name in out) or not any(name.startswith(head) for name in own):
+        if not any(name.startswith(head) for name in weights) or not any(name.startswith(head) for name in own):
             out = {name: tensor for name, tensor in out.items() if not name.startswith(head)}
             out |= {name: tensor for name, tensor in own.items() if name.startswith(head)}
     theirs, ours = ({n: t.shape for n, t in part.items() if n.startswith(MASK_LAYERS)} for part in (out, own))
