@@ -447,6 +447,13 @@ def test_weights_of_several_precisions_are_refused_outside_autocast(
             assert len(small_model(images)) == 2
 
 
+def test_weights_of_half_precision_in_an_autocast_that_refuses_them_are_named(small_model: tmask.MaskRCNN) -> None:
+    images, _ = images_and_targets()
+    expected = "^weights: expected float32 with torch.autocast, got float16: model.float()"
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=expected):
+        small_model.eval().half()(images)
+
+
 def test_other_errors_stay_as_they_are(small_model: tmask.MaskRCNN) -> None:
     small_model.fpn.half()
     small_model.roi_heads.detect = None  # type: ignore[assignment]

@@ -136,10 +136,14 @@ CROWD = {"iscrowd": torch.tensor([1, 0])}
         (target(boxes=torch.tensor(3.0)), r"targets\[1\]\['boxes'\]: expected shape \(0, 4\), got \(\)"),
         ([target()], r"targets\[1\]: expected a dict, got list"),
         (target(boxes=torch.zeros(2, 4, device="meta")), r"expected on the image's device, cpu, got meta"),
+        (
+            target(boxes=BoundingBoxes(target()["boxes"], format="XYXY", canvas_size=(30, 20))),  # type: ignore[call-arg]
+            r"targets\[1\]\['boxes'\]: expected a canvas_size of \(20, 30\), the image's, got \(30, 20\)",
+        ),
     ],
     ids=[
         "label", "float label", "no area", "infinite box", "NaN crowd", "turned masks", "has_mask", "list", "none",
-        "number", "no dict", "device",
+        "number", "no dict", "device", "canvas",
     ],
 )  # fmt: skip
 def test_bad_targets_are_named(bad: dict[str, Tensor], message: str) -> None:

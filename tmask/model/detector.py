@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -134,7 +135,12 @@ class MaskRCNN(nn.Module):
 
 def _cause(error: Exception, model: nn.Module, pixels: Tensor) -> str | None:
     """What an error of PyTorch comes from, if it is one of two that settings mend; None for any other."""
+    in_autocast = torch.is_autocast_enabled(pixels.device.type)
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
+    if isinstance(error, RuntimeError) and in_autocast and dtypes != ["float32"] and "type" in str(error):
+        return (
+            f"weights: expected float32 with torch.autocast, got {' and '.join(dtypes)}: model.float(), or no autocast"
+        )
     if isinstance(error, RuntimeError) and len(dtypes) > 1 and "type" in str(error):
         mend = "give all the same, or keep all in float32 and use torch.autocast (in the commands --precision)"
         return f"weights: expected one dtype, got {' and '.join(dtypes)}: {mend}"

@@ -250,6 +250,9 @@ def _check_target(name: str, target: Target, image: Tensor, with_masks: bool, nu
             raise ValueError(f"{name}[{key!r}]: expected shape {shape}, got {tuple(value.shape)}")
         if value.device != image.device:
             raise ValueError(f"{name}[{key!r}]: expected on the image's device, {image.device}, got {value.device}")
+    size, canvas = tuple(image.shape[-2:]), tuple(getattr(boxes, "canvas_size", image.shape[-2:]))
+    if canvas != size:
+        raise ValueError(f"{name}['boxes']: expected a canvas_size of {size}, the image's, got {canvas}")
     if target["labels"].dtype.is_floating_point and count:
         raise ValueError(f"{name}['labels']: expected an integer dtype, got {target['labels'].dtype}")
     if "min_size" in target and not (isinstance(target["min_size"], int) and target["min_size"] >= 1):
