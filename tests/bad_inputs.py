@@ -261,7 +261,7 @@ FILES = [
     Case(
         "missing image file",
         "train",
-        "data/annotations.json: 1 of 3 images do not exist, first data/images/000000.png (image id 1); there is 000002.png",
+        "data/annotations.json: 1 of 3 images do not exist, first data/images/000000.png (image id 1)",
         FIRST.unlink,
     ),
     Case(
@@ -1708,7 +1708,7 @@ PYTHON = [
     PythonCase(
         "missing image file",
         'CocoDataset("data/images", "data/annotations.json")[0]',
-        "data/annotations.json: 1 of 3 images do not exist, first data/images/000000.png (image id 1); there is 000002.png",
+        "data/annotations.json: 1 of 3 images do not exist, first data/images/000000.png (image id 1)",
     ),
     PythonCase(
         "weights of several precisions",

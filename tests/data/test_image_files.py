@@ -1,6 +1,7 @@
 """Images that are there under another name than the file's: taken where one file alone can be meant, else shown."""
 
 import json
+import re
 import unicodedata
 import warnings
 from pathlib import Path
@@ -98,6 +99,7 @@ NOT_SURE = {
     "two formats": (["1.png", "1.bmp"], ["1.jpg"], "; there is 1.bmp and 1.png"),
     "two cases": (["a.png", "A.png"], ["a.PNG"], "; there is A.png and a.png"),
     "nearly the name": (["image_01.png"], ["image_1.png"], "; there is image_01.png"),
+    "too long a name": (["1.png"], ["1" * 300 + ".png"], ""),
     "nothing like it": (["x.png"], ["0123456.jpg"], ""),
     "no image": (["1.txt"], ["1.png"], ""),
 }
@@ -118,3 +120,30 @@ def test_what_may_be_another_image_is_shown_and_not_taken(
 def test_a_file_is_not_taken_for_two_images(opened: Any, named: list[str]) -> None:
     with pytest.raises(ValueError, match=r"; there is 1.png$"):
         opened(["1.png", "2.png"], [*named, "2.png"])
+
+
+def test_a_file_that_is_like_the_name_but_another_image_s_is_no_hint(opened: Any) -> None:
+    with pytest.raises(ValueError, match=r"1 of 2 images do not exist, first .*/1.png \(image id 1\)$"):
+        opened(["2.png"], ["1.png", "2.png"])
+
+
+def test_images_of_one_file_are_counted_in_a_warning(opened: Any, tmp_path: Path) -> None:
+    paths, told = opened(["1.png", "2.png"], ["1.png", "2.png", "1.png", "1.png"])
+    assert paths == ["1.png", "2.png", "1.png", "1.png"]
+    expected = "2 of 4 images have the file of another image, first 1.png (image ids 1 and 3)"
+    assert told == [f"{tmp_path / 'a.json'}: {expected}: the annotations of one are missing in the other"]
+
+
+@pytest.mark.parametrize(("there", "named"), OTHER_NAMES.values(), ids=OTHER_NAMES)
+def test_prediction_finds_the_ids_of_other_names(opened: Any, tmp_path: Path, there: str, named: str) -> None:
+    opened([there, "other.png"], [named, "other.png"])
+    expected = f"1 of 2 images are in it under another name, first {there}: {named!r} (image id 1)"
+    with pytest.warns(UserWarning, match=re.escape(expected)):
+        records = image_records(tmp_path / "a.json", [there, "other.png"])
+    assert {name: record["id"] for name, record in records.items()} == {there: 1, "other.png": 2}
+
+
+def test_prediction_takes_no_file_for_one_of_two_images(opened: Any, tmp_path: Path) -> None:
+    opened(["a/1.png", "b/1.png"], ["a/1.png", "b/1.png"])
+    with pytest.raises(ValueError, match=r"1 of 1 images are not in it: 1.png"):
+        image_records(tmp_path / "a.json", ["1.png"])

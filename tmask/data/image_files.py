@@ -11,7 +11,7 @@ import os
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -30,24 +30,25 @@ def find_image_files(
     there at all, unless none is. Errors: ValueError for such images.
     """
     names = [record["file_name"] for record in images]
-    missing = [i for i, name in enumerate(names) if not (folder / name).is_file()]
+    _warn_repeated(images, annotation_file)
+    missing = [i for i, name in enumerate(names) if not os.path.isfile(folder / name)]  # False for too long a name
     if not missing:
         return {}, {}
-    there = ImageFolder(folder)
-    present = set(range(len(names))).difference(missing)
-    found = there.match({i: names[i] for i in missing}, (names[i] for i in present))
+    there = ImageFiles(files_below(folder))
+    taken = {os.path.normpath(names[i]) for i in set(range(len(names))).difference(missing)}
+    found = there.match({i: names[i] for i in missing}, taken)
     missing = [i for i in missing if i not in found]
     if missing:
         first, number = names[missing[0]], f"(image id {images[missing[0]]['id']})"
         if len(missing) == len(images):
             raise ValueError(
                 f"images_folder: none of the {len(images)} images of {annotation_file} is in {folder}, "
-                f"first {first} {number}{there.hint(first)}"
+                f"first {first} {number}{there.hint(first, taken)}"
             )
         if not allow_missing:
             raise ValueError(
                 f"{annotation_file}: {len(missing)} of {len(images)} images do not exist, "
-                f"first {folder / first} {number}{there.hint(first)}"
+                f"first {folder / first} {number}{there.hint(first, taken)}"
             )
     # A name that is the end of the image's URL was made from it: LVIS names no files, which is no fault.
     renamed = [i for i in found if not str(images[i].get("coco_url")).endswith(f"/{names[i]}")]
@@ -61,15 +62,35 @@ def find_image_files(
     return found, {i: f"{folder / names[i]}: no such file (image id {images[i]['id']})" for i in missing}
 
 
-class ImageFolder:
-    """The image files below `folder`, read once."""
+def _warn_repeated(images: Sequence[dict[str, Any]], annotation_file: Path) -> None:
+    """One warning of the images whose file another image has: in each of them the objects of the other are missing."""
+    first: dict[str, int] = {}
+    repeated = [record for record in images if first.setdefault(record["file_name"], record["id"]) != record["id"]]
+    if repeated:
+        name, number = repeated[0]["file_name"], repeated[0]["id"]
+        warnings.warn(
+            f"{annotation_file}: {len(repeated)} of {len(images)} images have the file of another image, first {name} "
+            f"(image ids {first[name]} and {number}): the annotations of one are missing in the other",
+            stacklevel=4,
+        )
 
-    def __init__(self, folder: Path) -> None:
+
+def files_below(folder: Path) -> list[Parts]:
+    """The image files below a folder."""
+    suffixes = image_suffixes()
+    found: list[Parts] = []
+    for root, _, names in os.walk(folder):
+        above = Path(root).relative_to(folder).parts
+        found += [(*above, name) for name in names if os.path.splitext(name)[1].lower() in suffixes]
+    return found
+
+
+class ImageFiles:
+    """Image files, found by names that may differ from theirs."""
+
+    def __init__(self, files: Sequence[Parts]) -> None:
+        self.files = files
         suffixes = image_suffixes()
-        self.files: list[Parts] = []
-        for root, _, names in os.walk(folder):
-            above = Path(root).relative_to(folder).parts
-            self.files += [(*above, name) for name in names if os.path.splitext(name)[1].lower() in suffixes]
 
         def stem(name: str) -> str:
             first, suffix = os.path.splitext(name)
@@ -98,23 +119,27 @@ class ImageFolder:
                     return sorted(parts for length, parts in found if length == longest)
         return []
 
-    def match(self, names: Mapping[int, str], taken: Iterable[str]) -> dict[int, str]:
-        """The path below the folder for each of `names` that means one file, and no other's.
+    def match(self, names: Mapping[int, str], taken: Collection[str]) -> dict[int, str]:
+        """The path of the file for each of `names` that means one file, and no other's.
 
-        `taken` are the files that other images have by their own name.
+        `taken` are the files that other images have by their own name, by `os.path.normpath`.
         """
         found = {i: self.find(name) for i, name in names.items()}
         paths = {i: "/".join(files[0]) for i, files in found.items() if len(files) == 1}
-        uses = Counter([*paths.values(), *(os.path.normpath(name) for name in taken)])
+        uses = Counter([*paths.values(), *taken])
         return {i: path for i, path in paths.items() if uses[path] == 1}
 
-    def hint(self, name: str) -> str:
-        """What is there in place of `name`, to end an error message; empty if nothing is like it."""
+    def hint(self, name: str, taken: Collection[str]) -> str:
+        """What is there in place of `name`, to end an error message; empty if nothing is like it.
+
+        A file that is only like it, and is one of `taken`, is another image's.
+        """
         found = ["/".join(parts) for parts in self.find(name)]
         if not found:
             wanted = _readings(name)[-1][-1]
-            near = difflib.get_close_matches(wanted, {parts[-1] for parts in self.files}, n=1)
-            found = ["/".join(parts) for parts in self.files if near and parts[-1] == near[0]]
+            free = [parts for parts in self.files if "/".join(parts) not in taken]
+            near = difflib.get_close_matches(wanted, {parts[-1] for parts in free}, n=1)
+            found = ["/".join(parts) for parts in free if near and parts[-1] == near[0]]
         return f"; there is {' and '.join(found[:2])}" if found else ""
 
 

@@ -97,19 +97,36 @@ def _fixed_part(pattern: Path) -> Path:
 def image_records(annotation_file: str | Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The records (``id``, ``width``, ``height``, ...) that a COCO file holds of the images of these names.
 
+    Images that the file names otherwise are found if they alone can be meant, and counted in one warning.
     Errors: ValueError for a broken file, an image that is not in it or that it lists twice.
     """
     from tmask.data.annotations import read_images
+    from tmask.data.image_files import ImageFiles
 
     path = Path(annotation_file)
     records: dict[str, dict[str, Any]] = {}
+    others: dict[int, dict[str, Any]] = {}
     wanted = set(names)
     for i, record in enumerate(read_images(path)):
         if record["file_name"] in records:
             raise ValueError(f"{path}: images[{i}]: file_name {record['file_name']!r} occurs twice")
         if record["file_name"] in wanted:
             records[record["file_name"]] = record
+        else:
+            others[i] = record
     missing = [name for name in names if name not in records]
+    if missing:
+        files = ImageFiles([Path(name).parts for name in missing])
+        found = files.match({i: record["file_name"] for i, record in others.items()}, ())
+        records |= {name: others[i] for i, name in found.items()}
+        if found:
+            i, name = next(iter(found.items()))
+            warnings.warn(
+                f"{path}: {len(found)} of {len(names)} images are in it under another name, first {name}: "
+                f"{others[i]['file_name']!r} (image id {others[i]['id']})",
+                stacklevel=2,
+            )
+        missing = [name for name in missing if name not in records]
     if missing:
         raise ValueError(f"{path}: {len(missing)} of {len(names)} images are not in it: {listed(missing, ', ')}")
     return records
