@@ -147,7 +147,7 @@ def test_alpha_is_counted_before_a_run_and_told_once(tmp_path: Path, monkeypatch
     dataset = CocoDataset(*arguments)
     told = messages(lambda: (check_images(dataset), [dataset[i] for i in range(3)]))
     assert told == [
-        f"the alpha of 2 of 3 images, first {tmp_path / 'b.png'}, is not opaque, and dropped: what it hides shows"
+        f"the alpha of 1 of 3 images, first {tmp_path / 'c.png'}, is not opaque, and dropped: what it hides shows"
     ]
     # Of the images that are not decoded before the run the first tells.
     monkeypatch.setattr(check, "_ALPHAS_READ", 1)

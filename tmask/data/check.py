@@ -63,11 +63,13 @@ def check_images(
         dataset.told.add("exif")
         warn_turned(turned, total)
     # Whether alpha is opaque only the pixels tell. Of those that come later __getitem__ warns.
+    count: int | None = total
     if check == "headers":
-        with_alpha *= any(read_picture(path).transparent for path in with_alpha[:_ALPHAS_READ])
+        count = total if len(with_alpha) <= _ALPHAS_READ else None
+        with_alpha = [path for path in with_alpha[:_ALPHAS_READ] if read_picture(path).transparent]
     if with_alpha:
         dataset.told.add("alpha")
-        warn_transparent(with_alpha, total)
+        warn_transparent(with_alpha, count)
 
 
 def _looks(dataset: CocoDataset, check: str, num_workers: int) -> Iterable[Look]:
