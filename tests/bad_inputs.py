@@ -1316,7 +1316,7 @@ ACCEPTED = [
         "train",
         "are not learnt",
         content(lambda c: [item.update(iscrowd=1) for item in c["annotations"][::2]]),
-        "data/annotations.json: 4 of 7 annotations are crowds (iscrowd 1), which are not learnt; if they are single objects, set crowds to instances; first annotation id 1",
+        "data/annotations.json: 4 of 7 annotations are crowds (iscrowd 1), which are not learnt; if they are single objects, set --data.crowds (eval: --crowds) instances; first annotation id 1",
     ),
     Accepted(
         "truncated PNG",
@@ -1720,6 +1720,11 @@ PYTHON = [
         "result of an unknown category",
         'coco_metrics(truth, [result, result | {"category_id": 99}])',
         "results[1]: category_id 99 is not in the ground truth",
+    ),
+    PythonCase(
+        "unknown kind of evaluation",
+        'coco_metrics(truth, [result], kinds=["bbox", "mask"])',
+        "kinds: expected one of bbox, keypoints, segm, got 'mask'",
     ),
     PythonCase(
         "result of an unknown image",

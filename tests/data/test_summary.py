@@ -14,6 +14,7 @@ from pycocotools import mask as coco_mask
 from tests.data.conftest import polygon
 from tmask.data.coco import CocoDataset
 from tmask.data.shapes import write_shapes
+from tmask.engine.evaluate import coco_metrics
 
 WIDTH, HEIGHT = 60, 40
 BOXES = [(5, 20, 15, 18), (30, 3, 28, 7), (10, 4, 12, 9), (40, 22, 11, 16)]
@@ -268,9 +269,12 @@ def test_masks_that_are_all_empty_are_an_error(sound: dict[str, Any], opened: An
     *most, last = sound["annotations"]
     for item in most:
         item["segmentation"] = empty
-    told = opened(sound).told
+    found = opened(sound)
     expected = "the mask of 7 of 8 annotations is empty and left out, their boxes count; first annotation id 10"
-    assert expected in told
+    assert expected in found.told
+    mask = coco_mask.merge(coco_mask.frPyObjects(last["segmentation"], HEIGHT, WIDTH))
+    metrics = coco_metrics(found.dataset.coco.dataset, [{**last, "segmentation": mask, "score": 0.9}], kinds=["segm"])
+    assert metrics["segm/AP"] == pytest.approx(1)  # an empty mask is no object that is missed
     last["segmentation"] = empty
     expected = (
         r"a.json: segmentation: expected masks that cover pixels, got 8 that are all empty, first annotation id 10$"
@@ -284,7 +288,10 @@ def test_many_crowds_are_said_and_taken_as_instances_on_request(sound: dict[str,
         item |= {"iscrowd": 1, "segmentation": rle(item), "category_id": 2}
     found = opened(sound)
     assert found.dataset.num_instances == 4
-    expected = "are crowds (iscrowd 1), which are not learnt; if they are single objects, set crowds to instances"
+    expected = (
+        "are crowds (iscrowd 1), which are not learnt; if they are single objects, set --data.crowds (eval: --crowds) "
+        "instances"
+    )
     assert found.told == [f"4 of 8 annotations {expected}; first annotation id 10"]
     taken = opened(sound, crowds="instances")
     assert taken.told == []

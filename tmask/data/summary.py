@@ -49,7 +49,10 @@ class Summary(NamedTuple):
 def summarize(
     path: Path, content: dict[str, Any], boxes_only: Collection[int] = (), *, masks_used: bool = True
 ) -> Summary:
-    """Survey what `read_coco` read from `path`. An annotation without a box gets, in place, the box of its mask.
+    """Survey what `read_coco` read from `path`.
+
+    In place, an annotation without a box gets the box of its mask, and an empty mask that would be used becomes None:
+    evaluation would count it as an object that no mask can match.
 
     `boxes_only` are the ids of categories whose masks are left out on purpose. With `masks_used` False those of all
     are: masks that are empty or missing are no fault.
@@ -88,7 +91,8 @@ def summarize(
     if crowd.sum() > max(1, _MOST_CROWDS * len(items)):
         tell(
             crowd,
-            "{} are crowds (iscrowd 1), which are not learnt; if they are single objects, set crowds to instances",
+            "{} are crowds (iscrowd 1), which are not learnt; if they are single objects, set --data.crowds "
+            "(eval: --crowds) instances",
         )
     if masks_used:
         told += _without_masks(path, content, has_mask, crowd, boxes_only)
@@ -217,6 +221,8 @@ def _without_masks(
     told = []
     empty = np.array(["segmentation" in item for item in items]) & ~has_mask
     if empty.any():
+        for row in np.flatnonzero(empty):
+            items[row]["segmentation"] = None
         told.append(
             f"{path}: the mask of {empty.sum()} of {len(items)} annotations is empty and left out, their boxes count; "
             f"first {_first(ids, empty)}"

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tmask.checks import nearest
 from tmask.data.annotations import known_id
 from tmask.data.segmentation import check_numbers, check_segmentation, compressed, run_length
 from tmask.engine.device import autocast, to_device
@@ -248,6 +249,9 @@ def coco_metrics(
     Errors: ValueError for results of an image or a category that the ground truth lacks, without a field they need,
     with numbers that are not finite or a mask of another size, and for keypoints of another number than sigmas.
     """
+    for kind in kinds:
+        if kind not in _FIELDS:
+            raise ValueError(f"kinds: expected {nearest(kind, _FIELDS)}, got {kind!r}")
     truth = _Truth.of(ground_truth)
     if check:
         _warn_limits(ground_truth, [(max_detections, True, "max_detections")], "the ground truth")
