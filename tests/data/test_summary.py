@@ -252,6 +252,22 @@ def test_boxes_alone_that_hold_corners(sound: dict[str, Any], opened: Any) -> No
     ]
 
 
+def test_boxes_alone_that_reach_beyond_their_images(sound: dict[str, Any], opened: Any) -> None:
+    """Corners in one image, or boxes of a larger image in both."""
+    for item in sound["annotations"]:
+        del item["segmentation"]
+    one, all_ = copy.deepcopy(sound), copy.deepcopy(sound)
+    for item in one["annotations"][:4]:
+        item["bbox"] = xyxy(*item["bbox"])
+    for item in all_["annotations"]:
+        item["bbox"] = [2 * value for value in item["bbox"]]
+    expected = "reach beyond their images: expected x, y, width, height in pixels of the image; first annotation id"
+    for content, count, first in ((one, 3, 10), (all_, 6, 10)):
+        told = opened(content).told
+        assert told[0] == f"{count} of 8 boxes without a mask {expected} {first}"
+        assert BOXES_ALONE in told
+
+
 def test_a_class_without_any_mask(sound: dict[str, Any], opened: Any) -> None:
     for item in sound["annotations"]:
         if item["category_id"] == 2:

@@ -86,8 +86,9 @@ def summarize(
     unit = ((given >= 0) & (given <= 1)).all(1) & (given[:, 2:] > 0).all(1) & (given[:, 2:] < 1).any(1)
     unit &= (size[:, :2] > 2).all(1) & ~wrong
     tell(unit, "bbox of {} lies in 0..1: expected pixels, got parts of the image's size")
-    if (text := _beyond(given[~has_mask], size[~has_mask])) is not None:
-        tell(~has_mask, text, "boxes without a mask", int((~has_mask).sum()))
+    alone = np.flatnonzero(~has_mask)
+    far, text = _beyond(given[alone], size[alone])
+    tell(np.isin(np.arange(len(items)), alone[far]), text, "boxes without a mask", len(alone))
     if crowd.sum() > max(1, _MOST_CROWDS * len(items)):
         tell(
             crowd,
@@ -183,20 +184,21 @@ def _box_by_rows(segmentation: dict[str, Any]) -> Array:
     return _FORMS["y, x, height, width"](coco_mask.toBbox([run]))[0]
 
 
-def _beyond(given: Array, size: Array) -> str | None:
-    """What is wrong with boxes alone of which many reach beyond their images, and none if they are read otherwise."""
+def _beyond(given: Array, size: Array) -> tuple[Array, str]:
+    """Which boxes alone are wrong, and how: those beyond their images, if many, or all, if all fit otherwise."""
 
     def fit(form: str) -> Array:
         box = _FORMS[form](given)
         inside: Array = (box[:, :2] >= -_SLACK) & (box[:, 2:] <= size[:, 2:] + _SLACK) & (box[:, 2:] > box[:, :2])
         return np.all(inside, axis=1)
 
-    if (~fit("x, y, width, height")).sum() < max(_FEWEST_BEYOND, _BEYOND * len(given)):
-        return None
+    beyond = ~fit("x, y, width, height") & (given[:, 2:] > 0).all(1)
+    if beyond.sum() < max(_FEWEST_BEYOND, _BEYOND * len(given)):
+        return np.zeros_like(beyond), ""
     for form in ("x1, y1, x2, y2", "centre x, centre y, width, height"):
         if fit(form).all():
-            return f"{{}} fit their images only as {form}: expected x, y, width, height"
-    return None
+            return np.ones_like(beyond), f"{{}} fit their images only as {form}: expected x, y, width, height"
+    return beyond, "{} reach beyond their images: expected x, y, width, height in pixels of the image"
 
 
 def _without_masks(
