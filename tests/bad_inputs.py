@@ -1207,6 +1207,20 @@ ACCEPTED = [
         "data/annotations.json: the mask of 1 of 7 annotations is empty and left out, their boxes count; first annotation id 1",
     ),
     Accepted(
+        "one file for two images",
+        "train",
+        "both are taken",
+        content(lambda c: c["images"][1].update(file_name=c["images"][0]["file_name"])),
+        "data/annotations.json: 1 of 3 images have the file of another image, first 000000.png (image ids 1 and 2): the annotations of one are missing in the other",
+    ),
+    Accepted(
+        "boxes alone that reach beyond their images",
+        "train --model.masks false",
+        "are cut at the edge",
+        each(bbox=[20, 9, 40, 9], segmentation=None),
+        "data/annotations.json: 7 of 7 boxes without a mask reach beyond their images: expected x, y, width, height in pixels of the image; first annotation id 1",
+    ),
+    Accepted(
         "polygon of two points",
         "train",
         "the mask is left out, the box counts",
