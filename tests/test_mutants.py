@@ -46,7 +46,7 @@ MUTANTS = {
         "engine/test_resume.py"),
     "rates of the checkpoint": ("engine/state.py", "group.update(values)", "pass", "engine/test_resume.py"),
 }  # fmt: skip
-FAST = ("background for a class", "norms decay")
+FAST = ("norms decay",)
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in MUTANTS])

@@ -177,8 +177,8 @@ def test_nan_and_infinite_boxes_give_zeros(device):
 @pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize("given", [False, True], ids=["whole", "sizes"])
 def test_nothing_waits(device, convention, given, backend):
-    masks, boxes = blobs(2, 3, 40, 64), random_boxes(10, height=40, width=64).view(2, 5, 4)
-    args = pack_masks(masks).to(device), boxes.to(device), torch.zeros(2, 5, dtype=torch.int64, device=device), 14
+    masks, boxes = blobs(2, 3, 40, 64), random_boxes(4, height=40, width=64).view(2, 2, 4)
+    args = pack_masks(masks).to(device), boxes.to(device), torch.zeros(2, 2, dtype=torch.int64, device=device), 3
     sizes = torch.tensor([[40, 64]] * 2, device=device)
     options = {"convention": convention, "backend": backend}
     expected = mask_targets(*args, image_sizes=sizes, **options)
