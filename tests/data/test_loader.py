@@ -142,6 +142,14 @@ def test_what_was_used_is_not_read_again(shapes, num_workers):
         assert dataset.read == flat(loader.batch_sampler.batches(2)[3:])
 
 
+@pytest.fixture
+def no_workers() -> None:
+    """Earlier tests may have left loaders in errors that only the garbage collector finds."""
+    gc.collect()
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.usefixtures("no_workers")
 def test_workers_leave_stop_signals_to_the_trainer(shapes):
     loader = make_loader(CocoDataset(*shapes), TRANSFORM, batch_size=2, shuffle=False, num_workers=2)
     batches = iter(loader)
@@ -155,6 +163,7 @@ def test_workers_leave_stop_signals_to_the_trainer(shapes):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.usefixtures("no_workers")
 def test_workers_end_when_their_process_says_so(shapes):
     """As multiprocessing does at the end of a process whose loader is still there."""
     loader = make_loader(CocoDataset(*shapes), TRANSFORM, batch_size=2, shuffle=False, num_workers=1)
@@ -166,6 +175,7 @@ def test_workers_end_when_their_process_says_so(shapes):
     assert worker.exitcode == 0
 
 
+@pytest.mark.usefixtures("no_workers")
 def test_workers_end_after_an_error(shapes):
     """At once, not when the garbage collector finds error, traceback and frames in a circle."""
 
