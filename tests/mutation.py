@@ -25,17 +25,21 @@ def mutant(module: ModuleType, old: str, new: str, folder: Path, *, seen_from: M
     context with it.
     """
     assert module.__file__ is not None
-    source = Path(module.__file__).read_text()
-    if "@triton.jit" in source and not interpreter_enabled():
+    if "@triton.jit" in Path(module.__file__).read_text() and not interpreter_enabled():
         pytest.skip("copies of kernels with an error are for Triton's interpreter")
-    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {module.__file__}"
     original = module.__name__.partition(".")[0]
     copy = f"{original}_mutant_{next(_count)}"
     _copy_package(original, folder / copy)
-    broken = folder / copy / Path(module.__file__).relative_to(*sys.modules[original].__path__)
-    broken.write_text(broken.read_text().replace(old, new))
+    break_file(folder / copy / Path(module.__file__).relative_to(*sys.modules[original].__path__), old, new)
     _import_package(folder / copy)
     return importlib.import_module((seen_from or module).__name__.replace(original, copy, 1))
+
+
+def break_file(path: Path, old: str, new: str) -> None:
+    """Let a file read `new` in place of `old`, which must occur exactly once there."""
+    source = path.read_text()
+    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {path}"
+    path.write_text(source.replace(old, new))
 
 
 def _copy_package(original: str, copy: Path) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutation import break_file
+
 ROOT = Path(__file__).parents[1]
 
 # File of tmask, what it reads, what the mutant reads, and the tests that must notice.
@@ -55,10 +57,7 @@ def test_a_mutant_turns_its_tests_red(name: str, tmp_path: Path) -> None:
     for part in ("tmask", "tmask_kernels", "tests", "bench"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__", "results"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    broken = tmp_path / "tmask" / file
-    source = broken.read_text()
-    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {file}"
-    broken.write_text(source.replace(old, new))
+    break_file(tmp_path / "tmask" / file, old, new)
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", f"tests/{tests}"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
