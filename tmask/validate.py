@@ -103,11 +103,12 @@ def _print_beside_the_bar(line: str) -> None:
 
 def select_ops(ops: Sequence[str] | None) -> list[OpSpec]:
     """The cases of the named ops; all if none is named. Errors: ValueError for an unknown name."""
-    names = {check.name.split()[0] for check in op_specs()}
+    specs = op_specs()
+    names = {check.name.split()[0] for check in specs}
     for name in ops or ():
         if name not in names:
             raise ValueError(f"ops: expected {nearest(name, names)}, got {name!r}")
-    return [check for check in op_specs() if not ops or check.name.split()[0] in ops]
+    return [check for check in specs if not ops or check.name.split()[0] in ops]
 
 
 def validate_op(check: OpSpec, device: torch.device) -> list[Row]:

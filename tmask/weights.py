@@ -81,9 +81,10 @@ def load_torchvision(state_dict: Mapping[str, Any] | str | Path, **overrides: An
         raise ValueError(f"state_dict: expected {expected}, got {error}") from error
     except ValueError as error:
         raise ValueError(f"state_dict: {error}") from error
-    settings = {"convention": "torchvision", **architecture(weights), **overrides}
+    found = architecture(weights)
+    settings = {"convention": "torchvision", **found, **overrides}
     model = build_model("r50_fpn", warn_if_untrained=False, **settings)
-    _check_architecture(model.config, **architecture(weights))
+    _check_architecture(model.config, num_classes=found["num_classes"], masks=found["masks"])
     weights = adapted(weights, model.state_dict())
     problems = misfits(model, weights)
     if problems:
@@ -92,7 +93,7 @@ def load_torchvision(state_dict: Mapping[str, Any] | str | Path, **overrides: An
     return model
 
 
-def _check_architecture(config: ModelConfig, *, num_classes: int, masks: bool, **_: Any) -> None:
+def _check_architecture(config: ModelConfig, *, num_classes: int, masks: bool) -> None:
     """torchvision's has an FPN, and an FCN with a sigmoid mask a class; of other classes the predictor is new."""
     require(masks or not config.masks, "masks", "false, as there are no masks in the weights", config.masks)
     require(config.neck == "fpn", "neck", "'fpn', as torchvision's", config.neck)

@@ -70,8 +70,11 @@ def going_on(out: Path, device: str, options: Mapping[str, Any]) -> Iterator[Non
         KeyboardInterrupt: As raised in here, with the command.
         RunError: In place of an error that has something to add.
     """
-    checkpoint = out / "checkpoint.pt"
-    words = ["tmask", "train", "--config", out / "config.yaml", "--out", out, "--resume", checkpoint]
+    from tmask.engine.run import CONFIG_NAME
+    from tmask.engine.train import CHECKPOINT_NAME
+
+    checkpoint = out / CHECKPOINT_NAME
+    words = ["tmask", "train", "--config", out / CONFIG_NAME, "--out", out, "--resume", checkpoint]
     command = shlex.join(map(str, words + ([] if device == "auto" else ["--device", device])))
     try:
         yield

@@ -85,7 +85,7 @@ class JointTransform:
             wrapped["keypoints"] = tv_tensors.KeyPoints(keypoints[..., :2] - 0.5, canvas_size=(height, width))
             wrapped["visibility"] = keypoints[..., 2:]
         out_image, out = self.transform(tv_tensors.Image(image), wrapped)
-        for name in ("boxes", "masks")[: 1 + (masks is not None)]:
+        for name in ("boxes",) if masks is None else ("boxes", "masks"):
             out[name] = out[name].as_subclass(Tensor)
         if keypoints is not None:
             xy = out["keypoints"].as_subclass(Tensor) + 0.5

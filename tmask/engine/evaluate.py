@@ -256,6 +256,8 @@ def coco_metrics(
     if check:
         _warn_limits(ground_truth, [(max_detections, True, "max_detections")], "the ground truth")
     sigmas = PERSON.sigmas if keypoint_sigmas is None else tuple(keypoint_sigmas)
+    names = truth.class_names()
+    apart = np.array([key in boxes_only for key in truth.categories]) if boxes_only else None
     metrics: dict[str, float] = {}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints at every step
         for kind in kinds:
@@ -266,8 +268,6 @@ def coco_metrics(
                 _check_results(truth, results, kind)
             found = _results(truth, results, kind, len(sigmas))
             evaluated = _run_cocoeval(objects, truth.coco(found), kind, max_detections, sigmas)
-            names = truth.class_names()
-            apart = np.array([key in boxes_only for key in truth.categories]) if boxes_only else None
             metrics |= _summarize(evaluated, kind, names, apart)
             if plots is not None:
                 from tmask.engine.plots import draw_confusion, draw_precision_recall

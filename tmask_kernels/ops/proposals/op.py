@@ -1,5 +1,5 @@
-"""Boxes: coding relative to anchors, RPN proposals, detections. Letters: N images, A anchors, P proposals,
-Cls foreground classes, D detections, H W sides of a map.
+"""RPN proposals and detections. Letters: N images, A anchors, P proposals, Cls foreground classes, D detections,
+H W sides of a map.
 
 Boxes are xyxy in continuous pixels, float32, whatever the dtype of the maps. Order everywhere: score falling, then
 index rising. Nothing here waits for the device.

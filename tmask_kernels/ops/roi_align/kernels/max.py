@@ -3,7 +3,7 @@
 One program as in `kernels`: one box x one row of bins x a block of channels, every level in one launch. It keeps the
 largest sample so far and its index in registers; no sample outside the map is read, and one counts as 0.
 
-The backward is in `kernels_max_backward`. Both are deterministic. Letters as in `reference`.
+The backward is in `max_backward`. Both are deterministic. Letters as in `reference`.
 """
 
 from __future__ import annotations
