@@ -1,38 +1,141 @@
-"""Charts of a result: the speed-up of every case over torchvision, and how near each comes to the machine's roofs.
+"""Charts of a result: the speed-up of every case over torchvision, and the share it reaches of the machine's limit.
 
-Drawn for a width of 900 pixels on a white ground, so that they read in a light page and in a dark one. A provider has
-one colour everywhere (Okabe and Ito's palette, which the colour-blind can tell apart); a loss has a colour of its own.
+900 pixels wide at two dots a pixel, on white, so that a light page and a dark one can show them. A provider has one
+colour in all charts (the palette of Okabe and Ito, which the colour-blind can tell apart); a loss has its own colour.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench import result as results
-from bench.charts.roofline import roofline
-from bench.charts.speedup import speedups
-from bench.charts.style import DPI, STYLE
+from bench.charts.style import BASE, DPI, FAINT, GREY, LOSS, PEERS, STYLE, WIDTH, WIN
 from bench.result import Result
-from bench.standings import standings
+from bench.standings import OURS, SEVERITY, Standing, digits, machine_line, percent, ratio, ratio_range, standings
+
+NAMES = {"compile": "torch.compile(reference)", "reference": "reference, eager"}
+LINE = 0.21  # inches of a case
+LEAST = 0.1  # a peer that is slower is marked at the left edge
+
+Draw = Callable[[Any, float, Standing], None]
 
 
 def charts(result: Result, folder: Path) -> list[Path]:
-    """Write PNG files into `folder` and name them; none where nothing of a kind was timed."""
+    """Draw PNG files into `folder` and return their paths. A chart without any time is left out."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     folder.mkdir(parents=True, exist_ok=True)
-    found = [standing for standing in standings(results.rows(result)) if standing.best()]
-    written = []
-    with pyplot.rc_context(STYLE):
-        for name, draw in (("speedup", speedups), ("roofline", roofline)):
-            figure = draw(found, result)
-            if figure is None:
-                continue
-            path = folder / f"{name}.png"
-            figure.savefig(path, dpi=DPI)
-            pyplot.close(figure)
-            written.append(path)
-    return written
+    timed = [standing for standing in standings(results.rows(result)) if standing.best()]
+    compared = [s for s in timed if s.baseline and (s.ours or s.best(tuple(PEERS)))]
+    placed = [s for s in timed if any(row.roof_share for row, _, _ in _placed(s))]
+    paths = []
+    with matplotlib.rc_context(STYLE):
+        for name, title, cases, unit, draw in (
+            ("speedup", "Speed-up over torchvision, both at their best setting", compared, "x", _speedup),
+            ("roofline", "How near the machine's limit", placed, "%", _share),
+        ):
+            if cases:
+                paths.append(folder / f"{name}.png")
+                _chart(result, title, cases, unit, draw).savefig(paths[-1], dpi=DPI)
+    return paths
+
+
+def _chart(result: Result, title: str, cases: Sequence[Standing], unit: str, draw: Draw) -> Any:
+    """A figure with a line for each case, grouped by op; `draw` fills the line at a height."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    ops = dict.fromkeys(standing.op for standing in cases)
+    bottom = len(cases) + 1.5 * len(ops)
+    height = LINE * bottom + 1.6
+    figure = Figure(figsize=(WIDTH, height))
+    figure.text(0.015, 1 - 0.3 / height, title, fontsize=13, fontweight="bold", va="center")
+    if not result["machine"]["gpu"]:
+        warning = "CPU, reduced sizes: no statement about the kernels"
+        figure.text(0.015, 1 - 1.05 / height, warning, fontsize=11, fontweight="bold", color=LOSS, va="center")
+    figure.text(0.015, 1 - 0.54 / height, machine_line(result["machine"]), fontsize=7, color=GREY, va="center")
+    axes = figure.add_axes((0.27, 0.4 / height, 0.6, LINE * bottom / height))
+    axes.set(xscale="log", ylim=(bottom - 0.6, -0.9), yticks=[])
+    at = 0.0
+    for op in ops:
+        axes.text(-0.425, at, op, transform=axes.get_yaxis_transform(), fontweight="bold", va="center")
+        for standing in sorted((s for s in cases if s.op == op), key=lambda s: -(s.speedup or 0.0)):
+            at += 1
+            label = axes.get_yaxis_transform()
+            axes.text(-0.015, at, standing.name, transform=label, va="center", ha="right", color=BASE)
+            draw(axes, at, standing)
+        at += 1.5
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 300 else (1.0,)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}{unit}"))
+    axes.tick_params(axis="x", length=0)
+    axes.grid(axis="x", color=FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines["left"].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    marks = dict(zip(labels, handles, strict=True))
+    figure.legend(
+        marks.values(), marks, loc="center left", bbox_to_anchor=(0.01, 1 - 0.8 / height), ncols=len(marks),
+        frameon=False, fontsize=8, handlelength=1.2, columnspacing=1.3, handletextpad=0.5,
+    )  # fmt: skip
+    return figure
+
+
+def _speedup(axes: Any, at: float, standing: Standing) -> None:
+    """A bar from 1x on, a whisker from the worst to the best ratio of p20 and p80, the aim, and the peers as dots."""
+    baseline, ours, speedup, aim = standing.baseline, standing.ours, standing.speedup, standing.aim_speedup
+    assert baseline is not None
+    axes.axvline(1, color=BASE, linewidth=1.2, zorder=3)
+    if ours is not None and speedup is not None:
+        colour, name = (WIN, "ours, faster") if speedup >= 1 else (LOSS, "ours, slower")
+        axes.barh(at, speedup - 1, left=1, height=0.62, color=colour, zorder=2, label=name)
+        axes.plot(ratio_range(baseline, ours), [at, at], color="black", linewidth=0.9, zorder=4, label="p20-p80")
+        _note(axes, at, f"{digits(speedup)}x", colour)
+        if aim:
+            axes.plot(aim, at, "|", color="black", markersize=10, markeredgewidth=2, zorder=5, label="aim")
+    statuses = {row.status for row in standing.rows if row.provider in OURS}
+    if statuses and not statuses & {"timed", "passed"}:  # "passed": right, but this machine has no clock for it
+        _note(axes, at, f"ours: {min(statuses, key=SEVERITY.index)}", GREY)
+    for peer, colour in PEERS.items():
+        if value := ratio(baseline, standing.best((peer,))):
+            marker, value = ("o", value) if value >= LEAST else ("<", LEAST)
+            name = NAMES.get(peer, peer) if marker == "o" else "off the scale"
+            axes.scatter(
+                value, at, s=20, marker=marker, color=colour, edgecolor="white", linewidth=0.6, zorder=6, label=name
+            )
+
+
+def _share(axes: Any, at: float, standing: Standing) -> None:
+    """The share of the floor in our time and in torchvision's, as dots with a line between them."""
+    rows = [row for row in _placed(standing) if row[0].roof_share]
+    shares = [100 * (row.roof_share or 0.0) for row, _, _ in rows]
+    axes.plot(shares, [at] * len(rows), color=GREY, linewidth=0.6, zorder=2)
+    for share, (_, name, colour) in zip(shares, rows, strict=True):
+        face = "white" if colour == BASE else colour
+        axes.scatter(share, at, s=26, color=face, edgecolor=colour, linewidth=1.1, zorder=3, label=name)
+    if rows:
+        _note(axes, at, percent(shares[0] / 100), rows[0][2])
+
+
+def _placed(standing: Standing) -> Iterator[tuple[Any, str, str]]:
+    """Rows with name and colour: ours first, torchvision's last. Without a time of ours, the peers take its place."""
+    if standing.ours is not None:
+        loses = standing.speedup is not None and standing.speedup < 1
+        yield (standing.ours, "ours, slower", LOSS) if loses else (standing.ours, "ours, faster than torchvision", WIN)
+    else:
+        for peer in NAMES:
+            if row := standing.best((peer,)):
+                yield row, NAMES[peer], PEERS[peer]
+    if standing.baseline is not None:
+        yield standing.baseline, "torchvision's fastest", BASE
+
+
+def _note(axes: Any, at: float, words: str, colour: str) -> None:
+    """Words at the right end of a line."""
+    weight = "normal" if colour == GREY else "bold"
+    where = axes.get_yaxis_transform()
+    axes.text(1.01, at, words, transform=where, va="center", color=colour, fontweight=weight, fontsize=8)

@@ -1,4 +1,4 @@
-"""The two figures of docs/roi-align.md: where each op reads, and what moving the box does to it."""
+"""The two figures of docs/roi-align.md: where each op reads, and the effect of moving the box."""
 
 from __future__ import annotations
 
@@ -18,63 +18,55 @@ LINES = dict(zip(data.POOLS, (VERMILION, PURPLE, BLUE, ORANGE, GREEN), strict=Tr
 
 DPI = 150
 COLOURS = 256  # of the written files: a photograph in all of them takes four times the bytes
-DASHED = {"linestyle": (0, (1.2, 1.8)), "linewidth": 2.6, "zorder": 5}
-BIN = (2, 5)  # row and column of the bin that stands for the others
-WINDOW = (3, 14, 0, 12)  # cells shown: x from, to, y from, to
+BICUBIC = {"linestyle": (0, (1.2, 1.8)), "linewidth": 2.6, "zorder": 5}
+BIN = (2, 5)  # row and column of the one bin that figure (b) shows
+LEFT, RIGHT, TOP, BOTTOM = 3, 14, 0, 12  # cells shown
 
 
 def draw(folder: Path) -> list[Path]:
-    """Write both figures into `folder`; gives their files."""
+    """Write both figures into `folder` and return their paths."""
     import matplotlib
-
-    matplotlib.use("Agg")
-    with matplotlib.rc_context(STYLE):
-        figures = {"roi-align-samples.png": sample_points(), "roi-align-shift.png": shifts()}
-        return [_write(figure, folder / name) for name, figure in figures.items()]
-
-
-def _write(figure: Any, path: Path) -> Path:
-    from matplotlib import pyplot
     from PIL import Image
 
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=DPI)
-    pyplot.close(figure)
-    image = Image.open(buffer).convert("RGB").quantize(COLOURS, kmeans=3, dither=Image.Dither.NONE)
-    image.save(path, optimize=True)
-    return path
+    paths = []
+    with matplotlib.rc_context(STYLE):
+        for name, make in (("samples", sample_points), ("shift", shifts)):
+            buffer = io.BytesIO()
+            make().savefig(buffer, dpi=DPI)
+            image = Image.open(buffer).convert("RGB").quantize(COLOURS, kmeans=3, dither=Image.Dither.NONE)
+            paths.append(folder / f"roi-align-{name}.png")
+            image.save(paths[-1], optimize=True)
+    return paths
 
 
 def sample_points() -> Any:
     """Six views of the cells: photograph, RoIPool, RoIAlign with a fixed ratio, unaligned, adaptive, bicubic."""
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    figure, axes = pyplot.subplots(2, 3, figsize=(9, 6.65))
+    figure = Figure(figsize=(9, 6.65))
+    axes = figure.subplots(2, 3)
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.015, top=0.955, wspace=0.04, hspace=0.12)
     views = (_photograph, _roi_pool, _fixed, _unaligned, _adaptive, _bicubic)
     for view, ax, letter in zip(views, axes.flat, "abcdef", strict=True):
-        ax.set(xticks=[], yticks=[])
-        ax.set_xlim(WINDOW[0], WINDOW[1])
-        ax.set_ylim(WINDOW[3], WINDOW[2])
-        title = view(ax)
-        ax.set_title(f"{letter}  {title}", loc="left", fontsize=8.5, color="black")
+        ax.set(xticks=[], yticks=[], xlim=(LEFT, RIGHT), ylim=(BOTTOM, TOP))
+        if view is not _photograph:
+            cells = data.feature_map(data.COARSE)[0, 0].numpy()
+            extent = (0, cells.shape[1], cells.shape[0], 0)
+            ax.imshow(cells, cmap="gray", vmin=-260, vmax=255, extent=extent, interpolation="nearest")
+            _grid(ax, "white")
+            if view is not _roi_pool:
+                _box(ax)
+        ax.set_title(f"{letter}  {view(ax)}", loc="left", fontsize=8.5, color="black")
         for spine in ax.spines.values():
             spine.set(visible=True, color=GREY, linewidth=0.8)
     return figure
 
 
-def _cells(ax: Any) -> None:
-    """The feature map in light grey, with a line between cells."""
-    cells = data.feature_map(data.COARSE)[0, 0]
-    height, width = cells.shape
-    ax.imshow(cells.numpy(), cmap="gray", vmin=-260, vmax=255, extent=(0, width, height, 0), interpolation="nearest")
-    _grid(ax, "white")
-
-
 def _grid(ax: Any, colour: str) -> None:
-    for x in range(WINDOW[0] + 1, WINDOW[1]):
+    """Lines between cells."""
+    for x in range(LEFT + 1, RIGHT):
         ax.axvline(x, color=colour, linewidth=0.6)
-    for y in range(WINDOW[2] + 1, WINDOW[3]):
+    for y in range(TOP + 1, BOTTOM):
         ax.axhline(y, color=colour, linewidth=0.6)
 
 
@@ -88,16 +80,16 @@ def _box(ax: Any, colour: str = BLUE, lines: bool = True) -> None:
         ax.plot([x1, x2], [y1 + share * (y2 - y1)] * 2, color=colour, linewidth=0.9)
 
 
-def _rectangle(ax: Any, x1: float, y1: float, x2: float, y2: float, colour: str, width: float, **kwargs: Any) -> None:
+def _rectangle(ax: Any, x1: float, y1: float, x2: float, y2: float, colour: str, width: float, **style: Any) -> None:
     from matplotlib.patches import Rectangle
 
-    kwargs = {"fill": False, "edgecolor": colour, "linewidth": width, "zorder": 3} | kwargs
-    ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, **kwargs))
+    style = {"fill": False, "edgecolor": colour, "linewidth": width, "zorder": 3} | style
+    ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, **style))
 
 
-def _dots(ax: Any, found: data.Samples, colour: str, **kwargs: Any) -> None:
-    y, x = torch.meshgrid(found.y.flatten(), found.x.flatten(), indexing="ij")
-    ax.scatter(x.numpy(), y.numpy(), s=17, color=colour, edgecolor="white", linewidth=0.6, zorder=4, **kwargs)
+def _dots(ax: Any, at: tuple[Tensor, Tensor], colour: str) -> None:
+    y, x = torch.meshgrid(at[0].flatten(), at[1].flatten(), indexing="ij")
+    ax.scatter(x.numpy(), y.numpy(), s=17, color=colour, edgecolor="white", linewidth=0.6, zorder=4)
 
 
 def _photograph(ax: Any) -> str:
@@ -110,61 +102,45 @@ def _photograph(ax: Any) -> str:
 
 
 def _roi_pool(ax: Any) -> str:
-    """Bins in two colours, so that shared cells show; a dot in the cells that won."""
-    _cells(ax)
-    found = data.rounded(data.COARSE_BINS, data.COARSE)
-    for i, row in enumerate(found.rows):
-        for j, column in enumerate(found.columns):
+    """Bins in two colours, to show the cells they share; a dot in each cell that wins."""
+    rows, columns, largest = data.rounded(data.COARSE_BINS, data.COARSE)
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            (y1, *_, y2), (x1, *_, x2) = row.nonzero()[:, 0].tolist(), column.nonzero()[:, 0].tolist()
             inset = 0.06 + 0.1 * ((i + j) % 2)
-            (y1, y2), (x1, x2) = _ends(row), _ends(column)
-            corners = (x1 + inset, y1 + inset, x2 - inset, y2 - inset)
-            _rectangle(ax, *corners, (VERMILION, "#7A3300")[(i + j) % 2], 1.3)
-    y, x = found.largest.nonzero().T + 0.5
+            colour = (VERMILION, "#7A3300")[(i + j) % 2]
+            _rectangle(ax, x1 + inset, y1 + inset, x2 + 1 - inset, y2 + 1 - inset, colour, 1.3)
+    y, x = largest.nonzero().T + 0.5
     ax.scatter(x.numpy(), y.numpy(), s=26, color=VERMILION, edgecolor="white", linewidth=0.6, zorder=4)
     _box(ax, lines=False)
     return "RoIPool: bins of whole cells, the largest wins"
 
 
-def _ends(inside: Tensor) -> tuple[int, int]:
-    cells = inside.nonzero()
-    return int(cells[0]), int(cells[-1]) + 1
-
-
 def _fixed(ax: Any) -> str:
-    _cells(ax)
-    _box(ax)
     _dots(ax, data.samples(data.COARSE_BINS, data.COARSE, 2, True), BLUE)
     return "RoIAlign, aligned=True, 2 x 2 samples a bin"
 
 
 def _unaligned(ax: Any) -> str:
-    _cells(ax)
-    _box(ax)
-    right = data.samples(data.COARSE_BINS, data.COARSE, 2, True)
-    wrong = data.samples(data.COARSE_BINS, data.COARSE, 2, False)
-    for y0, y1 in zip(right.y.flatten(), wrong.y.flatten(), strict=True):
-        for x0, x1 in zip(right.x.flatten(), wrong.x.flatten(), strict=True):
-            ax.plot([x0, x1], [y0, y1], color=PURPLE, linewidth=1, zorder=3)
+    right, wrong = (data.samples(data.COARSE_BINS, data.COARSE, 2, aligned) for aligned in (True, False))
+    for y in zip(right[0].flatten(), wrong[0].flatten(), strict=True):
+        for x in zip(right[1].flatten(), wrong[1].flatten(), strict=True):
+            ax.plot(x, y, color=PURPLE, linewidth=1, zorder=3)
     _dots(ax, wrong, PURPLE)
     return "aligned=False: half a cell right and down"
 
 
 def _adaptive(ax: Any) -> str:
-    _cells(ax)
-    _box(ax)
-    found = data.samples(data.COARSE_BINS, data.COARSE, 0, True)
-    _dots(ax, found, BLUE)
-    return f"adaptive: {found.y.shape[1]} x {found.x.shape[1]} samples a bin"
+    y, x = data.samples(data.COARSE_BINS, data.COARSE, 0, True)
+    _dots(ax, (y, x), BLUE)
+    return f"adaptive: {y.shape[1]} x {x.shape[1]} samples a bin"
 
 
 def _bicubic(ax: Any) -> str:
     """One sample of the middle bin, close up, with the weights of its cells in percent."""
-    _cells(ax)
-    _box(ax)
-    found = data.samples(data.COARSE_BINS, data.COARSE, 2, True)
-    x, y = float(found.x[1, 1]), float(found.y[1, 0])
-    weights = data.taps(x, y, "bicubic")
-    near = data.taps(x, y, "bilinear") > 0
+    ys, xs = data.samples(data.COARSE_BINS, data.COARSE, 2, True)
+    x, y = float(xs[1, 1]), float(ys[1, 0])
+    weights, near = data.taps(x, y, "bicubic"), data.taps(x, y, "bilinear") > 0
     for row, column in (weights != 0).nonzero().tolist():
         percent = float(weights[row, column]) * 100
         colour = GREEN if percent > 0 else VERMILION
@@ -174,35 +150,34 @@ def _bicubic(ax: Any) -> str:
         text = f"{percent:.1f}" if abs(percent) >= 0.05 else "0"
         ax.text(column + 0.5, row + 0.42, text, ha="center", fontsize=8.5, color="black", zorder=6)
     ax.scatter(x, y, s=60, color=BLUE, edgecolor="white", linewidth=0.8, zorder=7)
-    ax.set_xlim(x - 2.9, x + 2.9)
-    ax.set_ylim(y + 2.9 * 12 / 11, y - 2.9 * 12 / 11)
+    ax.set(xlim=(x - 2.9, x + 2.9), ylim=(y + 2.9 * 12 / 11, y - 2.9 * 12 / 11))
     return "bicubic: 16 cells of one sample, in percent"
 
 
 def shifts() -> Any:
     """Three panels: the ramp, one bin of the photograph, and the difference from the exact shift over all bins."""
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(9, 3.5))
+    figure = Figure(figsize=(9, 3.5))
+    panels = figure.subplots(1, 3)
     figure.subplots_adjust(left=0.055, right=0.985, bottom=0.32, top=0.925, wspace=0.3)
     shift = (torch.arange(data.FINE + 1) / data.FINE).numpy()
-    for name, pool in data.POOLS.items():
-        colour, label = LINES[name], name.replace("`", "")
-        styles = {"RoIPool": {"drawstyle": "steps-post"}, "RoIAlign, `aligned=True`, bicubic": DASHED}
-        style: Any = styles.get(name, {})
-        found = data.on_ramp(pool)
-        left.plot(shift, (found.got[:, 3, 3] - found.exact[0, 3, 3]).numpy(), color=colour, label=label, **style)
-        photo = data.on_photograph(pool)
-        right.plot(shift, data.rms(photo).numpy(), color=colour, **DASHED if style is DASHED else {})
+    for name, colour in LINES.items():
+        style: Any = {"drawstyle": "steps-post"} if name == "RoIPool" else BICUBIC if "bicubic" in name else {}
+        ramp, photo = data.on_ramp(name), data.on_photograph(name)
+        label = name.replace("`", "")
+        panels[0].plot(shift, (ramp.got[:, 3, 3] - ramp.exact[0, 3, 3]).numpy(), color=colour, label=label, **style)
+        panels[2].plot(shift, photo.rms().numpy(), color=colour, **style | {"drawstyle": "default"})
         if name in ("RoIPool", "RoIAlign, `aligned=True`"):
-            middle.plot(shift, photo.got[:, *BIN].numpy(), color=colour, **style)
-            middle.plot(shift, photo.exact[:, *BIN].numpy(), color=colour, linestyle=":", linewidth=1.8)
-    for ax, letter, title, label in (
-        (left, "a", "linear ramp: the middle bin", "cells from the bin's first centre"),
-        (middle, "b", "photograph: one bin", "grey level; dotted: exact"),
-        (right, "c", "photograph: error of all bins", "grey levels, root mean square"),
-    ):
-        ax.set_title(f"{letter}  {title}", loc="left", fontsize=8.5, color="black")
+            panels[1].plot(shift, photo.got[:, *BIN].numpy(), color=colour, **style)
+            panels[1].plot(shift, photo.exact[:, *BIN].numpy(), color=colour, linestyle=":", linewidth=1.8)
+    titles = (
+        ("a  linear ramp: the middle bin", "cells from the bin's first centre"),
+        ("b  photograph: one bin", "grey level; dotted: exact"),
+        ("c  photograph: error of all bins", "grey levels, root mean square"),
+    )
+    for ax, (title, label) in zip(panels, titles, strict=True):
+        ax.set_title(title, loc="left", fontsize=8.5, color="black")
         ax.set_xlabel("box moved right by, in cells")
         ax.set_ylabel(label, labelpad=2)
         ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "1/4", "1/2", "3/4", "1"])
