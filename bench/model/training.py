@@ -1,45 +1,48 @@
-"""W13: a training step of Mask R-CNN, torchvision's and ours: losses, gradients and the update of fused SGD.
+"""A training step of Mask R-CNN, torchvision's and ours: losses, gradients and the update of fused SGD.
 
-Each starts from the batch as its own loader hands it over, on the device: torchvision from lists of images and targets
-(it normalises and pads inside the model), ours from padded tensors with packed masks.
+Each starts from the batch as its own loader hands it over, on the device. torchvision takes lists of images and targets
+and normalises and pads inside the model; ours takes padded tensors with packed masks.
 
-The gate has two parts. In full float32 ours must give torchvision's losses of the same anchors and RoIs within 1e-3;
-then the losses of each step that is timed must be near those of its own library for the same seed. TF32 and half
-precision move proposals, and so the sample of RoIs: hence the width of `NEAR`.
+The gate has two parts. In full float32 our losses of the same anchors and RoIs must be torchvision's within SAME. Then
+the losses of each timed step must be near those of its own library for the same seed. TF32 and half precision move
+proposals, and so the sample of RoIs: hence the width of NEAR. Letters: N images, S sampled slots, P proposals.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
+from unittest import mock
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from bench.cases import CASES, ModelCase, sized
+from bench.cases import CASES, ModelCase
 from bench.contest import Call, Contest
 from bench.graph import captured
 from bench.machine import device, tf32
-from bench.model._models import Pair, make_pair, only_on_a_gpu
-from bench.model._same_sample import losses_of_one_sample
+from bench.model._pair import PROVIDERS, Pair, contest_of, problem_of
 from bench.variants import variants
 from tmask.config import TrainConfig
 from tmask.engine.device import autocast, to_device
 from tmask.engine.optimizer import build_optimizer
+from tmask.model.sampling import Sample
+from tmask.structures import Proposals
 
 SEED = 0
-SAME = 1e-3  # of a loss
-NEAR = 0.1  # of a loss
-NEAR_OF_PEERS = 0.5  # torchvision's boxes under autocast are in bf16, and so it samples quite other RoIs (`_gate`)
-# So small that the weights stay what they are: hundreds of steps on one batch would else lead anywhere.
+SAME, NEAR = 1e-3, 0.1  # of a loss
+NEAR_OF_PEERS = 0.5  # under autocast torchvision's boxes are in bf16, and so it samples quite other RoIs
+# So small that the weights keep their values: hundreds of steps on one batch would otherwise lead anywhere.
 RATE = 1e-8
 
 Losses = Mapping[str, Tensor]
 
 
 class Truth(NamedTuple):
-    """Losses in full float32 after the same seed, of each library, and what ours lack to be torchvision's."""
+    """Losses in full float32 after the same seed, of each library, and how ours differ from torchvision's."""
 
     theirs: Losses
     ours: Losses
@@ -55,11 +58,9 @@ class Output(NamedTuple):
 
 def _wanted(case: str, mode: str, dtype: str, layout: str, provider: str) -> bool:
     """To compile takes minutes, and a graph holds a step's memory: once a dtype, on channels_last, small in float32."""
-    if device().type == "cpu" and layout == "nchw":  # says nothing there
+    if device().type == "cpu" and layout == "nchw":
         return False
-    if provider in ("tmask", "torchvision"):
-        return True
-    return layout == "nhwc" and (case == "W13-b2" or dtype == "bf16")
+    return provider in ("tmask", "torchvision") or (layout == "nhwc" and (case == "W13-b2" or dtype == "bf16"))
 
 
 @variants(
@@ -67,7 +68,7 @@ def _wanted(case: str, mode: str, dtype: str, layout: str, provider: str) -> boo
     modes=["step"],
     dtypes=["bf16", "fp32"],
     layouts=["nhwc", "nchw"],
-    providers=["tmask", "torchvision", "tmask-graph", "tmask-compile", "torchvision-compile"],
+    providers=PROVIDERS,
     where=_wanted,
 )
 def test_training(case: str, mode: str, dtype: str, layout: str, provider: str, contest: Any) -> None:
@@ -75,89 +76,55 @@ def test_training(case: str, mode: str, dtype: str, layout: str, provider: str, 
 
 
 def training(name: str, dtype: str, layout: str) -> Contest:
-    case, size = sized(cast(ModelCase, CASES[name]))
-    where = device()
+    """The contest of one variant."""
 
-    def step_of(model: nn.Module, forward: Callable[[], Losses], *, ours: bool) -> Callable[[], Output]:
-        """A step as tmask's own trainer does it, at one rate and, of float32, with TF32 switched on."""
+    def prepare(pair: Pair, ours: bool, how: str) -> Call:
+        model = copy.deepcopy(pair.ours if ours else pair.theirs)  # a step changes its weights
+        forward: Callable[..., Losses] = model.forward_padded if ours else model
+        if how == "compile":  # with the random numbers of eager mode, for the gate
+            whole = {"fullgraph": True, "dynamic": False} if ours else {}
+            forward = torch.compile(forward, options={"fallback_random": True}, **whole)
+        if ours:
+            batch = pair.ours.transform(pair.images, pair.targets)
+            images, targets = to_device(batch, device(), channels_last=layout == "nhwc")
         optimizer = build_optimizer(model, TrainConfig(lr=RATE))
 
         @tf32()
         def step() -> Output:
+            """A step of tmask's own trainer, at one rate and, in float32, with TF32."""
             optimizer.zero_grad(set_to_none=True)
-            with autocast(where, dtype):
-                losses = forward()
+            with autocast(device(), dtype):
+                if ours:
+                    losses = forward(images, targets, compact=not images.tensor.is_cuda)
+                else:
+                    losses = forward(pair.images, [dict(target) for target in pair.targets])
                 total = torch.stack([loss.float() for loss in losses.values()]).sum()
             total.backward()
             optimizer.step()
             return Output(ours, {name: loss.detach() for name, loss in losses.items()})
 
-        return step
+        call = captured(step) if how == "graph" else step
+        torch.manual_seed(SEED)  # the next call is the gate's
+        return call
 
-    def ours(compiled: bool = False, graph: bool = False) -> Callable[[Pair], Call]:
-        def prepare(pair: Pair) -> Call:
-            if compiled or graph:
-                only_on_a_gpu()
-            model = copy.deepcopy(pair.ours)  # a step changes its weights
-            batch = pair.ours.transform(pair.images, pair.targets)
-            images, targets = to_device(batch, where, channels_last=layout == "nhwc")
-            forward = model.forward_padded
-            if compiled:  # the same random numbers as in eager mode, for the gate
-                forward = torch.compile(forward, fullgraph=True, dynamic=False, options={"fallback_random": True})
-            step = step_of(model, lambda: forward(images, targets, compact=not images.tensor.is_cuda), ours=True)
-            if graph:
-                step = captured(step)
-            torch.manual_seed(SEED)  # the next call is the gate's
-            return step
-
-        return prepare
-
-    def theirs(compiled: bool) -> Callable[[Pair], Call]:
-        def prepare(pair: Pair) -> Call:
-            if compiled:
-                only_on_a_gpu()
-            model = copy.deepcopy(pair.theirs)
-            forward = torch.compile(model, options={"fallback_random": True}) if compiled else model
-            step = step_of(model, lambda: forward(pair.images, [dict(t) for t in pair.targets]), ours=False)
-            torch.manual_seed(SEED)
-            return step
-
-        return prepare
-
-    return Contest(
-        inputs=lambda: make_pair(case, layout, training=True),
-        providers={
-            "tmask": ours(),
-            "tmask-compile": ours(compiled=True),
-            "tmask-graph": ours(graph=True),
-            "torchvision": theirs(compiled=False),
-            "torchvision-compile": theirs(compiled=True),
-        },
-        truth=true_losses,
-        check=lambda got, truth: check(got, truth, dtype, full=dtype == "fp32" and where.type == "cpu"),
-        work=case.work(dtype),
-        size=size,
-        roof="tf32" if dtype == "fp32" and where.type == "cuda" else None,
-    )
+    full = dtype == "fp32" and device().type == "cpu"
+    case = cast(ModelCase, CASES[name])
+    return contest_of(case, dtype, layout, prepare, true_losses, lambda got, truth: check(got, truth, dtype, full=full))
 
 
 @torch.no_grad()
 def true_losses(pair: Pair) -> Truth:
+    """The truth of a contest."""
     with tf32(allowed=False):
-        theirs, same = losses_of_one_sample(pair, SEED)
+        theirs, same = losses_of_one_sample(pair)
         torch.manual_seed(SEED)
         ours = pair.ours(pair.images, pair.targets)
-    problem = same if isinstance(same, str) else None
-    if not isinstance(same, str):
-        try:
-            _check_near(same, theirs, SAME)
-        except AssertionError as error:
-            problem = str(error)
+    problem = same if isinstance(same, str) else problem_of(lambda: _check_near(same, theirs, SAME))
     return Truth(theirs, ours, problem)
 
 
 def check(got: Output, truth: Truth, dtype: str, *, full: bool) -> None:
-    """`full`: the step, of `dtype`, was done in full float32."""
+    """Raises AssertionError. `full`: the step, of `dtype`, was done in full float32."""
     assert not got.ours or truth.problem is None, f"in full float32, of the same RoIs: {truth.problem}"
     near = NEAR if got.ours or dtype == "fp32" else NEAR_OF_PEERS
     _check_near(got.losses, truth.ours if got.ours else truth.theirs, SAME if full else near)
@@ -168,3 +135,69 @@ def _check_near(given: Losses, true: Losses, tolerance: float) -> None:
     for name, loss in true.items():
         off = abs(float(given[name]) / float(loss) - 1)
         assert off <= tolerance, f"{name} {float(given[name]):.5f}, expected {float(loss):.5f} within {tolerance:.1%}"
+
+
+def losses_of_one_sample(pair: Pair) -> tuple[Losses, Losses | str]:
+    """torchvision's losses after SEED, and ours of its anchors, its proposals and its RoIs.
+
+    If the two libraries do not call the same candidates positive, the difference in words replaces our losses.
+    """
+    theirs, ours = pair.theirs, pair.ours
+    proposals: list[Tensor] = []  # torchvision's, [P, 4] of each image
+
+    def keep(module: Any, args: Any, out: Any) -> None:
+        proposals.extend(out[0])
+
+    def replace(module: Any, args: Any, out: Any) -> Any:
+        most = max(map(len, proposals))
+        boxes = torch.stack([F.pad(boxes, (0, 0, 0, most - len(boxes))) for boxes in proposals])  # [N, P, 4]
+        counts = torch.tensor([len(boxes) for boxes in proposals], device=boxes.device)
+        return Proposals(boxes, boxes[..., 0], counts), out[1]
+
+    with contextlib.ExitStack() as stack:
+        for their, our, padded in ((theirs.rpn, ours.rpn, ()), (theirs.roi_heads, ours.roi_heads, proposals)):
+            drawn: list[list[Tensor]] = []
+            stack.enter_context(mock.patch.object(their, "fg_bg_sampler", _recorded(their.fg_bg_sampler, drawn)))
+            stack.enter_context(mock.patch.object(our, "sampler", _replay(drawn, padded)))
+        stack.callback(theirs.rpn.register_forward_hook(keep).remove)
+        stack.callback(ours.rpn.register_forward_hook(replace).remove)
+        torch.manual_seed(SEED)
+        their_losses = theirs(pair.images, [dict(target) for target in pair.targets])
+        try:
+            return their_losses, ours(pair.images, pair.targets)
+        except AssertionError as error:
+            return their_losses, str(error)
+
+
+def _recorded(sampler: Any, drawn: list[list[Tensor]]) -> Any:
+    """torchvision's sampler; `drawn` becomes its choice: the positives and the negatives of each image, 0 and 1."""
+
+    def record(labels: list[Tensor]) -> list[list[Tensor]]:
+        drawn[:] = sampler(labels)
+        return drawn
+
+    return record
+
+
+def _replay(drawn: list[list[Tensor]], proposals: Sequence[Tensor]) -> Any:
+    """Our sampler making the recorded choice.
+
+    `proposals`: those of each image where the candidates are RoIs. Ours are padded to the longest list, and ground
+    truth follows the padding.
+    """
+
+    def sampler(positive: Tensor, negative: Tensor, *, size: int, positive_fraction: float) -> Sample:
+        slots = torch.arange(size, device=positive.device)
+        samples = []
+        for i, masks in enumerate(zip(*drawn, strict=True)):
+            first, others = (mask.nonzero()[:, 0] for mask in masks)
+            rows = torch.cat([first, others])
+            if proposals:
+                count = len(proposals[i])
+                rows = torch.where(rows >= count, rows + max(map(len, proposals)) - count, rows)
+            assert positive[i, rows[: len(first)]].all(), "a RoI is positive in torchvision alone"
+            assert negative[i, rows[len(first) :]].all(), "a RoI is negative in torchvision alone"
+            samples.append((F.pad(rows, (0, size - len(rows))), slots < len(first), slots < len(rows)))
+        return Sample(*(torch.stack(column) for column in zip(*samples, strict=True)))
+
+    return sampler

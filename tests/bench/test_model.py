@@ -1,4 +1,4 @@
-"""W12 and W13: the gates refuse a model that is broken, and the counted operations are those of the model."""
+"""Contests of the whole model: the gates refuse a broken model, and the counted operations are those of the model."""
 
 import contextlib
 from collections.abc import Callable
@@ -12,11 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tmask
 from bench.cases import CASES, ModelCase
-from bench.contest import Contest
-from bench.model import _models
+from bench.model import _pair
 from bench.model import training as training_module
-from bench.model._gate import LEAST_OF_PEERS, Found, check_alike, check_same
-from bench.model.inference import _encoder, inference
+from bench.model.inference import LEAST, LEAST_OF_PEERS, Found, _encoder, check_alike, check_same, inference
 from bench.model.training import training
 from bench.rle import decode_rle
 from tmask.structures import ImageBatch, Targets
@@ -32,11 +30,6 @@ def detections(count: int = 40) -> Found:
     return Found(boxes, scores, labels, torch.rand(20, 16, 16, generator=generator) > 0.5)
 
 
-def test_a_result_is_like_itself() -> None:
-    check_same([detections()], [detections()])
-    check_alike([detections()], [detections()])
-
-
 WRONG: dict[str, Callable[[Found], Found]] = {
     "labels": lambda d: d._replace(labels=d.labels % 8 + 1),
     "boxes": lambda d: d._replace(boxes=d.boxes + 12),
@@ -47,84 +40,55 @@ WRONG: dict[str, Callable[[Found], Found]] = {
 }
 
 
-def of_a_peer(got: list[Found], true: list[Found]) -> None:
-    check_alike(got, true, LEAST_OF_PEERS)
-
-
 @pytest.mark.parametrize("check", [check_same, check_alike])
-@pytest.mark.parametrize("broken", WRONG)
-def test_a_wrong_result_is_refused(broken: str, check: Callable[..., None]) -> None:
-    with pytest.raises(AssertionError):
-        check([WRONG[broken](detections())], [detections()])
+def test_a_wrong_result_is_refused(check: Callable[..., None]) -> None:
+    check([detections()], [detections()])
+    for broken in WRONG.values():
+        with pytest.raises(AssertionError):
+            check([broken(detections())], [detections()])
 
 
 def test_a_peer_in_half_precision_may_be_coarse() -> None:
     given = detections()
     coarse = given._replace(boxes=(given.boxes / 8).round() * 8, scores=given.scores * 0.6)
-    of_a_peer([coarse], [given])
-    with pytest.raises(AssertionError):
-        check_alike([coarse], [given])
-    for wreck in ("labels", "none"):
+    check_alike([coarse], [given], LEAST_OF_PEERS)
+    for wreck, least in ((coarse, LEAST), *((WRONG[name](given), LEAST_OF_PEERS) for name in ("labels", "none"))):
         with pytest.raises(AssertionError):
-            of_a_peer([WRONG[wreck](given)], [given])
+            check_alike([wreck], [given], least)
 
 
-def test_torchvisions_run_lengths_are_those_of_its_masks() -> None:
+def test_run_lengths_are_those_of_torchvisions_masks_and_are_read() -> None:
     coco = pytest.importorskip("pycocotools.mask")
-    masks = torch.rand(3, 1, 7, 5, generator=torch.Generator().manual_seed(2))
-    got = _encoder()(masks)
-    for one, mask in zip(got, masks, strict=True):
-        assert np.array_equal(coco.decode(one), (mask[0] > 0.5).numpy())
-
-
-def test_run_lengths_are_read() -> None:
-    coco = pytest.importorskip("pycocotools.mask")
-    masks = torch.rand(5, 37, 50, generator=torch.Generator().manual_seed(1)) > torch.linspace(0, 1, 5)[:, None, None]
-    for mask in masks:
-        assert torch.equal(decode_rle(coco.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))), mask)
+    generator = torch.Generator().manual_seed(1)
+    masks = torch.rand(5, 1, 37, 50, generator=generator) * torch.linspace(0.4, 2, 5)[:, None, None, None]
+    for one, mask in zip(_encoder()(masks), masks[:, 0] > 0.5, strict=True):
+        assert np.array_equal(coco.decode(one), mask.numpy())
+        assert torch.equal(decode_rle(one), mask)
 
 
 # ---- a whole contest, as the benchmark runs it
 
 
-def outcome(contest: Contest) -> dict[str, str]:
-    """What the gate says of both libraries: an empty string, or why it refuses."""
-    given = contest.inputs()
-    truth = contest.truth(given)
-    said = {}
-    for name in ("tmask", "torchvision"):
-        try:
-            contest.check(contest.providers[name](given)(), truth)
-        except AssertionError as error:
-            said[name] = str(error)
-        else:
-            said[name] = ""
-    return said
-
-
-def break_ours(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
-    real = tmask.load_torchvision
-    monkeypatch.setattr(
-        _models.tmask, "load_torchvision", lambda weights, **given: real(weights, **{**given, **settings})
-    )
-
-
-@pytest.mark.parametrize("broken", [False, True], ids=["right", "nms"])
-def test_inference(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("contest", ["inference", "training"])
+@pytest.mark.parametrize("broken", [False, True], ids=["right", "broken"])
+def test_a_contest_refuses_a_broken_model(contest: str, broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"box_nms_threshold": 0.4}
+    if contest == "inference":
+        made = inference("W12-b1", "results", "bf16", "nhwc")
+    else:
+        made = training("W13-b2", "bf16", "nhwc")
+        anchors = ((32.0,), (64.0,), (128.0,), (256.0,), (500.0,))
+        settings = {"convention": "detectron2", "anchor_sizes": anchors}
     if broken:
-        break_ours(monkeypatch, box_nms_threshold=0.4)
-    said = outcome(inference("W12-b1", "results", "bf16", "nhwc"))
-    assert not said["torchvision"]
-    assert bool(said["tmask"]) == broken, said
-
-
-@pytest.mark.parametrize("broken", [False, True], ids=["right", "convention"])
-def test_training(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if broken:
-        break_ours(monkeypatch, convention="detectron2", anchor_sizes=((32.0,), (64.0,), (128.0,), (256.0,), (500.0,)))
-    said = outcome(training("W13-b2", "bf16", "nhwc"))
-    assert not said["torchvision"]
-    assert bool(said["tmask"]) == broken, said
+        real = tmask.load_torchvision
+        monkeypatch.setattr(
+            _pair.tmask, "load_torchvision", lambda weights, **given: real(weights, **{**given, **settings})
+        )
+    pair = made.inputs()
+    truth = made.truth(pair)
+    made.check(made.providers["torchvision"](pair)(), truth)
+    with pytest.raises(AssertionError) if broken else contextlib.nullcontext():
+        made.check(made.providers["tmask"](pair)(), truth)
 
 
 def test_only_a_peer_under_autocast_may_be_coarse() -> None:
@@ -143,7 +107,7 @@ def test_only_a_peer_under_autocast_may_be_coarse() -> None:
 @pytest.mark.parametrize("name", ["W12-b1", "W13-b2"])
 @pytest.mark.filterwarnings("ignore:.*has no triton backend")
 def test_counted_operations(name: str, size: str) -> None:
-    """Of the layers: our ops are single nodes here, which count as none."""
+    """Counts those of the layers: our ops are single nodes here, which count as none."""
     case = cast(ModelCase, CASES[name])
     case = case if size == "full" else case.small()
     height, width = (-(-side // 32) * 32 for side in (case.height, case.width))

@@ -1,13 +1,13 @@
-"""torchvision's Mask R-CNN and ours with the same weights, and the pictures they see.
+"""torchvision's Mask R-CNN and ours with the same weights, the pictures they see, and the contest between them.
 
-The weights are random. Statistics of the batch norms are measured on the pictures, and the logits scaled, so that
-activations, scores and the number of detections are those of a trained model. Letters: N images, G objects of one,
-h w its size.
+The weights are random. Pictures calibrate the batch norms and the scale of the logits, so that activations, scores and
+the number of detections are like those of a trained model. Letters: N images, G objects of an image, h w its size.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,17 +21,18 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FrozenBatchNorm2d
 
 import tmask
-from bench.cases import ModelCase
-from bench.contest import LAYOUTS, UnavailableError
+from bench.cases import ModelCase, sized
+from bench.contest import LAYOUTS, Call, Contest, UnavailableError
 from bench.machine import device
 
-NUM_CLASSES = 91  # of COCO's numbering, background included
-CLASS_STD = 1.5  # of the class logits: a few hundred pairs of RoI and class of an image score over 0.05
+PROVIDERS = ["tmask", "torchvision", "tmask-graph", "tmask-compile", "torchvision-compile"]
+NUM_CLASSES = 91  # COCO's numbering, background included
+CLASS_STD = 1.5  # of the class logits: in an image a few hundred pairs of RoI and class score over 0.05
 MASK_STD = 3.0  # of the mask logits: most pixels are clearly inside or outside
 
 
 class Pair(NamedTuple):
-    """Both models on the device of the benchmarks, and what they see there."""
+    """Both models on the device of the benchmarks, and their pictures there."""
 
     case: ModelCase
     theirs: Any
@@ -40,22 +41,60 @@ class Pair(NamedTuple):
     targets: list[dict[str, Tensor]]
 
 
-def make_pair(case: ModelCase, layout: str, *, training: bool) -> Pair:
-    """The backbone's batch norms are frozen, its stem and first stage too, as in the usual fine-tuning."""
-    where = device()
+def contest_of(
+    case: ModelCase,
+    dtype: str,
+    layout: str,
+    prepare: Callable[[Pair, bool, str], Call],
+    truth: Callable[[Pair], Any],
+    check: Callable[[Any, Any], None],
+) -> Contest:
+    """The contest of all PROVIDERS.
+
+    Args:
+        case: The case at its full size; a CPU takes the reduced one.
+        dtype: "fp32" or the half precision of autocast.
+        layout: Memory layout of weights and images, a key of LAYOUTS.
+        prepare: Takes the models, whether ours is meant, and how it runs ("", "compile" or "graph"). Returns the call.
+        truth: Takes the models and returns what `check` compares with.
+        check: Takes the result of a call and the truth. Raises AssertionError.
+    """
+
+    def provider(name: str) -> Callable[[Pair], Call]:
+        library, _, how = name.partition("-")
+
+        def call_of(pair: Pair) -> Call:
+            if how and device().type != "cuda":
+                raise UnavailableError("compiled or captured on a GPU only; on a CPU the tests trace it whole")
+            return prepare(pair, library == "tmask", how)
+
+        return call_of
+
+    return Contest(
+        inputs=lambda: make_pair(sized(case)[0], layout),
+        providers={name: provider(name) for name in PROVIDERS},
+        truth=truth,
+        check=check,
+        work=sized(case)[0].work(dtype),
+        size=sized(case)[1],
+        roof="tf32" if dtype == "fp32" and device().type == "cuda" else None,
+    )
+
+
+def make_pair(case: ModelCase, layout: str) -> Pair:
+    """Both models. The backbone's batch norms, stem and first stage are frozen, as in the usual fine-tuning."""
     images, targets = pictures(case)
     weights = _weights(case)
     theirs = _torchvision(case, FrozenBatchNorm2d)
     theirs.load_state_dict(weights)
     for stage in ("conv1", "layer1"):
         theirs.backbone.body[stage].requires_grad_(False)
-    ours = tmask.load_torchvision(weights, **case.settings)
-    models = [model.to(where, memory_format=LAYOUTS[layout]).train(training) for model in (theirs, ours)]
+    models = (theirs, tmask.load_torchvision(weights, **case.settings))
     return Pair(
         case,
-        *models,
-        [image.to(where) for image in images],
-        [{name: value.to(where) for name, value in target.items()} for target in targets],
+        *(model.to(device(), memory_format=LAYOUTS[layout]).train(case.training) for model in models),
+        [image.to(device()) for image in images],
+        [{name: value.to(device()) for name, value in target.items()} for target in targets],
     )
 
 
@@ -76,7 +115,7 @@ def pictures(case: ModelCase) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         half = 0.02 * 10 ** torch.rand(count, 2, generator=generator)  # 0.02 to 0.2 of a side
         boxes = (torch.cat([centre - half, centre + half], 1).clamp(0, 1)) * torch.tensor([width, height] * 2)
         mid, radius = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
-        # One at a time: G float planes of 800 x 1333 would be a gigabyte for the large batches.
+        # One object at a time: G float planes of 800 x 1333 would be a gigabyte for the large batches.
         inside = [((x - m[0]) / r[0]) ** 2 + ((y - m[1]) / r[1]) ** 2 <= 1 for m, r in zip(mid, radius, strict=True)]
         masks = torch.stack(inside)  # [G, h, w]
         image, other = noise(), 1 - noise()
@@ -84,12 +123,6 @@ def pictures(case: ModelCase) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         labels = torch.randint(1, NUM_CLASSES, (count,), generator=generator)
         targets.append({"boxes": boxes, "labels": labels, "masks": masks.to(torch.uint8)})
     return images, targets
-
-
-def only_on_a_gpu() -> None:
-    """Errors: UnavailableError on a CPU."""
-    if device().type != "cuda":
-        raise UnavailableError("compiled or captured on a GPU only; on a CPU the tests trace it whole")
 
 
 @functools.lru_cache(maxsize=4)
@@ -102,7 +135,7 @@ def _weights(case: ModelCase) -> dict[str, Tensor]:
 
 
 def _torchvision(case: ModelCase, norm: type[nn.Module]) -> Any:
-    """``maskrcnn_resnet50_fpn``, or its like with another ResNet and other widths."""
+    """``maskrcnn_resnet50_fpn``, or the same with another ResNet and other widths."""
     body = getattr(resnet, case.backbone)(weights=None, norm_layer=norm)
     levels = {f"layer{i + 1}": str(i) for i in range(4)}
     C = case.channels
@@ -120,7 +153,7 @@ def _torchvision(case: ModelCase, norm: type[nn.Module]) -> Any:
 def _calibrate(model: Any, images: list[Tensor]) -> None:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # a plain average over what it sees
+            module.momentum = None  # a plain average over the pictures
     model.train()
     batch, _ = model.transform(images)
     model.backbone(batch.tensors)
@@ -135,3 +168,12 @@ def _calibrate(model: Any, images: list[Tensor]) -> None:
     some = [boxes[:20] for boxes in proposals]
     masks = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, some, batch.image_sizes)))
     heads.mask_predictor.mask_fcn_logits.weight *= MASK_STD / masks.std()
+
+
+def problem_of(check: Callable[[], None]) -> str | None:
+    """The message of the AssertionError that `check` raises, or None."""
+    try:
+        check()
+    except AssertionError as error:
+        return str(error)
+    return None
