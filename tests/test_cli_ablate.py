@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +26,24 @@ sys.exit(3)
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout whose ablations are the stand-in, with one table."""
-    (tmp_path / "bench" / "ablate" / "tables").mkdir(parents=True)
-    (tmp_path / "bench" / "ablate" / "__main__.py").write_text(STAND_IN)
-    for package in ("bench", "bench/ablate"):
-        (tmp_path / package / "__init__.py").touch()  # else one of this name elsewhere on the path goes first
-    for name in ("pooling", "_settings"):
-        (tmp_path / "bench" / "ablate" / "tables" / f"{name}.py").touch()
+    tables = tmp_path / "bench" / "ablate" / "tables"
+    tables.mkdir(parents=True)
+    for name in ("../../__init__", "../__init__", "pooling", "__init__"):  # packages: another one may be on the path
+        (tables / f"{name}.py").touch()
+    (tables.parent / "__main__.py").write_text(STAND_IN)
     monkeypatch.setattr(bench_cli, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def test_it_passes_on_what_it_is_given(checkout: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["ablate", "pooling", "--device", "cpu"]) == 3
-    out = str(checkout / "runs" / "ablate" / "pooling")
-    words: list[Any] = [["pooling", "--seeds", "3", "--out", out, "--with_parent"], ""]
-    assert capfd.readouterr().out == f"{words}\n".replace("'", '"')
+    folder = str(checkout / "runs" / "ablate" / "pooling")
     options = ["--seeds", "2", "--out", "o", "--coco", ".", "--backbone_weights", "w.pth", "--background"]
-    assert cli.main(["ablate", "pooling", *options, "--device", "cpu"]) == 3
-    words = ["pooling", "--seeds", "2", "--out", f"{checkout}/o", "--coco", str(checkout)]
-    words = [[*words, "--backbone_weights", f"{checkout}/w.pth", "--background"], ""]
-    assert capfd.readouterr().out == f"{words}\n".replace("'", '"')
+    given = ["--seeds", "2", "--out", f"{checkout}/o", "--coco", str(checkout)]
+    given += ["--backbone_weights", f"{checkout}/w.pth", "--background"]
+    for words, passed in (([], ["--seeds", "3", "--out", folder, "--with_parent"]), (options, given)):
+        assert cli.main(["ablate", "pooling", *words, "--device", "cpu"]) == 3
+        assert json.loads(capfd.readouterr().out) == [["pooling", *passed], ""]
 
 
 def test_without_a_checkout_it_says_where_they_are(
@@ -74,7 +73,7 @@ def test_a_table_in_the_background_outlives_its_caller_and_can_be_stopped(tmp_pa
         wait_for(lambda: "cross-entropy, seed 0: begins" in log.read_text())
         second = call()
         assert second.returncode == 2
-        assert f"process {process} is at work on it; kill {process} stops it" in second.stderr
+        assert f"another tmask ablate (process {process} on" in second.stderr
     finally:
         os.kill(process, 15)
     wait_for(lambda: "stopped; the same command goes on" in log.read_text())
@@ -82,8 +81,6 @@ def test_a_table_in_the_background_outlives_its_caller_and_can_be_stopped(tmp_pa
 
 
 def wait_for(condition: Any) -> None:
-    import time
-
     end = time.monotonic() + 240
     while not condition():
         assert time.monotonic() < end, "it took too long"

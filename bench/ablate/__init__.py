@@ -1,6 +1,5 @@
-"""Ablations: the variants of one published table, trained on one data set with several seeds.
+"""Ablations: the variants of one published table, trained on one data set with several seeds (``tmask ablate NAME``).
 
-`python -m bench.ablate NAME`, which is what ``tmask ablate`` runs. A table is data, a file of `tables`; each of its
-runs is an ordinary ``tmask train`` of a written config. What has been done is read off the folder alone, so whatever
-stops the table, a kill among it, the same command goes on from there.
+`tables` holds the data: a file for each table. `runs` turns a table into training configs and reads a folder of runs
+back, `runner` trains one run after another, `report` writes the table and the chart, `publish` the page of the docs.
 """

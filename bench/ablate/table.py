@@ -1,4 +1,4 @@
-"""What a table of ablations is made of."""
+"""The parts of an ablation table."""
 
 from __future__ import annotations
 
@@ -8,52 +8,46 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parent / "tables"
-
-Overrides = Mapping[str, Any]  # fields of a config, by name; one that holds a config in turn is replaced whole
+Changes = Mapping[str, Any]  # config fields by dotted name, "model.mask_head"; a nested config is replaced as a whole
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Drawn:
-    """A data set of shapes (`tmask.data.shapes`), drawn when it is needed."""
+    """A data set of shapes (`tmask.data.shapes`), drawn when a run first needs it."""
 
     variant: str
-    train_images: int
-    val_images: int
-    size: int  # pixels a side
+    train_images: int = 2000
+    val_images: int = 200
+    size: int = 128  # pixels a side
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Setting:
-    """What all variants of a table have in common: a preset, and what it changes of it."""
+    """What all variants of a table share: a preset and the changes to it."""
 
     preset: str
-    shapes: Drawn | None = None  # none: COCO's images, in a folder that the user names
-    model: Overrides = field(default_factory=dict)
-    train: Overrides = field(default_factory=dict)
-    data: Overrides = field(default_factory=dict)
+    changes: Changes = field(default_factory=dict)
+    shapes: Drawn | None = None  # None: the images of COCO, from a folder that the user names
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Variant:
-    """One row: what it changes, over the setting."""
+    """One row of a table: its changes to the setting."""
 
-    label: str  # as tables and charts show it
-    published: str = ""  # its figure
-    model: Overrides = field(default_factory=dict)
-    train: Overrides = field(default_factory=dict)
-    data: Overrides = field(default_factory=dict)
+    label: str  # in tables and charts
+    changes: Changes = field(default_factory=dict)
+    published: str = ""  # the published figure
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Claim:
-    """That one variant is above another, as published: the direction that is looked for."""
+    """The published direction: one variant is above another."""
 
     better: str
     worse: str
     metric: str
-    published: float | str | None = None  # difference in points of AP, or in words; none: no direction was published
-    small: bool = True  # whether a small data set can be expected to show it; if not, it is reported all the same
+    published: float | str = ""  # the difference in points of AP, or in words; "": nobody published a direction
+    small: bool = True  # False: a small data set is not expected to show it; the report says so
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +55,14 @@ class Table:
     """The variants of one published table, and two settings to train them in."""
 
     title: str
-    about: str  # what is asked, and why the small data set can answer
+    about: str  # the question, and why the small data set can answer it
     source: str  # of the published figures
-    metrics: tuple[str, ...]  # of ``metrics.json``; every seed's value of the first is shown and drawn
-    variants: Mapping[str, Variant]  # by the name of their folder
+    metrics: tuple[str, ...]  # keys of ``metrics.json``; report and chart show every seed's value of the first
+    variants: Mapping[str, Variant]  # by folder name
     claims: tuple[Claim, ...]
-    small: Setting  # a run of at most 8 minutes on two CPU cores
+    small: Setting  # at most 8 minutes a run on two CPU cores
     full: Setting  # for a GPU
-    finding: str = ""  # what its published small result means, in words; shown below that one alone
+    finding: str = ""  # what the published small result means; the page shows it below that result
 
     def __post_init__(self) -> None:
         for claim in self.claims:
@@ -77,8 +71,8 @@ class Table:
 
 
 def names() -> list[str]:
-    """Of all tables: the files of `tables`."""
-    return sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
+    """Names of all tables: the files of `tables`."""
+    return sorted(path.stem for path in (Path(__file__).parent / "tables").glob("[!_]*.py"))
 
 
 def load(name: str) -> Table:

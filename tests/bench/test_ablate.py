@@ -1,35 +1,40 @@
-"""Tables of ablations: what they train, the rule by which a direction comes out, and what is written of a result."""
+"""Ablation tables: their configs, the rule for a direction, the page and the chart, and the runner with its breaks."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import os
 import random
+import signal
 import statistics
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import tmask
-from bench.ablate import __main__ as main
-from bench.ablate import outcome, publish
-from bench.ablate import plan as plans
+from bench import machine
+from bench.ablate import publish, report, runner, runs
 from bench.ablate import table as tables
-from bench.ablate.chart import draw
-from bench.ablate.plan import Plan, check_data, check_folder
-from bench.ablate.report import markdown, progress
+from bench.ablate.report import draw, judge, markdown
+from bench.ablate.runner import duration, run_table, wait_for
+from bench.ablate.runs import Plan, Run, check, prepare, result, settings
 from bench.ablate.table import Claim, Drawn, Setting, Table, Variant
-from bench.ablate.verdict import Spread, judge
 from tmask.config import ModelConfig, from_dict
 from tmask.data.crossed import CLASSES
+from tmask.engine.files import held
 
+ROOT = Path(__file__).parents[2]
+CPU = "CPU, 2 cores, torch 2.11.0, commit 0123456789"
 SETTING = Setting(
-    preset="tiny",
-    shapes=Drawn(variant="crossed", train_images=2, val_images=1, size=32),
-    train={"steps": 4},
-    data={"hflip": 0.0},
+    "tiny", {"train.steps": 4, "data.hflip": 0.0}, Drawn("crossed", train_images=2, val_images=1, size=32)
 )
 TABLE = Table(
     title="Pool or align",
@@ -37,56 +42,48 @@ TABLE = Table(
     source="A paper",
     metrics=("segm/AP75", "bbox/AP"),
     variants={
-        "pool": Variant(label="RoIPool", published="23.6", model={"roi_extractor": {"op": "roi_pool"}}),
-        "align": Variant(label="RoIAlign", published="30.9", train={"lr": 0.5}, data={"vflip": 0.5}),
+        "pool": Variant("RoIPool", {"model.roi_extractor": {"op": "roi_pool"}}, "23.6"),
+        "align": Variant("RoIAlign", {"train.lr": 0.5, "data.vflip": 0.5}, "30.9"),
     },
     claims=(
-        Claim(better="align", worse="pool", metric="segm/AP75", published=10.5),
-        Claim(better="align", worse="pool", metric="bbox/AP", small=False),
+        Claim("align", "pool", "segm/AP75", 10.5),
+        Claim("align", "pool", "bbox/AP", small=False),
+        Claim("align", "pool", "segm/AP75", "above"),
     ),
     small=SETTING,
-    full=Setting(preset="r50_fpn"),
+    full=Setting("r50_fpn"),
 )
+LONGER = dataclasses.replace(TABLE, small=dataclasses.replace(SETTING, changes={**SETTING.changes, "train.steps": 5}))
 
 
-def plan(out: Path, **fields: Any) -> Plan:
-    return Plan(**{"name": "pooling", "table": TABLE, "out": out, "seeds": 2, **fields})
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return Plan(name="pooling", table=TABLE, out=tmp_path / "out", seeds=2)
 
 
 @pytest.mark.parametrize("name", tables.names())
-def test_every_table_is_of_settings_that_exist(name: str, tmp_path: Path) -> None:
+def test_every_table_has_settings_that_exist(name: str, tmp_path: Path) -> None:
     table = tables.load(name)
     assert 2 <= len(table.variants) <= 4
     for coco in (None, tmp_path):
         of_table = Plan(name=name, table=table, out=tmp_path, seeds=1, coco=coco)
         configs = [of_table.configs(variant) for variant in table.variants]
-        assert len({json.dumps(config, default=str) for config in configs}) == len(configs), "two variants are the same"
-        assert all(config["train"]["steps"] >= 1 for config in configs)
+        assert len({json.dumps(config) for config in configs}) == len(configs), "two variants are the same"
+        changes = [name for part in (of_table.setting, *table.variants.values()) for name in part.changes]
+        assert all(name.split(".")[1] in configs[0][name.split(".")[0]] for name in changes)
         if coco is None:
             for config in configs:
                 tmask.build_model(from_dict(ModelConfig, {"num_classes": 9, **config["model"]}))
+            assert table.small.shapes is not None
+            assert table.small.shapes.variant != "crossed" or configs[0]["data"]["hflip"] == 0, "flips swap classes"
 
 
-def test_small_settings_flip_no_class_into_another() -> None:
-    for name in tables.names():
-        small = tables.load(name).small
-        assert small.shapes is not None
-        assert small.shapes.variant != "crossed" or small.data["hflip"] == 0
-
-
-def test_the_first_seed_of_all_variants_comes_first(tmp_path: Path) -> None:
-    runs = plan(tmp_path).runs()
-    assert [(run.variant, run.seed) for run in runs] == [("pool", 0), ("align", 0), ("pool", 1), ("align", 1)]
-    assert runs[2].folder == tmp_path / "pool" / "seed-1"
-
-
-def test_a_run_is_a_config_that_train_takes(tmp_path: Path) -> None:
-    """The preset, then the setting, then the variant, then seed and data."""
-    import yaml
-
-    plans.prepare(plan(tmp_path))
+def test_a_run_is_a_config_that_train_takes(plan: Plan) -> None:
+    """Preset, setting, variant, then seed and data. The first seed of all variants comes first."""
+    assert [(run.variant, run.seed) for run in plan.runs()] == [("pool", 0), ("align", 0), ("pool", 1), ("align", 1)]
+    prepare(plan)
     pool, align = (
-        yaml.safe_load((tmp_path / variant / "seed-1" / "settings.yaml").read_text()) for variant in ("pool", "align")
+        yaml.safe_load((plan.out / name / "seed-1/settings.yaml").read_text()) for name in plan.table.variants
     )
     assert pool["preset"] == "tiny"
     assert pool["model"]["roi_extractor"]["op"] == "roi_pool"
@@ -98,65 +95,54 @@ def test_a_run_is_a_config_that_train_takes(tmp_path: Path) -> None:
     assert "rising bar" in Path(pool["data"]["val_annotations"]).read_text()
 
 
-def test_more_seeds_may_be_added_but_nothing_else_changed(tmp_path: Path) -> None:
-    plans.prepare(plan(tmp_path))
-    check_folder(plan(tmp_path, seeds=3))
+def test_more_seeds_may_be_added_but_nothing_else_changed(plan: Plan) -> None:
+    plan.out.mkdir()
+    for name in (".ablation.json.part", ".tmask.lock"):  # of a call that was killed before it wrote anything else
+        (plan.out / name).touch()
+    check(plan)
+    (plan.out / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="expected an empty folder or one of this table"):
+        check(plan)
+    prepare(plan)
+    check(dataclasses.replace(plan, seeds=3))
     with pytest.raises(ValueError, match=r"holds the table 'pooling', not 'other'"):
-        check_folder(plan(tmp_path, name="other"))
-    longer = dataclasses.replace(TABLE, small=dataclasses.replace(SETTING, train={"steps": 5}))
-    with pytest.raises(ValueError, match=r"other settings: variants.align.train.steps: 4 -> 5; variants.pool"):
-        check_folder(plan(tmp_path, table=longer))
-    record = tmp_path / "ablation.json"
+        check(dataclasses.replace(plan, name="other"))
+    record = plan.out / "ablation.json"
     saved = json.loads(record.read_text())
     for configs in saved["variants"].values():  # as an older version wrote it, without settings that came later
         del configs["model"]["neck"], configs["model"]["roi_extractor"]["interpolation"]
         del configs["train"]["only"], configs["data"]["mask_classes"]
-    record.write_text(json.dumps(saved))
-    check_folder(plan(tmp_path))
-    with pytest.raises(ValueError, match=r"other settings: variants.align.train.steps: 4 -> 5; variants.pool"):
-        check_folder(plan(tmp_path, table=longer))
+    for text in (record.read_text(), json.dumps(saved)):
+        record.write_text(text)
+        check(plan)
+        with pytest.raises(ValueError, match=r"other settings: variants.align.train.steps: 4 -> 5; variants.pool"):
+            check(dataclasses.replace(plan, table=LONGER))
     saved["variants"]["pool"]["model"]["gone"] = 1
-    record.write_text(json.dumps(saved))
-    with pytest.raises(ValueError, match=r"other settings: unknown ModelConfig setting 'gone'"):
-        check_folder(plan(tmp_path))
-    record.write_text("{")
-    with pytest.raises(ValueError, match=r"ablation.json: damaged"):
-        check_folder(plan(tmp_path))
+    for text, message in ((json.dumps(saved), "unknown ModelConfig setting 'gone'"), ("{", "ablation.json: damaged")):
+        record.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            check(plan)
 
 
-def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
-    check_folder(plan(tmp_path / "none"))
-    (tmp_path / ".ablation.json.part").touch()
-    (tmp_path / "lock").touch()  # of a call that was killed before it wrote anything else
-    check_folder(plan(tmp_path))
-    (tmp_path / "thesis.tex").touch()
-    with pytest.raises(ValueError, match=r"expected an empty folder or one of this table"):
-        check_folder(plan(tmp_path))
+def test_coco_and_its_weights_must_be_there(plan: Plan, tmp_path: Path) -> None:
+    weights = tmp_path / "r50.pth"
 
+    def refused(message: str, **fields: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            check(dataclasses.replace(plan, **fields))
 
-def test_coco_and_its_weights_must_be_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--coco .*: expected COCO 2017, but there is no train2017"):
-        check_data(plan(tmp_path, coco=tmp_path))
-    for place in plans.COCO.values():
+    refused("--coco .*: expected COCO 2017, but there is no train2017", coco=tmp_path)
+    for place in runs.COCO.values():
         (tmp_path / place).parent.mkdir(exist_ok=True)
         (tmp_path / place).touch()
-    with pytest.raises(ValueError, match=r"--backbone_weights: needed with --coco: .* of resnet50"):
-        check_data(plan(tmp_path, coco=tmp_path))
-    with pytest.raises(ValueError, match=r"--backbone_weights: no such file"):
-        check_data(plan(tmp_path, coco=tmp_path, backbone_weights=tmp_path / "r50.pth"))
-    with pytest.raises(ValueError, match=r"--backbone_weights: only with --coco"):
-        check_data(plan(tmp_path, backbone_weights=tmp_path / "r50.pth"))
-    (tmp_path / "r50.pth").touch()
-    whole = plan(tmp_path, coco=tmp_path, backbone_weights=tmp_path / "r50.pth")
-    check_data(whole)
-    assert whole.configs("pool")["model"]["backbone_weights"] == str(tmp_path / "r50.pth")
-    assert plans.data_paths(whole)["val_annotations"] == str(tmp_path / "annotations" / "instances_val2017.json")
-
-
-def test_an_unknown_table_is_told_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["focl"]) == 2
-    message = "unknown table 'focl': expected 'focal'? (see tmask ablate --help)"
-    assert capsys.readouterr().err == f"tmask ablate: error: {message}\n"
+    refused("--backbone_weights: needed with --coco: .* of resnet50", coco=tmp_path)
+    refused("--backbone_weights: no such file", coco=tmp_path, backbone_weights=weights)
+    refused("--backbone_weights: only with --coco", backbone_weights=weights)
+    weights.touch()
+    whole = dataclasses.replace(plan, coco=tmp_path, backbone_weights=weights)
+    check(whole)
+    assert whole.configs("pool")["model"]["backbone_weights"] == str(weights)
+    assert runs.data_paths(whole)["val_annotations"] == str(tmp_path / "annotations" / "instances_val2017.json")
 
 
 @pytest.mark.parametrize(
@@ -183,70 +169,79 @@ def test_the_rule(better: list[float], worse: list[float], word: str) -> None:
         assert found.difference == pytest.approx(statistics.fmean(better) - statistics.fmean(worse))
 
 
-def test_the_standard_error_is_that_of_a_difference_of_means() -> None:
-    found = judge([1, 3], [10, 14, 18], published=True)
-    assert found.error == pytest.approx(math.sqrt(2 / 2 + 16 / 3))
-    assert Spread((1.0, 3.0)).deviation == pytest.approx(math.sqrt(2))
-
-
 def test_chance_alone_comes_out_as_rarely_as_the_rule_says() -> None:
+    assert judge([1, 3], [10, 14, 18], published=True).error == pytest.approx(math.sqrt(2 / 2 + 16 / 3))
     draws = random.Random(0)
     words = [
         judge(*([draws.gauss(30, 1) for _ in range(3)] for _ in range(2)), published=True).word for _ in range(1500)
     ]
-    assert words.count("came out") / 1500 == pytest.approx(0.06, abs=0.02)
-    assert words.count("did not come out") / 1500 == pytest.approx(0.06, abs=0.02)
+    for word in ("came out", "did not come out"):
+        assert words.count(word) / 1500 == pytest.approx(0.06, abs=0.02)
 
 
-def result(**states: Any) -> dict[str, Any]:
-    """A result in which run "pool1" is that of seed 1 of pool: its figures, None if it waits, or why it failed."""
-    runs = []
+def made(**states: Any) -> dict[str, Any]:
+    """A result in which run "pool1" is seed 1 of pool: its figures, None if it waits, or why it failed."""
+    found = []
     for key, value in states.items():
         run: dict[str, Any] = {"variant": key[:-1], "seed": int(key[-1]), "state": "waiting"}
         if isinstance(value, str):
             run |= {"state": "failed", "reason": value, "log": f"{key[:-1]}/seed-{key[-1]}/train.log"}
         elif value is not None:
             run |= {"state": "done", "metrics": {"segm/AP75": value[0], "bbox/AP": value[1]}, "minutes": value[2]}
-            run |= {"trained_by": ["CPU, 2 cores, torch 2.11.0, commit 0123456789"]}
-        runs.append(run)
-    return {"setting": "small", "seeds": 2, "settings": outcome.shared(TABLE, SETTING), "runs": runs}
+            run |= {"trained_by": [CPU]}
+        found.append(run)
+    parts = {"version": 1, "table": "pooling", "setting": "small", "seeds": 2, "settings": settings(TABLE, SETTING)}
+    return {**parts, "runs": found}
 
 
-WHOLE = result(pool0=(0.2, 0.3, 4), align0=(0.3, 0.3, 5), pool1=(0.22, 0.4, 6), align1=(0.33, 0.31, 7))
+WHOLE = made(pool0=(0.2, 0.3, 4), align0=(0.3, 0.3, 5), pool1=(0.22, 0.4, 6), align1=(0.33, 0.31, 7))
+PART = made(pool0=(0.2, 0.3, 4), align0=(-1, 0.3, 5), pool1=None, align1="died of SIGKILL: 100%|###")
+UNEXPECTED = "within the spread (not expected of a small data set)"
 
 
-def test_a_whole_table_shows_every_seed_and_what_came_out() -> None:
-    text = markdown(TABLE, WHOLE, chart="chart.png")
-    assert progress(WHOLE) == ""
-    assert "| RoIPool | 20.0, 22.0 | 21.0 | 20.0..22.0 | 1.4 | 35.0 | 23.6 |" in text
-    assert "| RoIAlign | 30.0, 33.0 | 31.5 | 30.0..33.0 | 2.1 | 30.5 | 30.9 |" in text
-    assert "| RoIAlign over RoIPool, segm/AP75 | +10.5 | +10.5 | 1.8 | came out |" in text
-    verdict = "within the spread (not expected of a small data set)"
-    assert f"| RoIAlign over RoIPool, bbox/AP | - | -4.5 | 5.0 | {verdict} |" in text
-    assert "preset `tiny`, `train.steps` 4, `data.hflip` 0.0; seeds 0 to 1." in text
-    assert '- RoIPool: `model.roi_extractor` {"op": "roi_pool"}.' in text
-    assert (
-        "CPU, 2 cores, torch 2.11.0, commit 0123456789; a run trained for 5.5 min (median), the longest for 7.0."
-        in text
-    )
-    assert "![" in text
-    assert "Partial" not in text
-    assert "Failed" not in text
-
-
-def test_a_partial_table_says_what_is_missing_and_what_failed() -> None:
-    part = result(pool0=(0.2, 0.3, 4), align0=(-1, 0.3, 5), pool1=None, align1="died of SIGKILL: 100%|###")
-    text = markdown(TABLE, part, chart="chart.png")
-    assert "**Partial: 2 of 4 runs.**" in text
-    assert "| RoIPool | 20.0 (1 of 2 seeds) | 20.0 | 20.0..20.0 | - | 30.0 | 23.6 |" in text
-    assert "| RoIAlign | - (1 of 2 seeds) | - | - | - | 30.0 | 30.9 |" in text  # -1: no such object, hence no figure
-    assert "| RoIAlign over RoIPool, segm/AP75 | +10.5 | - | - | no result yet |" in text
-    assert r"- **Failed**: RoIAlign, seed 1: died of SIGKILL: 100%\|### (`align/seed-1/train.log`)" in text
+@pytest.mark.parametrize(
+    ("found", "lines", "absent"),
+    [
+        (
+            WHOLE,
+            [
+                "| RoIPool | 20.0, 22.0 | 21.0 | 20.0..22.0 | 1.4 | 35.0 | 23.6 |",
+                "| RoIAlign | 30.0, 33.0 | 31.5 | 30.0..33.0 | 2.1 | 30.5 | 30.9 |",
+                "| RoIAlign over RoIPool, segm/AP75 | +10.5 | +10.5 | 1.8 | came out |",
+                f"| RoIAlign over RoIPool, bbox/AP | - | -4.5 | 5.0 | {UNEXPECTED} |",
+                "| RoIAlign over RoIPool, segm/AP75 | above | +10.5 | 1.8 | came out |",
+                "- Every run: preset `tiny`, `train.steps` 4, `data.hflip` 0.0; seeds 0 to 1.",
+                '- RoIPool: `model.roi_extractor` {"op": "roi_pool"}.',
+                f"- {CPU}; a run trained for 5.5 min (median), the longest for 7.0.",
+                "![Every seed's value of each variant](chart.png)",
+            ],
+            ["Partial", "Failed"],
+        ),
+        (
+            PART,
+            [
+                "**Partial: 2 of 4 runs.**",
+                "| RoIPool | 20.0 (1 of 2 seeds) | 20.0 | 20.0..20.0 | - | 30.0 | 23.6 |",
+                "| RoIAlign | - (1 of 2 seeds) | - | - | - | 30.0 | 30.9 |",  # -1: no such object, hence no figure
+                "| RoIAlign over RoIPool, segm/AP75 | +10.5 | - | - | no result yet |",
+                r"- **Failed**: RoIAlign, seed 1: died of SIGKILL: 100%\|### (`align/seed-1/train.log`)",
+            ],
+            [],
+        ),
+    ],
+    ids=["whole", "partial"],
+)
+def test_a_table_shows_every_seed_the_verdicts_and_what_is_missing(
+    found: dict[str, Any], lines: list[str], absent: list[str], tmp_path: Path
+) -> None:
+    text = markdown(TABLE, found, chart="chart.png")
+    assert [line for line in lines if line not in text.splitlines()] == []
+    assert not [word for word in absent if word in text]
 
 
 def test_charts_of_partial_and_empty_tables_are_drawn(tmp_path: Path) -> None:
     charts = []
-    for found in (result(pool0=(0.2, 0.3, 4), pool1=(0.3, 0.4, 4), align0=None), result(pool0=None, align0=None)):
+    for found in (made(pool0=(0.2, 0.3, 4), pool1=(0.3, 0.4, 4), align0=None), made(pool0=None, align0=None)):
         with (tmp_path / "chart.png").open("wb") as file:
             draw(TABLE, found, file)
         charts.append((tmp_path / "chart.png").read_bytes())
@@ -260,70 +255,281 @@ def test_the_page_is_made_of_the_results_in_the_repository() -> None:
 
 
 def test_a_result_is_published_with_its_chart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    page = tmp_path / "page.md"
+    table = dataclasses.replace(TABLE, finding="It is so.")
     monkeypatch.setattr(tables, "names", lambda: ["pooling"])
-    monkeypatch.setattr(tables, "load", lambda name: TABLE)
+    monkeypatch.setattr(tables, "load", lambda name: table)
     monkeypatch.setattr(publish, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(publish, "PAGE", tmp_path / "page.md")
-    monkeypatch.setattr(publish.page, "__defaults__", (tmp_path / "results",))
-    (tmp_path / "page.md").write_text(f"before\n{publish.BEGIN}\nold\n{publish.END}\nafter\n")
+    monkeypatch.setattr(publish, "PAGE", page)
+    page.write_text(f"before\n{publish.BEGIN}\nold\n{publish.END}\nafter\n")
+
+    def published(code: int, **fields: Any) -> str:
+        (tmp_path / "result.json").write_text(json.dumps({**WHOLE, **fields}))
+        assert publish.main([str(tmp_path)]) == code
+        return page.read_text()
+
     assert publish.main([]) == 0
-    text = (tmp_path / "page.md").read_text()
-    assert "## Pool or align\n\n`tmask ablate pooling`\n\nWhy.\n\n**Not measured yet.** Published (A paper):" in text
-    assert "- RoIPool: 23.6" in text
-    found = {"version": 1, "table": "pooling", **WHOLE}
-    (tmp_path / "result.json").write_text(json.dumps(found))
-    assert publish.main([str(tmp_path)]) == 0
-    text = (tmp_path / "page.md").read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "old" not in text
-    assert markdown(TABLE, WHOLE, chart="images/ablate_pooling.png") in text
+    head = "## Pool or align\n\n`tmask ablate pooling`\n\nWhy.\n\n"
+    assert f"{head}**Not measured yet.** Published (A paper):\n\n- RoIPool: 23.6\n" in page.read_text()
+    small = f"{head}{markdown(TABLE, WHOLE, chart='images/ablate_pooling.png')}\nIt is so.\n"
+    assert published(0) == f"before\n{publish.BEGIN}\n{report.RULE}\n\n{small}{publish.END}\nafter\n"
     assert (tmp_path / "images" / "ablate_pooling.png").is_file()
-    assert json.loads((tmp_path / "results" / "pooling.json").read_text()) == found
-
-    monkeypatch.setattr(tables, "load", lambda name: dataclasses.replace(TABLE, finding="It is so."))
-    assert publish.main([str(tmp_path)]) == 0
-    assert (
-        f"{markdown(TABLE, WHOLE, chart='images/ablate_pooling.png')}\nIt is so.\n"
-        in (tmp_path / "page.md").read_text()
-    )
-    monkeypatch.setattr(tables, "load", lambda name: TABLE)
-
-    full = {**found, "setting": "full", "seeds": 7, "settings": outcome.shared(TABLE, TABLE.full)}
-    (tmp_path / "result.json").write_text(json.dumps(full))
-    assert publish.main([str(tmp_path)]) == 0
-    both = (tmp_path / "page.md").read_text()
-    assert both.startswith(text[: text.index("after")].removesuffix(publish.END + "\n")), "the small one stays"
-    assert "\n### On COCO\n\n" in both
+    assert json.loads((tmp_path / "results" / "pooling.json").read_text()) == WHOLE
+    both = published(0, setting="full", seeds=7, settings=settings(TABLE, TABLE.full))
+    assert f"{small}\n### On COCO\n\n" in both
     assert "(images/ablate_pooling_full.png)" in both
     assert (tmp_path / "images" / "ablate_pooling_full.png").is_file()
-
-    other = dataclasses.replace(SETTING, data={"hflip": 0.5})
-    for settings in (outcome.shared(TABLE, other), outcome.shared(TABLE, TABLE.full)):
-        (tmp_path / "result.json").write_text(json.dumps({**found, "settings": settings}))
-        assert publish.main([str(tmp_path)]) == 2
+    for other in (settings(TABLE, LONGER.small), settings(TABLE, TABLE.full)):
+        assert published(2, settings=other) == both
         assert "the table pooling has other settings now: run it again" in capsys.readouterr().err
-    assert (tmp_path / "page.md").read_text() == both
 
 
 def test_classes_of_boxes_only_are_apart_also_where_all_masks_were_learnt(tmp_path: Path) -> None:
-    """Of the oracle, whose training does not know of them; of the others it is what the training itself says."""
-    parts = dataclasses.replace(SETTING, data={**SETTING.data, "mask_classes": "rising bar,falling leaf"})
-    table = dataclasses.replace(TABLE, small=parts, variants={**TABLE.variants})
-    asked = plan(tmp_path, table=table, seeds=1)
-    plans.prepare(asked)
+    """A run that learnt from all masks does not know of them; of the others it is what the training itself says."""
+    changes = {**SETTING.changes, "data.mask_classes": "rising bar,falling leaf"}
+    table = dataclasses.replace(TABLE, small=dataclasses.replace(SETTING, changes=changes))
+    asked = Plan(name="pooling", table=table, out=tmp_path, seeds=1)
+    prepare(asked)
     classes = {name: 0.1 * label for label, name in enumerate(CLASSES)}
     classes["falling dumbbell"] = -1  # none in the images
     metrics = {f"segm/AP/{name}": value for name, value in classes.items()}
+    told = {"segm/AP_boxes_only": 0.9, "segm/AP_with_masks": 0.8}
     (tmp_path / "pool" / "seed-0" / "metrics.json").write_text(json.dumps(metrics))
-    told = {**metrics, "segm/AP_boxes_only": 0.9, "segm/AP_with_masks": 0.8}
-    (tmp_path / "align" / "seed-0" / "metrics.json").write_text(json.dumps(told))
-    oracle, other = (run["metrics"] for run in outcome.result(asked)["runs"])
+    (tmp_path / "align" / "seed-0" / "metrics.json").write_text(json.dumps(metrics | told))
+    oracle, other = (run["metrics"] for run in result(asked)["runs"])
     assert oracle == pytest.approx({"segm/AP_with_masks": (0.0 + 0.3) / 2, "segm/AP_boxes_only": (0.1 + 0.2 + 1.5) / 5})
-    assert other == {"segm/AP_boxes_only": 0.9, "segm/AP_with_masks": 0.8}
+    assert other == told
 
 
-def test_a_direction_without_a_figure_comes_out_too() -> None:
-    words = dataclasses.replace(TABLE.claims[0], published="above")
-    text = markdown(dataclasses.replace(TABLE, claims=(words,)), WHOLE, chart="chart.png")
-    assert "| RoIAlign over RoIPool, segm/AP75 | above | +10.5 | 1.8 | came out |" in text
+# ---- the runner
+
+# Replaces the trainer: notes how it is called, makes a checkpoint of 2 steps, waits as the test wants, and ends. It
+# asserts that the kernel will tell it of the end of the table.
+STAND_IN = """
+import ctypes, json, pathlib, signal, sys, time
+if sys.platform == "linux":
+    told = ctypes.c_int()
+    ctypes.CDLL(None).prctl(2, ctypes.byref(told))  # PR_GET_PDEATHSIG
+    assert told.value == signal.SIGTERM
+arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+out = pathlib.Path(arguments["--out"])
+with (out / "calls").open("a") as file:
+    file.write(("resume" if "--resume" in arguments else "fresh") + "\\n")
+def save():
+    (out / "checkpoint.pt").write_text("2")
+    (out / "log.jsonl").write_text(json.dumps({"step": 2, "seconds_per_step": 3.0}) + "\\n")
+def stop(*_):
+    save()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+assert "seed:" in pathlib.Path(arguments["--config"]).read_text()
+wish = out.parent / "wish"  # of the test, for all seeds of a variant
+if wish.exists() and wish.read_text() == "fail":
+    print("tmask train: error: no memory", file=sys.stderr)
+    sys.exit(1)
+while wish.exists() and wish.read_text() == "wait":
+    (out / "waits").touch()
+    time.sleep(0.01)
+save()
+figure = 0.4 if "align" in str(out) else 0.3
+(out / "metrics.json").write_text(json.dumps({"segm/AP75": figure, "bbox/AP": 0.5, "bbox/AP/disc": 0.1}))
+"""
+
+
+class Trial:
+    """A table whose trainer is the stand-in; `said` collects its lines."""
+
+    def __init__(self, plan: Plan, script: Path) -> None:
+        self.plan, self.command = plan, [sys.executable, "-S", str(script)]
+        self.said: list[str] = []
+
+    def run(self, **fields: Any) -> int:
+        return run_table(dataclasses.replace(self.plan, **fields), command=self.command, say=self.said.append)
+
+    def wish(self, variant: str, text: str) -> None:
+        (self.plan.out / variant).mkdir(parents=True, exist_ok=True)
+        (self.plan.out / variant / "wish").write_text(text)
+
+    def calls(self) -> dict[str, list[str]]:
+        files = {f"{run.variant}{run.seed}": run.folder / "calls" for run in self.plan.runs()}
+        return {name: path.read_text().split() for name, path in files.items() if path.exists()}
+
+    def states(self) -> list[str]:
+        return [run["state"] for run in result(self.plan)["runs"]]
+
+
+@pytest.fixture
+def table(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trial:
+    monkeypatch.setattr(report, "draw", lambda table, result, file: file.write(b"a chart"))  # which takes its time
+    monkeypatch.setattr(runner, "machine", lambda: CPU)
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    return Trial(plan, tmp_path / "stand_in.py")
+
+
+def test_all_runs_are_done_once_and_a_broken_one_goes_on(table: Trial) -> None:
+    out = table.plan.out
+    prepare(table.plan)
+    (out / "align" / "seed-0" / "checkpoint.pt").write_text("1")
+    assert table.states() == ["waiting", "begun", "waiting", "waiting"]
+    assert table.run() == 0
+    assert table.calls() == {"pool0": ["fresh"], "align0": ["resume"], "pool1": ["fresh"], "align1": ["fresh"]}
+    assert [line for line in table.said if line.startswith("[") and "AP" not in line] == [
+        "[1/4] RoIPool, seed 0: begins",
+        "[2/4] RoIAlign, seed 0: goes on from its checkpoint",
+        "[3/4] RoIPool, seed 1: begins",
+        "[4/4] RoIAlign, seed 1: begins",
+    ]
+    assert "[2/4] RoIAlign, seed 0: segm/AP75 40.0 in 0 min, about 0 min left in all" in table.said
+    text = (out / "table.md").read_text()
+    assert text.startswith("# Pool or align\n")
+    assert "at least 2 standard errors" in text
+    assert "| RoIAlign over RoIPool, segm/AP75 | +10.5 | +10.0 | 0.0 | came out |" in text
+    assert (out / "chart.png").is_file()
+    metrics = {"segm/AP75": 0.3, "bbox/AP": 0.5}
+    first = {"variant": "pool", "seed": 0, "state": "done", "metrics": metrics, "minutes": 0.1, "trained_by": [CPU]}
+    assert json.loads((out / "result.json").read_text())["runs"][0] == first
+    assert table.run(seeds=3) == 0
+    assert (out / "pool" / "seed-2" / "metrics.json").is_file()
+    assert all(len(calls) == 1 for calls in table.calls().values()), "a run was repeated"
+
+
+def test_a_failed_run_is_shown_with_its_log_and_tried_again(table: Trial) -> None:
+    table.wish("pool", "fail")
+    assert table.run() == 1
+    assert table.states() == ["failed", "done", "failed", "done"]
+    reason = "ended with exit code 1: tmask train: error: no memory"
+    page = table.plan.out / "table.md"
+    assert f"Failed**: RoIPool, seed 0: {reason} (`pool/seed-0/train.log`)" in page.read_text()
+    assert any(line.startswith(f"[1/4] RoIPool, seed 0: failed: {reason}") for line in table.said)
+    table.wish("pool", "")
+    assert table.run() == 0
+    assert table.calls() == {"pool0": ["fresh"] * 2, "align0": ["fresh"], "pool1": ["fresh"] * 2, "align1": ["fresh"]}
+    assert "Failed" not in page.read_text()
+
+
+def send(number: int, run: Run) -> None:
+    """Send a signal to this process once a run is waiting."""
+
+    def wait() -> None:
+        end = time.monotonic() + 60
+        while not (run.folder / "waits").exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def test_a_signal_lets_the_training_save_and_the_table_goes_on_later(
+    table: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table.wish("align", "wait")
+    before = signal.getsignal(signal.SIGTERM)
+    align = table.plan.runs()[1]
+    send(signal.SIGTERM, align)
+    assert table.run() == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert table.states() == ["done", "begun", "waiting", "waiting"]
+    assert "**Partial: 1 of 4 runs.**" in (table.plan.out / "table.md").read_text()
+    assert table.said[-1] == "stopped; the same command goes on"
+    table.wish("align", "")
+    assert table.run() == 0
+    assert table.calls()["align0"] == ["fresh", "resume"]
+    assert all(len(run["trained_by"]) == 1 for run in result(table.plan)["runs"]), "the same, before and after a break"
+    (align.folder / "metrics.json").unlink()
+    monkeypatch.setattr(runner, "machine", lambda: "a GPU")
+    assert table.run() == 0
+    assert align.trained_by() == [CPU, "a GPU"]
+    assert table.plan.runs()[0].trained_by() == [CPU], "who only looks trains not"
+
+
+def test_a_folder_has_one_table_and_a_run_one_training(table: Trial) -> None:
+    with held(table.plan.out, "ablate"), pytest.raises(ValueError, match=rf"ablate \(process {os.getpid()} on"):
+        table.run()
+    folder = table.plan.out
+    words = f"from tmask.engine.files import held\nimport time\nwith held({str(folder)!r}, 'train'):\n"
+    words += " print(flush=True)\n time.sleep(0.3)\n"
+    with subprocess.Popen([sys.executable, "-c", words], stdout=subprocess.PIPE, cwd=ROOT) as training:
+        assert training.stdout is not None
+        training.stdout.readline()
+        wait_for(folder, [], table.said.append)  # of a table that was killed
+        assert training.poll() is not None or training.wait(5) == 0
+    assert table.said == ["waiting for the training of a table that was killed to save and end"]
+
+
+@pytest.mark.parametrize(
+    ("head", "status", "words"),
+    [
+        ("0123456789abcdef", "", "0123456789"),
+        ("0123456789abcdef", " M bench/rows.py", "0123456789 with changes"),
+        (None, None, "unknown"),
+    ],
+)
+def test_the_commit_in_words(head: str | None, status: str | None, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_git", lambda command, *_: {"rev-parse": head, "status": status}[command])
+    assert machine.checkout() == words
+
+
+def test_durations_in_words() -> None:
+    assert [duration(seconds) for seconds in (29, 31, 3599, 7500)] == ["0 min", "1 min", "1 h 00 min", "2 h 05 min"]
+
+
+# ---- a real table, of a model so small that it learns nothing
+
+SMALL = {
+    "min_size": 32, "max_size": 32, "fpn_channels": 8, "box_head_dim": 8, "mask_head_channels": 8,
+    "mask_head_layers": 1, "box_batch_size": 8,
+}  # fmt: skip
+STEPS = {"steps": 20, "batch_size": 2, "precision": "fp32", "log_every": 1, "checkpoint_every": 5}
+SCRIPT = """
+import sys
+from pathlib import Path
+from bench.ablate.runner import run_table
+from bench.ablate.runs import Plan
+from tests.bench.test_ablate import real_table
+sys.exit(run_table(Plan(name="real", table=real_table(), out=Path(sys.argv[1]), seeds=1)))
+"""
+
+
+def real_table() -> Table:
+    changes = {f"model.{name}": value for name, value in SMALL.items()}
+    changes |= {f"train.{name}": value for name, value in STEPS.items()}
+    changes |= {"data.num_workers": 0, "data.hflip": 0.0}
+    setting = Setting("tiny", changes, Drawn("crossed", train_images=6, val_images=2, size=32))
+    variants = {"pool": TABLE.variants["pool"], "align": Variant("align")}
+    return dataclasses.replace(TABLE, variants=variants, small=setting)
+
+
+@pytest.mark.slow
+def test_a_real_table_that_is_killed_ends_with_the_figures_of_one_that_is_not(tmp_path: Path) -> None:
+    def start(name: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(tmp_path / name)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
+        )  # fmt: skip
+
+    whole = start("whole")
+    said, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, said
+    killed = start("killed")
+    checkpoint = tmp_path / "killed" / "align" / "seed-0" / "checkpoint.pt"
+    while killed.poll() is None and not checkpoint.exists():
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    assert not (checkpoint.parent / "metrics.json").exists(), "it was too late to kill it"
+    again = start("killed")
+    said, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, said
+    assert "RoIPool, seed 0: begins" not in said
+    assert "align, seed 0: goes on from its checkpoint" in said
+    for variant in ("pool", "align"):
+        folders = [tmp_path / name / variant / "seed-0" for name in ("whole", "killed")]
+        logs = [
+            [
+                {name: value for name, value in json.loads(line).items() if name.startswith(("step", "loss"))}
+                for line in (folder / "log.jsonl").read_text().splitlines()
+            ]
+            for folder in folders
+        ]
+        assert logs[0] == logs[1]
+        assert (folders[0] / "metrics.json").read_text() == (folders[1] / "metrics.json").read_text()

@@ -1,7 +1,7 @@
-"""A mask a class against one mask for all classes."""
+"""One mask for each class against one mask for all classes."""
 
 from bench.ablate.table import Claim, Table, Variant
-from bench.ablate.tables._settings import CROSSED, MASK_RCNN, R50_C4
+from bench.ablate.tables import CROSSED, MASK_RCNN, R50_C4
 
 TABLE = Table(
     title="Class-specific or class-agnostic masks",
@@ -10,10 +10,10 @@ TABLE = Table(
     source=f"{MASK_RCNN}, R50-C4",
     metrics=("segm/AP", "segm/AP75", "bbox/AP"),
     variants={
-        "specific": Variant(label="class-specific", published="30.3 mask AP"),
-        "agnostic": Variant(label="class-agnostic", published="29.7 mask AP", model={"mask_class_agnostic": True}),
+        "specific": Variant("class-specific", published="30.3 mask AP"),
+        "agnostic": Variant("class-agnostic", {"model.mask_class_agnostic": True}, "29.7 mask AP"),
     },
-    claims=(Claim(better="specific", worse="agnostic", metric="segm/AP", published=0.6),),
+    claims=(Claim("specific", "agnostic", "segm/AP", 0.6),),
     small=CROSSED,
     full=R50_C4,
 )

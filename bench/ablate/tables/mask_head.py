@@ -1,7 +1,7 @@
 """Convolutions against fully connected layers in the mask head."""
 
 from bench.ablate.table import Claim, Table, Variant
-from bench.ablate.tables._settings import CROSSED, MASK_RCNN, R50_FPN
+from bench.ablate.tables import CROSSED, MASK_RCNN, R50_FPN
 
 TABLE = Table(
     title="FCN or MLP in the mask head",
@@ -10,10 +10,10 @@ TABLE = Table(
     source=f"{MASK_RCNN}, R50-FPN",
     metrics=("segm/AP", "segm/AP75", "bbox/AP"),
     variants={
-        "fcn": Variant(label="FCN", published="33.6 mask AP"),
-        "mlp": Variant(label="MLP", published="31.5 mask AP", model={"mask_head": "mlp"}),
+        "fcn": Variant("FCN", published="33.6 mask AP"),
+        "mlp": Variant("MLP", {"model.mask_head": "mlp"}, "31.5 mask AP"),
     },
-    claims=(Claim(better="fcn", worse="mlp", metric="segm/AP", published=2.1),),
+    claims=(Claim("fcn", "mlp", "segm/AP", 2.1),),
     small=CROSSED,
     full=R50_FPN,
 )

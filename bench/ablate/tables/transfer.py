@@ -1,7 +1,7 @@
-"""Mask^X R-CNN: masks of classes that have boxes alone, by what their mask predictors are made of."""
+"""Mask^X R-CNN: masks of classes with boxes only, by the weights that their mask predictors are made of."""
 
 from bench.ablate.table import Claim, Table, Variant
-from bench.ablate.tables._settings import BOXES_ONLY, MASK_X, MASK_X_R101
+from bench.ablate.tables import BOXES_ONLY, MASK_X, MASK_X_R101
 
 TABLE = Table(
     title="Masks of classes that have boxes alone: what their weights are made of",
@@ -13,17 +13,17 @@ TABLE = Table(
     "head. With an MLP fused in, both inputs have 23.8 mask AP on the classes without masks (R101-FPN, table 2)",
     metrics=("segm/AP_boxes_only", "segm/AP_with_masks", "bbox/AP"),
     variants={
-        "agnostic": Variant(label="class-agnostic", model={"mask_class_agnostic": True}),
-        "cls": Variant(label="classifier's weights", model={"mask_transfer": {"inputs": "cls"}}),
-        "box": Variant(label="regressor's weights", model={"mask_transfer": {"inputs": "box"}}),
-        "cls_box": Variant(label="both", model={"mask_transfer": {"inputs": "cls_box"}}),
+        "agnostic": Variant("class-agnostic", {"model.mask_class_agnostic": True}),
+        "cls": Variant("classifier's weights", {"model.mask_transfer": {"inputs": "cls"}}),
+        "box": Variant("regressor's weights", {"model.mask_transfer": {"inputs": "box"}}),
+        "cls_box": Variant("both", {"model.mask_transfer": {"inputs": "cls_box"}}),
     },
     claims=(
-        Claim(better="cls_box", worse="agnostic", metric="segm/AP_boxes_only", published="above"),
-        Claim(better="cls", worse="agnostic", metric="segm/AP_boxes_only", published="above"),
-        Claim(better="box", worse="agnostic", metric="segm/AP_boxes_only", published="above"),
-        Claim(better="cls_box", worse="box", metric="segm/AP_boxes_only", published="above", small=False),
-        Claim(better="box", worse="cls", metric="segm/AP_boxes_only", published="above", small=False),
+        Claim("cls_box", "agnostic", "segm/AP_boxes_only", "above"),
+        Claim("cls", "agnostic", "segm/AP_boxes_only", "above"),
+        Claim("box", "agnostic", "segm/AP_boxes_only", "above"),
+        Claim("cls_box", "box", "segm/AP_boxes_only", "above", small=False),
+        Claim("box", "cls", "segm/AP_boxes_only", "above", small=False),
     ),
     small=BOXES_ONLY,
     full=MASK_X_R101,

@@ -1,7 +1,7 @@
 """Mask^X R-CNN: the depth of the function that makes mask predictors, and what masks of all classes would reach."""
 
 from bench.ablate.table import Claim, Table, Variant
-from bench.ablate.tables._settings import BOXES_ONLY, MASK_X, MASK_X_R101
+from bench.ablate.tables import BOXES_ONLY, MASK_X, MASK_X_R101
 
 TABLE = Table(
     title="Masks of classes that have boxes alone: the depth of the transfer",
@@ -10,15 +10,15 @@ TABLE = Table(
     source=f"{MASK_X} table 1b, two layers above one and three, and an oracle about 10 points higher",
     metrics=("segm/AP_boxes_only", "segm/AP_with_masks", "bbox/AP"),
     variants={
-        "layers_1": Variant(label="1 layer", model={"mask_transfer": {"layers": 1}}),
-        "layers_2": Variant(label="2 layers", model={"mask_transfer": {"layers": 2}}),
-        "layers_3": Variant(label="3 layers", model={"mask_transfer": {"layers": 3}}),
-        "oracle": Variant(label="oracle: all masks", data={"mask_classes": None}),
+        "layers_1": Variant("1 layer", {"model.mask_transfer": {"layers": 1}}),
+        "layers_2": Variant("2 layers", {"model.mask_transfer": {"layers": 2}}),
+        "layers_3": Variant("3 layers", {"model.mask_transfer": {"layers": 3}}),
+        "oracle": Variant("oracle: all masks", {"data.mask_classes": None}),
     },
     claims=(
-        Claim(better="oracle", worse="layers_2", metric="segm/AP_boxes_only", published="about +10"),
-        Claim(better="layers_2", worse="layers_1", metric="segm/AP_boxes_only", published="above", small=False),
-        Claim(better="layers_2", worse="layers_3", metric="segm/AP_boxes_only", published="above", small=False),
+        Claim("oracle", "layers_2", "segm/AP_boxes_only", "about +10"),
+        Claim("layers_2", "layers_1", "segm/AP_boxes_only", "above", small=False),
+        Claim("layers_2", "layers_3", "segm/AP_boxes_only", "above", small=False),
     ),
     small=BOXES_ONLY,
     full=MASK_X_R101,

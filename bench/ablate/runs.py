@@ -1,0 +1,259 @@
+"""The runs of a table: their configs, the folder they share, and what that folder holds so far."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bench.ablate.table import Setting, Table
+from tmask.config import DataConfig, ModelConfig, TrainConfig, from_dict
+from tmask.data.mask_classes import mask_category_ids
+from tmask.data.shapes import GENERATOR_VERSION
+from tmask.demo import make_data
+from tmask.engine.checkpoint import differences
+from tmask.engine.files import part_of, replace_text
+from tmask.engine.log import read_log
+from tmask.engine.report import LOG_NAME
+from tmask.engine.run import METRICS_NAME
+from tmask.engine.train import CHECKPOINT_NAME
+from tmask.presets import TRAIN_PRESETS, model_config
+
+VERSION = 1  # of a result
+RECORD, LOG = "ablation.json", "ablate.log"  # of a table: all its settings; its output in the background
+SETTINGS, TRAIN_LOG, TRAINED_BY = "settings.yaml", "train.log", "trained_by.txt"  # in the folder of a run
+FAILED = "failed.txt"  # why the training failed, until the next attempt
+DONE, BROKEN, BEGUN, WAITING = "done", "failed", "begun", "waiting"
+GROUPS = {"model": ModelConfig, "train": TrainConfig, "data": DataConfig}
+COCO = {  # paths inside COCO 2017 as published
+    "train_images": "train2017",
+    "train_annotations": "annotations/instances_train2017.json",
+    "val_images": "val2017",
+    "val_annotations": "annotations/instances_val2017.json",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: one variant with one seed."""
+
+    variant: str
+    seed: int
+    folder: Path
+
+    @property
+    def state(self) -> str:
+        """DONE as soon as there are metrics: a training writes them last, and whole."""
+        for name, state in ((METRICS_NAME, DONE), (FAILED, BROKEN), (CHECKPOINT_NAME, BEGUN)):
+            if (self.folder / name).is_file():
+                return state
+        return WAITING
+
+    def trained_by(self) -> list[str]:
+        """Device, torch and commit; several lines if another machine continued the run."""
+        path = self.folder / TRAINED_BY
+        return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+    def clock(self) -> tuple[int, float]:
+        """The steps in the training's log and the seconds they took, breaks not counted."""
+        steps, seconds = 0, 0.0
+        path = self.folder / LOG_NAME
+        for row in read_log(path) if path.is_file() else ():
+            if "seconds_per_step" in row:
+                seconds += row["seconds_per_step"] * (row["step"] - steps)
+                steps = row["step"]
+        return steps, seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A table as the user asks for it."""
+
+    name: str
+    table: Table
+    out: Path
+    seeds: int
+    coco: Path | None = None  # folder of COCO 2017: selects the full setting
+    backbone_weights: Path | None = None  # ImageNet weights for the full setting
+
+    @property
+    def setting(self) -> Setting:
+        return self.table.small if self.coco is None else self.table.full
+
+    def runs(self) -> list[Run]:
+        """All runs, the first seed of every variant first: a table that is broken off is still a fair one."""
+        pairs = ((variant, seed) for seed in range(self.seeds) for variant in self.table.variants)
+        return [Run(variant, seed, self.out / variant / f"seed-{seed}") for variant, seed in pairs]
+
+    def configs(self, variant: str) -> dict[str, dict[str, Any]]:
+        """Every field of the model, train and data configs. Seed and paths keep their defaults."""
+        preset, changes = self.setting.preset, {**self.setting.changes, **self.table.variants[variant].changes}
+        own = {
+            group: {name.removeprefix(f"{group}."): changes[name] for name in changes if name.startswith(f"{group}.")}
+            for group in GROUPS
+        }
+        if self.backbone_weights:
+            own["model"]["backbone_weights"] = str(self.backbone_weights)
+        train = dataclasses.asdict(TRAIN_PRESETS[preset]) | own["train"]
+        parts = (
+            model_config(preset, **own["model"]),
+            from_dict(TrainConfig, train),
+            from_dict(DataConfig, own["data"]),
+        )
+        configs = dict(zip(GROUPS, map(dataclasses.asdict, parts), strict=True))
+        del configs["model"]["num_classes"]  # the training data decide it
+        return _plain(configs)
+
+    def record(self) -> dict[str, Any]:
+        """All that decides the figures except for the seeds, so that more seeds may be added later."""
+        shapes = self.setting.shapes
+        return {
+            "table": self.name,
+            "preset": self.setting.preset,
+            "shapes": {**dataclasses.asdict(shapes), "generator": GENERATOR_VERSION} if shapes else None,
+            "coco": str(self.coco) if self.coco else None,
+            "variants": {variant: self.configs(variant) for variant in self.table.variants},
+        }
+
+    def metrics(self, run: Run) -> dict[str, float]:
+        """The figures over all classes.
+
+        If the setting leaves some classes without masks, also the AP of the classes with and without masks. Only a run
+        that learnt from all masks needs that: the metrics of the others have these two figures already.
+        """
+        metrics = json.loads((run.folder / METRICS_NAME).read_text(encoding="utf-8"))
+        groups: dict[str, list[float]] = {"segm/AP_with_masks": [], "segm/AP_boxes_only": []}
+        mask_classes = self.setting.changes.get("data.mask_classes")
+        if mask_classes is not None:
+            paths = yaml.safe_load((run.folder / SETTINGS).read_text(encoding="utf-8"))["data"]
+            categories = json.loads(Path(paths["val_annotations"]).read_text(encoding="utf-8"))["categories"]
+            masked = mask_category_ids(mask_classes, categories)
+            for category in categories:
+                value = metrics.get(f"segm/AP/{category['name']}", -1)
+                if value >= 0:  # -1: the images show no such object
+                    groups["segm/AP_with_masks" if category["id"] in masked else "segm/AP_boxes_only"].append(value)
+        metrics = {name: statistics.fmean(values) for name, values in groups.items() if values} | metrics
+        return {
+            name: value for name, value in metrics.items() if name.count("/") == 1
+        }  # "bbox/AP/disc" is of one class
+
+
+def settings(table: Table, setting: Setting) -> dict[str, Any]:
+    """The settings as the file of the table has them, for a result."""
+    return {
+        "preset": setting.preset,
+        "shapes": dataclasses.asdict(setting.shapes) if setting.shapes else None,
+        "changed": _plain(setting.changes),
+        "variants": {name: _plain(variant.changes) for name, variant in table.variants.items()},
+    }
+
+
+def check(plan: Plan) -> None:
+    """Check data and folder before anything is written.
+
+    Raises:
+        ValueError: COCO or the weights are missing, or the folder holds something else than this table.
+    """
+    weights = plan.backbone_weights
+    for place in COCO.values() if plan.coco else ():
+        if not (plan.coco / place).exists():
+            raise ValueError(f"--coco {plan.coco}: expected COCO 2017, but there is no {place}")
+    if plan.coco is None and weights is not None:
+        raise ValueError("--backbone_weights: only with --coco; the small setting trains from random weights")
+    if plan.coco is not None and weights is None:
+        backbone = plan.configs(next(iter(plan.table.variants)))["model"]["backbone"]
+        raise ValueError(f"--backbone_weights: needed with --coco: torchvision's ImageNet weights of {backbone}")
+    if weights is not None and not weights.is_file():
+        raise ValueError(f"--backbone_weights: no such file: {weights}")
+    out, path = f"--out {plan.out}", plan.out / RECORD
+    if not path.is_file():
+        ours = {"lock", ".tmask.lock", LOG, part_of(path).name}  # a killed table may leave these and no record
+        if plan.out.is_dir() and {item.name for item in plan.out.iterdir()} - ours:
+            raise ValueError(f"{out}: expected an empty folder or one of this table, but it holds other files")
+        return
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged: {error}") from error
+    if saved.get("table") != plan.name:
+        raise ValueError(f"{out}: holds the table {saved.get('table')!r}, not {plan.name!r}")
+    try:
+        for configs in saved["variants"].values():  # settings that are newer than the record get their defaults
+            for group, kind in GROUPS.items():
+                configs[group] = _plain(dataclasses.asdict(from_dict(kind, configs[group])))
+            del configs["model"]["num_classes"]
+    except ValueError as error:
+        raise ValueError(f"{out}: holds this table in other settings: {error}") from error
+    if changed := differences(_flat(saved), _flat(plan.record())):
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise ValueError(f"{out}: holds this table in other settings: {'; '.join(changed[:3])}{more}")
+
+
+def prepare(plan: Plan) -> None:
+    """Draw missing data, and write the record and the settings of every run."""
+    plan.out.mkdir(parents=True, exist_ok=True)
+    replace_text(plan.out / RECORD, json.dumps(plan.record(), indent=1))
+    paths = data_paths(plan)
+    for run in plan.runs():
+        configs = plan.configs(run.variant)
+        configs["train"]["seed"] = run.seed
+        configs["data"] |= paths
+        text = yaml.safe_dump({"preset": plan.setting.preset, **configs}, sort_keys=False)
+        replace_text(run.folder / SETTINGS, text)
+
+
+def data_paths(plan: Plan) -> dict[str, str]:
+    """The path fields of DataConfig. Draws the images of a small setting if they are missing."""
+    if plan.coco is not None:
+        return {name: str(plan.coco / place) for name, place in COCO.items()}
+    shapes = plan.setting.shapes
+    assert shapes is not None, "a small setting has drawn images"
+    paths = {}
+    # These seeds draw images. The seed of a run decides weights, order and flips.
+    for split, count, seed in (("train", shapes.train_images, 1), ("val", shapes.val_images, 2)):
+        drawn = {"num_images": count, "seed": seed, "size": shapes.size, "variant": shapes.variant}
+        images, annotations = make_data(plan.out / "data" / split, **drawn)
+        paths |= {f"{split}_images": str(images), f"{split}_annotations": str(annotations)}
+    return paths
+
+
+def result(plan: Plan) -> dict[str, Any]:
+    """The settings of the table and the outcome of each run, as JSON. Figures are COCO's, 0..1."""
+    return {
+        "version": VERSION,
+        "table": plan.name,
+        "setting": "small" if plan.coco is None else "full",
+        "seeds": plan.seeds,
+        "settings": settings(plan.table, plan.setting),
+        "runs": [_outcome(run, plan) for run in plan.runs()],
+    }
+
+
+def _outcome(run: Run, plan: Plan) -> dict[str, Any]:
+    found: dict[str, Any] = {"variant": run.variant, "seed": run.seed, "state": run.state}
+    if found["state"] == DONE:
+        steps, seconds = run.clock()
+        minutes = round(seconds / 60, 2) if steps else None
+        found |= {"metrics": plan.metrics(run), "minutes": minutes, "trained_by": run.trained_by()}
+    if found["state"] == BROKEN:
+        reason = (run.folder / FAILED).read_text(encoding="utf-8").strip()
+        found |= {"reason": reason, "log": str((run.folder / TRAIN_LOG).relative_to(plan.out))}
+    return found
+
+
+def _plain(values: Any) -> Any:
+    """`values` as JSON gives them back: lists for tuples."""
+    return json.loads(json.dumps(values))
+
+
+def _flat(values: Any, name: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names."""
+    if not isinstance(values, dict) or not values:
+        return {name: values}
+    parts = (_flat(value, f"{name}.{key}" if name else key) for key, value in values.items())
+    return {dotted: value for part in parts for dotted, value in part.items()}
