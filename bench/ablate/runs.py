@@ -127,20 +127,16 @@ class Plan:
         that learnt from all masks needs that: the metrics of the others have these two figures already.
         """
         metrics = json.loads((run.folder / METRICS_NAME).read_text(encoding="utf-8"))
-        groups: dict[str, list[float]] = {"segm/AP_with_masks": [], "segm/AP_boxes_only": []}
-        mask_classes = self.setting.changes.get("data.mask_classes")
-        if mask_classes is not None:
+        if (mask_classes := self.setting.changes.get("data.mask_classes")) is not None:
             paths = yaml.safe_load((run.folder / SETTINGS).read_text(encoding="utf-8"))["data"]
             categories = json.loads(Path(paths["val_annotations"]).read_text(encoding="utf-8"))["categories"]
             masked = mask_category_ids(mask_classes, categories)
-            for category in categories:
-                value = metrics.get(f"segm/AP/{category['name']}", -1)
-                if value >= 0:  # -1: the images show no such object
-                    groups["segm/AP_with_masks" if category["id"] in masked else "segm/AP_boxes_only"].append(value)
-        metrics = {name: statistics.fmean(values) for name, values in groups.items() if values} | metrics
-        return {
-            name: value for name, value in metrics.items() if name.count("/") == 1
-        }  # "bbox/AP/disc" is of one class
+            for name, has_masks in (("segm/AP_with_masks", True), ("segm/AP_boxes_only", False)):
+                some = [f"segm/AP/{item['name']}" for item in categories if (item["id"] in masked) == has_masks]
+                values = [metrics[key] for key in some if metrics.get(key, -1) >= 0]  # -1: no such object in the images
+                if values:
+                    metrics.setdefault(name, statistics.fmean(values))
+        return {name: value for name, value in metrics.items() if name.count("/") == 1}  # else it is of one class
 
 
 def settings(table: Table, setting: Setting) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FrozenBatchNorm2d
 
 import tmask
-from bench.cases import ModelCase, sized
+from bench.cases import CASES, ModelCase, sized
 from bench.contest import LAYOUTS, Call, Contest, UnavailableError
 from bench.machine import device
 
@@ -41,42 +41,41 @@ class Pair(NamedTuple):
     targets: list[dict[str, Tensor]]
 
 
+class Output(NamedTuple):
+    """The result of a call, and whose it is."""
+
+    ours: bool
+    value: Any
+
+
 def contest_of(
-    case: ModelCase,
+    name: str,
     dtype: str,
     layout: str,
     prepare: Callable[[Pair, bool, str], Call],
     truth: Callable[[Pair], Any],
-    check: Callable[[Any, Any], None],
+    check: Callable[[Output, Any], None],
 ) -> Contest:
-    """The contest of all PROVIDERS.
+    """The contest of all PROVIDERS; a CPU takes the reduced case.
 
-    Args:
-        case: The case at its full size; a CPU takes the reduced one.
-        dtype: "fp32" or the half precision of autocast.
-        layout: Memory layout of weights and images, a key of LAYOUTS.
-        prepare: Takes the models, whether ours is meant, and how it runs ("", "compile" or "graph"). Returns the call.
-        truth: Takes the models and returns what `check` compares with.
-        check: Takes the result of a call and the truth. Raises AssertionError.
+    `prepare` takes the models, whether ours runs, and how ("", "compile" or "graph"), and returns the call to time.
     """
 
-    def provider(name: str) -> Callable[[Pair], Call]:
-        library, _, how = name.partition("-")
+    case, size = sized(cast(ModelCase, CASES[name]))
 
-        def call_of(pair: Pair) -> Call:
-            if how and device().type != "cuda":
-                raise UnavailableError("compiled or captured on a GPU only; on a CPU the tests trace it whole")
-            return prepare(pair, library == "tmask", how)
-
-        return call_of
+    def call_of(provider: str, pair: Pair) -> Call:
+        library, _, how = provider.partition("-")
+        if how and device().type != "cuda":
+            raise UnavailableError("compiled or captured on a GPU only; on a CPU the tests trace it whole")
+        return prepare(pair, library == "tmask", how)
 
     return Contest(
-        inputs=lambda: make_pair(sized(case)[0], layout),
-        providers={name: provider(name) for name in PROVIDERS},
+        inputs=lambda: make_pair(case, layout),
+        providers={provider: functools.partial(call_of, provider) for provider in PROVIDERS},
         truth=truth,
         check=check,
-        work=sized(case)[0].work(dtype),
-        size=sized(case)[1],
+        work=case.work(dtype),
+        size=size,
         roof="tf32" if dtype == "fp32" and device().type == "cuda" else None,
     )
 

@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from bench.cases import CASES, ModelCase
 from bench.contest import LAYOUTS, Call, Contest
 from bench.graph import captured
 from bench.machine import device, tf32
-from bench.model._pair import PROVIDERS, Pair, contest_of, problem_of
+from bench.model._pair import PROVIDERS, Output, Pair, contest_of, problem_of
 from bench.rle import decode_rle
 from bench.variants import variants
 from tmask.engine.device import autocast
@@ -75,13 +74,6 @@ class Truth(NamedTuple):
 
     detections: list[Found]
     problem: str | None
-
-
-class Output(NamedTuple):
-    """The result of a call, and whose it is."""
-
-    ours: bool
-    results: Any  # a list of dicts, or Detections
 
 
 def _wanted(case: str, mode: str, dtype: str, layout: str, provider: str) -> bool:
@@ -149,7 +141,7 @@ def inference(name: str, mode: str, dtype: str, layout: str) -> Contest:
 
     def check(got: Output, truth: Truth) -> None:
         assert not got.ours or truth.problem is None, f"in full float32: {truth.problem}"
-        results = got.results
+        results = got.value
         if isinstance(results, Detections):
             sizes = [(mask.shape[1], mask.shape[2]) for _, _, _, mask in truth.detections]
             image_sizes = torch.tensor(sizes, device=results.boxes.device)
@@ -160,7 +152,7 @@ def inference(name: str, mode: str, dtype: str, layout: str) -> Contest:
         else:
             check_alike(given, truth.detections, LEAST if got.ours or dtype == "fp32" else LEAST_OF_PEERS)
 
-    return contest_of(cast(ModelCase, CASES[name]), dtype, layout, prepare, truth, check)
+    return contest_of(name, dtype, layout, prepare, truth, check)
 
 
 def _core(pair: Pair, batch: ImageBatch, how: str) -> Callable[[ImageBatch], Detections]:

@@ -13,18 +13,17 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import CASES, ModelCase
 from bench.contest import Call, Contest
 from bench.graph import captured
 from bench.machine import device, tf32
-from bench.model._pair import PROVIDERS, Pair, contest_of, problem_of
+from bench.model._pair import PROVIDERS, Output, Pair, contest_of, problem_of
 from bench.variants import variants
 from tmask.config import TrainConfig
 from tmask.engine.device import autocast, to_device
@@ -47,13 +46,6 @@ class Truth(NamedTuple):
     theirs: Losses
     ours: Losses
     problem: str | None
-
-
-class Output(NamedTuple):
-    """The losses of a step, and whose they are."""
-
-    ours: bool
-    losses: Losses
 
 
 def _wanted(case: str, mode: str, dtype: str, layout: str, provider: str) -> bool:
@@ -108,8 +100,7 @@ def training(name: str, dtype: str, layout: str) -> Contest:
         return call
 
     full = dtype == "fp32" and device().type == "cpu"
-    case = cast(ModelCase, CASES[name])
-    return contest_of(case, dtype, layout, prepare, true_losses, lambda got, truth: check(got, truth, dtype, full=full))
+    return contest_of(name, dtype, layout, prepare, true_losses, lambda got, truth: check(got, truth, dtype, full=full))
 
 
 @torch.no_grad()
@@ -127,7 +118,7 @@ def check(got: Output, truth: Truth, dtype: str, *, full: bool) -> None:
     """Raises AssertionError. `full`: the step, of `dtype`, was done in full float32."""
     assert not got.ours or truth.problem is None, f"in full float32, of the same RoIs: {truth.problem}"
     near = NEAR if got.ours or dtype == "fp32" else NEAR_OF_PEERS
-    _check_near(got.losses, truth.ours if got.ours else truth.theirs, SAME if full else near)
+    _check_near(got.value, truth.ours if got.ours else truth.theirs, SAME if full else near)
 
 
 def _check_near(given: Losses, true: Losses, tolerance: float) -> None:

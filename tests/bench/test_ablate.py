@@ -197,46 +197,31 @@ def made(**states: Any) -> dict[str, Any]:
 WHOLE = made(pool0=(0.2, 0.3, 4), align0=(0.3, 0.3, 5), pool1=(0.22, 0.4, 6), align1=(0.33, 0.31, 7))
 PART = made(pool0=(0.2, 0.3, 4), align0=(-1, 0.3, 5), pool1=None, align1="died of SIGKILL: 100%|###")
 UNEXPECTED = "within the spread (not expected of a small data set)"
+LINES_OF_WHOLE = [
+    "| RoIPool | 20.0, 22.0 | 21.0 | 20.0..22.0 | 1.4 | 35.0 | 23.6 |",
+    "| RoIAlign | 30.0, 33.0 | 31.5 | 30.0..33.0 | 2.1 | 30.5 | 30.9 |",
+    "| RoIAlign over RoIPool, segm/AP75 | +10.5 | +10.5 | 1.8 | came out |",
+    f"| RoIAlign over RoIPool, bbox/AP | - | -4.5 | 5.0 | {UNEXPECTED} |",
+    "| RoIAlign over RoIPool, segm/AP75 | above | +10.5 | 1.8 | came out |",
+    "- Every run: preset `tiny`, `train.steps` 4, `data.hflip` 0.0; seeds 0 to 1.",
+    '- RoIPool: `model.roi_extractor` {"op": "roi_pool"}.',
+    f"- {CPU}; a run trained for 5.5 min (median), the longest for 7.0.",
+    "![Every seed's value of each variant](chart.png)",
+]
+LINES_OF_PART = [
+    "**Partial: 2 of 4 runs.**",
+    "| RoIPool | 20.0 (1 of 2 seeds) | 20.0 | 20.0..20.0 | - | 30.0 | 23.6 |",
+    "| RoIAlign | - (1 of 2 seeds) | - | - | - | 30.0 | 30.9 |",  # -1: no such object, hence no figure
+    "| RoIAlign over RoIPool, segm/AP75 | +10.5 | - | - | no result yet |",
+    r"- **Failed**: RoIAlign, seed 1: died of SIGKILL: 100%\|### (`align/seed-1/train.log`)",
+]
 
 
-@pytest.mark.parametrize(
-    ("found", "lines", "absent"),
-    [
-        (
-            WHOLE,
-            [
-                "| RoIPool | 20.0, 22.0 | 21.0 | 20.0..22.0 | 1.4 | 35.0 | 23.6 |",
-                "| RoIAlign | 30.0, 33.0 | 31.5 | 30.0..33.0 | 2.1 | 30.5 | 30.9 |",
-                "| RoIAlign over RoIPool, segm/AP75 | +10.5 | +10.5 | 1.8 | came out |",
-                f"| RoIAlign over RoIPool, bbox/AP | - | -4.5 | 5.0 | {UNEXPECTED} |",
-                "| RoIAlign over RoIPool, segm/AP75 | above | +10.5 | 1.8 | came out |",
-                "- Every run: preset `tiny`, `train.steps` 4, `data.hflip` 0.0; seeds 0 to 1.",
-                '- RoIPool: `model.roi_extractor` {"op": "roi_pool"}.',
-                f"- {CPU}; a run trained for 5.5 min (median), the longest for 7.0.",
-                "![Every seed's value of each variant](chart.png)",
-            ],
-            ["Partial", "Failed"],
-        ),
-        (
-            PART,
-            [
-                "**Partial: 2 of 4 runs.**",
-                "| RoIPool | 20.0 (1 of 2 seeds) | 20.0 | 20.0..20.0 | - | 30.0 | 23.6 |",
-                "| RoIAlign | - (1 of 2 seeds) | - | - | - | 30.0 | 30.9 |",  # -1: no such object, hence no figure
-                "| RoIAlign over RoIPool, segm/AP75 | +10.5 | - | - | no result yet |",
-                r"- **Failed**: RoIAlign, seed 1: died of SIGKILL: 100%\|### (`align/seed-1/train.log`)",
-            ],
-            [],
-        ),
-    ],
-    ids=["whole", "partial"],
-)
-def test_a_table_shows_every_seed_the_verdicts_and_what_is_missing(
-    found: dict[str, Any], lines: list[str], absent: list[str], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("found", "lines"), [(WHOLE, LINES_OF_WHOLE), (PART, LINES_OF_PART)], ids=["whole", "partial"])
+def test_a_table_shows_every_seed_the_verdicts_and_what_is_missing(found: dict[str, Any], lines: list[str]) -> None:
     text = markdown(TABLE, found, chart="chart.png")
     assert [line for line in lines if line not in text.splitlines()] == []
-    assert not [word for word in absent if word in text]
+    assert [word in text for word in ("Partial", "Failed")] == [found is PART] * 2
 
 
 def test_charts_of_partial_and_empty_tables_are_drawn(tmp_path: Path) -> None:
@@ -445,31 +430,27 @@ def test_a_signal_lets_the_training_save_and_the_table_goes_on_later(
 def test_a_folder_has_one_table_and_a_run_one_training(table: Trial) -> None:
     with held(table.plan.out, "ablate"), pytest.raises(ValueError, match=rf"ablate \(process {os.getpid()} on"):
         table.run()
-    folder = table.plan.out
-    words = f"from tmask.engine.files import held\nimport time\nwith held({str(folder)!r}, 'train'):\n"
-    words += " print(flush=True)\n time.sleep(0.3)\n"
-    with subprocess.Popen([sys.executable, "-c", words], stdout=subprocess.PIPE, cwd=ROOT) as training:
+    table.plan.out.mkdir()
+    words = f"import fcntl, time\nlock = open({str(table.plan.out / '.tmask.lock')!r}, 'ab')\n"
+    words += "fcntl.flock(lock, fcntl.LOCK_EX)\nprint(flush=True)\ntime.sleep(0.3)\nopen('saved', 'w').close()\n"
+    with subprocess.Popen([sys.executable, "-S", "-c", words], stdout=subprocess.PIPE, cwd=table.plan.out) as training:
         assert training.stdout is not None
         training.stdout.readline()
-        wait_for(folder, [], table.said.append)  # of a table that was killed
-        assert training.poll() is not None or training.wait(5) == 0
+        wait_for(table.plan.out, [], table.said.append)  # of a table that was killed
+        assert (table.plan.out / "saved").exists()
     assert table.said == ["waiting for the training of a table that was killed to save and end"]
 
 
-@pytest.mark.parametrize(
-    ("head", "status", "words"),
-    [
+def test_the_commit_and_durations_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    git: dict[str, str | None] = {}
+    monkeypatch.setattr(machine, "_git", lambda command, *_: git[command])
+    for head, status, words in (
         ("0123456789abcdef", "", "0123456789"),
         ("0123456789abcdef", " M bench/rows.py", "0123456789 with changes"),
         (None, None, "unknown"),
-    ],
-)
-def test_the_commit_in_words(head: str | None, status: str | None, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_git", lambda command, *_: {"rev-parse": head, "status": status}[command])
-    assert machine.checkout() == words
-
-
-def test_durations_in_words() -> None:
+    ):
+        git |= {"rev-parse": head, "status": status}
+        assert machine.checkout() == words
     assert [duration(seconds) for seconds in (29, 31, 3599, 7500)] == ["0 min", "1 min", "1 h 00 min", "2 h 05 min"]
 
 

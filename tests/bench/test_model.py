@@ -95,7 +95,7 @@ def test_only_a_peer_under_autocast_may_be_coarse() -> None:
     true = {"loss": torch.tensor(1.0)}
     truth = training_module.Truth(true, true, None)
     for ours, dtype, refused in ((False, "bf16", False), (False, "fp32", True), (True, "bf16", True)):
-        got = training_module.Output(ours, {"loss": torch.tensor(1.3)})
+        got = _pair.Output(ours, {"loss": torch.tensor(1.3)})
         with pytest.raises(AssertionError) if refused else contextlib.nullcontext():
             training_module.check(got, truth, dtype, full=False)
 
