@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 MUTANTS = {
     "beta of the box loss": ("model/losses.py", "beta=SMOOTH_L1_BETA", "beta=1.0",
         "model/test_torchvision_parity.py"),
-    "background for a class": ("model/losses.py", "dim=-1)[..., 1:]", "dim=-1)[..., :-1]", "model/test_losses.py"),
+    "background for a class": ("model/predictions.py", "dim=-1)[..., 1:]", "dim=-1)[..., :-1]",
+        "model/test_losses.py"),
     "no lateral path": ("model/fpn.py", "merged[level] + F.interpolate", "F.interpolate",
         "model/test_torchvision_parity.py"),
     "P6 of larger windows": ("model/fpn.py", "kernel_size=1, stride=2", "kernel_size=2, stride=2",

@@ -15,7 +15,8 @@ from tests.graph import recorded
 from tests.model.conftest import NECKS, SMALL, images_and_targets
 from tests.model.sync import count_blocking
 from tmask.model import losses, roi_heads
-from tmask.model.losses import FAR_NEGATIVE, Focal, box_losses, class_probabilities, rpn_losses
+from tmask.model.losses import FAR_NEGATIVE, Focal, box_losses, rpn_losses
+from tmask.model.predictions import class_probabilities
 from tmask.structures import ImageBatch, Targets
 from tmask_kernels import decode_boxes, sigmoid_focal_loss, use_backend
 from tmask_kernels.testing import assert_close, random_boxes

@@ -13,9 +13,10 @@ from tests.model.conftest import SMALL, images_and_targets
 from tests.model.sync import count_blocking
 from tmask.config import ModelConfig, from_dict
 from tmask.model import losses, mask_branch
-from tmask.model.losses import MaskLoss, mask_loss, mask_probabilities
+from tmask.model.losses import MaskLoss, mask_loss
 from tmask.model.mask_branch import MaskBranch
 from tmask.model.mask_head import MaskHead, MLPMaskHead
+from tmask.model.predictions import mask_probabilities
 from tmask.structures import Detections, SampledRois
 from tmask_kernels import use_backend
 from tmask_kernels.testing import assert_close

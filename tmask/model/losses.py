@@ -1,4 +1,4 @@
-"""The losses of RPN, box head and mask head, each a float32 scalar, and the probabilities that they train.
+"""The losses of RPN, box head and mask head, each a float32 scalar.
 
 All work on fixed-size samples with a validity mask, so no shape depends on data. Letters: N images, S slots (sampled,
 or all anchors), C classes with background; for masks R RoIs of all images, C mask channels, M mask side.
@@ -107,13 +107,6 @@ def box_losses(
     return loss, _masked_sum(box, positive) / sampled
 
 
-def class_probabilities(class_logits: Tensor, class_loss: ClassLoss) -> Tensor:
-    """Probabilities of the foreground classes [..., C - 1], by the activation that `class_loss` trains."""
-    if class_loss == "sigmoid_focal":
-        return class_logits.float().sigmoid()
-    return class_logits.float().softmax(dim=-1)[..., 1:]
-
-
 def mask_loss(logits: Tensor, channels: Tensor, targets: Tensor, valid: Tensor, *, loss: MaskLoss) -> Tensor:
     """Mean over the pixels of the valid RoIs; 0 with a graph if there is none.
 
@@ -130,14 +123,6 @@ def mask_loss(logits: Tensor, channels: Tensor, targets: Tensor, valid: Tensor, 
     pixels = torch.where(keep[:, None], logits, 0.0).movedim(1, -1).flatten(0, 2)  # [R * M * M, C]
     entropy = F.cross_entropy(pixels.float(), classes.flatten(), reduction="none").view_as(targets)
     return _masked_sum(entropy, keep) / (valid.sum().clamp(min=1) * logits.shape[-1] ** 2)
-
-
-def mask_probabilities(logits: Tensor, channels: Tensor, loss: MaskLoss) -> Tensor:
-    """Probabilities of each RoI's own channel, by the activation that `loss` trains: [R, C, M, M], [R] to [R, M, M]."""
-    own = channels[:, None, None, None].expand(-1, 1, *logits.shape[-2:])
-    if loss == "softmax":
-        return logits.float().softmax(dim=1).gather(1, own).squeeze(1)
-    return logits.gather(1, own).squeeze(1).float().sigmoid()
 
 
 def _focal_sum(logits: Tensor, targets: Tensor, valid: Tensor, focal: Focal) -> Tensor:

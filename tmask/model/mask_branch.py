@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tmask.model.losses import MaskLoss, mask_loss, mask_probabilities
+from tmask.model.losses import MaskLoss, mask_loss
+from tmask.model.predictions import mask_probabilities
 from tmask.model.roi_extractor import Head, Pool, run_head, to_slots
 from tmask.structures import ImageBatch, SampledRois, Targets
 from tmask_kernels import mask_targets

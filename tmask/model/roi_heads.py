@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from tmask.model.keypoint_branch import KeypointBranch
-from tmask.model.losses import BoxLoss, ClassLoss, Focal, box_losses, class_probabilities
+from tmask.model.losses import BoxLoss, ClassLoss, Focal, box_losses
 from tmask.model.mask_branch import MaskBranch
 from tmask.model.mask_transfer import MaskTransfer
+from tmask.model.predictions import class_probabilities
 from tmask.model.roi_extractor import Extractor, Head
 from tmask.model.sampling import Sampler, sample, take_rows
 from tmask.structures import Detections, ImageBatch, Proposals, SampledRois, Targets
