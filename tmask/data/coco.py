@@ -138,10 +138,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         fill_annotations(content)
         self.coco = COCO()
         self.coco.dataset = content
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-            self.coco.createIndex()
-        if missing:
-            self.leave_out(missing)
+        self.leave_out(missing)
 
     def leave_out(self, faults: Mapping[int, str]) -> None:
         """Leave out the images of these numbers, for these reasons, with their annotations."""
@@ -154,7 +151,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             "images": [record for record in whole["images"] if record["id"] not in gone],
             "annotations": [item for item in whole["annotations"] if item["image_id"] not in gone],
         }
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
             self.coco.createIndex()
 
     @property

@@ -97,6 +97,9 @@ def summarize(
         )
     if masks_used:
         told += _without_masks(path, content, has_mask, crowd, boxes_only)
+        for row in np.flatnonzero(~has_mask) if has_mask.any() else ():
+            if "segmentation" in items[row]:  # an empty mask, which evaluation would count as an object to find
+                items[row]["segmentation"] = None
     return Summary(_text(path, content, has_mask, crowd, iou), told)
 
 
@@ -223,8 +226,6 @@ def _without_masks(
     told = []
     empty = np.array(["segmentation" in item for item in items]) & ~has_mask
     if empty.any():
-        for row in np.flatnonzero(empty):
-            items[row]["segmentation"] = None
         told.append(
             f"{path}: the mask of {empty.sum()} of {len(items)} annotations is empty and left out, their boxes count; "
             f"first {_first(ids, empty)}"
