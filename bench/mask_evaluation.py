@@ -19,8 +19,9 @@ import torch
 from tmask.data.coco import CocoDataset
 from tmask.data.loader import make_loader
 from tmask.engine.checkpoint import load_model
+from tmask.engine.detect import coco_results
 from tmask.engine.device import autocast
-from tmask.engine.evaluate import coco_metrics, coco_results
+from tmask.engine.evaluate import coco_metrics
 from tmask.model.postprocess import to_list
 
 

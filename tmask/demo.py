@@ -51,8 +51,10 @@ class DemoConfig:
 
 def run_demo(config: DemoConfig, *, device: torch.device) -> dict[str, float]:
     """Make (or reuse) the data, train, evaluate, draw, and print what came out; gives the metrics."""
+    from tmask.engine.dataset import augment, open_dataset
     from tmask.engine.evaluate import results_table
-    from tmask.engine.run import CONFIG_NAME, PICTURES_NAME, augment, open_dataset, run_training, write_config
+    from tmask.engine.files import CONFIG_NAME, PICTURES_NAME
+    from tmask.engine.train import train, write_config
 
     began = time.perf_counter()
     out = Path(config.out)
@@ -81,7 +83,7 @@ def run_demo(config: DemoConfig, *, device: torch.device) -> dict[str, float]:
         seed=config.seed,
     )
     prepared = time.perf_counter() - began
-    result = run_training(
+    result = train(
         model,
         training,
         data,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tmask.checks import nearest
-from tmask.engine.progress import progress
+from tmask.engine.log import progress
 from tmask.presets import PRESETS
 from tmask_kernels import machine
 from tmask_kernels.backend import BACKENDS, interpreter_enabled, triton_reasons

@@ -18,8 +18,7 @@ from bench.ablate import report
 from bench.ablate.runs import BEGUN, BROKEN, DONE, FAILED, SETTINGS, TRAIN_LOG, TRAINED_BY, Plan, Run, prepare
 from bench.machine import checkout
 from bench.process import last_words
-from tmask.engine.files import held, replace_text
-from tmask.engine.train import CHECKPOINT_NAME
+from tmask.engine.files import CHECKPOINT_NAME, held, replace_text
 
 ROOT = Path(__file__).parents[2]
 TRAIN = (sys.executable, "-m", "tmask", "train")

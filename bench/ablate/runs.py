@@ -17,11 +17,8 @@ from tmask.data.mask_classes import mask_category_ids
 from tmask.data.shapes import GENERATOR_VERSION
 from tmask.demo import make_data
 from tmask.engine.checkpoint import differences
-from tmask.engine.files import part_of, replace_text
+from tmask.engine.files import CHECKPOINT_NAME, LOG_NAME, METRICS_NAME, part_of, replace_text
 from tmask.engine.log import read_log
-from tmask.engine.report import LOG_NAME
-from tmask.engine.run import METRICS_NAME
-from tmask.engine.train import CHECKPOINT_NAME
 from tmask.presets import TRAIN_PRESETS, model_config
 
 VERSION = 1  # of a result

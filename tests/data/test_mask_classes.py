@@ -8,7 +8,7 @@ import pytest
 from tmask.config import DataConfig
 from tmask.data.coco import CocoDataset
 from tmask.data.mask_classes import mask_category_ids
-from tmask.engine.run import open_dataset
+from tmask.engine.dataset import open_dataset
 
 COCO = (
     "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "

@@ -8,7 +8,8 @@ import torch
 from tmask.data.coco import CocoDataset
 from tmask.data.loader import make_loader
 from tmask.data.transforms import train_transforms
-from tmask.engine.evaluate import coco_metrics, coco_results
+from tmask.engine.detect import coco_results
+from tmask.engine.evaluate import coco_metrics
 from tmask.model.transform import ImageTransform
 from tmask.skeleton import PERSON
 from tmask_kernels import pack_masks, unpack_masks

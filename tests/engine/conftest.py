@@ -1,4 +1,4 @@
-"""Fixtures of the tests of prediction."""
+"""Fixtures of the tests of training, evaluation and prediction."""
 
 from pathlib import Path
 from typing import Any
@@ -23,3 +23,16 @@ def checkpoint(model: Any, tmp_path: Path) -> Path:
 def images(tmp_path: Path) -> list[Path]:
     folder, _ = write_shapes(tmp_path / "shapes", num_images=4, seed=0, size=64)
     return sorted(folder.iterdir())
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """Four small images in ``data`` of the present folder, which is empty else; for `toy.command`."""
+    monkeypatch.chdir(tmp_path)
+    return write_shapes("data", num_images=4, seed=1, size=32)
+
+
+@pytest.fixture
+def corners(tmp_path: Path) -> tuple[Path, Path]:
+    """Images and annotations with keypoints."""
+    return write_shapes(tmp_path / "shapes", num_images=2, seed=0, size=64, variant="corners")

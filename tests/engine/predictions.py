@@ -10,17 +10,19 @@ import torch
 from PIL import Image
 
 import tmask
+from tests.engine.toy import after
+from tmask import cli
 from tmask.data.shapes import CLASSES
 from tmask.engine.checkpoint import FORMAT, KEYS, VERSION, save_checkpoint
 
 CATEGORIES = [{"id": 10 * label, "name": name} for label, name in enumerate(CLASSES, start=1)]
+SMALL = {"min_size": 64, "max_size": 64, "fpn_channels": 16, "box_head_dim": 16, "mask_head_channels": 16}
 
 
 def make_model(seed: int = 0, **options: Any) -> Any:
     torch.manual_seed(seed)
-    small = {"min_size": 64, "max_size": 64, "fpn_channels": 16, "box_head_dim": 16, "mask_head_channels": 16}
     return tmask.build_model(
-        "tiny", len(CLASSES) + 1, **{**small, "max_detections": 5, "box_score_threshold": 1e-6, **options}
+        "tiny", len(CLASSES) + 1, **{**SMALL, "max_detections": 5, "box_score_threshold": 1e-6, **options}
     )
 
 
@@ -33,12 +35,22 @@ def write_checkpoint(path: Path, model: Any, **entries: Any) -> Path:
     return path
 
 
+def run_predict(checkpoint: Path, images: Path | str, out: Path, *more: str) -> int:
+    """The exit code of `tmask predict`."""
+    return cli.main(["predict", "--checkpoint", str(checkpoint), "--images", str(images), "--out", str(out), *more])
+
+
 def by_name(paths: list[Path]) -> dict[str, Path]:
     return {path.name: path for path in paths}
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
     return json.loads((out / "predictions.json").read_text())  # type: ignore[no-any-return]
+
+
+def listed(out: Path) -> list[dict[str, Any]]:
+    """The images of images.json."""
+    return json.loads((out / "images.json").read_text())["images"]  # type: ignore[no-any-return]
 
 
 def seen(out: Path) -> list[tuple[int, str]]:
@@ -59,14 +71,7 @@ def count_calls(model: Any) -> list[int]:
 
 def stop_at(model: Any, number: int, error: BaseException) -> None:
     """Raise `error` when the model sees its image of that number."""
-    calls: list[int] = []
-
-    def hook(*_: Any) -> None:
-        calls.append(1)
-        if len(calls) == number:
-            raise error
-
-    model.register_forward_pre_hook(hook)
+    model.register_forward_pre_hook(after(number - 1, lambda *_: None, error))
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -76,4 +81,5 @@ def touch(folder: Path, *names: str) -> None:
 
 
 def read_pixels(path: Path) -> torch.Tensor:
-    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

@@ -1,12 +1,11 @@
 """An error in a run: the last whole update is saved first, never a torn or spoilt one, and the way on is told."""
 
-import dataclasses
 import errno
 import json
 import re
 import shlex
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +14,36 @@ import torch
 from torch import Tensor
 
 from tests.bad_inputs import COMMANDS
-from tests.engine.test_resume import assert_same
-from tests.engine.toy import CONFIG, Loader, Model, run
+from tests.engine.toy import (
+    BrokenError,
+    Loader,
+    Model,
+    after,
+    assert_same,
+    broken_model,
+    command,
+    copies,
+    files,
+    logged,
+    run,
+    saved,
+    toy,
+)
 from tmask import cli
 from tmask.data.images import BadImageError
 from tmask.data.loader import EpochBatchSampler
 from tmask.data.shapes import write_shapes
-from tmask.engine.checkpoint import CheckpointError, load_checkpoint
-from tmask.engine.ema import WeightAverage
-from tmask.engine.log import JsonLines, read_log
-from tmask.engine.report import NonFiniteLossError
-from tmask.engine.train import _Saver
+from tmask.engine.checkpoint import CheckpointError
+from tmask.engine.log import JsonLines, NonFiniteLossError
+from tmask.engine.loop import _Saver
+from tmask.engine.optimizer import WeightAverage
 
 # No checkpoint comes by itself; three batches an update, so that an error may come in the middle of one.
-RARE = dataclasses.replace(CONFIG, accumulate=3, ema_decay=0.9, checkpoint_every=100, log_every=1, clip_norm=0.5)
+RARE = {"accumulate": 3, "ema_decay": 0.9, "checkpoint_every": 100, "log_every": 1, "clip_norm": 0.5}
 
 
-class BrokenError(Exception):
-    pass
-
-
-def after(calls: int, function: Callable[..., Any], error: BaseException | None = None) -> Callable[..., Any]:
-    """`function`, which raises once it has done its work for that many and one times."""
-    count = 0
-
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        count += 1
-        result = function(*args, **kwargs)
-        if count == calls + 1:
-            raise error or BrokenError
-        return result
-
-    return broken
+def full() -> OSError:
+    return OSError(errno.ENOSPC, "No space left on device", "log.jsonl")
 
 
 class BrokenLoader(Loader):
@@ -60,63 +56,48 @@ class BrokenLoader(Loader):
             yield item
 
 
-def broken_run(place: str, out: Path, model: Model, patch: pytest.MonkeyPatch) -> None:
-    """A run with an error at `place`, when four updates are whole."""
-    options: dict[str, Any] = {}
-    config = RARE
-    if place == "data":
-        options["loader"] = BrokenLoader()
-    elif place == "forward":
-        model.forward_padded = after(13, model.forward_padded)  # type: ignore[method-assign]
-    elif place == "backward":
-        patch.setattr(Tensor, "backward", after(13, Tensor.backward))
-    elif place == "clipping":
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", after(4, torch.nn.utils.clip_grad_norm_))
-    elif place == "log":
-        full = OSError(errno.ENOSPC, "No space left on device", "log.jsonl")
-        patch.setattr(JsonLines, "write", after(3, JsonLines.write, full))
-    elif place == "evaluation":
-        config = dataclasses.replace(config, eval_every=4)
-        options["evaluate_fn"] = after(0, lambda model: {})
-    elif place == "memory":
-        model.forward_padded = after(13, model.forward_padded, MemoryError())  # type: ignore[method-assign]
-    elif place == "exit":
-        model.forward_padded = after(13, model.forward_padded, SystemExit(3))  # type: ignore[method-assign]
-    with pytest.raises((BrokenError, BadImageError, OSError, MemoryError, SystemExit)) as error:
-        run(out, model, config, **options)
-    assert (error.value.checkpoint_step, error.value.not_saved) == (4, "")  # type: ignore[union-attr]
-    assert error.value.__notes__ == [f"{out / 'checkpoint.pt'} is the checkpoint of step 4"]
+# Errors when four updates are whole: of a forward pass, or of a patched function after so many calls.
+FORWARD = {"forward": BrokenError, "memory": MemoryError, "exit": SystemExit}
+PATCHED = {
+    "backward": (Tensor, "backward", 13, None),
+    "clipping": (torch.nn.utils, "clip_grad_norm_", 4, None),
+    "log": (JsonLines, "write", 3, full()),
+}
 
 
-PLACES = ("data", "forward", "backward", "clipping", "log", "evaluation", "memory", "exit")
-
-
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", ["data", "evaluation", *FORWARD, *PATCHED])
 def test_a_run_goes_on_behind_the_last_whole_update(place: str, tmp_path: Path) -> None:
-    whole, first, second = Model(), Model(), Model()
-    first.load_state_dict(whole.state_dict())
-    run(tmp_path / "whole", whole, RARE)
+    whole, first, second = copies(3)
+    run(tmp_path / "whole", whole, toy(**RARE))
+    options: dict[str, Any] = {"loader": BrokenLoader()} if place == "data" else {}
+    if place == "evaluation":
+        options["evaluate_fn"] = after(0, lambda model: {})
+    if place in FORWARD:
+        first.forward_padded = after(13, first.forward_padded, FORWARD[place]())  # type: ignore[method-assign]
     with pytest.MonkeyPatch.context() as patch:
-        broken_run(place, tmp_path / "parts", first, patch)
+        if place in PATCHED:
+            owner, name, calls, error = PATCHED[place]
+            patch.setattr(owner, name, after(calls, getattr(owner, name), error))
+        expected = pytest.raises((BrokenError, BadImageError, OSError, MemoryError, SystemExit))
+        with expected as told:
+            run(tmp_path / "parts", first, toy(**RARE, eval_every=4 * (place == "evaluation")), **options)
+    assert (told.value.checkpoint_step, told.value.not_saved) == (4, "")  # type: ignore[union-attr]
+    assert told.value.__notes__ == [f"{tmp_path / 'parts' / 'checkpoint.pt'} is the checkpoint of step 4"]
     assert {path.name for path in (tmp_path / "parts").iterdir()} == {"checkpoint.pt", "log.jsonl"}
-    run(tmp_path / "parts", second, RARE, resume=tmp_path / "parts" / "checkpoint.pt")
+    run(tmp_path / "parts", second, toy(**RARE), resume=True)
     assert first.seen[:12] + second.seen == whole.seen
-    assert_same(*[load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts")])
+    assert_same(saved(tmp_path / "whole"), saved(tmp_path / "parts"))
 
 
-@pytest.mark.parametrize("place", ["optimizer", "average"])
-def test_an_update_that_is_half_written_is_not_saved(place: str, tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(("owner", "name"), [(torch.optim.AdamW, "step"), (WeightAverage, "update")])
+def test_an_update_that_is_half_written_is_not_saved(owner: Any, name: str, tmp_path: Path, monkeypatch: Any) -> None:
     """The checkpoint on disk stays."""
-    owner, name = {"optimizer": (torch.optim.AdamW, "step"), "average": (WeightAverage, "update")}[place]
-    config = dataclasses.replace(RARE, checkpoint_every=2)
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, after(4, getattr(owner, name)))
-        with pytest.raises(BrokenError) as error:
-            run(tmp_path / "parts", Model(), config)
-    path = tmp_path / "parts" / "checkpoint.pt"
+    monkeypatch.setattr(owner, name, after(4, getattr(owner, name)))
+    with pytest.raises(BrokenError) as error:
+        run(tmp_path, config=toy(**{**RARE, "checkpoint_every": 2}))
     torn = "step 5 broke off while it changed the weights, so that they cannot be saved"
-    assert error.value.__notes__ == [f"{torn}; {path} is the checkpoint of step 4"]
-    assert load_checkpoint(path)["step"] == 4
+    assert error.value.__notes__ == [f"{torn}; {tmp_path / 'checkpoint.pt'} is the checkpoint of step 4"]
+    assert saved(tmp_path)["step"] == 4
 
 
 def test_a_worker_that_dies_while_the_weights_are_written_costs_no_step(tmp_path: Path, monkeypatch: Any) -> None:
@@ -137,86 +118,72 @@ def test_a_worker_that_dies_while_the_weights_are_written_costs_no_step(tmp_path
     try:
         monkeypatch.setattr(torch.optim.AdamW, "step", step)
         with pytest.raises(BrokenError) as error:
-            run(tmp_path, Model(), RARE)
+            run(tmp_path, config=toy(**RARE))
         assert signal.getsignal(signal.SIGCHLD) is handler
     finally:
         signal.signal(signal.SIGCHLD, before)
     assert error.value.__notes__ == [f"{tmp_path / 'checkpoint.pt'} is the checkpoint of step 5"]
 
 
+class Steep(Model):
+    """Its loss is finite, and its gradient at the fourth step is not."""
+
+    def forward_padded(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        losses = super().forward_padded(*args, **kwargs)
+        steep = (self.conv.bias.sum() * 0).sqrt() if self.calls == 4 else 0.0
+        return losses | {"loss_b": losses["loss_b"] + steep}
+
+
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     """Neither by another error that comes before the losses are read, nor by a checkpoint that is due."""
-    config = dataclasses.replace(CONFIG, log_every=100, checkpoint_every=2)
-    model = Model(poison_at=2)
-    model.forward_padded = after(3, model.forward_padded)  # type: ignore[method-assign]
+    config = toy(log_every=100, checkpoint_every=2)
     with pytest.raises(BrokenError) as error:
-        run(tmp_path, model, dataclasses.replace(config, checkpoint_every=2))
+        run(tmp_path, broken_model(3, poison_at=2), config)
     assert error.value.not_saved.startswith("step 3: the loss is not finite: loss_b = nan.")  # type: ignore[attr-defined]
-    assert error.value.checkpoint_step == load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 2  # type: ignore[attr-defined]
-
-    class Steep(Model):
-        """Its loss is finite, and its gradient is not."""
-
-        def forward_padded(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-            losses = super().forward_padded(*args, **kwargs)
-            steep = (self.conv.bias.sum() * 0).sqrt() if self.calls == 4 else 0.0
-            return losses | {"loss_b": losses["loss_b"] + steep}
-
+    assert error.value.checkpoint_step == saved(tmp_path)["step"] == 2  # type: ignore[attr-defined]
     with pytest.raises(NonFiniteLossError, match=r"^step 4: the weights are not finite: conv.bias\. Lower train.lr"):
         run(tmp_path, Steep(), config)
-    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 2
+    assert saved(tmp_path)["step"] == 2
 
 
 def test_a_checkpoint_that_cannot_be_written_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    model = Model()
-    model.forward_padded = after(7, model.forward_padded)  # type: ignore[method-assign]
     real = _Saver.rescue
 
     def rescue(*args: Any) -> str:
-        monkeypatch.setattr(torch, "save", full)
+        monkeypatch.setattr(torch, "save", after(0, lambda *_: None, full()))
         return real(*args)
 
     monkeypatch.setattr(_Saver, "rescue", rescue)
     with pytest.raises(BrokenError) as error:
-        run(tmp_path, model)
+        run(tmp_path, broken_model(7))
     path = tmp_path / "checkpoint.pt"
     failed = f"step 7: checkpoint {path}: cannot be written: No space left on device; the last good one is of step 5"
     assert error.value.__notes__ == [f"{failed}; {path} is the checkpoint of step 5"]
-    assert load_checkpoint(path)["step"] == 5
+    assert saved(tmp_path)["step"] == 5
     assert sorted(item.name for item in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl"]
 
 
 def test_a_failed_checkpoint_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        calls.append(1)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    calls: list[int] = []
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(torch, "save", after(0, lambda *_: None, full()))  # a second call would not raise
     with pytest.raises(CheckpointError, match="there is none before it"):
-        run(tmp_path, Model())
-    assert len(calls) == 1
+        run(tmp_path)
+    assert not (tmp_path / "checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_an_error_before_the_first_step_changes_nothing(tmp_path: Path, resumed: bool) -> None:
     if resumed:
-        run(tmp_path, Model(), dataclasses.replace(CONFIG, steps=3))
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    model = Model()
-    model.forward_padded = after(0, model.forward_padded)  # type: ignore[method-assign]
+        run(tmp_path, config=toy(steps=3))
+    before = files(tmp_path)
     with pytest.raises(BrokenError) as error:
-        run(tmp_path, model, resume=tmp_path / "checkpoint.pt" if resumed else None)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+        run(tmp_path, broken_model(0), resume=resumed or None)
+    assert files(tmp_path) == before
     assert error.value.checkpoint_step == (3 if resumed else None)  # type: ignore[attr-defined]
 
 
 # The command.
 def small_run(*more: str) -> int:
-    return cli.main(["train", *COMMANDS["train"].split(), "--train.steps", "6", "--train.log_every", "1", *more])
+    return command("train", "--train.steps", "6", "--train.log_every", "1", *more)
 
 
 @pytest.fixture
@@ -242,23 +209,22 @@ def test_a_bad_image_midway_costs_no_step(workers: int, order: list[int], capsys
     assert small_run("--data.num_workers", str(workers)) == 1
     fault = f"{bad}: cannot be read as an image: image file is truncated"
     way_out = "mend the file, or add --data.skip_bad true --data.check full to leave such images out"
-    command = "tmask train --config out/config.yaml --out out --resume out/checkpoint.pt --device cpu"
-    said = f"tmask train: error: {fault}; {way_out}; to go on from step 3: {command}\n"
-    captured = capsys.readouterr()
-    assert captured.err.endswith(said)
-    assert load_checkpoint("out/checkpoint.pt")["step"] == 3
-    argv = [*shlex.split(command)[1:], "--data.skip_bad", "true", "--data.check", "full"]
+    again = "tmask train --config out/config.yaml --out out --resume out/checkpoint.pt --device cpu"
+    said = f"tmask train: error: {fault}; {way_out}; to go on from step 3: {again}\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert saved(Path("out"))["step"] == 3
+    argv = [*shlex.split(again)[1:], "--data.skip_bad", "true", "--data.check", "full"]
     with pytest.warns(UserWarning, match=re.escape(f"data/annotations.json: left out 1 of 12 images: {fault}")):
         assert cli.main(argv) == 0
     assert Path("out/skipped.txt").read_text() == f"train: {fault}\n"
     with pytest.warns(UserWarning, match="left out 1 of 12 images"):
         assert small_run("--out", "whole", "--data.skip_bad", "true") == 0
-    assert_same(*[load_checkpoint(f"{name}/checkpoint.pt") for name in ("out", "whole")])
-    assert [row["loss"] for row in read_log("out/log.jsonl")] == [row["loss"] for row in read_log("whole/log.jsonl")]
+    assert_same(saved(Path("out")), saved(Path("whole")))
+    assert [row["loss"] for row in logged(Path("out"))] == [row["loss"] for row in logged(Path("whole"))]
 
 
 def test_an_error_in_the_first_step_leaves_no_folder(order: list[int], capsys: pytest.CaptureFixture[str]) -> None:
-    """Nor does it touch the run that stands there."""
+    """Nor does it touch the run that is there."""
     bad = spoil(order[0])
     fault = f"tmask train: error: {bad}: cannot be read as an image: image file is truncated\n"
     assert small_run("--out", "new/folder") == 1
@@ -268,16 +234,15 @@ def test_an_error_in_the_first_step_leaves_no_folder(order: list[int], capsys: p
         assert small_run("--out", "new/folder", *option.split()) == code
         assert not Path("new").exists()
     write_shapes("data", num_images=12, seed=1, size=32)
-    assert small_run() == 0
-    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    assert small_run("--train.steps", "1") == 0
+    before = files("out")
     spoil(order[0])
     assert small_run("--overwrite") == 1
-    assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
+    assert files("out") == before
 
 
-def test_skipped_validation_images_are_told_beside_the_figures(
-    order: list[int], capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("order")
+def test_skipped_validation_images_are_told_beside_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
     val = ["--data.val_images", "data/images", "--data.val_annotations", "data/annotations.json", "--train.steps", "1"]
     bad = [spoil(2), spoil(5)]
     bad[0].unlink()
@@ -287,12 +252,9 @@ def test_skipped_validation_images_are_told_beside_the_figures(
     assert said in capsys.readouterr().out
     metrics = json.loads(Path("out/metrics.json").read_text())
     assert metrics["images_left_out"] == 2
+    faults = [f"{bad[0]}: no such file (image id 3)", f"{bad[1]}: cannot be read as an image: image file is truncated"]
     lines = Path("out/skipped.txt").read_text().splitlines()
-    expected = [
-        f"{bad[0]}: no such file (image id 3)",
-        f"{bad[1]}: cannot be read as an image: image file is truncated",
-    ]
-    assert lines == [f"{split}: {text}" for split in ("train", "val") for text in expected]
+    assert lines == [f"{split}: {fault}" for split in ("train", "val") for fault in faults]
     assert not [path for path in Path("out/pictures").iterdir() if "000002" in path.name]
     argv = ["eval", *COMMANDS["eval"].replace("run/", "out/").split()]
     with pytest.warns(UserWarning, match="left out 2 of 12 images"):

@@ -1,8 +1,6 @@
 """The evaluator against pycocotools' own loading and summary."""
 
-import contextlib
 import copy
-import io
 import json
 import re
 import warnings
@@ -14,84 +12,14 @@ import numpy as np
 import pytest
 import torch
 from pycocotools import mask as mask_utils
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
-from tmask.engine import progress
-from tmask.engine.evaluate import coco_metrics, coco_results, detect, evaluate, results_table, warn_limits
+from tests.engine.coco import CATEGORIES, H, W, as_coco, fixture, part, pycocotools_stats, rectangle, rle
+from tmask.engine import log
+from tmask.engine.detect import coco_results, detect
+from tmask.engine.evaluate import coco_metrics, evaluate, results_table, warn_limits
 from tmask.structures import Detections, ImageBatch
 
-H, W = 120, 150
-CATEGORIES = [{"id": 3, "name": "disc"}, {"id": 8, "name": "bar"}]
-
-
-def rle(mask: np.ndarray[Any, Any]) -> dict[str, Any]:
-    encoded = mask_utils.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": encoded["size"], "counts": encoded["counts"].decode()}
-
-
-def rectangle(x: float, y: float, w: float, h: float) -> np.ndarray[Any, Any]:
-    mask = np.zeros((H, W), bool)
-    mask[int(y) : int(y + h), int(x) : int(x + w)] = True
-    mask[int(y), int(x)] = False  # mask and box differ
-    return mask
-
-
-def fixture() -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Ground truth of 12 images with crowds, polygons and RLEs, and results that are partly right."""
-    rng = np.random.default_rng(0)
-    annotations: list[dict[str, Any]] = []
-    results: list[dict[str, Any]] = []
-    for image_id in range(1, 13):
-        for _ in range(rng.integers(0, 7)):
-            x, y = rng.integers(0, W - 60), rng.integers(0, H - 60)
-            w, h = rng.integers(4, 60, 2)
-            mask = rectangle(x, y, w, h)
-            crowd = int(rng.random() < 0.1)
-            polygon = [[float(v) for v in (x, y, x + w, y, x + w, y + h, x, y + h)]]
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": int(rng.choice([3, 8])),
-                    "bbox": [float(v) for v in (x, y, w, h)],
-                    "area": float(mask.sum()),
-                    "iscrowd": crowd,
-                    "segmentation": polygon if not crowd and rng.random() < 0.5 else rle(mask),
-                }
-            )
-            for _ in range(rng.integers(0, 3)):
-                dx, dy, dw, dh = rng.integers(-4, 5, 4)
-                box = [max(0, x + dx), max(0, y + dy), max(1, w + dw), max(1, h + dh)]
-                results.append(
-                    {
-                        "image_id": image_id,
-                        "category_id": annotations[-1]["category_id"],
-                        "bbox": [float(v) for v in box],
-                        "score": float(rng.random()),
-                        "segmentation": rle(rectangle(*box)),
-                    }
-                )
-    images = [{"id": i, "height": H, "width": W, "file_name": f"{i}.png"} for i in range(1, 13)]
-    return {"images": images, "categories": CATEGORIES, "annotations": annotations}, results
-
-
-def pycocotools_stats(truth: dict[str, Any], results: list[dict[str, Any]], kind: str) -> dict[str, float]:
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO()
-        coco.dataset = copy.deepcopy(truth)
-        coco.createIndex()
-        loaded = copy.deepcopy(results)
-        if kind == "segm":
-            for item in loaded:
-                del item["bbox"]  # else loadRes takes the area of the box
-        evaluation = COCOeval(coco, coco.loadRes(loaded), kind)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    stats = evaluation.stats
-    names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
-    return {f"{kind}/{name}": stats[i] for i, name in enumerate(names)} | {f"{kind}/AR": stats[8]}
+NAMES = ("disc", "bar")
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
@@ -104,12 +32,9 @@ def test_figures_equal_pycocotools(kind: str, capsys: pytest.CaptureFixture[str]
     expected = pycocotools_stats(truth, results, kind)
     assert 0.2 < expected[f"{kind}/AP"] < 0.9
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-12)
-    own = [metrics[f"{kind}/AP/{name}"] for name in ("disc", "bar")]
-    assert metrics[f"{kind}/AP"] == pytest.approx(np.mean(own))
+    assert metrics[f"{kind}/AP"] == pytest.approx(np.mean([metrics[f"{kind}/AP/{name}"] for name in NAMES]))
     for category in CATEGORIES:
-        part = {**truth, "categories": [category]}
-        part["annotations"] = [item for item in truth["annotations"] if item["category_id"] == category["id"]]
-        expected = pycocotools_stats(part, [item for item in results if item["category_id"] == category["id"]], kind)
+        expected = pycocotools_stats(*part(truth, results, {category["id"]}), kind)  # type: ignore[arg-type]
         found = {name: metrics[f"{name}/{category['name']}"] for name in expected}
         assert found == pytest.approx(expected, abs=1e-12)
         assert len({*found.values()}) > 4
@@ -131,9 +56,7 @@ def test_classes_of_boxes_only_are_measured_apart() -> None:
         item["category_id"] = 9
     metrics = coco_metrics(truth, results, boxes_only=[8, 9], kinds=["segm"])
     for suffix, ids in (("with_masks", {3}), ("boxes_only", {8, 9})):
-        part = {**truth, "categories": [item for item in truth["categories"] if item["id"] in ids]}
-        part["annotations"] = [item for item in truth["annotations"] if item["category_id"] in ids]
-        expected = pycocotools_stats(part, [item for item in results if item["category_id"] in ids], "segm")
+        expected = pycocotools_stats(*part(truth, results, ids), "segm")
         for name in ("AP", "AP50", "AP75"):
             assert metrics[f"segm/{name}_{suffix}"] == pytest.approx(expected[f"segm/{name}"], abs=1e-12)
     table = results_table(metrics).splitlines()
@@ -147,22 +70,29 @@ def test_classes_of_boxes_only_are_measured_apart() -> None:
 
 
 def as_results(truth: dict[str, Any]) -> list[dict[str, Any]]:
-    coco = COCO()
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.dataset = copy.deepcopy(truth)
-        coco.createIndex()
+    coco = as_coco(truth)
+    fields = ("image_id", "category_id", "bbox")
     return [
-        {**{k: a[k] for k in ("image_id", "category_id", "bbox")}, "score": 0.9, "segmentation": coco.annToRLE(a)}
-        for a in coco.dataset["annotations"]
-        if not a["iscrowd"]
+        {**{name: item[name] for name in fields}, "score": 0.9, "segmentation": coco.annToRLE(item)}
+        for item in coco.dataset["annotations"]
+        if not item["iscrowd"]
     ]
 
 
 def test_ground_truth_as_prediction_gives_one() -> None:
-    truth, _ = fixture()
-    metrics = coco_metrics(truth, as_results(truth))
+    """Also where an annotation has the id 0, and where half of the objects have no mask; without any no masks count."""
+    truth, results = fixture()
+    exact = as_results(truth)
+    for number, item in enumerate(truth["annotations"]):
+        item["id"] -= 1
+        if number % 2:
+            del item["segmentation"]
+    metrics = coco_metrics(truth, exact)
     for kind in ("bbox", "segm"):
         assert metrics[f"{kind}/AP"] == metrics[f"{kind}/AP75"] == metrics[f"{kind}/AR"] == 1.0
+    for item in truth["annotations"]:
+        item.pop("segmentation", None)
+    assert not [key for key in coco_metrics(truth, results) if key.startswith("segm")]
 
 
 def test_no_results_give_zero_and_no_ground_truth_gives_minus_one() -> None:
@@ -175,56 +105,31 @@ def test_no_results_give_zero_and_no_ground_truth_gives_minus_one() -> None:
 
 
 def test_missing_area_and_iscrowd_are_filled_in() -> None:
+    """And null is as if they were missing."""
     truth, results = fixture()
-    truth["annotations"] = [a for a in truth["annotations"] if not a["iscrowd"]]
-    bare = copy.deepcopy(truth)
-    for item, whole in zip(bare["annotations"], truth["annotations"], strict=True):
+    truth["annotations"] = [item for item in truth["annotations"] if not item["iscrowd"]]
+    missing, null = copy.deepcopy(truth), copy.deepcopy(truth)
+    for item, whole in zip(missing["annotations"], truth["annotations"], strict=True):
         del item["area"], item["iscrowd"]
         whole["area"] = float(mask_utils.area(as_results({**truth, "annotations": [whole]})[0]["segmentation"]))
-    assert coco_metrics(bare, results) == coco_metrics(truth, results)
+    for item in null["annotations"]:
+        item |= {"area": None, "iscrowd": None}
+    assert coco_metrics(missing, results) == coco_metrics(null, results) == coco_metrics(truth, results)
 
 
-def test_ground_truth_without_masks() -> None:
-    truth, results = fixture()
-    exact = as_results(truth)
-    for item in truth["annotations"][::2]:
-        del item["segmentation"]
-    # The half without masks is ignored, so perfect results stay perfect.
-    assert coco_metrics(truth, exact)["segm/AP"] == 1.0
-    for item in truth["annotations"]:
-        item.pop("segmentation", None)
-    assert not [key for key in coco_metrics(truth, results) if key.startswith("segm")]
-
-
-def test_annotation_id_zero_counts() -> None:
-    truth, _ = fixture()
-    for item in truth["annotations"]:
-        item["id"] -= 1
-    assert coco_metrics(truth, as_results(truth))["bbox/AP"] == 1.0
-
-
-def test_results_of_an_unknown_image_are_an_error() -> None:
-    truth, results = fixture()
-    with pytest.raises(ValueError, match=r"results\[0\]: image_id 99 is not in the ground truth"):
-        coco_metrics(truth, [{**results[0], "image_id": 99}])
-
-
-def test_ids_of_results_may_be_texts_of_known_ids() -> None:
-    truth, results = fixture()
-    texts = [{**item, "image_id": str(item["image_id"]), "category_id": str(item["category_id"])} for item in results]
-    assert coco_metrics(truth, texts) == coco_metrics(truth, results)
-    for name, value, message in (
-        ("image_id", "99", "image_id: expected a whole number, got '99'"),
-        ("category_id", "disc", "category_id: expected a whole number, got 'disc'"),
-        ("category_id", 99, "category_id 99 is not in the ground truth"),
-    ):
-        with pytest.raises(ValueError, match=rf"^results\[1\]: {message}$"):
-            coco_metrics(truth, [results[0], {**results[0], name: value}])
+NOT_A_SIZE = rle(np.ones((9, 8)))
+OTHER_RUNS = {"size": [H, W], "counts": "04"}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"image_id": 99}, "image_id 99 is not in the ground truth"),
+        ({"image_id": "99"}, "image_id: expected a whole number, got '99'"),
+        ({"category_id": "disc"}, "category_id: expected a whole number, got 'disc'"),
+        ({"category_id": 99}, "category_id 99 is not in the ground truth"),
+        # From 2^53 on a float is several whole numbers.
+        ({"image_id": float(2**53 + 1)}, "image_id: expected a whole number, got 9007199254740992.0"),
         ({"score": None}, "expected a field 'score', got none"),
         ({"segmentation": None}, "expected a field 'segmentation', got none"),
         ({"score": float("nan")}, "score: expected finite numbers, got nan"),
@@ -232,17 +137,16 @@ def test_ids_of_results_may_be_texts_of_known_ids() -> None:
         ({"bbox": [1, 2, 3]}, "bbox: expected four numbers [x, y, width, height], got [1, 2, 3]"),
         ({"bbox": [1, 2, float("inf"), 3]}, "bbox: expected finite numbers, got inf"),
         ({"segmentation": [[1, 2, 9, 2, 9, 9]]}, "segmentation: expected run lengths, got list"),
-        ({"segmentation": rle(np.ones((9, 8)))}, f"segmentation: expected run lengths of size ({H}, {W}), got (9, 8)"),
-        (
-            {"segmentation": {"size": [H, W], "counts": "04"}},
-            f"segmentation: expected runs of {H * W} pixels in all, got 4",
-        ),
+        ({"segmentation": NOT_A_SIZE}, f"segmentation: expected run lengths of size ({H}, {W}), got (9, 8)"),
+        ({"segmentation": OTHER_RUNS}, f"segmentation: expected runs of {H * W} pixels in all, got 4"),
     ],
 )
 def test_a_result_that_cannot_be_compared_is_an_error(change: dict[str, Any], message: str) -> None:
     truth, results = fixture()
+    truth["images"].append({"id": 2**53, "height": H, "width": W})
     with pytest.raises(ValueError, match=f"^{re.escape(f'results[2]: {message}')}$"):
         coco_metrics(truth, [*results[:2], {**results[0], **change}])
+    assert coco_metrics(truth, [{**results[0], "image_id": float(results[0]["image_id"])}])
 
 
 def test_run_lengths_of_results_may_be_numbers() -> None:
@@ -255,10 +159,10 @@ def test_run_lengths_of_results_may_be_numbers() -> None:
     assert coco_metrics(truth, numbers) == coco_metrics(truth, results)
 
 
-@pytest.mark.parametrize(("name", "value"), [("image_id", 99), ("category_id", 99)])
-def test_an_annotation_of_nothing_known_is_an_error(name: str, value: int) -> None:
+@pytest.mark.parametrize("name", ["image_id", "category_id"])
+def test_an_annotation_of_nothing_known_is_an_error(name: str) -> None:
     truth, results = fixture()
-    truth["annotations"][3][name] = value
+    truth["annotations"][3][name] = 99
     with pytest.raises(ValueError, match=rf"^annotations\[3\]: {name} 99 is not in the ground truth$"):
         coco_metrics(truth, results)
 
@@ -274,12 +178,11 @@ IDS = {
 
 @pytest.mark.parametrize("new", IDS.values(), ids=IDS)
 def test_any_whole_numbers_are_ids(new: Any) -> None:
-    """The figures are those of small ids of the same order, and the results keep theirs."""
-    truth, results = fixture()
+    """The figures are those of small ids of the same order, and the results keep theirs; these may be texts."""
+    truth, results = copy.deepcopy(fixture())
     truth["categories"] = [{"id": 3, "name": "same"}, {"id": 8, "name": "same"}]
     expected = coco_metrics(truth, results, boxes_only=[8])
     assert 0.2 < expected["segm/AP/same (8)"] < 0.9
-    truth, results = copy.deepcopy((truth, results))
     for item in [*truth["images"], *truth["categories"], *truth["annotations"]]:
         item["id"] = new(item["id"])
     for item in [*truth["annotations"], *results]:
@@ -293,46 +196,29 @@ def test_any_whole_numbers_are_ids(new: Any) -> None:
     assert coco_metrics(truth, texts, boxes_only=[new(8)]) == metrics
 
 
-def test_a_float_is_no_id_from_2_to_the_53_on() -> None:
-    """It stands for several whole numbers."""
-    truth, results = fixture()
-    truth["images"].append({"id": 2**53, "height": H, "width": W})
-    assert coco_metrics(truth, [{**results[0], "image_id": float(results[0]["image_id"])}])
-    with pytest.raises(ValueError, match=r"image_id: expected a whole number, got 9007199254740992\.0"):
-        coco_metrics(truth, [{**results[0], "image_id": float(2**53 + 1)}])
-
-
-@pytest.mark.parametrize("field", ["iscrowd", "area"])
-def test_null_is_as_if_the_field_were_missing(field: str) -> None:
-    truth, results = fixture()
-    missing, null = copy.deepcopy(truth), copy.deepcopy(truth)
-    for item in missing["annotations"]:
-        item.pop(field, None)
-    for item in null["annotations"]:
-        item[field] = None
-    assert coco_metrics(null, results) == coco_metrics(missing, results)
-
-
-def crowded() -> dict[str, Any]:
-    """One image with 150 small objects."""
+def crowded() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One image with 150 small objects, and results that find all."""
     boxes = [[float(10 * (i % 15)), float(10 * (i // 15)), 8.0, 8.0] for i in range(150)]
-    annotations = [
-        {"id": i + 1, "image_id": 1, "category_id": 3, "bbox": b, "segmentation": rle(rectangle(*b))}
-        for i, b in enumerate(boxes)
+    items = [
+        {"id": i, "image_id": 1, "category_id": 3, "bbox": box, "segmentation": rle(rectangle(*box))}
+        for i, box in enumerate(boxes, start=1)
     ]
-    image = {"id": 1, "height": H, "width": W}
-    return {"images": [image], "categories": CATEGORIES[:1], "annotations": annotations}
+    truth = {"images": [{"id": 1, "height": H, "width": W}], "categories": CATEGORIES[:1], "annotations": items}
+    return truth, [{**item, "score": 0.5} for item in items]
 
 
-@pytest.mark.filterwarnings("ignore:.*hold more than:UserWarning")
-@pytest.mark.parametrize(("limit", "ap"), [(300, 1.0), (100, 67 / 101), (5, 4 / 101)])
+@pytest.mark.parametrize(("limit", "ap"), [(300, 1.0), (150, 1.0), (100, 67 / 101), (5, 4 / 101)])
 def test_max_detections_limits_the_recall(limit: int, ap: float) -> None:
-    truth = crowded()
-    results = [{**item, "score": 0.5} for item in truth["annotations"]]
+    """And a warning says so."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        metrics = coco_metrics(*crowded(), max_detections=limit)
     # Precision is 1 up to recall limit / 150; AP counts the 101 recall steps below that.
-    metrics = coco_metrics(truth, results, max_detections=limit)
     assert metrics["bbox/AP"] == metrics["segm/AP"] == pytest.approx(ap)
     assert metrics["bbox/AR"] == pytest.approx(min(limit, 150) / 150)
+    said = f"the ground truth: 1 of 1 images hold more than {limit} objects, up to 150"
+    told = [str(item.message) for item in caught if item.category is UserWarning]
+    assert [text.startswith(said) for text in told] == [True] * (limit < 150)
 
 
 def crowded_set(*counts: tuple[int, int], crowd: int = 0) -> Any:
@@ -347,11 +233,6 @@ def crowded_set(*counts: tuple[int, int], crowd: int = 0) -> Any:
     return SimpleNamespace(coco=SimpleNamespace(dataset=content), told=set(), annotation_file=Path("a.json"))
 
 
-def limited(detections: int, proposals: int = 1000) -> Any:
-    rpn = SimpleNamespace(post_nms_top_n=SimpleNamespace(test=proposals))
-    return SimpleNamespace(roi_heads=SimpleNamespace(max_detections=detections), rpn=rpn)
-
-
 @pytest.mark.parametrize(
     ("dataset", "limits", "told"),
     [
@@ -363,46 +244,25 @@ def limited(detections: int, proposals: int = 1000) -> Any:
         (crowded_set((1500, 0), (101, 9), (5, 5)), (300, 100, 2000), (2, 3, 100, 1500, "eval, model")),
         (crowded_set((150, 0)), (300, 200, 120), (1, 1, 120, 150, "rpn")),
     ],
-)  # fmt: skip
+)
 def test_more_objects_than_count_are_told_once(dataset: Any, limits: tuple[int, ...], told: Any) -> None:
+    detections, of_class, proposals = (*limits, 1000)[:3]
+    rpn = SimpleNamespace(post_nms_top_n=SimpleNamespace(test=proposals))
+    model = SimpleNamespace(roi_heads=SimpleNamespace(max_detections=detections), rpn=rpn)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
-            warn_limits(dataset, limited(*limits[:1], *limits[2:]), limits[1], options=("eval", "model", "rpn"))
+            warn_limits(dataset, model, of_class, options=("eval", "model", "rpn"))
     words = "a.json: {0} of {1} images hold more than {2} objects, up to {3}, but {2} detections an image count: {4}"
     assert [str(item.message) for item in caught] == ([] if told is None else [words.format(*told)])
 
 
-def test_more_objects_than_count_are_told_in_python() -> None:
-    truth = crowded()
-    results = [{**item, "score": 0.5} for item in truth["annotations"]]
-    with pytest.warns(UserWarning, match="^the ground truth: 1 of 1 images hold more than 100 objects, up to 150"):
-        coco_metrics(truth, results)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        coco_metrics(truth, results, max_detections=150)
-
-
 def test_coco_results_map_labels_and_boxes() -> None:
-    result = {
-        "boxes": torch.tensor([[1.0, 2.0, 11.0, 5.5]]),
-        "labels": torch.tensor([2]),
-        "scores": torch.tensor([0.5]),
-        "masks": [{"size": [4, 5], "counts": "abc"}],
-    }
-    assert coco_results(7, result, [3, 8]) == [
-        {
-            "image_id": 7,
-            "category_id": 8,
-            "bbox": [1.0, 2.0, 10.0, 3.5],
-            "score": 0.5,
-            "segmentation": {"size": [4, 5], "counts": "abc"},
-        }
-    ]
-
-
-def test_a_label_without_a_category_is_an_error() -> None:
-    result = {"boxes": torch.zeros(1, 4), "scores": torch.ones(1), "masks": [{"size": [4, 5], "counts": "abc"}]}
+    mask = {"size": [4, 5], "counts": "abc"}
+    result = {"boxes": torch.tensor([[1.0, 2.0, 11.0, 5.5]]), "scores": torch.tensor([0.5]), "masks": [mask]}
+    (item,) = coco_results(7, {**result, "labels": torch.tensor([2])}, [3, 8])
+    box = {"bbox": [1.0, 2.0, 10.0, 3.5], "score": 0.5}
+    assert item == {"image_id": 7, "category_id": 8, **box, "segmentation": mask}
     for label in (0, 3):
         with pytest.raises(ValueError, match=f"^labels: expected 1..2, one a category, got {label}$"):
             coco_results(7, {**result, "labels": torch.tensor([label])}, [3, 8])
@@ -423,23 +283,19 @@ class Oracle(torch.nn.Module):
 def test_evaluate_maps_back_to_original_pixels_and_writes_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(progress, "_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(log, "_LINE_SECONDS", 0.0)
     box = [10.0, 20.0, 40.0, 60.0]
     mask = rectangle(*box)
     mask[20, 10] = True
+    item = {"category_id": 8, "bbox": box, "segmentation": rle(mask)}
     truth = {
         "images": [{"id": i, "height": H, "width": W} for i in (1, 2)],
         "categories": CATEGORIES,
-        "annotations": [
-            {"id": i, "image_id": i, "category_id": 8, "bbox": box, "segmentation": rle(mask)} for i in (1, 2)
-        ],
+        "annotations": [{"id": i, "image_id": i, **item} for i in (1, 2)],
     }
     dataset = SimpleNamespace(coco=SimpleNamespace(dataset=truth), category_ids=[3, 8])
-    batch = SimpleNamespace(
-        images=ImageBatch(torch.zeros(2, 3, 64, 96), torch.tensor([[60, 75], [60, 75]])),
-        image_ids=[1, 2],
-        original_sizes=[(H, W), (H, W)],
-    )
+    images = ImageBatch(torch.zeros(2, 3, 64, 96), torch.tensor([[60, 75], [60, 75]]))
+    batch = SimpleNamespace(images=images, image_ids=[1, 2], original_sizes=[(H, W), (H, W)])
     model = Oracle().train()
     metrics = evaluate(model, [batch], dataset, results_file=tmp_path / "out" / "results.json")
     assert metrics["bbox/AP"] == metrics["segm/AP"] == metrics["segm/AP/bar"] == 1.0

@@ -1,6 +1,5 @@
 """Ctrl-C and SIGTERM: the first ends the update and saves, the second stops at once."""
 
-import dataclasses
 import os
 import signal
 import threading
@@ -10,13 +9,9 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from tests.engine.toy import CONFIG, Model, run
-from tmask import cli
-from tmask.data.shapes import write_shapes
-from tmask.engine.checkpoint import load_checkpoint
+from tests.engine.toy import Model, command, copies, logged, run, saved, toy
 from tmask.engine.interrupt import Interrupted, StopSignals
-from tmask.engine.log import read_log
-from tmask.engine.report import NonFiniteLossError
+from tmask.engine.log import NonFiniteLossError
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
@@ -31,9 +26,9 @@ def _handled() -> Any:
         signal.signal(number, handler)
 
 
-def signalled_at(call: int, *numbers: int) -> Model:
+def signalled_at(call: int, *numbers: int, model: Model | None = None) -> Model:
     """A model that sends `numbers` to its process in the forward pass number `call` (from 0)."""
-    model = Model()
+    model = model or Model()
     real = model.forward_padded
 
     def forward(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -49,42 +44,34 @@ def signalled_at(call: int, *numbers: int) -> Model:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_update_ends_and_is_saved(tmp_path: Path, number: int, code: int, capfd: Any) -> None:
     model = signalled_at(5, number)  # in the first of two batches of the third update
-    config = dataclasses.replace(CONFIG, accumulate=2)
     with pytest.raises(Interrupted) as stop:
-        run(tmp_path, model, config)
+        run(tmp_path, model, toy(accumulate=2))
     assert (stop.value.exit_code, stop.value.checkpoint_step) == (code, 3)
     assert str(stop.value) == f"interrupted by {signal.Signals(number).name}"
     assert "stopping after this step" in capfd.readouterr().err
     assert model.calls == 6
-    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
-    assert [row["step"] for row in read_log(tmp_path / "log.jsonl")] == [3]
+    assert saved(tmp_path)["step"] == 3
+    assert [row["step"] for row in logged(tmp_path)] == [3]
 
 
 def test_a_stopped_run_goes_on_as_the_uninterrupted_one(tmp_path: Path) -> None:
-    whole, first, second = Model(), signalled_at(6, signal.SIGINT), Model()
-    first.load_state_dict(whole.state_dict())
+    whole, first, second = copies(3)
     run(tmp_path / "whole", whole)
     with pytest.raises(Interrupted):
-        run(tmp_path / "parts", first)
-    run(tmp_path / "parts", second, resume=tmp_path / "parts" / "checkpoint.pt")
+        run(tmp_path / "parts", signalled_at(6, signal.SIGINT, model=first))
+    run(tmp_path / "parts", second, resume=True)
     assert first.seen + second.seen == whole.seen
     assert second.conv.bias.item() == whole.conv.bias.item()
 
 
-def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
-    model = signalled_at(7, signal.SIGINT, signal.SIGINT)
+@pytest.mark.parametrize(("call", "kept", "code"), [(7, 5, 143), (0, None, 143)], ids=["saved", "not saved"])
+def test_a_second_signal_stops_at_once(tmp_path: Path, call: int, kept: int | None, code: int) -> None:
+    model = signalled_at(call, signal.SIGINT, signal.SIGTERM)
     with pytest.raises(Interrupted) as stop:
         run(tmp_path, model)
-    assert stop.value.checkpoint_step == load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 5
-    assert model.calls == 7
+    assert (stop.value.checkpoint_step, stop.value.exit_code, model.calls) == (kept, code, call)
+    assert (saved(tmp_path)["step"] if (tmp_path / "checkpoint.pt").exists() else None) == kept
     assert [item.name for item in tmp_path.iterdir() if "part" in item.name] == []
-
-
-def test_before_the_first_checkpoint_there_is_none(tmp_path: Path) -> None:
-    with pytest.raises(Interrupted) as stop:
-        run(tmp_path, signalled_at(0, signal.SIGINT, signal.SIGTERM))
-    assert (stop.value.checkpoint_step, stop.value.exit_code) == (None, 143)
-    assert not (tmp_path / "checkpoint.pt").exists()
 
 
 class LateSignal(StopSignals):
@@ -106,12 +93,12 @@ class LateSignal(StopSignals):
 def test_a_signal_between_two_updates_loses_no_loss(
     tmp_path: Path, poison_at: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tmask.engine.train.StopSignals", LateSignal)
+    monkeypatch.setattr("tmask.engine.loop.StopSignals", LateSignal)
     model = Model(poison_at=poison_at)
     with pytest.raises(Interrupted if poison_at is None else NonFiniteLossError):
         run(tmp_path, model)
     assert model.calls == 1
-    assert [row["step"] for row in read_log(tmp_path / "log.jsonl")] == ([1] if poison_at is None else [])
+    assert [row["step"] for row in logged(tmp_path)] == ([1] if poison_at is None else [])
     assert (tmp_path / "checkpoint.pt").exists() == (poison_at is None)
 
 
@@ -120,28 +107,23 @@ def test_an_evaluation_is_broken_off_with_a_checkpoint_on_disk(tmp_path: Path) -
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("the evaluation went on")
 
-    config = dataclasses.replace(CONFIG, eval_every=3, checkpoint_every=100)
     with pytest.raises(Interrupted) as stop:
-        run(tmp_path, Model(), config, evaluate_fn=evaluate)
-    assert stop.value.checkpoint_step == load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
+        run(tmp_path, config=toy(eval_every=3, checkpoint_every=100), evaluate_fn=evaluate)
+    assert stop.value.checkpoint_step == saved(tmp_path)["step"] == 3
 
 
 def test_a_signal_in_the_last_update_leaves_the_evaluation_to_the_resumed_run(tmp_path: Path) -> None:
-    def evaluate(model: Model) -> dict[str, float]:
-        return {"segm/AP": 0.5}
-
+    metrics = {"segm/AP": 0.5}
     with pytest.raises(Interrupted):
-        run(tmp_path, signalled_at(11, signal.SIGINT), evaluate_fn=evaluate)
-    rows = read_log(tmp_path / "log.jsonl")
-    assert rows[-1]["step"] == 12
-    assert "segm/AP" not in rows[-1]
-    result = run(tmp_path, Model(), resume=tmp_path / "checkpoint.pt", evaluate_fn=evaluate)
-    assert result.metrics == {"segm/AP": 0.5}
+        run(tmp_path, signalled_at(11, signal.SIGINT), evaluate_fn=lambda model: metrics)
+    assert logged(tmp_path)[-1]["step"] == 12
+    assert "segm/AP" not in logged(tmp_path)[-1]
+    assert run(tmp_path, resume=True, evaluate_fn=lambda model: metrics).metrics == metrics
 
 
 def test_outside_the_main_thread_there_are_no_handlers(tmp_path: Path) -> None:
     results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.append(run(tmp_path, Model())))
+    thread = threading.Thread(target=lambda: results.append(run(tmp_path)))
     thread.start()
     thread.join()
     assert [result.step for result in results] == [12]
@@ -154,7 +136,7 @@ def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
-    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 12
+    assert saved(tmp_path)["step"] == 12
 
 
 def test_a_forked_process_takes_no_note() -> None:
@@ -170,21 +152,17 @@ def test_a_forked_process_takes_no_note() -> None:
 GO_ON = "; to go on from step 3: tmask train --config 'a run/config.yaml' --out 'a run' --resume 'a run/checkpoint.pt'"
 
 
+@pytest.mark.usefixtures("data")
 @pytest.mark.parametrize("step", [3, None], ids=["saved", "not-saved"])
-def test_the_command_says_how_to_go_on(
-    tmp_path: Path, step: int | None, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_the_command_says_how_to_go_on(step: int | None, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def stopped(*_: Any, **__: Any) -> None:
         stop = Interrupted(signal.SIGTERM)
         stop.checkpoint_step = step
         raise stop
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tmask.engine.run.run_training", stopped)
-    images, annotations = write_shapes("data", num_images=1, seed=1, size=64)
-    argv = [f"--data.train_images={images}", f"--data.train_annotations={annotations}", "--train.precision=fp32"]
-    for device in ([], ["--device", "cpu"]):
-        assert cli.main(["train", "--preset=tiny", *argv, "--out", "a run", *device]) == 143
+    monkeypatch.setattr("tmask.engine.train.train", stopped)
+    for device in ("auto", "cpu"):
+        assert command("train", "--out", "a run", "--device", device) == 143
         (line,) = capsys.readouterr().err.splitlines()
-        said = " before the first checkpoint" if step is None else GO_ON + (" --device cpu" if device else "")
+        said = " before the first checkpoint" if step is None else GO_ON + " --device cpu" * (device == "cpu")
         assert line == f"tmask train: interrupted by SIGTERM{said}"

@@ -7,7 +7,8 @@ import torch
 
 from tmask.config import CONVENTIONS
 from tmask.data.coco import CocoDataset
-from tmask.engine.evaluate import coco_metrics, coco_results
+from tmask.engine.detect import coco_results
+from tmask.engine.evaluate import coco_metrics
 from tmask.model.transform import ImageTransform
 from tmask_kernels import mask_targets, paste_masks
 

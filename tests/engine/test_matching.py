@@ -10,35 +10,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from tests.engine.coco import H, W, as_coco, rectangle, rle
 from tests.mutation import mutant
 from tmask.engine import matching
 from tmask.engine.evaluate import coco_metrics
 from tmask.engine.matching import Evaluator
 
-SIDE = 64
-
-
-def rle(box: list[int]) -> dict[str, Any]:
-    x, y, w, h = box
-    mask = np.zeros((SIDE, SIDE), np.uint8, order="F")
-    mask[y : y + h, x : x + w] = 1
-    return coco_mask.encode(mask)
-
 
 def make(annotations: list[dict[str, Any]]) -> COCO:
-    coco = COCO()
-    coco.dataset = {
-        "images": [{"id": i, "height": SIDE, "width": SIDE} for i in range(1, 9)],
-        "categories": [{"id": i, "name": str(i)} for i in (1, 2)],
-        "annotations": annotations,
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
+    images = [{"id": i, "height": H, "width": W} for i in range(1, 9)]
+    categories = [{"id": i, "name": str(i)} for i in (1, 2)]
+    return as_coco({"images": images, "categories": categories, "annotations": annotations})
 
 
 def crowded(seed: int) -> tuple[COCO, COCO]:
@@ -51,7 +36,7 @@ def crowded(seed: int) -> tuple[COCO, COCO]:
             for _ in range(rng.integers(0, 25)):
                 box = [int(v) for v in (*rng.integers(0, 6, 2), *rng.integers(12, 20, 2) * rng.choice([1, 2]))]
                 item = {"id": len(items) + 1, "image_id": image, "category_id": int(rng.integers(1, 3)), "bbox": box}
-                item |= {"segmentation": rle(box), "area": box[2] * box[3]}
+                item |= {"segmentation": rle(rectangle(*box)), "area": box[2] * box[3]}
                 item["iscrowd"] = 0 if is_result else int(rng.random() < 0.2)
                 items.append(item | ({"score": rng.integers(0, 5) / 4} if is_result else {}))
         parts.append(items)

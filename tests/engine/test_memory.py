@@ -10,12 +10,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from tests.bad_inputs import COMMANDS
-from tests.engine.test_errors import after
-from tmask import cli
-from tmask.data.shapes import write_shapes
+from tests.engine.toy import after, command, saved
 from tmask.engine import predict as prediction
-from tmask.engine.checkpoint import CheckpointError, load_checkpoint
+from tmask.engine.checkpoint import CheckpointError
 from tmask.engine.device import memory_fault
 from tmask.engine.interrupt import Interrupted
 from tmask.model.detector import MaskRCNN
@@ -84,20 +81,14 @@ def test_what_torch_says_itself(number: int, fault: str | None) -> None:
     assert memory_fault(error.value) == "process"
 
 
-def train(*more: str) -> int:
-    return cli.main(["train", *COMMANDS["train"].split(), "--train.steps", "6", *more])
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    write_shapes("data", num_images=4, seed=1, size=32)
-    return tmp_path
-
-
+FIRST = "lower, the most effective first:"
 LOWER = (
-    "lower, the most effective first: --train.batch_size (now 2), --model.min_size (now 32), --model.max_size (now 64)"
-    ", --train.precision bf16 (now fp32), --model.box_batch_size (now 8)"
+    f"{FIRST} --train.batch_size (now 2), --model.min_size (now 32), --model.max_size (now 64), "
+    "--train.precision bf16 (now fp32), --model.box_batch_size (now 8)"
+)
+LOWER_OF_WORKERS = (
+    f"{FIRST} --data.num_workers (now 1), --train.batch_size (now 2), --data.min_sizes (now (24, 32)), "
+    "--model.max_size (now 64), --train.precision bf16 (now fp32), --model.box_batch_size (now 8)"
 )
 GO_ON = (
     "--train.batch_size and --model.* may change in a new run with --init out/checkpoint.pt; to go on from step 3: "
@@ -105,62 +96,55 @@ GO_ON = (
 )
 
 
-def test_training_saves_and_names_the_options(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def fail(data: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a command whose model raises after so many calls; returns the last line of its errors."""
     real = MaskRCNN.forward_padded
-    monkeypatch.setattr(MaskRCNN, "forward_padded", after(3, real, torch.OutOfMemoryError(CUDA)))
-    assert train() == 1
+
+    def run(calls: int, error: BaseException, name: str, *more: str) -> str:
+        monkeypatch.setattr(MaskRCNN, "forward_padded", after(calls, real, error))
+        assert command(name, *more) == 1
+        monkeypatch.setattr(MaskRCNN, "forward_padded", real)
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return run
+
+
+def test_training_saves_and_names_the_options(fail: Any) -> None:
     what = "out of memory (CUDA out of memory. Tried to allocate 20.00 GiB)"
-    assert capsys.readouterr().err.splitlines()[-1] == f"tmask train: error: {what}; {LOWER}; {GO_ON}"
-    assert load_checkpoint("out/checkpoint.pt")["step"] == 3
-    monkeypatch.setattr(MaskRCNN, "forward_padded", after(0, real, RuntimeError(BUS)))
-    assert train("--out", "none", "--data.num_workers", "1", "--data.min_sizes", "[24,32]") == 1
-    lower = (
-        "lower, the most effective first: --data.num_workers (now 1), --train.batch_size (now 2), --data.min_sizes"
-        " (now (24, 32)), --model.max_size (now 64), --train.precision bf16 (now fp32), --model.box_batch_size (now 8)"
-    )
+    line = fail(3, torch.OutOfMemoryError(CUDA), "train", "--train.steps", "6")
+    assert line == f"tmask train: error: {what}; {LOWER}; {GO_ON}"
+    assert saved(Path("out"))["step"] == 3
+    options = ("--out", "none", "--data.num_workers", "1", "--data.min_sizes", "[24,32]")
     said = BUS.split(". ")
-    line = f"tmask train: error: {WORKER} ({said[0]}. {said[1]}); {lower}"
-    assert capsys.readouterr().err.splitlines()[-1] == line
+    line = fail(0, RuntimeError(BUS), "train", *options)
+    assert line == f"tmask train: error: {WORKER} ({said[0]}. {said[1]}); {LOWER_OF_WORKERS}"
     assert not Path("none").exists()
 
 
-def test_a_state_that_cannot_be_saved_then_is_told_too(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(*_: Any) -> None:
-        raise CheckpointError("checkpoint out/checkpoint.pt: cannot be written: No space left on device")
-
-    real = MaskRCNN.forward_padded
-    monkeypatch.setattr(MaskRCNN, "forward_padded", after(3, real, MemoryError()))
-    monkeypatch.setattr("tmask.engine.train.save_checkpoint", full)
-    assert train() == 1
-    failed = "step 3: checkpoint out/checkpoint.pt: cannot be written: No space left on device; there is none before it"
-    assert capsys.readouterr().err.splitlines()[-1] == f"tmask train: error: out of memory; {LOWER}; {failed}"
+def test_a_state_that_cannot_be_saved_then_is_told_too(fail: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "checkpoint out/checkpoint.pt: cannot be written: No space left on device"
+    monkeypatch.setattr("tmask.engine.loop.save_checkpoint", after(0, lambda *_: None, CheckpointError(reason)))
+    line = fail(3, MemoryError(), "train", "--train.steps", "6")
+    assert line == f"tmask train: error: out of memory; {LOWER}; step 3: {reason}; there is none before it"
 
 
 def test_evaluation_and_prediction_name_theirs(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fail: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train("--out", "run", "--train.steps", "1") == 0
-    real = MaskRCNN.forward_padded
-    monkeypatch.setattr(MaskRCNN, "forward_padded", after(0, real, MemoryError("Unable to allocate 9 GiB")))
-    assert cli.main(["eval", *COMMANDS["eval"].split(), "--num_workers", "1"]) == 1
-    lower = "lower, the most effective first: --batch_size (now 2), --max_detections (now 50), --precision bf16"
-    said = f"tmask eval: error: out of memory (Unable to allocate 9 GiB); {lower} (now fp32), --num_workers (now 1)"
-    assert capsys.readouterr().err.splitlines()[-1] == said
+    assert command("train", "--out", "run", "--train.steps", "1") == 0
+    lower = f"{FIRST} --batch_size (now 2), --max_detections (now 50), --precision bf16 (now fp32)"
+    line = fail(0, MemoryError("Unable to allocate 9 GiB"), "eval", "--num_workers", "1")
+    assert line == f"tmask eval: error: out of memory (Unable to allocate 9 GiB); {lower}, --num_workers (now 1)"
     monkeypatch.setattr(
         prediction, "_detect", after(1, prediction._detect, torch.OutOfMemoryError("CUDA out of memory."))
     )
-    monkeypatch.setattr(MaskRCNN, "forward_padded", real)
-    predict = ["predict", *COMMANDS["predict"].split()]
-    assert cli.main(predict) == 1
+    assert command("predict") == 1
     said = (
-        "tmask predict: error: out of memory (CUDA out of memory); lower, the most effective first: --max_detections "
-        "(now 1000), --precision bf16 (now fp32); what is done is in out, and the same command goes on there, but "
+        f"tmask predict: error: out of memory (CUDA out of memory); {FIRST} --max_detections (now 1000), "
+        "--precision bf16 (now fp32); what is done is in out, and the same command goes on there, but "
         "other settings begin anew with --overwrite"
     )
     assert capsys.readouterr().err.splitlines()[-1] == said
-    assert cli.main(predict) == 0
+    assert command("predict") == 0
     assert "1 of 4 images were done before" in capsys.readouterr().err

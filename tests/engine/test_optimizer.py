@@ -21,12 +21,9 @@ def test_small_data_schedule_is_the_common_warm_up_and_cosine(steps: int) -> Non
 
 
 def test_published_schedule_warms_up_and_falls_at_its_milestones() -> None:
-    config = TrainConfig()
-    assert lr_factor(config, 0) == pytest.approx(0.001)
-    assert lr_factor(config, 500) == pytest.approx((0.001 + 1) / 2)
-    assert [lr_factor(config, s) for s in (1000, 59_999)] == [1, 1]
-    assert [lr_factor(config, s) for s in (60_000, 79_999)] == pytest.approx([0.1, 0.1])
-    assert lr_factor(config, 80_000) == pytest.approx(0.01)
+    expected = {0: 0.001, 500: (0.001 + 1) / 2, 60_000: 0.1, 79_999: 0.1, 80_000: 0.01}
+    assert {s: lr_factor(TrainConfig(), s) for s in expected} == pytest.approx(expected)
+    assert [lr_factor(TrainConfig(), s) for s in (1000, 59_999)] == [1, 1]
 
 
 def test_constant_schedule_without_warm_up_is_one() -> None:
@@ -44,22 +41,18 @@ class Small(nn.Module):
         self.tied = self.conv
 
 
-def names(groups: list[dict[str, object]], model: nn.Module) -> list[tuple[float, set[str]]]:
-    by_id = {id(p): name for name, p in model.named_parameters()}
-    return [(g["weight_decay"], {by_id[id(p)] for p in g["params"]}) for g in groups]  # type: ignore[attr-defined,misc]
-
-
 def test_norm_and_bias_leave_weight_decay_on_request() -> None:
+    """By default all trainable parameters decay; each is there once."""
     model = Small()
-    config = TrainConfig(weight_decay=0.1, decay_norm_and_bias=False)
+    names = {id(p): name for name, p in model.named_parameters()}
     plain = {"conv.bias", "norm.weight", "norm.bias", "group_norm.weight", "group_norm.bias"}
-    assert names(parameter_groups(model, config), model) == [(0.1, {"conv.weight"}), (0.0, plain)]
-
-
-def test_all_trainable_parameters_are_decayed_by_default_each_once() -> None:
-    groups = parameter_groups(Small(), TrainConfig(weight_decay=0.1))
-    assert len(groups) == 1
-    assert len(groups[0]["params"]) == 6  # type: ignore[arg-type]
+    for decay, expected in ((True, [(0.1, plain | {"conv.weight"})]), (False, [(0.1, {"conv.weight"}), (0.0, plain)])):
+        groups: list[dict[str, object]] = parameter_groups(
+            model, TrainConfig(weight_decay=0.1, decay_norm_and_bias=decay)
+        )
+        found = [(g["weight_decay"], [names[id(p)] for p in g["params"]]) for g in groups]  # type: ignore[attr-defined]
+        assert [(value, set(group)) for value, group in found] == expected
+        assert sum(len(group) for _, group in found) == 6
 
 
 @pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])

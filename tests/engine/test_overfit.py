@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torchvision.ops import box_iou
 
+from tests.engine.toy import CPU, logged
 from tmask.config import DataConfig
 from tmask.data.coco import CocoDataset
 from tmask.data.shapes import write_shapes
-from tmask.engine.log import read_log
-from tmask.engine.run import run_training
+from tmask.engine.train import train
 from tmask.presets import PRESETS, TRAIN_PRESETS
 
 
@@ -26,24 +26,13 @@ def proposal_recall(model: Any, dataset: CocoDataset, count: int) -> float:
 
 
 def test_four_pictures_are_learnt_by_heart(tmp_path: Path) -> None:
-    images, annotations = write_shapes(tmp_path / "data", num_images=4, seed=1, size=64)
-    dataset = CocoDataset(images, annotations)
-    model = dataclasses.replace(
-        PRESETS["tiny"], num_classes=dataset.num_classes, min_size=64, max_size=64, fpn_channels=32, box_batch_size=32
-    )
-    training = dataclasses.replace(
-        TRAIN_PRESETS["tiny"], steps=60, lr=2e-3, warmup_steps=5, precision="fp32", log_every=10
-    )
-    result = run_training(
-        model,
-        training,
-        DataConfig(num_workers=0),
-        dataset,
-        dataset,
-        out_dir=tmp_path / "out",
-        device=torch.device("cpu"),
-    )
-    rows = [row for row in read_log(tmp_path / "out" / "log.jsonl") if "loss" in row]
+    dataset = CocoDataset(*write_shapes(tmp_path / "data", num_images=4, seed=1, size=64))
+    sizes = {"min_size": 64, "max_size": 64, "fpn_channels": 32, "box_batch_size": 32}
+    model = dataclasses.replace(PRESETS["tiny"], num_classes=dataset.num_classes, **sizes)
+    steps = {"steps": 60, "lr": 2e-3, "warmup_steps": 5, "precision": "fp32", "log_every": 10}
+    training = dataclasses.replace(TRAIN_PRESETS["tiny"], **steps)
+    result = train(model, training, DataConfig(num_workers=0), dataset, dataset, out_dir=tmp_path / "out", device=CPU)
+    rows = [row for row in logged(tmp_path / "out") if "loss" in row]
     first, last = rows[0], rows[-1]
     for name in ("loss", "loss_objectness", "loss_mask", "loss_classifier"):
         assert last[name] < 0.7 * first[name], (name, first[name], last[name])

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from tests.engine.predictions import read_pixels
 from tmask.engine import plots
 from tmask.engine.evaluate import coco_metrics
 
@@ -51,25 +51,15 @@ def test_the_confusion_matrix_is_counted_by_its_rule(tmp_path: Path, monkeypatch
     coco_metrics(truth, results, kinds=["bbox"], plots=tmp_path)
     path, counts, names, kind, score, iou = drawn[0]
     assert (path, names, kind, score, iou) == (tmp_path / "confusion-bbox.png", NAMES, "bbox", 0.5, 0.5)
-    assert counts.tolist() == [
-        [1, 1, 0, 0],
-        [0, 1, 0, 1],
-        [0, 0, 0, 1],
-        [1, 0, 2, 0],
-    ]
+    assert counts.tolist() == [[1, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 1], [1, 0, 2, 0]]
     truth, results = data(NAMES, objects, found)  # the best detection takes the first cat as a cow
     coco_metrics(truth, results, kinds=["bbox"], plots=tmp_path)
-    assert drawn[1][1].tolist() == [
-        [0, 1, 1, 0],
-        [0, 1, 0, 1],
-        [0, 0, 0, 1],
-        [2, 0, 2, 0],
-    ]
+    assert drawn[1][1].tolist() == [[0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 0, 1], [2, 0, 2, 0]]
 
 
 def is_framed(path: Path) -> bool:
     """Whether nothing reaches the edge of the picture, and something is in it."""
-    pixels = np.asarray(Image.open(path).convert("RGB"))
+    pixels = read_pixels(path).permute(1, 2, 0).numpy()
     edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     return bool((edges == 255).all() and (pixels < 255).any())
 
@@ -91,12 +81,18 @@ def test_no_label_is_cut(count: int, name: str, tmp_path: Path, recwarn: pytest.
     assert not recwarn.list
 
 
-def test_the_curves_are_those_of_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read from the picture's axes: the area below the mean curve is the AP that the panel names."""
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """matplotlib's figures in place of their files."""
     from matplotlib.figure import Figure
 
-    figures: list[Any] = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, file, **_: figures.append(self) or file.write(b"x"))
+    saved: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **_: saved.append(self) or file.write(b"x"))
+    return saved
+
+
+def test_the_curves_are_those_of_the_figures(tmp_path: Path, figures: list[Any]) -> None:
+    """Read from the picture's axes: the area below the mean curve is the AP that the panel names."""
     objects = [(0, k, 20 * i + 100 * k, 0) for k in range(2) for i in range(5)]
     found = [(0, k, 20 * i + 100 * k + 2 * k, 0.9 - i / 10 - k / 20) for k in range(2) for i in range(4)]
     truth, results = data(NAMES, objects, [*found, (0, 1, 350, 0.85)])
@@ -119,11 +115,9 @@ def test_the_curves_are_those_of_the_figures(tmp_path: Path, monkeypatch: pytest
     ]  # fmt: skip
 
 
-def test_of_many_classes_those_with_the_most_objects_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib.figure import Figure
-
-    figures: list[Any] = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, file, **_: figures.append(self) or file.write(b"x"))
+def test_of_many_classes_those_with_the_most_objects_are_shown(
+    tmp_path: Path, figures: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plots, "_MOST_CLASSES", 2)
     objects = [(0, k, 20 * i + 100 * k, 0) for k, count in enumerate((2, 1, 3)) for i in range(count)]
     truth, results = data(NAMES, objects, [(image, k, x, 0.9) for image, k, x, _ in objects])

@@ -17,38 +17,39 @@ from tests.engine.predictions import (
     CATEGORIES,
     by_name,
     count_calls,
+    listed,
     make_model,
     pictures,
     read_pixels,
     rows,
+    run_predict,
     seen,
     stop_at,
     touch,
 )
 from tests.image_files import with_exif
-from tmask import cli
-from tmask.engine import progress
+from tmask.engine import log
 from tmask.engine.predict import Summary, find_images, image_records, predict
 
 # The small model gives as many detections as it may.
-pytestmark = pytest.mark.filterwarnings("ignore:.*give exactly 5 detections:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*give exactly:UserWarning")
 
 
-def test_results_are_coco_and_pictures_stand_beside_them(
+def test_results_are_coco_and_pictures_are_beside_them(
     model: Any, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr(progress, "_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(log, "_LINE_SECONDS", 0.0)
     done = predict(model, by_name(images), CATEGORIES, out_dir=out)
     assert done == Summary(images=4, reused=0, detections=len(rows(out)))
     lines = capsys.readouterr().err.splitlines()
     assert [line.split("  ")[0] for line in lines] == [f"prediction: image {count}/4" for count in range(1, 5)]
     assert seen(out) == [(i, path.name) for i, path in enumerate(images, start=1)]
     assert pictures(out) == [path.name for path in images]
-    coco = COCO(out / "images.json")
-    assert [(item["file_name"], item["height"], item["width"]) for item in coco.dataset["images"]] == [
-        (path.name, 64, 64) for path in images
+    assert listed(out) == [
+        {"id": i, "file_name": path.name, "height": 64, "width": 64} for i, path in enumerate(images, start=1)
     ]
+    coco = COCO(out / "images.json")
     assert coco.dataset["categories"] == CATEGORIES
     loaded = coco.loadRes(str(out / "predictions.json"))
     found = model([read_pixels(images[1])], masks="rle")[0]
@@ -56,7 +57,6 @@ def test_results_are_coco_and_pictures_stand_beside_them(
     assert [item["score"] for item in own] == found["scores"].tolist()
     assert [item["category_id"] for item in own] == [10 * label for label in found["labels"].tolist()]
     assert [item["segmentation"] for item in own] == found["masks"]
-    assert {item["id"] for item in coco.dataset["images"]} == {row["image_id"] for row in rows(out)}
 
 
 def test_pictures_keep_folders_and_never_replace_a_file_that_is_not_theirs(
@@ -71,12 +71,13 @@ def test_pictures_keep_folders_and_never_replace_a_file_that_is_not_theirs(
     assert (out / "pictures" / "sub" / "a.png").read_text() == ""
 
 
-@pytest.mark.parametrize("drawn", [True, False])
-def test_pictures_are_drawn_or_not(checkpoint: Path, images: list[Path], tmp_path: Path, drawn: bool) -> None:
-    argv = ["predict", "--checkpoint", str(checkpoint), "--images", str(images[0]), "--out", str(tmp_path / "out")]
-    assert cli.main([*argv, "--pictures" if drawn else "--no_pictures"]) == 0
-    assert pictures(tmp_path / "out") == [images[0].name] * drawn
-    assert rows(tmp_path / "out")
+def test_options_decide_about_pictures_and_detections(checkpoint: Path, images: list[Path], tmp_path: Path) -> None:
+    for count, drawn in ((5, True), (2, False)):
+        out = tmp_path / str(count)
+        options = (f"--max_detections={count}", "--pictures" if drawn else "--no_pictures")
+        assert run_predict(checkpoint, images[0], out, *options) == 0
+        assert len(rows(out)) == count
+        assert pictures(out) == [images[0].name] * drawn
 
 
 def test_missing_pictures_are_drawn_from_the_record(model: Any, images: list[Path], tmp_path: Path) -> None:
@@ -84,8 +85,7 @@ def test_missing_pictures_are_drawn_from_the_record(model: Any, images: list[Pat
     predict(model, by_name(images), CATEGORIES, out_dir=tmp_path / "out", score_threshold=0, pictures=False)
     calls = count_calls(model)
     done = predict(model, by_name(images), CATEGORIES, out_dir=tmp_path / "out", score_threshold=0)
-    assert done.reused == 4
-    assert calls == []
+    assert (done.reused, calls) == (4, [])
     for path in images:
         first, second = (tmp_path / out / "pictures" / path.name for out in ("whole", "out"))
         assert first.read_bytes() == second.read_bytes()
@@ -107,8 +107,7 @@ def test_any_size_in_one_run(tmp_path: Path) -> None:
         Image.fromarray(pixels).convert("L" if i % 2 else "RGB").save(tmp_path / f"{i}.png")
     out = tmp_path / "out"
     assert predict(make_model(), find_images(tmp_path), CATEGORIES, out_dir=out, score_threshold=0).images == 6
-    listed = json.loads((out / "images.json").read_text())["images"]
-    assert [(item["width"], item["height"]) for item in listed] == sizes
+    assert [(item["width"], item["height"]) for item in listed(out)] == sizes
     for row in rows(out):
         width, height = sizes[row["image_id"] - 1]
         x, y, w, h = row["bbox"]
@@ -128,11 +127,10 @@ def test_exif_orientation_turns_picture_and_boxes_upright(model: Any, tmp_path: 
     exif[0x0112] = 6
     Image.fromarray(np.ascontiguousarray(np.rot90(upright))).save(tmp_path / "turned.jpg", exif=exif, quality=95)
     Image.fromarray(upright).save(tmp_path / "upright.jpg", quality=95)
-    assert Image.open(tmp_path / "turned.jpg").size == (120, 80)
+    assert read_pixels(tmp_path / "turned.jpg").shape == (3, 80, 120)
     out = tmp_path / "out"
     predict(model, find_images(tmp_path), CATEGORIES, out_dir=out, score_threshold=1)
-    listed = json.loads((out / "images.json").read_text())["images"]
-    assert [(item["width"], item["height"]) for item in listed] == [(80, 120)] * 2
+    assert [(item["width"], item["height"]) for item in listed(out)] == [(80, 120)] * 2
     picture = read_pixels(out / "pictures" / "turned.png")
     assert picture.shape == (3, 120 * 6, 80 * 6)
     assert (picture[0, :100] > 150).all()
@@ -144,72 +142,62 @@ def test_exif_orientation_turns_picture_and_boxes_upright(model: Any, tmp_path: 
         assert a["segmentation"]["size"] == [120, 80]
 
 
-def test_annotations_give_ids_and_stored_pixels(
-    checkpoint: Path, images: list[Path], tmp_path: Path, capsys: Any
-) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(np.zeros((40, 60, 3), dtype=np.uint8)).save(images[0].parent / "z.jpg", exif=exif)
-    names = [*(path.name for path in images), "z.jpg"]
-    listed = [{"id": 70 - i, "file_name": name, "width": 64, "height": 64} for i, name in enumerate(names)]
-    listed[-1] |= {"width": 60, "height": 40}
-    file, out = tmp_path / "file.json", tmp_path / "out"
-    argv = ["predict", "--checkpoint", str(checkpoint), "--images", str(images[0].parent)]
-    argv += ["--annotations", str(file), "--score_threshold=0"]
-    file.write_text(json.dumps({"images": listed}))
-    assert cli.main([*argv, "--out", str(out)]) == 0
+def write_annotations(file: Path, records: list[dict[str, Any]]) -> tuple[str, str]:
+    file.write_text(json.dumps({"images": records}))
+    return "--annotations", str(file)
+
+
+def test_annotations_give_ids_and_sizes(checkpoint: Path, images: list[Path], tmp_path: Path, capsys: Any) -> None:
+    folder, file, out = images[0].parent, tmp_path / "file.json", tmp_path / "out"
+    names = [path.name for path in images]
+    records = [{"id": 70 - i, "file_name": name, "width": 64, "height": 64} for i, name in enumerate(names)]
+    assert run_predict(checkpoint, folder, out, *write_annotations(file, records)) == 0
     assert seen(out) == [(70 - i, name) for i, name in reversed(list(enumerate(names)))]
-    assert {tuple(row["segmentation"]["size"]) for row in rows(out) if row["file_name"] == "z.jpg"} == {(40, 60)}
-    # Another size than the file says is an error of that image.
-    listed[1]["width"] = 65
-    file.write_text(json.dumps({"images": listed}))
-    assert cli.main([*argv, "--out", str(tmp_path / "second")]) == 1
-    assert f"{images[1]}: expected 65x64 pixels by the annotations, got 64x64" in capsys.readouterr().err
-    assert len(seen(tmp_path / "second")) == 4
-    # So it is if the image was done by another file.
-    assert cli.main([*argv, "--out", str(out)]) == 1
-    assert f"{images[1]}: expected 65x64 pixels by the annotations, got 64x64" in capsys.readouterr().err
-    assert (70 - 1, names[1]) not in seen(out)
-    assert len(seen(out)) == 4
+    # Another size than the file says is an error of that image, also if it was done by another file.
+    records[1]["width"] = 65
+    for again in (tmp_path / "second", out):
+        assert run_predict(checkpoint, folder, again, *write_annotations(file, records)) == 1
+        assert f"{images[1]}: expected 65x64 pixels by the annotations, got 64x64" in capsys.readouterr().err
+        assert (70 - 1, names[1]) not in seen(again)
+        assert len(seen(again)) == 3
     # An image that is not in the file is one of the command.
-    file.write_text(json.dumps({"images": listed[2:]}))
-    assert cli.main([*argv, "--out", str(tmp_path / "third")]) == 2
-    assert f"2 of 5 images are not in it: {names[0]}, {names[1]}" in capsys.readouterr().err
+    assert run_predict(checkpoint, folder, tmp_path / "third", *write_annotations(file, records[2:])) == 2
+    assert f"2 of 4 images are not in it: {names[0]}, {names[1]}" in capsys.readouterr().err
     assert not (tmp_path / "third").exists()
 
 
-def test_a_setting_turns_images_with_annotations_and_one_warning_asks_for_it(
-    checkpoint: Path, tmp_path: Path, capsys: Any
-) -> None:
+def test_with_annotations_pixels_stay_as_stored_unless_told(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+    """One warning asks for the setting."""
     folder, file = tmp_path / "images", tmp_path / "file.json"
-    folder.mkdir()
-    listed = []
+    records = []
     for i, name in enumerate(("a.png", "b.png", "sub/c.png"), start=1):
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).write_bytes(with_exif(np.zeros((40, 60, 3), np.uint8), "png", 6 if i > 1 else 1))
-        listed.append({"id": 10 * i, "file_name": name, "width": 60, "height": 40})
-    argv = ["predict", "--checkpoint", str(checkpoint), "--images", str(folder), "--annotations", str(file)]
-    file.write_text(json.dumps({"images": listed}))
-    argv += ["--max_detections", "10000"]  # more than there are
+        records.append({"id": 10 * i, "file_name": name, "width": 60, "height": 40})
+    many = "--max_detections=10000"  # more than there are
+
+    def sizes(out: str) -> set[tuple[int, ...]]:
+        return {(row["image_id"], *row["segmentation"]["size"]) for row in rows(tmp_path / out)}
+
     with pytest.warns(UserWarning, match="EXIF") as told:
-        assert cli.main([*argv, "--out", str(tmp_path / "asks")]) == 0
+        assert run_predict(checkpoint, folder, tmp_path / "asks", many, *write_annotations(file, records)) == 0
     words = f"the EXIF orientation of 2 of 3 images, first {folder / 'b.png'}, is not applied."
     assert [str(item.message).startswith(words) for item in told] == [True]
-    for item in listed[1:]:
+    assert sizes("asks") == {(10, 40, 60), (20, 40, 60), (30, 40, 60)}
+    for item in records[1:]:
         item |= {"width": 40, "height": 60}
-    file.write_text(json.dumps({"images": listed}))
+    options = write_annotations(file, records)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert cli.main([*argv, "--out", str(tmp_path / "turned"), "--exif", "true"]) == 0
-    sizes = {(row["image_id"], *row["segmentation"]["size"]) for row in rows(tmp_path / "turned")}
-    assert sizes == {(10, 40, 60), (20, 60, 40), (30, 60, 40)}
-    assert cli.main([*argv, "--out", str(tmp_path / "stored"), "--exif", "false"]) == 1
+        assert run_predict(checkpoint, folder, tmp_path / "turned", many, *options, "--exif", "true") == 0
+    assert sizes("turned") == {(10, 40, 60), (20, 60, 40), (30, 60, 40)}
+    assert run_predict(checkpoint, folder, tmp_path / "stored", many, *options, "--exif", "false") == 1
     assert "2 of 3 images left out" in capsys.readouterr().err
 
 
 def test_alpha_that_is_dropped_is_counted_in_one_warning(model: Any, images: list[Path], tmp_path: Path) -> None:
     for path in images[1:3]:
-        pixels = np.asarray(Image.open(path).convert("RGBA")).copy()
+        pixels = np.concatenate([read_pixels(path).permute(1, 2, 0).numpy(), np.full((64, 64, 1), 255, np.uint8)], 2)
         pixels[:9, :, 3] = 0
         Image.fromarray(pixels).save(path)
     model.roi_heads.max_detections = 10_000  # more than there are
@@ -219,14 +207,17 @@ def test_alpha_that_is_dropped_is_counted_in_one_warning(model: Any, images: lis
     assert [str(item.message) for item in told] == [words]
 
 
+SIZE = {"width": 1, "height": 1}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ([], "expected a COCO file"),
-        ({"images": [{"id": 1, "width": 1, "height": 1}]}, r"images\[0\]: expected a field 'file_name'"),
-        ({"images": [{"id": i, "file_name": "a", "width": 1, "height": 1} for i in (1, 2)]}, "'a' occurs twice"),
-        ({"images": [{"id": 1, "file_name": n, "width": 1, "height": 1} for n in "ab"]}, r"\[1\]: id 1 occurs twice"),
-        ({"images": [{"id": 1, "file_name": ["a"], "width": 1, "height": 1}]}, r"\[0\]: file_name: expected a text"),
+        ({"images": [{"id": 1, **SIZE}]}, r"images\[0\]: expected a field 'file_name'"),
+        ({"images": [{"id": i, "file_name": "a", **SIZE} for i in (1, 2)]}, "'a' occurs twice"),
+        ({"images": [{"id": 1, "file_name": n, **SIZE} for n in "ab"]}, r"\[1\]: id 1 occurs twice"),
+        ({"images": [{"id": 1, "file_name": ["a"], **SIZE}]}, r"\[0\]: file_name: expected a text"),
     ],
     ids=["no object", "no name", "twice", "one id", "list"],
 )
@@ -234,13 +225,6 @@ def test_broken_annotations_are_named(tmp_path: Path, content: Any, message: str
     (tmp_path / "a.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         image_records(tmp_path / "a.json", ["a"])
-
-
-def test_max_detections_bounds_the_results(checkpoint: Path, images: list[Path], tmp_path: Path) -> None:
-    for count in (5, 2):
-        argv = ["predict", "--checkpoint", str(checkpoint), "--images", str(images[0]), f"--max_detections={count}"]
-        assert cli.main([*argv, "--out", str(tmp_path / str(count))]) == 0
-        assert len(rows(tmp_path / str(count))) == count
 
 
 @pytest.mark.filterwarnings("default:.*give exactly:UserWarning")
@@ -266,9 +250,8 @@ def test_unreadable_images_are_named_when_the_others_are_done(
     whole = images[0].read_bytes()
     images[0].write_text("no image")
     images[2].write_bytes(images[2].read_bytes()[:100])
-    out = tmp_path / "out"
-    argv = ["predict", "--checkpoint", str(checkpoint), "--images", str(images[0].parent), "--out", str(out)]
-    assert cli.main(argv) == 1
+    folder, out = images[0].parent, tmp_path / "out"
+    assert run_predict(checkpoint, folder, out) == 1
     err = capsys.readouterr().err
     assert "2 of 4 images left out (the 2 others are done)" in err
     assert all((str(images[i]) in err) == (i in (0, 2)) for i in range(4))
@@ -276,7 +259,7 @@ def test_unreadable_images_are_named_when_the_others_are_done(
     assert seen(out) == [(2, images[1].name), (4, images[3].name)]
     assert pictures(out) == [images[1].name, images[3].name]
     images[0].write_bytes(whole)  # mended: the same command does it
-    assert cli.main(argv) == 1
+    assert run_predict(checkpoint, folder, out) == 1
     assert "1 of 4 images left out" in capsys.readouterr().err
     assert len(seen(out)) == 3
 

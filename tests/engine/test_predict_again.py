@@ -1,11 +1,8 @@
 """Prediction into a folder that holds a run: it goes on, and nothing is lost."""
 
 import errno
-import fcntl
 import json
 import os
-import platform
-import re
 import signal
 import subprocess
 import sys
@@ -15,23 +12,33 @@ from typing import Any
 
 import pytest
 
-from tests.engine.predictions import CATEGORIES, by_name, count_calls, make_model, pictures, rows, seen, stop_at, touch
-from tmask import cli
+from tests.engine.predictions import (
+    CATEGORIES,
+    by_name,
+    count_calls,
+    make_model,
+    pictures,
+    rows,
+    run_predict,
+    seen,
+    stop_at,
+    touch,
+)
+from tests.engine.test_files import holder
+from tests.engine.toy import after, files
 from tmask.engine import predict as module
-from tmask.engine.files import held
 from tmask.engine.predict import find_images, predict
 from tmask.engine.record import OtherSettingsError, Record
 
 # The small model gives as many detections as it may.
-pytestmark = pytest.mark.filterwarnings("ignore:.*give exactly 5 detections:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*give exactly:UserWarning")
 
 
 def test_a_run_that_was_interrupted_goes_on(
     checkpoint: Path, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    argv = ["predict", "--checkpoint", str(checkpoint), "--images", str(images[0].parent), "--out"]
-    assert cli.main([*argv, str(tmp_path / "whole")]) == 0
-    out = tmp_path / "out"
+    folder, out, whole = images[0].parent, tmp_path / "out", tmp_path / "whole"
+    assert run_predict(checkpoint, folder, whole) == 0
     real, reads = module.predict, []
 
     def interrupted(model: Any, *arguments: Any, **options: Any) -> Any:
@@ -44,23 +51,20 @@ def test_a_run_that_was_interrupted_goes_on(
         reads.append((len(calls), done.reused))
         return done
 
-    capsys.readouterr()
     monkeypatch.setattr(module, "predict", interrupted)
-    assert cli.main([*argv, str(out)]) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        f"tmask predict: interrupted; what is done is in {out}, and the same command goes on there"
-    )
-    assert seen(out) == [(1, images[0].name), (2, images[1].name)]
-    assert cli.main([*argv, str(out), "--overwrite"]) == 130
-    assert capsys.readouterr().err.endswith(" and the same command without --overwrite goes on there\n")
-    assert seen(out) == [(1, images[0].name), (2, images[1].name)]
+    for option, how in ((), ""), (("--overwrite",), " without --overwrite"):
+        capsys.readouterr()
+        assert run_predict(checkpoint, folder, out, *option) == 130
+        said = f"interrupted; what is done is in {out}, and the same command{how} goes on there"
+        assert capsys.readouterr().err.splitlines()[-1] == f"tmask predict: {said}"
+        assert seen(out) == [(1, images[0].name), (2, images[1].name)]
     monkeypatch.setattr(module, "predict", counted)
-    assert cli.main([*argv, str(out)]) == 0
-    assert cli.main([*argv, str(out)]) == 0
+    for _ in range(2):
+        assert run_predict(checkpoint, folder, out) == 0
     assert reads == [(2, 2), (0, 4)]
     assert "2 of 4 images were done before" in capsys.readouterr().err
     for name in ("predictions.json", "images.json", *(f"pictures/{path.name}" for path in images)):
-        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 @pytest.mark.slow
@@ -68,9 +72,9 @@ def test_a_run_that_was_killed_goes_on(checkpoint: Path, images: list[Path], tmp
     """kill -9 of a real process, when its first images are done."""
     for i in range(20):
         (images[0].parent / f"z{i}.png").write_bytes(images[0].read_bytes())
-    out, whole = tmp_path / "out", tmp_path / "whole"
-    argv = ["predict", "--checkpoint", str(checkpoint), "--images", str(images[0].parent), "--device=cpu", "--out"]
-    command = [sys.executable, "-m", "tmask", *argv, str(out)]
+    folder, out, whole = images[0].parent, tmp_path / "out", tmp_path / "whole"
+    command = [sys.executable, "-m", "tmask", "predict", "--checkpoint", str(checkpoint), "--images", str(folder)]
+    command += ["--device=cpu", "--out", str(out)]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -82,8 +86,8 @@ def test_a_run_that_was_killed_goes_on(checkpoint: Path, images: list[Path], tmp
     done = (out / "predictions.jsonl").read_bytes().count(b"\n") - 1
     assert 2 <= done < 24
     assert not (out / "predictions.json").exists()
-    assert cli.main([*argv, str(out)]) == 0
-    assert cli.main([*argv, str(whole)]) == 0
+    for place in (out, whole):
+        assert run_predict(checkpoint, folder, place, "--device=cpu") == 0
     for a, b in zip(rows(out), rows(whole), strict=True):
         assert {**a, "bbox": 0, "score": 0, "segmentation": 0} == {**b, "bbox": 0, "score": 0, "segmentation": 0}
         assert a["bbox"] == pytest.approx(b["bbox"], abs=1e-3)  # another number of threads
@@ -91,29 +95,27 @@ def test_a_run_that_was_killed_goes_on(checkpoint: Path, images: list[Path], tmp
     assert not list(out.rglob(".*"))
 
 
-@pytest.mark.parametrize("cut", [1, 5, 100, 10**6], ids=str)
-def test_a_half_written_line_is_done_again(model: Any, images: list[Path], tmp_path: Path, cut: int) -> None:
-    out = tmp_path / "out"
-    predict(model, by_name(images), CATEGORIES, out_dir=out)
+@pytest.fixture
+def out(model: Any, images: list[Path], tmp_path: Path) -> Path:
+    """The folder of a run over `images`."""
+    predict(model, by_name(images), CATEGORIES, out_dir=tmp_path / "out")
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("cut", [1, 5, 100, 10**6, "zeros"], ids=str)
+def test_lost_bytes_cost_the_images_from_there_on(model: Any, images: list[Path], out: Path, cut: Any) -> None:
+    """Of a line half written, or in the middle, as a power cut may leave the file."""
     before = (out / "predictions.json").read_bytes()
     file = out / "predictions.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
-    file.write_bytes(b"".join(lines[:-1]) + lines[-1][: max(0, len(lines[-1]) - cut)])
-    (out / "pictures" / images[-1].name).unlink()  # it is drawn when the line is whole
-    assert predict(model, by_name(images), CATEGORIES, out_dir=out).reused == 3
+    if cut == "zeros":
+        file.write_bytes(b"".join([*lines[:2], b"\0" * (len(lines[2]) - 1) + b"\n", *lines[3:]]))
+    else:
+        file.write_bytes(b"".join(lines[:-1]) + lines[-1][: max(0, len(lines[-1]) - cut)])
+        (out / "pictures" / images[-1].name).unlink()  # it is drawn when the line is whole
+    assert predict(model, by_name(images), CATEGORIES, out_dir=out).reused == (1 if cut == "zeros" else 3)
     assert (out / "predictions.json").read_bytes() == before
-    assert file.read_bytes() == b"".join(lines)
-
-
-def test_bytes_lost_in_the_middle_cost_the_images_from_there_on(model: Any, images: list[Path], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    predict(model, by_name(images), CATEGORIES, out_dir=out)
-    before = (out / "predictions.json").read_bytes()
-    lines = (out / "predictions.jsonl").read_bytes().splitlines(keepends=True)
-    lines[2] = b"\0" * (len(lines[2]) - 1) + b"\n"  # as a power cut may leave it
-    (out / "predictions.jsonl").write_bytes(b"".join(lines))
-    assert predict(model, by_name(images), CATEGORIES, out_dir=out).reused == 1
-    assert (out / "predictions.json").read_bytes() == before
+    assert cut == "zeros" or file.read_bytes() == b"".join(lines)
 
 
 def test_changed_new_and_removed_images(model: Any, images: list[Path], tmp_path: Path) -> None:
@@ -133,9 +135,7 @@ def test_changed_new_and_removed_images(model: Any, images: list[Path], tmp_path
     assert (out / "pictures" / images[1].name).read_bytes() not in (b"", old)
 
 
-def test_a_changed_image_never_keeps_its_old_picture(model: Any, images: list[Path], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    predict(model, by_name(images), CATEGORIES, out_dir=out)
+def test_a_changed_image_never_keeps_its_old_picture(model: Any, images: list[Path], out: Path) -> None:
     images[1].write_bytes(images[2].read_bytes())
     predict(model, by_name(images), CATEGORIES, out_dir=out, pictures=False)
     assert pictures(out) == [path.name for path in images if path != images[1]]
@@ -144,69 +144,63 @@ def test_a_changed_image_never_keeps_its_old_picture(model: Any, images: list[Pa
 def test_own_pictures_are_not_taken_for_images(
     checkpoint: Path, images: list[Path], tmp_path: Path, capsys: Any
 ) -> None:
-    argv = ["predict", "--checkpoint", str(checkpoint), "--images", f"{images[0].parent}/**/*.png"]
-    argv += ["--out", str(images[0].parent / "out")]
-    around = f"{images[0].parent}/../images"  # the same folder by another path
-    for more in ([], [], [f"--images={around}/**/*.png"], ["--overwrite"]):
-        assert cli.main([*argv, *more]) == 0
+    folder, out = images[0].parent, images[0].parent / "out"
+    around = f"{folder}/../images"  # the same folder by another path
+    for place, *more in ([folder], [folder], [around], [folder, "--overwrite"]):
+        assert run_predict(checkpoint, f"{place}/**/*.png", out, *more) == 0
         assert " detections in 4 images" in capsys.readouterr().out
-        assert pictures(images[0].parent / "out") == [path.name for path in images]
+        assert pictures(out) == [path.name for path in images]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--score_threshold=0.25"], r"\(score_threshold: 0.5 -> 0.25\)"),
-        (["--precision=bf16", "--max_detections=3"], r"\(max_detections: 5 -> 3, precision: fp32 -> bf16\)"),
+        (["--score_threshold=0.25"], "(score_threshold: 0.5 -> 0.25)"),
+        (["--precision=bf16", "--max_detections=3"], "(max_detections: 5 -> 3, precision: fp32 -> bf16)"),
     ],
     ids=["threshold", "two"],
 )
 def test_other_settings_are_refused_and_nothing_is_lost(
     checkpoint: Path, images: list[Path], tmp_path: Path, capsys: Any, options: list[str], message: str
 ) -> None:
-    out = tmp_path / "out"
-    argv = ["predict", "--checkpoint", str(checkpoint), "--images", str(images[0].parent), "--out", str(out)]
-    assert cli.main(argv) == 0
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    out, folder = tmp_path / "out", images[0].parent
+    assert run_predict(checkpoint, folder, out) == 0
+    before = files(out)
     capsys.readouterr()
-    assert cli.main([*argv, *options]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert "--overwrite" in err
-    assert message.replace("\\", "") in err
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-    assert cli.main([*argv, *options, "--overwrite"]) == 0
+    assert run_predict(checkpoint, folder, out, *options) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--overwrite" in line
+    assert message in line
+    assert files(out) == before
+    assert run_predict(checkpoint, folder, out, *options, "--overwrite") == 0
     assert "done before" not in capsys.readouterr().err
 
 
-def test_another_checkpoint_is_refused(model: Any, images: list[Path], tmp_path: Path) -> None:
-    predict(model, by_name(images[:1]), CATEGORIES, out_dir=tmp_path)
-    predict(make_model(), by_name(images[:2]), CATEGORIES, out_dir=tmp_path)  # the same weights
-    with pytest.raises(OtherSettingsError, match=r"made with other settings \(checkpoint\); --overwrite begins anew"):
-        predict(make_model(1), by_name(images), CATEGORIES, out_dir=tmp_path)
+def test_another_checkpoint_is_refused(images: list[Path], out: Path) -> None:
+    predict(make_model(), by_name(images), CATEGORIES, out_dir=out)  # the same weights
     renamed = [{**CATEGORIES[0], "name": "new"}, *CATEGORIES[1:]]
-    with pytest.raises(OtherSettingsError, match=r"made with other settings \(categories\)"):
-        predict(make_model(), by_name(images), renamed, out_dir=tmp_path)
+    for seed, categories, what in ((1, CATEGORIES, "checkpoint"), (0, renamed, "categories")):
+        said = rf"made with other settings \({what}\); --overwrite begins anew"
+        with pytest.raises(OtherSettingsError, match=said):
+            predict(make_model(seed), by_name(images), categories, out_dir=out)
 
 
-def test_a_record_from_before_a_setting_goes_on(model: Any, images: list[Path], tmp_path: Path) -> None:
+def test_a_record_from_before_a_setting_goes_on(model: Any, images: list[Path], out: Path) -> None:
     """It was made with the default of that setting, whatever else the model has now."""
-    path = tmp_path / "predictions.jsonl"
-    predict(model, by_name(images[:1]), CATEGORIES, out_dir=tmp_path)
+    path = out / "predictions.jsonl"
+    first, *rest = path.read_text().splitlines(keepends=True)
 
-    def edit(change: Any) -> None:
-        first, *rest = path.read_text().splitlines(keepends=True)
+    def again(**changes: Any) -> Any:
         header = json.loads(first)
-        change(header["settings"]["model"])
+        settings = header["settings"]["model"] | changes
+        header["settings"]["model"] = {name: value for name, value in settings.items() if value != "gone"}
         path.write_text("".join([json.dumps(header) + "\n", *rest]))
+        return predict(model, by_name(images), CATEGORIES, out_dir=out)
 
-    edit(lambda settings: settings.pop("mask_fusion_layers"))
-    assert predict(model, by_name(images[:1]), CATEGORIES, out_dir=tmp_path).reused == 1
+    assert again(mask_fusion_layers="gone").reused == 4
     for wrong in ({"mask_fusion_layers": 2}, {"from_the_future": 1}):
-        edit(lambda settings, wrong=wrong: settings.update(wrong))
         with pytest.raises(OtherSettingsError, match=r"made with other settings \(model\)"):
-            predict(model, by_name(images[:1]), CATEGORIES, out_dir=tmp_path)
-        edit(lambda settings, wrong=wrong: [settings.pop(name) for name in wrong])
+            again(**wrong)
 
 
 @pytest.mark.parametrize("content", ["", "no record", '{"format": "other"}\n', "[]\n"])
@@ -225,68 +219,39 @@ def test_files_of_someone_else_are_not_replaced(
     """Above all a COCO file ``images.json`` of the user's own."""
     out = tmp_path / "out"
     touch(out, name)
-    argv = ["predict", "--checkpoint", str(checkpoint), "--images", str(images[0]), "--out", str(out)]
-    assert cli.main(argv) == 2
+    assert run_predict(checkpoint, images[0], out) == 2
     said = f"{out / name}: exists, but not predictions.jsonl, which is needed to go on; --overwrite begins anew"
     assert said in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == [name]
     assert (out / name).read_text() == ""
-    assert cli.main([*argv, "--overwrite"]) == 0
+    assert run_predict(checkpoint, images[0], out, "--overwrite") == 0
     assert (out / name).read_text() != ""
 
 
 def test_two_at_once_are_refused(model: Any, checkpoint: Path, images: list[Path], tmp_path: Path, capsys: Any) -> None:
-    """The second is told, and the first is none the worse; what a killed one leaves of its lock holds nobody up."""
+    """The second is told, and the first is none the worse."""
     out = tmp_path / "out"
-    touch(out, ".tmask.lock")
-    argv = ["predict", "--checkpoint", str(checkpoint), "--images", str(images[0].parent), "--out", str(out)]
     codes: list[int] = []
-    model.register_forward_pre_hook(lambda *_: codes.append(cli.main([*argv, *["--overwrite"] * len(codes)])))
+    model.register_forward_pre_hook(
+        lambda *_: codes.append(run_predict(checkpoint, images[0].parent, out, *["--overwrite"] * len(codes)))
+    )
     predict(model, by_name(images[:2]), CATEGORIES, out_dir=out)
     assert codes == [1, 1]
-    holder = f"another tmask predict (process {os.getpid()} on {platform.node()}) is at work in this folder"
-    said = f"{out}: {holder}; wait for its end or stop it, or choose another folder"
-    assert f"tmask predict: error: {said}\n" in capsys.readouterr().err
+    assert f"tmask predict: error: {out}: {holder('predict')}\n" in capsys.readouterr().err
     assert len(seen(out)) == 2
     assert {path.name for path in out.iterdir()} == {"images.json", "pictures", "predictions.json", "predictions.jsonl"}
-    with pytest.raises(KeyError), held(out, "predict"):
-        raise KeyError
-    with held(out, "predict"), pytest.raises(ValueError, match=re.escape(said)), held(out, "predict"):
-        pass
-    with held(out, "predict"):
-        pass
-
-
-def test_a_lock_that_was_let_go_in_between_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its file is gone, so a third process would make one of its own."""
-    flock = fcntl.flock
-
-    def late(file: Any, how: int) -> None:
-        (tmp_path / ".tmask.lock").unlink()
-        flock(file, how)
-
-    monkeypatch.setattr(fcntl, "flock", late)
-    with pytest.raises(ValueError, match="another tmask command is at work"), held(tmp_path, "predict"):
-        pass
 
 
 def test_errors_of_the_system_name_the_file_that_was_to_be_written(
-    checkpoint: Path, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    checkpoint: Path, images: list[Path], out: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    out = tmp_path / "out"
-    argv = ["predict", "--checkpoint", str(checkpoint), "--images", str(images[0]), "--out", str(out)]
-    assert cli.main(argv) == 0
     (out / "predictions.json").unlink()
     (out / "predictions.json").mkdir()
-    assert cli.main(argv) == 1
+    assert run_predict(checkpoint, images[0].parent, out) == 1
     assert capsys.readouterr().err.endswith(f"tmask predict: error: {out / 'predictions.json'}: Is a directory\n")
-
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     (out / "predictions.json").rmdir()
-    monkeypatch.setattr(os, "fsync", full)
-    assert cli.main([*argv, "--overwrite"]) == 1
+    monkeypatch.setattr(os, "fsync", after(0, lambda _: None, OSError(errno.ENOSPC, "No space left on device")))
+    assert run_predict(checkpoint, images[0].parent, out, "--overwrite") == 1
     assert capsys.readouterr().err == f"tmask predict: error: {out / 'predictions.jsonl'}: No space left on device\n"
 
 

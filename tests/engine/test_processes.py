@@ -15,10 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.test_resume import assert_same
+from tests.engine.toy import assert_same, logged, saved
 from tmask.data.shapes import write_shapes
-from tmask.engine.checkpoint import load_checkpoint
-from tmask.engine.log import read_log
 
 pytestmark = pytest.mark.slow
 
@@ -73,19 +71,18 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 
 def steps_logged(out: Path) -> int:
-    log = out / "log.jsonl"
-    return max((row["step"] for row in read_log(log)), default=0) if log.is_file() else 0
+    return max((row["step"] for row in logged(out)), default=0) if (out / "log.jsonl").is_file() else 0
 
 
 def losses(out: Path) -> list[tuple[Any, ...]]:
     """All that a log says of each step but for times and memory."""
     changing = ("seconds_per_step", "images_per_second", "peak_memory_gib")
-    return [tuple((k, v) for k, v in row.items() if k not in changing) for row in read_log(out / "log.jsonl")]
+    return [tuple((k, v) for k, v in row.items() if k not in changing) for row in logged(out)]
 
 
 def assert_same_run(out: Path, whole: Path) -> None:
     assert losses(out) == losses(whole)
-    ours, theirs = (load_checkpoint(folder / "checkpoint.pt") for folder in (out, whole))
+    ours, theirs = (saved(folder) for folder in (out, whole))
     assert ours["step"] == STEPS
     assert_same(ours, theirs)
 
@@ -104,7 +101,7 @@ def test_two_runs_are_the_same_bit_for_bit(data: list[str], whole: Path, tmp_pat
     assert len(losses(whole)) == STEPS
     assert len(set(losses(whole))) == STEPS
     assert_same_run(tmp_path / "again", whole)
-    average = load_checkpoint(whole / "checkpoint.pt")
+    average = saved(whole)
     assert not torch.equal(average["ema"]["fpn.lateral.0.weight"], average["model"]["fpn.lateral.0.weight"])
 
 
@@ -117,9 +114,9 @@ def test_a_killed_run_goes_on_as_the_uninterrupted_one(
     wait_for(lambda: steps_logged(out) >= 17, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    saved = load_checkpoint(out / "checkpoint.pt")
-    assert saved["step"] == 14, "too slow to kill: the next checkpoint was already written"
-    assert (saved["epoch"], saved["position"]) == (3, 1)  # in mid-epoch
+    kept = saved(out)
+    assert kept["step"] == 14, "too slow to kill: the next checkpoint was already written"
+    assert (kept["epoch"], kept["position"]) == (3, 1)  # in mid-epoch
     assert steps_logged(out) > 14
     finish(["train", "--config", str(out / "config.yaml"), "--out", str(out), "--resume", str(out / "checkpoint.pt")])
     assert losses(out)[14:24] == losses(whole)[14:24]  # the next ten
@@ -135,7 +132,7 @@ def test_a_stopped_run_says_how_to_go_on(data: list[str], whole: Path, tmp_path:
     os.killpg(process.pid, number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    step = load_checkpoint(out / "checkpoint.pt")["step"]
+    step = saved(out)["step"]
     assert step == steps_logged(out) >= 9
     assert "Traceback" not in err
     last = err.splitlines()[-1]
@@ -161,9 +158,9 @@ def test_a_full_disk_ends_the_run_and_not_the_checkpoint(data: list[str], whole:
     failed = f"tmask train: error: step 14: {reason}; the last good one is of step 7"
     assert lines[-1] == f"{failed}; to go on from step 7: {shlex.join(['tmask', *again])}"
     assert "Traceback" not in err
-    assert load_checkpoint(path)["step"] == 7
+    assert saved(out)["step"] == 7
     assert sorted(item.name for item in out.iterdir()) == ["checkpoint.pt", "config.yaml", "log.jsonl"]
-    assert read_log(out / "log.jsonl")[-1] == {"step": 14, "error": reason, "checkpoint_step": 7}
+    assert logged(out)[-1] == {"step": 14, "error": reason, "checkpoint_step": 7}
     finish(again)
     assert_same_run(out, whole)
 
@@ -183,6 +180,6 @@ def test_a_worker_that_is_killed_costs_no_step(data: list[str], whole: Path, tmp
     assert "a data worker died, most likely as memory" in last
     assert f"the most effective first: --data.num_workers (now {num_workers}), --train.batch_size (now 2)" in last
     step, command = last.split("; to go on from step ")[1].split(": tmask ")
-    assert int(step) == load_checkpoint(out / "checkpoint.pt")["step"] >= 9
+    assert int(step) == saved(out)["step"] >= 9
     finish(shlex.split(command))
     assert_same_run(out, whole)

@@ -1,6 +1,5 @@
 """What a run leaves in its folder, and what it does with what another one left there."""
 
-import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,16 +11,16 @@ from pycocotools import mask as coco_mask
 
 from tests.allocations import peak_allocated
 from tests.engine.predictions import make_model, pictures, touch
+from tests.engine.toy import CPU, BrokenError, after, files
 from tmask.config import DataConfig, TrainConfig
 from tmask.data.coco import CocoDataset
 from tmask.data.shapes import write_shapes
-from tmask.engine import run
+from tmask.engine import train as module
 from tmask.engine.checkpoint import save_checkpoint
-from tmask.engine.run import draw_pictures, run_training
+from tmask.engine.pictures import _run_lengths, draw_pictures
 from tmask.engine.state import TrainState
 from tmask_kernels import pack_masks
 
-CPU = torch.device("cpu")
 CONFIG = TrainConfig(steps=1, batch_size=2, precision="fp32")
 
 
@@ -38,9 +37,14 @@ def dataset(tmp_path: Path) -> CocoDataset:
     return CocoDataset(folder, annotations)
 
 
-def train(dataset: CocoDataset, out: Path, **options: Any) -> Any:
-    options = {"out_dir": out, "device": CPU, **options}
-    return run_training(make_model().config, CONFIG, DataConfig(num_workers=0), dataset, dataset, **options)
+def tiny() -> Any:
+    return make_model(box_score_threshold=0.0)
+
+
+def train(dataset: CocoDataset, out: Path, val: CocoDataset | None = None, **options: Any) -> Any:
+    return module.train(
+        tiny().config, CONFIG, DataConfig(num_workers=0), dataset, val or dataset, out_dir=out, device=CPU, **options
+    )
 
 
 def test_each_image_has_its_own_picture(dataset: CocoDataset, tmp_path: Path) -> None:
@@ -51,18 +55,13 @@ def test_each_image_has_its_own_picture(dataset: CocoDataset, tmp_path: Path) ->
 
 def test_metrics_come_last(dataset: CocoDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run is taken for done once it has them."""
-
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError("no space left")
-
     done = SimpleNamespace(model=None, metrics={"bbox/AP": 0.5}, checkpoint=Path("c.pt"), step=7)
-    monkeypatch.setattr(run, "train", lambda *_, **__: done)
-    monkeypatch.setattr(run, "draw_pictures", full)
+    monkeypatch.setattr(module, "fit", lambda *_, **__: done)
+    monkeypatch.setattr(module, "draw_pictures", after(0, lambda *_, **__: [], OSError("no space left")))
     with pytest.raises(OSError, match="no space") as error:
         train(dataset, tmp_path / "out")
     assert error.value.__notes__ == ["c.pt is the checkpoint of step 7"]
     assert not (tmp_path / "out" / "metrics.json").exists()
-    monkeypatch.setattr(run, "draw_pictures", lambda *_, **__: [])
     train(dataset, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == {"bbox/AP": 0.5}
 
@@ -74,81 +73,67 @@ def test_masks_are_not_learnt_from_data_opened_without(dataset: CocoDataset, tmp
     assert not (tmp_path / "out").exists()
 
 
-class BegunError(Exception):
-    pass
-
-
-def begun() -> None:
-    raise BegunError
-
-
 OWN = ("metrics.json", "results.json", "pictures/1-1.png", "pictures/2-a.png", "pictures/overview.png")
 FOREIGN = ("notes.txt", "data.json", "pictures/mine.png", "pictures/10-days.png")
 
 
-@pytest.mark.parametrize("fresh", ["fresh", "from itself", "no run there", "resumed"])
-def test_a_fresh_run_removes_what_would_be_taken_for_its_own(fresh: str, dataset: CocoDataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fresh", "stays"),
+    [
+        ("fresh", FOREIGN),
+        ("init", (*FOREIGN, "checkpoint.pt")),
+        ("no run there", (*FOREIGN, *OWN)),
+        ("resume", (*FOREIGN, *OWN, "checkpoint.pt")),
+    ],
+)
+def test_a_fresh_run_removes_what_would_be_taken_for_its_own(
+    fresh: str, stays: tuple[str, ...], dataset: CocoDataset, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     touch(out, *OWN, *FOREIGN)
-    checkpoint = out / "checkpoint.pt"
-    state = TrainState(make_model(), CONFIG, CPU, dataset.categories)
-    options: dict[str, Any] = {"on_start": begun}
     if fresh != "no run there":
-        save_checkpoint(checkpoint, state.content())
-    if fresh in ("from itself", "resumed"):
-        options["init" if fresh == "from itself" else "resume"] = checkpoint
-    with pytest.raises(BegunError):
-        train(dataset, out, **options)
-    left = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    assert left == {*FOREIGN, *([] if fresh in ("fresh", "from itself") else OWN)} | (
-        {"checkpoint.pt"} if fresh in ("from itself", "resumed") else set()
-    )
+        save_checkpoint(out / "checkpoint.pt", TrainState(tiny(), CONFIG, CPU, dataset.categories).content())
+    begins = {fresh: out / "checkpoint.pt"} if fresh in ("init", "resume") else {}
+    with pytest.raises(BrokenError):
+        train(dataset, out, on_start=after(0, lambda: None), **begins)
+    assert {path.relative_to(out).as_posix() for path in files(out)} == set(stays)
 
 
 def test_a_validation_set_of_other_ids_gives_the_same_figures(dataset: CocoDataset, tmp_path: Path) -> None:
     """Its results have its own ids, which int64 does not hold, and a class that it lacks has no AP."""
     content = json.loads(dataset.annotation_file.read_text())
-    content["categories"] = [{"id": 2**64 - item["id"], "name": item["name"]} for item in content["categories"][1:]]
-    content["annotations"] = [item for item in content["annotations"] if item["category_id"] != 1]
+    disc, *others = content["categories"]
+    content["annotations"] = [item for item in content["annotations"] if item["category_id"] != disc["id"]]
+    own = {item["id"]: 2**64 - item["id"] for item in others}
+    variants = {"same ids": content, "other ids": json.loads(json.dumps(content))}
+    variants["other ids"]["categories"] = [{"id": own[item["id"]], "name": item["name"]} for item in others]
+    for item in variants["other ids"]["annotations"]:
+        item["category_id"] = own[item["category_id"]]
+    learnt = CocoDataset(dataset.images_folder, dataset.annotation_file, mask_classes="triangle,square")
     figures, results = {}, {}
-    for name in ("same ids", "other ids"):
-        file = tmp_path / f"{name}.json"
-        if name == "same ids":
-            categories = [{"id": 2**64 - item["id"], "name": item["name"]} for item in content["categories"]]
-            file.write_text(json.dumps(content | {"categories": [{"id": 1, "name": "disc"}, *categories]}))
-        else:
-            for item in content["annotations"]:
-                item["category_id"] = 2**64 - item["category_id"]
-            file.write_text(json.dumps(content))
-        val = CocoDataset(dataset.images_folder, file)
-        config = dataclasses.replace(make_model().config, box_score_threshold=0.0)
-        out = tmp_path / name
-        result = run_training(config, CONFIG, DataConfig(num_workers=0), masked(dataset), val, out_dir=out, device=CPU)
-        figures[name], results[name] = result.metrics, json.loads((out / "results.json").read_text())
+    for name, variant in variants.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(variant))
+        val = CocoDataset(dataset.images_folder, tmp_path / f"{name}.json")
+        figures[name] = train(learnt, tmp_path / name, val).metrics
+        results[name] = json.loads((tmp_path / name / "results.json").read_text())
     assert figures["other ids"] == figures["same ids"]
     assert figures["other ids"]["bbox/AP/disc"] == -1
     assert {"segm/AP_boxes_only", "segm/AP_with_masks"} <= figures["other ids"].keys()
     assert max(value for key, value in figures["other ids"].items() if key.startswith("bbox/AP/")) >= 0
-    own = {item["id"] for item in content["categories"]}
-    found = {item["category_id"] for item in results["other ids"]}
-    assert found & own
-    back = [2**64 - item["category_id"] if item["category_id"] in own else 1 for item in results["other ids"]]
-    assert back == [item["category_id"] for item in results["same ids"]]
-
-
-def masked(dataset: CocoDataset) -> CocoDataset:
-    """Of two classes the masks are learnt."""
-    return CocoDataset(dataset.images_folder, dataset.annotation_file, mask_classes="triangle,square")
+    back = {new: old for old, new in own.items()}
+    found = [item["category_id"] for item in results["other ids"]]
+    assert set(found) & set(back)
+    assert [back.get(number, 1) for number in found] == [item["category_id"] for item in results["same ids"]]
 
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_masks_are_drawn_from_run_lengths(packed: bool) -> None:
     """The instances of a crowded image are never all held as bytes."""
     masks = torch.rand(5, 40, 70, generator=torch.Generator().manual_seed(0)) > 0.5
-    runs = run._run_lengths(pack_masks(masks) if packed else masks, 70)
+    runs = _run_lengths(pack_masks(masks) if packed else masks, 70)
     assert torch.equal(torch.from_numpy(coco_mask.decode(runs)).permute(2, 0, 1).bool(), masks)
-    assert run._run_lengths(torch.zeros(0, 40, 70), 70) == []
+    assert _run_lengths(torch.zeros(0, 40, 70), 70) == []
     many = torch.ones(1, 1, 1, dtype=torch.int32).expand(200, 640, 20)
     with peak_allocated() as peak:
-        run._run_lengths(many, 640)
+        _run_lengths(many, 640)
     assert peak.bytes < 2**24  # of 82 MB

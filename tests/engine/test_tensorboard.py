@@ -1,17 +1,16 @@
 """The log as TensorBoard's events."""
 
-import dataclasses
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engine.toy import CONFIG, Model, run
+from tests.engine.toy import logged, run, toy
 from tmask import cli
-from tmask.engine.log import read_log
 
-LOGGED = dataclasses.replace(CONFIG, tensorboard=True, log_every=1)
+LOGGED = {"tensorboard": True, "log_every": 1}
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -22,58 +21,45 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def evaluate(model: Model) -> dict[str, float]:
-    return {"segm/AP": 0.25}
-
-
 def test_events_hold_the_rows_of_the_log(tmp_path: Path) -> None:
+    """And a fresh run hides the events of an earlier one."""
     pytest.importorskip("tensorboard")
-    run(tmp_path, Model(), dataclasses.replace(LOGGED, eval_every=6), evaluate_fn=evaluate)
+    run(tmp_path, config=toy(eval_every=6, **LOGGED), evaluate_fn=lambda model: {"segm/AP": 0.25})
     found = scalars(tmp_path)
-    rows = [row for row in read_log(tmp_path / "log.jsonl") if "loss" in row]
+    rows = [row for row in logged(tmp_path) if "loss" in row]
     assert set(found) == {f"train/{name}" for name in rows[0] if name != "step"} | {"segm/AP"}
     for name in ("loss", "loss_a", "lr", "peak_memory_gib"):
         assert found[f"train/{name}"] == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows]
     assert found["segm/AP"] == [(6, 0.25), (12, 0.25)]
+    run(tmp_path, config=toy(steps=3, **LOGGED))
+    assert [step for step, _ in scalars(tmp_path)["train/loss"]] == [1, 2, 3]
 
 
 def test_a_resumed_run_doubles_no_event(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    run(tmp_path, Model(), dataclasses.replace(LOGGED, steps=7, checkpoint_every=7))
+    run(tmp_path, config=toy(steps=7, checkpoint_every=7, **LOGGED))
     kept = (tmp_path / "checkpoint.pt").read_bytes()
-    run(tmp_path, Model(), dataclasses.replace(LOGGED, steps=10), resume=tmp_path / "checkpoint.pt")
+    run(tmp_path, config=toy(steps=10, **LOGGED), resume=True)
     (tmp_path / "checkpoint.pt").write_bytes(kept)  # the run was killed at 10, with 7 on disk
-    run(tmp_path, Model(), LOGGED, resume=tmp_path / "checkpoint.pt")
-    rows = read_log(tmp_path / "log.jsonl")
+    run(tmp_path, config=toy(**LOGGED), resume=True)
+    rows = logged(tmp_path)
     assert [row["step"] for row in rows] == list(range(1, 13))
     expected = [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in rows]
     assert scalars(tmp_path)["train/loss"] == expected
 
 
-def test_a_fresh_run_hides_the_events_of_the_old_one(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    run(tmp_path, Model(), LOGGED)
-    run(tmp_path, Model(), dataclasses.replace(LOGGED, steps=3))
-    assert [step for step, _ in scalars(tmp_path)["train/loss"]] == [1, 2, 3]
-
-
 def test_off_by_default(tmp_path: Path) -> None:
-    run(tmp_path, Model())
+    run(tmp_path)
     assert not (tmp_path / "tensorboard").exists()
 
 
-def test_without_the_package_nothing_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_nothing_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The command says so before it reads the data."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'tmask\[tensorboard\]'"):
-        run(tmp_path / "out", Model(), LOGGED)
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_command_says_so_before_it_reads_the_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    said = "train.tensorboard: tensorboard is not installed; pip install 'tmask[tensorboard]'"
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        run(tmp_path / "out", config=toy(**LOGGED))
     assert cli.main(["train", "--out", str(tmp_path / "out"), "--train.tensorboard=true"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "train.tensorboard: tensorboard is not installed; pip install 'tmask[tensorboard]'" in line
+    assert said in line
     assert not (tmp_path / "out").exists()

@@ -1,7 +1,7 @@
 """The training loop on a model small enough to know what it must do."""
 
-import dataclasses
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,28 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from tests.engine.toy import CONFIG, Model, run
-from tmask.engine.checkpoint import CheckpointError, load_checkpoint
+from tests.engine.toy import CONFIG, CPU, Model, copies, logged, run, saved, toy
+from tmask.engine.checkpoint import CheckpointError
 from tmask.engine.device import autocast, pick_device
-from tmask.engine.log import JsonLines, LossBuffer, StepTimer, read_log
-from tmask.engine.report import NonFiniteLossError
-from tmask.engine.train import train
+from tmask.engine.log import JsonLines, LossBuffer, NonFiniteLossError, StepTimer, progress, read_log
+from tmask.engine.loop import fit
 
 
 def test_loss_falls_and_the_log_tells(tmp_path: Path) -> None:
-    result = run(tmp_path, Model(), dataclasses.replace(CONFIG, steps=60))
-    rows = read_log(tmp_path / "log.jsonl")
-    assert set(rows[0]) == {
-        "step",
-        "epoch",
-        "lr",
-        "loss",
-        "loss_a",
-        "loss_b",
-        "seconds_per_step",
-        "images_per_second",
-        "peak_memory_gib",
-    }
+    result = run(tmp_path, Model(), toy(steps=60))
+    rows = logged(tmp_path)
+    names = "step epoch lr loss loss_a loss_b seconds_per_step images_per_second peak_memory_gib"
+    assert set(rows[0]) == set(names.split())
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
     assert rows[-1]["loss"] == pytest.approx(rows[-1]["loss_a"] + rows[-1]["loss_b"])
     assert rows[-1]["step"] == result.step == 60
@@ -39,33 +29,24 @@ def test_loss_falls_and_the_log_tells(tmp_path: Path) -> None:
     assert min(row["images_per_second"] for row in rows) > 0
 
 
-def test_every_step_is_in_exactly_one_log_row(tmp_path: Path) -> None:
+def test_every_step_is_in_one_log_row_and_epochs_are_shuffled_anew(tmp_path: Path) -> None:
     model = Model()
     run(tmp_path, model)
     # Log points: every 4 steps, the checkpoints at 5 and 10, the end.
-    assert [row["step"] for row in read_log(tmp_path / "log.jsonl")] == [4, 5, 8, 10, 12]
+    assert [row["step"] for row in logged(tmp_path)] == [4, 5, 8, 10, 12]
     assert model.calls == 12
-
-
-def test_epochs_reshuffle_through_set_epoch(tmp_path: Path) -> None:
-    model = Model()
-    run(tmp_path, model)
     orders = [[int(value) for value in model.seen[i : i + 5]] for i in (0, 5)]
     assert orders == [torch.randperm(5, generator=torch.Generator().manual_seed(e)).tolist() for e in (0, 1)]
-    saved = load_checkpoint(tmp_path / "checkpoint.pt")
-    assert (saved["step"], saved["epoch"], saved["position"]) == (12, 2, 2)
+    end = saved(tmp_path)
+    assert (end["step"], end["epoch"], end["position"]) == (12, 2, 2)
 
 
-@pytest.mark.parametrize("step", [0, 5, 11])
-def test_a_loss_that_is_not_finite_names_step_and_term(tmp_path: Path, step: int) -> None:
+@pytest.mark.parametrize(("step", "kept"), [(0, None), (5, 5), (6, 5), (11, 10)])
+def test_a_loss_that_is_not_finite_names_step_and_term(tmp_path: Path, step: int, kept: int | None) -> None:
+    """And never reaches a checkpoint."""
     with pytest.raises(NonFiniteLossError, match=rf"step {step + 1}: the loss is not finite: loss_b = nan\."):
         run(tmp_path, Model(poison_at=step))
-
-
-def test_a_poisoned_step_never_reaches_a_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(NonFiniteLossError):
-        run(tmp_path, Model(poison_at=6))
-    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 5
+    assert (saved(tmp_path)["step"] if (tmp_path / "checkpoint.pt").exists() else None) == kept
 
 
 def test_evaluation_is_logged_and_disturbs_nothing(tmp_path: Path) -> None:
@@ -76,31 +57,28 @@ def test_evaluation_is_logged_and_disturbs_nothing(tmp_path: Path) -> None:
         calls.append(float(torch.rand(())))
         return {"segm/AP": 0.25}
 
-    plain, measured = Model(), Model()
-    measured.load_state_dict(plain.state_dict())
+    plain, measured = copies(2)
     run(tmp_path / "plain", plain)
-    result = run(tmp_path / "measured", measured, dataclasses.replace(CONFIG, eval_every=5), evaluate_fn=evaluate)
+    result = run(tmp_path / "measured", measured, toy(eval_every=5), evaluate_fn=evaluate)
     assert len(calls) == 3
     assert result.metrics == {"segm/AP": 0.25}
     assert measured.training
     assert measured.seen == plain.seen
-    rows = read_log(tmp_path / "measured" / "log.jsonl")
-    assert [row["step"] for row in rows if "segm/AP" in row] == [5, 10, 12]
+    assert [row["step"] for row in logged(tmp_path / "measured") if "segm/AP" in row] == [5, 10, 12]
 
 
 def test_a_finished_run_is_evaluated_on_resume(tmp_path: Path) -> None:
-    run(tmp_path, Model())
-    path, seen = tmp_path / "checkpoint.pt", []
+    run(tmp_path)
+    model, seen = Model(), []
 
     def evaluate(model: Model) -> dict[str, float]:
         seen.append(model.conv.weight.detach().clone())
         return {"segm/AP": 0.5}
 
-    model = Model()
-    result = run(tmp_path, model, resume=path, evaluate_fn=evaluate)
+    result = run(tmp_path, model, resume=True, evaluate_fn=evaluate)
     assert (result.step, result.metrics, model.calls) == (12, {"segm/AP": 0.5}, 0)
-    assert torch.equal(seen[0], load_checkpoint(path)["model"]["conv.weight"])
-    assert read_log(tmp_path / "log.jsonl")[-1] == {"step": 12, "segm/AP": 0.5}
+    assert torch.equal(seen[0], saved(tmp_path)["model"]["conv.weight"])
+    assert logged(tmp_path)[-1] == {"step": 12, "segm/AP": 0.5}
 
 
 def test_on_start_comes_after_the_first_step_and_before_any_file(tmp_path: Path) -> None:
@@ -109,49 +87,33 @@ def test_on_start_comes_after_the_first_step_and_before_any_file(tmp_path: Path)
     run(tmp_path, model, on_start=lambda: calls.append((model.calls, (tmp_path / "log.jsonl").exists())))
     assert calls == [(1, False)]
     with pytest.raises(CheckpointError):
-        run(tmp_path, Model(), resume=tmp_path / "none.pt", on_start=lambda: calls.append((0, False)))
+        run(tmp_path, resume=tmp_path / "none.pt", on_start=lambda: calls.append((0, False)))
     assert len(calls) == 1
 
 
-def test_clipping_bounds_the_update(tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, steps=1, optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=1.0)
-    for clip, bound in ((None, 0.0), (0.01, 0.01)):
-        model = Model()
-        before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
-        run(tmp_path / str(clip), model, dataclasses.replace(config, clip_norm=clip))
-        moved = (torch.cat([p.detach().flatten() for p in model.parameters()]) - before).norm()
-        assert moved > 0.05 if clip is None else moved == pytest.approx(bound, rel=1e-3)
-
-
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_precision_reaches_the_convolutions(tmp_path: Path, precision: Any, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_precision_and_memory_format_reach_the_model(
+    tmp_path: Path, precision: Any, dtype: torch.dtype, channels_last: bool
+) -> None:
     model = Model()
-    run(tmp_path, model, dataclasses.replace(CONFIG, precision=precision))
+    run(tmp_path, model, toy(precision=precision, channels_last=channels_last))
     assert set(model.dtypes) == {dtype}
+    assert set(model.formats) == {channels_last}
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_channels_last_reaches_the_images(tmp_path: Path, channels_last: bool) -> None:
-    model = Model()
-    run(tmp_path, model, dataclasses.replace(CONFIG, channels_last=channels_last))
-    assert set(model.formats) == {channels_last}
-
-
-def test_fp16_and_unknown_devices_are_refused_on_a_cpu(tmp_path: Path) -> None:
+def test_what_a_cpu_lacks_and_an_empty_loader_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="precision: fp16 needs a CUDA device, got cpu"):
-        run(tmp_path, Model(), dataclasses.replace(CONFIG, precision="fp16"))
+        run(tmp_path, config=toy(precision="fp16"))
     with pytest.raises(ValueError, match="precision: expected one of fp32"):
-        autocast(torch.device("cpu"), "fp8")
+        autocast(CPU, "fp8")
     with pytest.raises(ValueError, match="device: expected auto, cpu, cuda"):
         pick_device("gpu")
     with pytest.raises(ValueError, match="device: expected one of this machine's, got 'cuda:99'"):
         pick_device("cuda:99")
-
-
-def test_an_empty_loader_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="train_loader: expected at least one batch"):
-        train(Model(), [], CONFIG, out_dir=tmp_path, device="cpu")
+        fit(Model(), [], CONFIG, out_dir=tmp_path, device="cpu")
 
 
 def test_log_survives_a_half_written_line(tmp_path: Path) -> None:
@@ -166,7 +128,7 @@ def test_log_survives_a_half_written_line(tmp_path: Path) -> None:
 
 
 def test_loss_buffer_gives_each_step_once() -> None:
-    buffer = LossBuffer(3)
+    buffer = LossBuffer()
     assert buffer.read() == []
     for value in (1.0, 2.0):
         buffer.add({"a": torch.tensor(value), "b": torch.tensor(-value, dtype=torch.bfloat16)})
@@ -176,10 +138,32 @@ def test_loss_buffer_gives_each_step_once() -> None:
 
 
 def test_the_timer_marks_the_work_of_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not of the current one, which stands idle."""
-    marked = []
+    """Not the work of the current GPU, which is idle."""
+    marked: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: device)
-    event = SimpleNamespace(record=marked.append)
-    monkeypatch.setattr(torch.cuda, "Event", lambda **kwargs: event)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **kwargs: SimpleNamespace(record=marked.append))
     StepTimer(torch.device("cuda:1")).mark()
     assert marked == [torch.device("cuda:1")]
+
+
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    assert list(progress([7, 8], "prediction", "image")) == [7, 8]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("tmask.engine.log._LINE_SECONDS", 0.0)
+    assert list(progress([7, 8], "prediction", "image")) == [7, 8]
+    assert list(progress(iter([9]), "prediction", "image")) == [9]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("  ")[0] for line in lines] == [f"prediction: image {count}" for count in ("1/2", "2/2", "1")]
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("tmask.engine.log._LINE_SECONDS", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert list(progress(["a", "b"], "prediction", "image")) == ["a", "b"]
+    err = capsys.readouterr().err
+    assert "| 2/2 [" in err
+    assert "image 2/2" not in err
+    assert list(progress([], "prediction", "image")) == []
+    assert capsys.readouterr().err == ""

@@ -1,6 +1,7 @@
-"""A model small enough to know what training must do with it, and its data."""
+"""A toy model and its data, small enough to know what training must do with them; the smallest real runs; helpers."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,10 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.bad_inputs import COMMANDS
+from tmask import cli
 from tmask.config import TrainConfig
-from tmask.engine.train import train
+from tmask.engine.checkpoint import load_checkpoint
+from tmask.engine.log import read_log
+from tmask.engine.loop import fit
 from tmask.structures import ImageBatch, Targets
 
+CPU = torch.device("cpu")
 CONFIG = TrainConfig(
     steps=12,
     batch_size=2,
@@ -23,6 +29,11 @@ CONFIG = TrainConfig(
     log_every=4,
     checkpoint_every=5,
 )
+
+
+def toy(**changes: Any) -> TrainConfig:
+    """The config of the toy runs with some settings changed."""
+    return dataclasses.replace(CONFIG, **changes)
 
 
 class Model(nn.Module):
@@ -55,6 +66,14 @@ class Model(nn.Module):
         return {"loss_a": loss, "loss_b": extra}
 
 
+def copies(count: int) -> list[Model]:
+    """Models with the same weights."""
+    models = [Model() for _ in range(count)]
+    for model in models:
+        model.load_state_dict(models[0].state_dict())
+    return models
+
+
 class Loader:
     """Five batches an epoch; what they are depends on the epoch alone. ``read`` lists (epoch, place) of those drawn."""
 
@@ -81,15 +100,78 @@ class Loader:
             yield batch(order[place] + parts[place])
 
 
-def batch(value: Tensor) -> Any:
+def batch(value: Tensor | float) -> Any:
     """Two images of one value."""
     return SimpleNamespace(
-        images=ImageBatch(value.expand(2, 3, 4, 6).contiguous(), torch.tensor([[4, 6], [4, 6]])),
+        images=ImageBatch(torch.full((2, 3, 4, 6), float(value)), torch.tensor([[4, 6], [4, 6]])),
         targets=Targets(*[torch.zeros(2, 1)] * 4, None, torch.zeros(2, 1)),
     )
 
 
-def run(out: Path, model: Model, config: TrainConfig = CONFIG, **kwargs: Any) -> Any:
+def run(out: Path, model: Any = None, config: TrainConfig = CONFIG, **options: Any) -> Any:
+    """Train a toy model; `resume` may be True, for the checkpoint in `out`."""
     torch.manual_seed(0)
-    loader = kwargs.pop("loader", None) or Loader()
-    return train(model, loader, config, out_dir=out, **{"device": "cpu", **kwargs})
+    if options.get("resume") is True:
+        options["resume"] = out / "checkpoint.pt"
+    loader = options.pop("loader", None) or Loader()
+    return fit(model or Model(), loader, config, out_dir=out, **{"device": "cpu", **options})
+
+
+def saved(out: Path) -> dict[str, Any]:
+    return load_checkpoint(out / "checkpoint.pt")
+
+
+def logged(out: Path) -> list[dict[str, Any]]:
+    return read_log(out / "log.jsonl")
+
+
+def files(folder: Path | str) -> dict[Path, bytes]:
+    """The content of every file below a folder."""
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def command(name: str, *more: str) -> int:
+    """Run the smallest `tmask NAME` on ``data`` in the present folder; training writes to ``out``."""
+    return cli.main([name, *COMMANDS[name].split(), *more])
+
+
+class BrokenError(Exception):
+    """An error that a test has put into a run."""
+
+
+def after(calls: int, function: Callable[..., Any], error: BaseException | None = None) -> Callable[..., Any]:
+    """`function`, which raises once it has done its work for that many and one times."""
+    count = 0
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        result = function(*args, **kwargs)
+        if count == calls + 1:
+            raise error or BrokenError
+        return result
+
+    return broken
+
+
+def broken_model(calls: int, error: BaseException | None = None, **options: Any) -> Model:
+    """A model whose forward pass raises when it is done for that many and one times."""
+    model = Model(**options)
+    model.forward_padded = after(calls, model.forward_padded, error)  # type: ignore[method-assign]
+    return model
+
+
+def assert_same(a: Any, b: Any, place: str = "") -> None:
+    """Two checkpoints hold the same bits."""
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b), place
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), place
+        for key in a:
+            assert_same(a[key], b[key], f"{place}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), place
+        for i, (left, right) in enumerate(zip(a, b, strict=True)):
+            assert_same(left, right, f"{place}/{i}")
+    else:
+        assert a == b, place

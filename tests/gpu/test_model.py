@@ -12,7 +12,7 @@ import tmask
 from tests.gpu.tools import counting_waits, need_cuda, recorded, tensors, to, waiting_is_an_error
 from tests.model.conftest import KEYPOINTS, SMALL, images_and_targets
 from tmask.data.loader import Batch
-from tmask.engine.evaluate import detect as coco_detections
+from tmask.engine.detect import detect as coco_detections
 from tmask.structures import Detections, ImageBatch, Targets
 from tmask_kernels.testing import Tolerance, assert_close
 

@@ -268,7 +268,7 @@ def test_imports_without_what_windows_lacks() -> None:
     code = "import sys, torch, torchvision\n"
     code += "for name in ('triton', 'fcntl', 'resource', 'termios', 'pwd'): sys.modules[name] = None\n"
     code += "sys.platform = 'win32'\n"
-    code += "import tmask, tmask_kernels, tmask.cli, tmask.engine.run, tmask.validate\n"
+    code += "import tmask, tmask_kernels, tmask.cli, tmask.engine.train, tmask.validate\n"
     code += "print(tmask_kernels.nms(torch.tensor([[0., 0., 1., 1.]]), torch.ones(1), 0.5).tolist())\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.stdout == "[0]\n", done.stderr

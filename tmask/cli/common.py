@@ -70,8 +70,7 @@ def going_on(out: Path, device: str, options: Mapping[str, Any]) -> Iterator[Non
         KeyboardInterrupt: As raised in here, with the command.
         RunError: In place of an error that has something to add.
     """
-    from tmask.engine.run import CONFIG_NAME
-    from tmask.engine.train import CHECKPOINT_NAME
+    from tmask.engine.files import CHECKPOINT_NAME, CONFIG_NAME
 
     checkpoint = out / CHECKPOINT_NAME
     words = ["tmask", "train", "--config", out / CONFIG_NAME, "--out", out, "--resume", checkpoint]

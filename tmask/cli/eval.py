@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Literal
@@ -77,41 +76,37 @@ def eval_command(argv: list[str]) -> int:
     if args.plots is not None:
         check_out(Path(args.plots), "plots")
 
-    from tmask.data.check import check_images
-    from tmask.data.coco import CocoDataset, check_instances, check_keypoint_names
+    from tmask.config import DataConfig
+    from tmask.data.coco import check_keypoint_names
     from tmask.data.loader import make_loader
     from tmask.data.mask_classes import mask_category_ids
     from tmask.engine.checkpoint import load_model
+    from tmask.engine.dataset import check_categories, open_dataset, use_labels
     from tmask.engine.evaluate import evaluate, results_table, warn_limits
-    from tmask.engine.files import replace_text
-    from tmask.engine.progress import progress
-    from tmask.engine.run import METRICS_NAME, RESULTS_NAME, check_categories
+    from tmask.engine.files import METRICS_NAME, RESULTS_NAME, replace_text
 
     model, saved = load_model(args.checkpoint, device)
     training = saved["train_config"] or {}  # None: written by hand
     if args.mask_classes is not None and not model.config.masks:
         raise UsageError(f"--mask_classes: expected null, as the model has no masks, got {args.mask_classes!r}")
-    dataset = CocoDataset(
-        args.images,
-        args.annotations,
-        masks=model.config.masks,
-        packed_masks=True,
-        crowds=args.crowds,
-        apply_exif=saved.get("exif") if args.exif is None else args.exif,
-        allow_missing=args.skip_bad,
-    )
-    print(dataset.summary)
     check_categories(model.config.num_classes, saved["categories"])
-    dataset.use_labels(saved["categories"])
-    watch = functools.partial(progress, task="checking images", unit="image")
-    check_images(dataset, args.check, skip_bad=args.skip_bad, num_workers=args.num_workers, watch=watch)
-    check_instances(dataset, train=False)
+    data = DataConfig(
+        val_images=args.images,
+        val_annotations=args.annotations,
+        crowds=args.crowds,
+        exif=saved.get("exif") if args.exif is None else args.exif,
+        check=args.check,
+        skip_bad=args.skip_bad,
+        num_workers=args.num_workers,
+    )
+    dataset = open_dataset(data, "val", masks=model.config.masks)
+    boxes_only = {item["id"] for item in saved["categories"] if item.get("boxes_only")}
+    if args.mask_classes is not None:
+        masked = mask_category_ids(args.mask_classes, saved["categories"])
+        boxes_only = {item["id"] for item in saved["categories"]} - masked
+    boxes_only = use_labels(dataset, saved["categories"], boxes_only)
     if model.config.keypoints is not None:
         check_keypoint_names(dataset, model.config.keypoints.skeleton.names, train=False)
-    boxes_only = {item["id"] for item in saved["categories"] if item.get("boxes_only")}
-    ids = [item["id"] for item in saved["categories"]]
-    if args.mask_classes is not None:
-        boxes_only = set(ids) - mask_category_ids(args.mask_classes, saved["categories"])
     batch_size = args.batch_size or training.get("batch_size", 1)
     loader = make_loader(
         dataset,
@@ -143,7 +138,7 @@ def eval_command(argv: list[str]) -> int:
             device=device,
             precision=precision,
             results_file=out / RESULTS_NAME if out else None,
-            boxes_only={own for own, learnt in zip(dataset.category_ids, ids, strict=True) if learnt in boxes_only},
+            boxes_only=boxes_only,
             plots=args.plots,
         )
     if out:

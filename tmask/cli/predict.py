@@ -53,9 +53,9 @@ def predict_command(argv: list[str]) -> int:
         raise UsageError(f"--max_detections: expected at least 1, got {args.max_detections}")
 
     from tmask.engine.checkpoint import load_model
+    from tmask.engine.files import PICTURES_NAME, PREDICTIONS_NAME
     from tmask.engine.predict import find_images, image_records, predict
-    from tmask.engine.record import PICTURES_NAME, OtherSettingsError
-    from tmask.engine.record import RESULTS_NAME as PREDICTIONS_NAME
+    from tmask.engine.record import OtherSettingsError
 
     files = usage(lambda: find_images(args.images))
     known = usage(lambda: image_records(args.annotations, list(files))) if args.annotations else None

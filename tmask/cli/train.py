@@ -57,8 +57,10 @@ def train_command(argv: list[str]) -> int:
         training = settings_of(TrainConfig, "train", args)
         device = device_of(args.device)
         check_precision(device, training.precision)
-        from tmask.engine.report import check_tensorboard
-        from tmask.engine.run import CONFIG_NAME, augment, check_no_run, open_dataset, run_training, write_config
+        from tmask.engine.dataset import augment, open_dataset
+        from tmask.engine.files import CONFIG_NAME
+        from tmask.engine.log import check_tensorboard
+        from tmask.engine.train import check_no_run, train, write_config
 
         check_tensorboard(training)
         for name in ("train_images", "train_annotations"):
@@ -89,7 +91,7 @@ def train_command(argv: list[str]) -> int:
         raise UsageError(f"--model.{error}") from error
     augment(train_set, data, config)
     with going_on(out, args.device, _memory_options(config, training, data)):
-        result = run_training(
+        result = train(
             config,
             training,
             data,
@@ -226,7 +228,7 @@ def _memory_options(model: ModelConfig, training: TrainConfig, data: DataConfig)
 
 def _print_run(out: Path, result: Any, *, has_val: bool) -> None:
     from tmask.engine.evaluate import results_table
-    from tmask.engine.run import PICTURES_NAME
+    from tmask.engine.files import PICTURES_NAME
 
     if has_val:
         print(results_table(result.metrics))

@@ -1,6 +1,6 @@
-"""Checkpoints: one file that holds all that training needs to go on and all that prediction needs to start.
+"""Checkpoints: one file with all that training needs to continue and all that prediction needs to start.
 
-The file is written whole or not at all, and is read with ``weights_only=True``: nothing in it can run code.
+A checkpoint is written whole or not at all. It is read with ``weights_only=True``, so that no file can run code.
 """
 
 from __future__ import annotations
@@ -36,34 +36,34 @@ from tmask.weights import (
 FORMAT = "tmask checkpoint"
 VERSION = 2
 
-# A contract: tests freeze this list. Change VERSION when it changes.
+# Tests freeze this list. Change VERSION when the list changes.
 KEYS = (
     "format",
     "version",
     "model",  # state dict
-    "ema",  # state dict of the averaged weights, of the same names; None without (or before the first update)
+    "ema",  # state dict of the averaged weights; None without an average or before the first update
     "model_config",  # ModelConfig as a dict; None for a model not made by build_model
-    "categories",  # [{"id", "name"}], label i is categories[i - 1]; "boxes_only": True where no mask was learnt
+    "categories",  # [{"id", "name"}], label i is categories[i - 1]; "boxes_only": True if its masks were not learnt
     "train_config",  # TrainConfig as a dict
     "optimizer",  # state dict
-    "scaler",  # state dict of the fp16 gradient scaler; None without
-    "step",  # optimiser updates done; the learning rate is a function of it
+    "scaler",  # state dict of the fp16 gradient scaler, or None
+    "step",  # optimiser updates done
     "epoch",
     "position",  # batches of this epoch already used
     "rng",  # torch and cuda states
 )
-YOUNGER_KEYS = ("exif",)  # DataConfig's; older files lack these entries, which changes no version
+YOUNGER_KEYS = ("exif",)  # of DataConfig; older files of this version lack these entries
 
 
 class CheckpointError(ValueError):
-    """A file that is no usable checkpoint, or could not be written; the message says which and why."""
+    """A checkpoint cannot be used or written; the message names the file and the reason."""
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
-    """Write `content` so that `path` holds the old file or the new, never a part.
+    """Write `content`, with the entries ``KEYS`` and perhaps ``YOUNGER_KEYS``, as `replacing` does.
 
-    It has the entries of ``KEYS`` and may have those of ``YOUNGER_KEYS``.
-    Errors: CheckpointError if it cannot be written (a full disk); the old file is then as it was.
+    Raises:
+        CheckpointError: The write failed, as on a full disk. The old file stays.
     """
     if set(content) - set(YOUNGER_KEYS) != set(KEYS):
         raise ValueError(f"content: expected the keys {sorted(KEYS)}, got {sorted(content)}")
@@ -75,9 +75,10 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint: a dict with the entries of ``KEYS``, its tensors on `device`.
+    """Read a checkpoint: a dict with the entries ``KEYS``, tensors on `device`.
 
-    Errors: CheckpointError for a file that is missing, truncated, foreign or of another version.
+    Raises:
+        CheckpointError: The file is missing, truncated, foreign or of another version.
     """
     path = Path(path)
     if not path.is_file():
@@ -92,7 +93,7 @@ def load_checkpoint(path: str | Path, *, device: torch.device | str = "cpu") -> 
 
 
 def _foreign(content: Any, left_out: Sequence[str]) -> str:
-    """What the `content` of a file is that is no checkpoint of ours, and what can be done with it."""
+    """What the `content` of a foreign file is, and what the user can do with it."""
     try:
         weights = bare_weights(content, LANDMARK)
         if not weights:
@@ -108,7 +109,7 @@ def _foreign(content: Any, left_out: Sequence[str]) -> str:
 
 
 def _checked(content: dict[str, Any], left_out: Sequence[str], path: str | Path) -> dict[str, Any]:
-    """The `content` of `path`, in our format, if it is whole and of this version. Errors: CheckpointError."""
+    """Return `content` if it is whole and of this version, else raise CheckpointError."""
     if left_out:
         raise CheckpointError(f"checkpoint {path}: holds {left_out[0]}, which is none of tmask's and could run code")
     version = content.get("version")
@@ -124,28 +125,30 @@ def _checked(content: dict[str, Any], left_out: Sequence[str], path: str | Path)
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Any, dict[str, Any]]:
-    """Build the model of a checkpoint, load its weights and put it in eval mode on `device`, a GPU with channels last.
+    """Build the model of a checkpoint in eval mode on `device`, with the averaged weights if the run kept an average.
 
-    The weights are the averaged ones where the run kept an average (``train.ema_decay``). The second value holds the
-    other entries: ``categories``, ``model_config``, ``step``, ... Errors: CheckpointError for an unusable file, an
-    unknown config or weights that do not fit it.
+    Returns:
+        The model, and the other entries of the checkpoint: ``categories``, ``model_config``, ``step``, ...
+
+    Raises:
+        CheckpointError: The file is unusable, the config is unknown, or the weights do not fit the config.
     """
     content = load_checkpoint(path)
     weights, average = content.pop("model"), content.pop("ema")
     if content["model_config"] is None:
         raise CheckpointError(f"checkpoint {path}: the model was not made by build_model; load its weights by hand")
     config = read_model_config(content["model_config"], path)
-    # The weights are all in the checkpoint: the ImageNet file the run began with may be gone.
+    # All weights are in the checkpoint. The ImageNet file that the run began with may be gone.
     model: Any = build_model(dataclasses.replace(config, backbone_weights=None), warn_if_untrained=False)
     load_weights(model, weights if average is None else average, path)
     model = model.to(device).eval()
-    if torch.device(device).type == "cuda":  # convolutions and RoIAlign are faster so
+    if torch.device(device).type == "cuda":  # faster for convolutions and RoIAlign
         model = model.to(memory_format=torch.channels_last)
     return model, content
 
 
 def read_model_config(values: dict[str, Any], path: str | Path) -> ModelConfig:
-    """The config that a checkpoint holds, with the defaults of settings that are younger. Errors: CheckpointError."""
+    """The config in a checkpoint, with defaults for younger settings. Raises CheckpointError."""
     try:
         config: ModelConfig = from_dict(ModelConfig, values)
     except (ValueError, TypeError) as error:
@@ -154,7 +157,7 @@ def read_model_config(values: dict[str, Any], path: str | Path) -> ModelConfig:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Any], path: str | Path) -> None:
-    """Load a state dict that must fit exactly. Errors: CheckpointError that names the first keys that do not."""
+    """Load a state dict that must fit exactly. Raises CheckpointError that names the first keys that do not fit."""
     problems = misfits(model, weights)
     if problems:
         raise CheckpointError(f"checkpoint {path}: weights do not fit the model: {problems}")
@@ -162,15 +165,23 @@ def load_weights(model: nn.Module, weights: dict[str, Any], path: str | Path) ->
 
 
 def load_initial(model: nn.Module, path: str | Path, categories: Sequence[dict[str, Any]] = ()) -> dict[str, str]:
-    """Let `model` begin with the weights in `path`, of a checkpoint, of ours or of torchvision's Mask or Faster R-CNN.
+    """Load the weights that `model` begins with.
 
-    Of a run that kept an average it is the average. A foreign checkpoint that holds them is unwrapped (`bare_weights`).
-    What cannot be taken over, as `adapted` says, stays as it is, and so does what means something else in `model`:
-    layers of the classes where the names of `categories`, those of the data, are not the checkpoint's, the predictor of
-    masks that go by another loss, and that of other keypoints. A state dict alone names no classes: their number
-    decides. The names of what stays are returned, with the reason where it is not the shape. A warning tells of what is
-    left out.
-    Errors: ValueError for a file that is neither or does not fit.
+    A layer keeps its initial weights if its shape differs (`adapted`) or its meaning: layers of classes whose names
+    differ from `categories`, a mask predictor for another loss, a layer of other keypoints. A state dict has no class
+    names, so that the number of classes decides. One warning names weights for which `model` has no layer.
+
+    Args:
+        model: The model.
+        path: A checkpoint of ours (its average if it has one), or a state dict of ours or of torchvision's Mask or
+            Faster R-CNN, alone or inside a foreign checkpoint (`bare_weights`).
+        categories: Categories of the data.
+
+    Returns:
+        The names of the weights that stay initial, with the reason, which is empty for a different shape.
+
+    Raises:
+        ValueError: The file is of another kind, or its weights do not fit.
     """
     own_config = getattr(model, "config", None)
     others: dict[str, str] = {}
@@ -210,11 +221,11 @@ def load_initial(model: nn.Module, path: str | Path, categories: Sequence[dict[s
 
 
 def _check_architecture(weights: dict[str, Any], config: ModelConfig, path: str | Path) -> None:
-    """Errors: CheckpointError that names the settings in which weights that do not fit are of another model."""
+    """Raise CheckpointError if the weights are of a model with other settings; the error names the settings."""
     changed: list[str] = []
-    with contextlib.suppress(ValueError):  # no ResNet with an FPN
+    with contextlib.suppress(ValueError):  # not a ResNet with an FPN
         saved = architecture(weights)
-        free = ["norm", "trainable_layers", "num_classes", "masks"]  # which need not agree
+        free = ["norm", "trainable_layers", "num_classes", "masks"]  # may differ
         free += [] if config.masks else [name for name in saved if name.startswith("mask_")]
         changed = differences(*({n: v[n] for n in saved if n not in free} for v in (saved, vars(config))))
     if changed:
@@ -224,9 +235,9 @@ def _check_architecture(weights: dict[str, Any], config: ModelConfig, path: str 
 def _other_classes(
     saved: Sequence[dict[str, Any]], current: Sequence[dict[str, Any]], config: ModelConfig | None
 ) -> dict[str, str]:
-    """The layers, by the beginnings of their names, whose classes are others, and why. Where either has no names: none.
+    """Map the first parts of the names of layers with other classes to the reason; empty if either has no names.
 
-    The ids are those of a file, and may change.
+    Ids do not count: they belong to one annotation file.
     """
     names = [[str(category["name"]) for category in part] for part in (saved, current)]
     if not all(names) or names[0] == names[1]:
@@ -237,7 +248,7 @@ def _other_classes(
 
 
 def _other_predictors(saved: ModelConfig | None, current: ModelConfig | None) -> dict[str, str]:
-    """The same of masks and keypoints that mean something else by the settings of the model."""
+    """The same for masks and keypoints that mean something else, by the settings of the two models."""
     others: dict[str, str] = {}
     if saved is None or current is None:
         return others
@@ -252,21 +263,21 @@ def _other_predictors(saved: ModelConfig | None, current: ModelConfig | None) ->
 
 
 def config_dict(config: Any) -> dict[str, Any] | None:
-    """A config dataclass as plain values; None for anything else (a model not made by build_model)."""
+    """A config dataclass as plain values; None for anything else, as of a model not from build_model."""
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         return None
     return dataclasses.asdict(config)
 
 
 def differences(saved: dict[str, Any] | None, current: dict[str, Any] | None) -> list[str]:
-    """The settings in which two config dicts differ, as ``name: saved -> current``."""
+    """The differing settings of two config dicts, as ``name: saved -> current``."""
     saved, current = saved or {}, current or {}
     names = sorted(saved.keys() | current.keys())
     return [f"{n}: {saved.get(n)} -> {current.get(n)}" for n in names if saved.get(n) != current.get(n)]
 
 
 def _reason(error: BaseException) -> str:
-    """Why a write failed, in one line. torch.save hides the system's reason behind an error of its own."""
+    """Why a write failed, in one line. torch.save wraps the system's error in its own."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:

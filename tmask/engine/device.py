@@ -1,4 +1,4 @@
-"""Devices and precisions: names to objects, batches to the device, autocast."""
+"""Devices, precisions, batches to the device, and what ran out of memory."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from tmask_kernels.machine import cuda_fault
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("fp32", *AUTOCAST_DTYPES)
-# How CUDA, its libraries, torch's allocator on the CPU and the system say it.
+# Words of CUDA, its libraries, torch's CPU allocator and the system.
 _NO_MEMORY = r"out of memory|(can't|cannot) allocate memory|not enough memory|alloc_failed"
 
 
 def pick_device(name: str | torch.device) -> torch.device:
-    """The device of a name: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+    """The device ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
 
-    Warns if ``"auto"`` takes the CPU of a machine with an NVIDIA GPU.
-    Errors: ValueError for another name or a GPU that is not there.
+    Warns if ``"auto"`` takes the CPU of a machine with an NVIDIA GPU. Raises ValueError for any other device.
     """
     if name == "auto":
         if fault := cuda_fault():
@@ -43,24 +42,25 @@ def pick_device(name: str | torch.device) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory it frees for its next allocation. Does nothing without glibc.
+    """Let this process keep freed memory for its next allocation. Does nothing without glibc.
 
-    By default glibc hands large blocks back to the system at once, and a training step on a CPU then spends a good
-    part of its time on the page faults of getting them again.
+    By default glibc returns large blocks to the system at once. A training step on a CPU then spends much of its time
+    on page faults.
     """
     if platform.libc_ver()[0] != "glibc":
         return
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # mallopt(3): M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
     libc = ctypes.CDLL(None)
-    libc.mallopt(mmap_max, 0)  # take large blocks from the heap too
-    libc.mallopt(trim_threshold, 2**31 - 1)  # and do not shrink it
-    libc.mallopt(top_pad, 64 * 2**20)  # grow it in steps of 64 MiB
+    libc.mallopt(mmap_max, 0)  # large blocks come from the heap too
+    libc.mallopt(trim_threshold, 2**31 - 1)  # the heap does not shrink
+    libc.mallopt(top_pad, 64 * 2**20)  # the heap grows in steps of 64 MiB
 
 
 def memory_fault(error: BaseException) -> Literal["process", "worker"] | None:
-    """What ran out of memory, by `error` and its causes: this process, on the CPU or a GPU, or a data worker.
+    """What ran out of memory: this process (on the CPU or a GPU), a data worker, or None for another error.
 
-    None if nothing did. A worker that the system kills, or that meets a full /dev/shm, gives no reason of its own.
+    The type and the words of `error` and its causes decide. A worker that the system killed, or that met a full
+    /dev/shm, has no reason of its own.
     """
     errors = [error]
     while errors[-1].__cause__ is not None:
@@ -77,7 +77,7 @@ def memory_fault(error: BaseException) -> Literal["process", "worker"] | None:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """The autocast context of a precision; none for fp32. Errors: ValueError for one the device lacks."""
+    """The autocast context of a precision; fp32 needs none. Raises ValueError if the device lacks the precision."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     if precision == "fp16" and device.type != "cuda":
@@ -88,7 +88,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 
 
 def to_device(batch: Any, device: torch.device, *, channels_last: bool = False) -> Any:
-    """Every tensor of a (named) tuple to `device`, without waiting for it; 4-d floats may change to channels_last."""
+    """Copy every tensor of a (named) tuple to `device` without a wait; `channels_last` applies to 4-d floats."""
     if isinstance(batch, Tensor):
         if channels_last and batch.dim() == 4 and batch.is_floating_point():
             return batch.to(device, non_blocking=True, memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during training: the first asks for a stop where all is whole, the second stops at once."""
+"""Ctrl-C and SIGTERM during training: the first signal asks for a stop after the update, the second stops at once."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was stopped by a signal."""
+    """A signal stopped the run."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(number).name}")
-        self.exit_code = 128 + number  # 130 for SIGINT, 143 for SIGTERM, as shells have it
-        self.checkpoint_step: int | None = None  # of this run's checkpoint on disk; None before the first
+        self.exit_code = 128 + number  # as shells have it: 130 for SIGINT, 143 for SIGTERM
+        self.checkpoint_step: int | None = None  # step of the run's checkpoint on disk; None before the first
 
 
 class StopSignals:
-    """Within ``with``: the first SIGINT or SIGTERM is noted in ``.number``, the second raises Interrupted.
+    """Within ``with``: the first SIGINT or SIGTERM is noted in ``number``, the second one raises Interrupted.
 
-    Inside `at_once` the first one raises too; `workers_later` is about another signal. Handlers are put back at the
-    end. Outside the main thread, where Python allows no handlers, nothing is ever noted. A signal that the process
-    ignores stays ignored.
+    Inside `at_once` the first signal raises too. At the end the former handlers come back. Python allows handlers in
+    the main thread only; in another thread nothing is noted. A signal that the process ignores stays ignored.
     """
 
     def __init__(self) -> None:
@@ -50,7 +49,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """A block that a signal breaks off; one noted before breaks it off at the start."""
+        """Let a signal break off this block at once; a signal noted before does so at the start."""
         self._at_once = True
         try:
             if self.number is not None:
@@ -61,9 +60,9 @@ class StopSignals:
 
     @contextlib.contextmanager
     def workers_later(self) -> Iterator[None]:
-        """A block in which the death of a data worker waits for the end: torch's handler would raise anywhere in it.
+        """Delay the error about a dead data worker to the end of this block; torch's handler would raise anywhere.
 
-        A loader that waits for that worker still raises.
+        A loader that waits for the dead worker still raises inside the block.
         """
         if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
             yield
@@ -77,17 +76,17 @@ class StopSignals:
         try:
             yield
         finally:
-            if signal.getsignal(signal.SIGCHLD) is note:  # else torch's handler came in here, with the first worker
+            if signal.getsignal(signal.SIGCHLD) is note:  # else torch set its handler here, with the first worker
                 signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
         if died and callable(before):
             before(signal.SIGCHLD, None)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            return  # a data worker just forked: the trainer decides
+            return  # a data worker just forked; only the trainer decides
         if self.number is not None or self._at_once:
             raise Interrupted(number)
         self.number = number
-        # Not by print: the handler may run in the middle of another write to the same stream.
+        # os.write, not print: the handler may run in the middle of another write to the same stream.
         with contextlib.suppress(OSError):
             os.write(2, b"\nstopping after this step; once more stops at once\n")

@@ -1,6 +1,6 @@
-"""Pictures of an evaluation: precision-recall curves, and which classes are taken for which.
+"""Pictures of an evaluation: precision-recall curves and confusion matrices.
 
-Letters: T IoU thresholds, R recalls, K classes.
+Letters: T IoU thresholds, Cls classes.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from tmask.engine.files import replacing
 
 Array = npt.NDArray[Any]
 
-_MOST_CLASSES = 100  # in a picture: those with the most objects
-_NUMBERED = 30  # classes up to which the cells of a confusion matrix have their numbers
-_MOST_LETTERS = 60  # of a class name
-_SIZE = 8  # points of class names
+_MOST_CLASSES = 100  # in a picture; the classes with the most objects are shown
+_NUMBERED = 30  # most classes of a confusion matrix with numbers in its cells
+_MOST_LETTERS = 60  # in a class name
+_SIZE = 8  # font size of class names in points
 _DPI = 120
 _CURVES = ((0.5, "#0072B2"), (0.75, "#E69F00"))  # IoU; Okabe and Ito's colours, which the colour-blind can tell apart
 _MEAN_COLOUR = "#333333"
@@ -31,13 +31,13 @@ _NAMES = {"bbox": "boxes", "segm": "masks"}
 
 
 def draw_precision_recall(path: Path, evaluation: Any, names: Sequence[str], kind: str) -> None:
-    """Write the precision at each recall, at IoU 0.5 and 0.75 and on average over all thresholds, of each class.
+    """Draw precision over recall for each class, at IoU 0.5 and 0.75 and as the mean over all thresholds.
 
     `evaluation` is a COCOeval of `kind` after ``accumulate``, with the classes `names`. Precision is COCO's: the best
-    at this recall or a higher one. Classes without objects are left out, and of many those with the fewest; no file is
-    written if there are none.
+    at this recall or a higher one. Classes without objects are left out, and beyond 100 classes also the classes with
+    the fewest objects. Without any objects no file is written.
     """
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [T, R, K]
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [T, recalls, Cls]
     thresholds, recalls = evaluation.params.iouThrs, evaluation.params.recThrs
     known = np.flatnonzero((precision > -1).all((0, 1)))
     if not known.size:
@@ -81,10 +81,10 @@ def draw_precision_recall(path: Path, evaluation: Any, names: Sequence[str], kin
 
 
 def draw_confusion(path: Path, counts: Array, names: Sequence[str], kind: str, score: float, iou: float) -> None:
-    """Write a confusion matrix [K + 1, K + 1]: a row for each true class, a column for each predicted one.
+    """Draw a confusion matrix [Cls + 1, Cls + 1]: a row for each true class, a column for each predicted class.
 
-    The colour is the part of its row. Classes without objects and detections are left out, and of many those with the
-    fewest objects. `score` and `iou` are the least of the detections that were counted.
+    The colour of a cell is its part of the row. Classes without objects and detections are left out, and beyond 100
+    classes also the classes with the fewest objects. `score` and `iou` are the lowest ones that were counted.
     """
     known = np.flatnonzero((counts.sum(0) + counts.sum(1))[:-1])
     shown = _most(known, counts.sum(1)[:-1])
@@ -127,7 +127,7 @@ def draw_confusion(path: Path, counts: Array, names: Sequence[str], kind: str, s
 
 
 def _most(known: Array, number: Array) -> list[int]:
-    """The `known` classes, in order, of which `number` is largest."""
+    """The `known` classes with the largest `number`, in order."""
     return sorted(sorted(known.tolist(), key=lambda k: -number[k])[:_MOST_CLASSES])
 
 
@@ -136,9 +136,9 @@ def _nearest(thresholds: Array, value: float) -> int:
 
 
 def _labels(names: Sequence[str], classes: Sequence[int], width: float) -> tuple[list[str], float]:
-    """The names of some classes on one line, cut to `width` inches, and the width of the longest.
+    """The names of some classes, each cut to one line of `width` inches, and the largest width.
 
-    Of a name that the font cannot write, ``class i`` with its label.
+    A name that the font cannot write becomes ``class i``, with the label i.
     """
     from matplotlib.font_manager import findfont, get_font
 
@@ -165,7 +165,7 @@ def _labels(names: Sequence[str], classes: Sequence[int], width: float) -> tuple
 
 @contextlib.contextmanager
 def _figure(path: Path, width: float, height: float) -> Iterator[tuple[Any, float, float]]:
-    """A figure of that size in inches, which is written as PNG at the end; and its size."""
+    """Yield a figure and its size in inches; write it as PNG at the end."""
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):

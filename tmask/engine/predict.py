@@ -1,4 +1,4 @@
-"""Prediction on image files: COCO results and pictures with the instances drawn in; a run may stop and go on."""
+"""Prediction on image files: COCO results and pictures of the detections. A stopped run can continue."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from torch import Tensor
 
 from tmask.checks import listed
 from tmask.engine.checkpoint import config_dict, read_model_config
+from tmask.engine.detect import coco_results, skeleton_of
 from tmask.engine.device import autocast
-from tmask.engine.evaluate import coco_results, skeleton_of
-from tmask.engine.files import held, replacing
-from tmask.engine.progress import progress
-from tmask.engine.record import RECORD_NAME, Record, file_state
-from tmask.skeleton import Pairs
+from tmask.engine.files import RECORD_NAME, held
+from tmask.engine.log import progress
+from tmask.engine.pictures import draw_detections
+from tmask.engine.record import Record, file_state
 
-_MANY = 0.1  # part of the images that give as many detections as the model may
+_MANY = 0.1  # part of the images with as many detections as the limit, from which on a warning comes
 
 
 class Summary(NamedTuple):
-    """What a run of `predict` left: images done, those among them that an earlier run had done, and detections."""
+    """The result of `predict`: images done, images among them that an earlier run had done, and detections."""
 
     images: int
     reused: int
@@ -35,12 +35,17 @@ class Summary(NamedTuple):
 
 
 def find_images(pattern: str | Path) -> dict[str, Path]:
-    """The image files of a file name, a folder with its subfolders or a glob, by name, sorted.
+    """Find the image files of a file name, a folder with its subfolders, or a glob.
 
-    A name is the path from the folder on, or from the part of the glob without wildcards: ``sub/a.png`` for
-    ``data/**/*.png``. A folder gives the files with a suffix of `image_suffixes` that are not hidden; so does a glob,
-    unless it ends in a suffix itself. One warning counts the files of other suffixes. A folder that links lead to
-    counts once. Errors: ValueError if there are no images.
+    A folder, and a glob without a suffix of its own, yield the files with a suffix of `image_suffixes`; one warning
+    counts the others. A folder yields no hidden files, and each folder that links lead to once.
+
+    Returns:
+        Path of each image by name, sorted. The name is the path below the folder, or below the part of the glob before
+        its wildcards: ``sub/a.png`` for ``data/**/*.png``.
+
+    Raises:
+        ValueError: There are no images.
     """
     from tmask.data.images import image_suffixes
 
@@ -51,7 +56,7 @@ def find_images(pattern: str | Path) -> dict[str, Path]:
         root, found = path.parent, [path]
     else:
         root, found = _fixed_part(path), [Path(item) for item in glob.glob(str(pattern), recursive=True)]
-    # A link that leads nowhere stays: prediction will name it.
+    # A link without a target stays: `predict` names it among the errors.
     found = sorted({item for item in found if not item.is_dir()})
     total, left = len(found), []
     if path.is_dir() or (not path.is_file() and path.suffix in ("", ".*")):
@@ -68,13 +73,13 @@ def find_images(pattern: str | Path) -> dict[str, Path]:
 
 
 def _visible_files(root: Path) -> Iterator[Path]:
-    """The files below a folder that are not hidden, nor in a hidden folder.
+    """Yield the files below `root` that are not hidden and not in a hidden folder.
 
-    A folder is entered once, by its own place if it has one below `root`, so that no link makes a loop.
+    Each folder is entered once, by its own path if it is below `root`, so that links make no loop.
     """
     entered, links = set(), [root]
     while links:
-        for folder, subfolders, names in os.walk(links.pop(0), onerror=_raise):  # which enters no links below
+        for folder, subfolders, names in os.walk(links.pop(0), onerror=_raise):  # os.walk follows no links
             if (real := os.path.realpath(folder)) in entered:
                 subfolders.clear()
                 continue
@@ -95,10 +100,12 @@ def _fixed_part(pattern: Path) -> Path:
 
 
 def image_records(annotation_file: str | Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The records (``id``, ``width``, ``height``, ...) that a COCO file holds of the images of these names.
+    """The records (``id``, ``width``, ``height``, ...) of the images `names` in a COCO file.
 
-    Images that the file names otherwise are found if they alone can be meant, and counted in one warning.
-    Errors: ValueError for a broken file, an image that is not in it or that it lists twice.
+    An image with another name in the file is found if only one file can be meant; one warning counts these images.
+
+    Raises:
+        ValueError: The file is broken, lacks an image or lists an image twice.
     """
     from tmask.data.annotations import read_images
     from tmask.data.image_files import ImageFiles
@@ -146,37 +153,46 @@ def predict(
     overwrite: bool = False,
     apply_exif: bool | None = None,
 ) -> Summary:
-    """Detect in each file of `images`, by name as `find_images` gives them, and leave in `out_dir`
+    """Detect objects in image files.
 
-    ``predictions.json``, the COCO results of every detection, with ``file_name`` added; ``images.json``, a COCO file of
-    the images and `categories`; with `pictures` a folder ``pictures`` of PNGs like the images' names; and
-    ``predictions.jsonl``, by which a later call goes on: images that are done and have not changed are not computed
-    again. The two JSON files are written however this ends, with the images done by then.
+    Files in `out_dir`: ``predictions.json``, the COCO results of every detection, with ``file_name`` added;
+    ``images.json``, a COCO file of the images and `categories`; ``pictures/``, a PNG for each image; and
+    ``predictions.jsonl``, the record by which a later call continues: it skips images that are done and unchanged. The
+    two JSON files are written however `predict` ends, for the images done by then. One warning counts the images with
+    as many detections as the model's limit, if they are a tenth of all or more.
 
-    ``image_id`` counts the images from 1, and images are turned upright by their EXIF orientation. With `coco_images`
-    (see `image_records`) ids are theirs and the pixels stay as stored, as annotations and `evaluate` have them, with a
-    warning of orientations. `apply_exif` decides in both cases.
-    `categories` are the checkpoint's: label i is ``categories[i - 1]``. `score_threshold` limits what is drawn. One
-    warning counts the images with as many detections as the model may give, if they are a tenth of all or more.
-    Errors: ValueError if `out_dir` has results of other settings or weights, or without a record, unless `overwrite`;
-    if another process is at work there; and, when all others are done, one that names the files that are no images.
+    Args:
+        model, device, precision: The model, where it runs, and ``fp32``, ``bf16`` or ``fp16``.
+        images: Path of each image by name, as `find_images` returns them.
+        categories: Categories of the checkpoint; label i is ``categories[i - 1]``.
+        out_dir: Folder of the results.
+        score_threshold: Lowest score of a detection in a picture.
+        pictures: Whether pictures are drawn.
+        coco_images: Records of the images (see `image_records`). Results then have their ids; without them ids count
+            from 1.
+        overwrite: Forget the record of an earlier run.
+        apply_exif: Whether images are turned upright by their EXIF orientation. None: yes without `coco_images`; no,
+            with one warning, with them, because annotations and `evaluate` use the pixels as stored.
+
+    Raises:
+        ValueError: `out_dir` has results of other settings or weights, or results without a record; another command
+            holds it; or, after all other images are done, some files are no images.
     """
-    from tmask.data.images import read_picture, warn_transparent, warn_turned
+    from tmask.data.images import warn_transparent, warn_turned
 
     device = torch.device(device)
     model.to(device).eval()
     turn = coco_images is None if apply_exif is None else apply_exif
     settings = {"precision": precision, "score_threshold": score_threshold, "exif": turn}
-    settings = _model_settings(model, categories) | settings
     with held(out_dir, "predict"):
-        record = Record(out_dir, settings, overwrite=overwrite, completed=_completed)
+        record = Record(out_dir, _model_settings(model, categories) | settings, overwrite, _completed)
         # A glob may find the pictures of an earlier run.
         files = {name: path for name, path in images.items() if not record.is_own_picture(path)}
         numbers = {name: coco_images[name]["id"] if coco_images else i for i, name in enumerate(files, start=1)}
         entries = {name: record.find(name, path) for name, path in files.items()}
         for name, entry in entries.items():
             if coco_images and entry is not None and not _is_size(entry.width, entry.height, coco_images[name]):
-                entries[name] = None  # other annotations than then: read again, it is named among the errors
+                entries[name] = None  # the annotations have changed: read the image again, to name it as an error
         todo = [
             name
             for name, entry in entries.items()
@@ -186,17 +202,15 @@ def predict(
         if reused:
             print(f"{reused} of {len(files)} images were done before", file=sys.stderr)
         unreadable: dict[str, str] = {}
-        turned, transparent = [], []
+        turned: list[Path] = []
+        transparent: list[Path] = []
         skeleton = skeleton_of(model)
-        edges = () if skeleton is None else skeleton.edges
         try:
             for name in progress(todo, "prediction", "image"):
                 path, entry = files[name], entries[name]
                 try:
                     state = file_state(path)
-                    image, orientation, is_transparent = read_picture(path, apply_exif=turn)
-                    if coco_images:
-                        _check_size(path, image, coco_images[name])
+                    image, orientation, is_transparent = _read(path, turn, coco_images[name] if coco_images else None)
                 except ValueError as error:
                     unreadable[name] = str(error)
                     continue
@@ -206,8 +220,14 @@ def predict(
                     rows = _detect(model, image, path, categories, device, precision)
                     entry = record.add(name, state, (image.shape[1], image.shape[2]), rows)
                 if pictures:
-                    rows = record.detections(entry)
-                    _draw(record.picture_path(entry.picture), image, rows, categories, score_threshold, edges)
+                    draw_detections(
+                        record.picture_path(entry.picture),
+                        image,
+                        record.detections(entry),
+                        categories,
+                        score_threshold=score_threshold,
+                        edges=skeleton.edges if skeleton else (),
+                    )
         finally:
             kept = [{"id": int(category["id"]), "name": str(category["name"])} for category in categories]
             taken = {name: (numbers[name], path) for name, path in files.items() if name not in unreadable}
@@ -232,15 +252,26 @@ def predict(
     return Summary(len(counts), reused, sum(counts))
 
 
+def _read(path: Path, apply_exif: bool, record: dict[str, Any] | None) -> Any:
+    """Read an image as `read_picture` does. Raises ValueError if its size is not that of its COCO `record`."""
+    from tmask.data.images import read_picture
+
+    picture = read_picture(path, apply_exif=apply_exif)
+    height, width = picture.pixels.shape[1:]
+    if record is not None and not _is_size(width, height, record):
+        expected = f"{record['width']}x{record['height']}"
+        raise ValueError(f"{path}: expected {expected} pixels by the annotations, got {width}x{height}")
+    return picture
+
+
+def _is_size(width: int, height: int, record: dict[str, Any]) -> bool:
+    return (width, height) == (record["width"], record["height"])
+
+
 def _detect(
-    model: Any,
-    image: Tensor,
-    path: Path,
-    categories: Sequence[dict[str, Any]],
-    device: torch.device,
-    precision: str,
+    model: Any, image: Tensor, path: Path, categories: Sequence[dict[str, Any]], device: torch.device, precision: str
 ) -> list[dict[str, Any]]:
-    """COCO results of an image, but for its id."""
+    """The COCO results of one image, without ``image_id``."""
     try:
         with torch.inference_mode(), autocast(device, precision):
             result = model([image.to(device)], masks="rle")[0]
@@ -248,45 +279,6 @@ def _detect(
         raise RuntimeError(f"{path}: {error}") from error
     rows = coco_results(0, result, [int(category["id"]) for category in categories])
     return [{key: value for key, value in row.items() if key != "image_id"} for row in rows]
-
-
-def _draw(
-    path: Path,
-    image: Tensor,
-    rows: Sequence[dict[str, Any]],
-    categories: Sequence[dict[str, Any]],
-    score_threshold: float,
-    edges: Pairs,
-) -> None:
-    from tmask.visualize import draw_instances, save_png
-
-    labels = {int(category["id"]): label for label, category in enumerate(categories, start=1)}
-    xywh = torch.tensor([row["bbox"] for row in rows]).reshape(-1, 4)
-    result: dict[str, Any] = {
-        "boxes": torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1),
-        "labels": torch.tensor([labels[row["category_id"]] for row in rows], dtype=torch.int64),
-        "scores": torch.tensor([row["score"] for row in rows]),
-    }
-    if rows and "segmentation" in rows[0]:
-        result["masks"] = [row["segmentation"] for row in rows]
-    if rows and "keypoints" in rows[0]:
-        keypoints = torch.tensor([row["keypoints"] for row in rows]).unflatten(1, (-1, 3))
-        known = (keypoints != 0).any(-1, keepdim=True)
-        result["keypoints"] = torch.cat([keypoints[..., :2] + 0.5, known.float()], dim=-1)
-    names = [str(category["name"]) for category in categories]
-    with replacing(path) as file:
-        save_png(file, draw_instances(image, result, names, min_score=score_threshold, edges=edges))
-
-
-def _check_size(path: Path, image: Tensor, record: dict[str, Any]) -> None:
-    height, width = image.shape[1:]
-    if not _is_size(width, height, record):
-        expected = f"{record['width']}x{record['height']}"
-        raise ValueError(f"{path}: expected {expected} pixels by the annotations, got {width}x{height}")
-
-
-def _is_size(width: int, height: int, record: dict[str, Any]) -> bool:
-    return (width, height) == (record["width"], record["height"])
 
 
 def _model_settings(model: Any, categories: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -299,15 +291,15 @@ def _model_settings(model: Any, categories: Sequence[dict[str, Any]]) -> dict[st
 
 
 def _completed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Those of a record; model settings that came since it was made have their defaults."""
+    """The settings of a record, with defaults for model settings that are younger than the record."""
     try:
         return settings | {"model": config_dict(read_model_config(settings["model"], RECORD_NAME))}
-    except (KeyError, ValueError):  # of a model of one's own, or one that knows more than this
+    except (KeyError, ValueError):  # a model not from build_model, or settings of a newer tmask
         return settings
 
 
 def _digest(model: Any) -> str:
-    """A fingerprint of the weights."""
+    """A hash of the weights."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())

@@ -1,8 +1,8 @@
-"""The record of a prediction run on disk, so that a run that was stopped goes on where it was.
+"""The record of a prediction on disk, so that a stopped run can continue.
 
-``predictions.jsonl`` grows by a line whenever an image is done: a first line holds the settings, then each line an
-image, ``{"file_name", "bytes", "mtime_ns", "height", "width", "picture", "detections"}``. A process that dies loses the
-image it was at. ``predictions.json`` and ``images.json``, which others read, are made of the record.
+``predictions.jsonl`` grows by one line for each finished image. The first line holds the settings; each other line is
+``{"file_name", "bytes", "mtime_ns", "height", "width", "picture", "detections"}``. A process that dies loses only the
+image it was working on. ``predictions.json`` and ``images.json``, for other programs, are written from the record.
 """
 
 from __future__ import annotations
@@ -13,22 +13,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tmask.engine.files import naming, replacing
+from tmask.engine.files import IMAGES_NAME, PICTURES_NAME, PREDICTIONS_NAME, RECORD_NAME, naming, replacing
 
 FORMAT, VERSION = "tmask predictions", 1
-RECORD_NAME, RESULTS_NAME, IMAGES_NAME = "predictions.jsonl", "predictions.json", "images.json"
-PICTURES_NAME = "pictures"
 _WAY_OUT = "--overwrite begins anew, another --out keeps it"
 
 
 class OtherSettingsError(ValueError):
-    """The folder holds the record of a run with other settings, or something else of that name."""
+    """The folder holds the record of a run with other settings, or a file that is no record."""
 
 
 class Entry(NamedTuple):
-    """What is kept in memory of an image that is done; its detections stay in the file."""
+    """What memory holds of a finished image; its detections stay in the file."""
 
-    offset: int  # of its line
+    offset: int  # of its line in the file
     state: tuple[int, int]  # bytes and mtime_ns of the image file
     height: int
     width: int
@@ -36,19 +34,23 @@ class Entry(NamedTuple):
 
 
 class Record:
-    """The images that are done in `out_dir`, by their file name.
+    """The finished images in `out_dir`, by file name.
 
-    `settings` are values for JSON that decide about the results. Errors: OtherSettingsError if the record in
-    `out_dir` was made with others, or is none, or if results stand there without a record; not with `overwrite`, which
-    forgets the record and removes its pictures. `completed` gives the settings of an earlier record those that have
-    come since.
+    Args:
+        out_dir: Folder of the prediction.
+        settings: JSON values that decide the results.
+        overwrite: Forget the record in `out_dir` and remove its pictures.
+        completed: Adds defaults for settings that are younger than the record in `out_dir`.
+
+    Raises:
+        OtherSettingsError: Without `overwrite`: the record in `out_dir` has other settings or is no record, or
+            `out_dir` has results without a record.
     """
 
     def __init__(
         self,
         out_dir: str | Path,
         settings: Mapping[str, Any],
-        *,
         overwrite: bool = False,
         completed: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     ) -> None:
@@ -57,12 +59,15 @@ class Record:
         self._completed = completed
         self._entries: dict[str, Entry] = {}
         self._pictures: set[str] = set()
-        self._replaced: set[str] = set()  # those of the record that `overwrite` forgot
+        self._replaced: set[str] = set()  # pictures of the record that `overwrite` removed
         header = {"format": FORMAT, "version": VERSION, "settings": json.loads(json.dumps(settings))}
         if self.path.exists():
             self._open(header, overwrite=overwrite)
         elif not overwrite:
-            self._check_free()
+            for path in (self.out_dir / PREDICTIONS_NAME, self.out_dir / IMAGES_NAME):
+                if path.exists():  # without a record the file is someone else's
+                    needed = f"exists, but not {RECORD_NAME}, which is needed to go on"
+                    raise OtherSettingsError(f"{path}: {needed}; {_WAY_OUT}")
         if not self.path.exists() or overwrite:
             for picture in self._pictures:
                 self.picture_path(picture).unlink(missing_ok=True)
@@ -70,21 +75,13 @@ class Record:
             with replacing(self.path) as file:
                 file.write(_line(header))
 
-    def _check_free(self) -> None:
-        """Without a record, files of the results' names are someone else's."""
-        for name in (RESULTS_NAME, IMAGES_NAME):
-            if (self.out_dir / name).exists():
-                raise OtherSettingsError(
-                    f"{self.out_dir / name}: exists, but not {RECORD_NAME}, which is needed to go on; {_WAY_OUT}"
-                )
-
     def _open(self, header: dict[str, Any], *, overwrite: bool) -> None:
-        """Read the file, and cut off what is no whole line."""
+        """Read the file, and cut it off after the last whole line."""
         with self.path.open("rb") as file:
             found = _parse(file.readline()) or {}
             if not overwrite:
                 self._check(found, header)
-            elif (found.get("format"), found.get("version")) != (FORMAT, VERSION):
+            elif not _is_record(found):
                 return
             end = file.tell()
             for line in file:
@@ -98,10 +95,9 @@ class Record:
                 file.truncate(end)
 
     def _check(self, found: dict[str, Any], header: dict[str, Any]) -> None:
-        if (found.get("format"), found.get("version")) != (FORMAT, VERSION):
-            raise OtherSettingsError(
-                f"{self.path}: expected the record of an earlier run, got something else; {_WAY_OUT}"
-            )
+        if not _is_record(found):
+            wrong = "expected the record of an earlier run, got something else"
+            raise OtherSettingsError(f"{self.path}: {wrong}; {_WAY_OUT}")
         old, new = json.loads(json.dumps(self._completed(found["settings"]))), header["settings"]
         names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
         if names:
@@ -115,31 +111,28 @@ class Record:
         self._pictures.add(row["picture"])
 
     def picture_path(self, picture: str) -> Path:
-        """Where a picture of that name stands."""
+        """The path of the picture with that name."""
         return self.out_dir / PICTURES_NAME / picture
 
     def is_own_picture(self, path: Path) -> bool:
-        """Whether the record, or one that it replaced, lists `path` among its pictures."""
+        """Whether `path` is a picture of this record or of the record that it replaced."""
         folder, path = self.picture_path("").resolve(), path.resolve()
-        if not path.is_relative_to(folder):
-            return False
-        name = path.relative_to(folder).as_posix()
-        return name in self._pictures or name in self._replaced
+        return path.is_relative_to(folder) and path.relative_to(folder).as_posix() in self._pictures | self._replaced
 
     def find(self, file_name: str, path: Path) -> Entry | None:
-        """The entry of an image, unless its file has changed since, is gone or was never done."""
+        """The entry of an image; None if its file has changed or is gone, or if the image is not done."""
         entry = self._entries.get(file_name)
         return entry if entry is not None and entry.state == file_state(path) else None
 
     def add(
         self, file_name: str, state: tuple[int, int], size: tuple[int, int], detections: list[dict[str, Any]]
     ) -> Entry:
-        """Append an image of `size` (height, width) that is done, with the `file_state` from before it was read.
+        """Append a finished image and remove an earlier picture of it.
 
-        An earlier picture of it is out of date and goes.
+        `state` is its `file_state` before it was read, `size` its height and width.
         """
         before = self._entries.get(file_name)
-        if before is not None:
+        if before:
             self.picture_path(before.picture).unlink(missing_ok=True)
         row = {"file_name": file_name, "bytes": state[0], "mtime_ns": state[1], "height": size[0], "width": size[1]}
         row |= {"picture": before.picture if before else self._free_name(file_name), "detections": detections}
@@ -147,12 +140,12 @@ class Record:
             offset = file.tell()
             file.write(_line(row))
             file.flush()
-            os.fsync(file.fileno())  # before its picture, so that no picture is ever left without a line
+            os.fsync(file.fileno())  # before the picture is drawn, so that each picture has a line
         self._remember(row, offset)
         return self._entries[file_name]
 
     def _free_name(self, file_name: str) -> str:
-        """A PNG's name like the image's, which no file has and no entry: a.jpg beside a.png gets a number."""
+        """A free name for a PNG, like the image's name; ``a.jpg`` beside ``a.png`` gets a number."""
         stem, number = Path(file_name).with_suffix("").as_posix(), 1
         name = f"{stem}.png"
         while name in self._pictures or self.picture_path(name).exists():
@@ -167,20 +160,18 @@ class Record:
             return json.loads(file.readline())["detections"]
 
     def write_results(self, images: Mapping[str, tuple[int, Path]], categories: list[dict[str, Any]]) -> list[int]:
-        """Write ``predictions.json`` and ``images.json`` of those of `images` (name: id, file) that are done.
+        """Write ``predictions.json`` and ``images.json`` of the finished ones of `images` (name: id, file).
 
-        Gives the number of detections of each of them.
+        Returns:
+            The number of detections of each finished image.
         """
         found = [(name, number, self.find(name, path)) for name, (number, path) in images.items()]
         done = [(name, number, entry) for name, number, entry in found if entry is not None]
-        listed = [
-            {"id": number, "file_name": name, "height": entry.height, "width": entry.width}
-            for name, number, entry in done
-        ]
-        counts = []
-        with replacing(self.out_dir / RESULTS_NAME) as file:
+        counts, listed = [], []
+        with replacing(self.out_dir / PREDICTIONS_NAME) as file:
             start = b"["
             for name, number, entry in done:
+                listed.append({"id": number, "file_name": name, "height": entry.height, "width": entry.width})
                 rows = self.detections(entry)
                 counts.append(len(rows))
                 for row in rows:
@@ -197,7 +188,7 @@ def _line(row: dict[str, Any]) -> bytes:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """The object of a whole line; None for a part, as a process that was killed leaves it."""
+    """The object of a whole line; None for part of a line, as a killed process leaves it."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -207,8 +198,12 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
+def _is_record(header: dict[str, Any]) -> bool:
+    return (header.get("format"), header.get("version")) == (FORMAT, VERSION)
+
+
 def file_state(path: Path) -> tuple[int, int]:
-    """Size in bytes and time of change in ns; -1 of a file that is not there."""
+    """Size in bytes and time of the last change in ns; -1 and -1 for a missing file."""
     try:
         stat = path.stat()
     except OSError:

@@ -1,259 +1,233 @@
-"""The training loop: batches in, checkpoints and a log out.
+"""A whole training on a COCO data set: model, loaders, loop, evaluation, pictures. Used by `tmask train` and the demo.
 
-The loop never waits for the device except where it logs: losses stay on the device until then, and that is also where
-a loss that is not finite is found.
+A training leaves one folder: ``config.yaml``, ``checkpoint.pt``, ``log.jsonl``, ``metrics.json``, ``results.json``
+(COCO results of the validation images), ``pictures/`` and, if asked for, ``tensorboard/``. If images were left out
+(``data.skip_bad``), ``skipped.txt`` lists them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from tmask.config import TrainConfig
-from tmask.engine.checkpoint import CheckpointError, save_checkpoint
-from tmask.engine.device import autocast, to_device
-from tmask.engine.interrupt import Interrupted, StopSignals
-from tmask.engine.optimizer import lr_factor, set_lr
-from tmask.engine.report import NonFiniteLossError, Report, check_tensorboard, check_weights
-from tmask.engine.state import TrainState
-from tmask.engine.stream import BatchStream
-
-CHECKPOINT_NAME = "checkpoint.pt"
-
-EvaluateFn = Callable[[Any], dict[str, float]]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run ends with."""
-
-    step: int
-    seconds: float  # training alone, without evaluations
-    checkpoint: Path
-    model: Any  # the one to use: with averaged weights if the run kept them
-    losses: dict[str, float]  # means over the last log window
-    metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+from tmask.build import build_model
+from tmask.config import DataConfig, ModelConfig, TrainConfig
+from tmask.engine.checkpoint import load_initial
+from tmask.engine.dataset import check_categories, use_labels
+from tmask.engine.evaluate import evaluate, warn_limits
+from tmask.engine.files import (
+    CHECKPOINT_NAME,
+    METRICS_NAME,
+    PICTURES_NAME,
+    RESULTS_NAME,
+    SKIPPED_NAME,
+    held,
+    replace_text,
+)
+from tmask.engine.loop import EvaluateFn, TrainResult, fit, tell_checkpoint
+from tmask.engine.pictures import OVERVIEW_NAME, draw_pictures
+from tmask.model.detector import MaskRCNN
 
 
 def train(
-    model: Any,
-    train_loader: Iterable[Any],
-    config: TrainConfig,
+    model_config: ModelConfig,
+    train_config: TrainConfig,
+    data_config: DataConfig,
+    train_set: Any,
+    val_set: Any | None,
     *,
     out_dir: str | Path,
-    device: torch.device | str,
-    categories: Sequence[dict[str, Any]] = (),
-    exif: bool | None = None,
-    evaluate_fn: EvaluateFn | None = None,
+    device: torch.device,
+    init: str | Path | None = None,
     resume: str | Path | None = None,
+    overwrite: bool = True,
     on_start: Callable[[], None] | None = None,
 ) -> TrainResult:
-    """Train `model` in place for ``config.steps`` updates and write ``checkpoint.pt`` and ``log.jsonl`` to `out_dir`.
+    """Train on `train_set`, evaluate on `val_set` and write everything but ``config.yaml`` to `out_dir`.
 
-    `train_loader` gives batches with ``.images`` (ImageBatch) and ``.targets`` (Targets), and is gone through again and
-    again; `BatchStream` says how. `model` has ``forward_padded`` as MaskRCNN has; its loss terms are summed. With
-    ``only="masks"`` the detector in it is frozen, for good.
-    `categories` and `exif`, how the images were read, are stored with the model.
-    `evaluate_fn` gives metrics of the model (of the averaged weights if ``ema_decay`` is above 0) to log, every
-    ``eval_every`` steps and at the end, also where a resumed run has no step left; a checkpoint is written before.
-    `resume` is a checkpoint to go on from: weights and their average, optimiser, position in the data, random state.
-    `on_start` is called after the first update, before anything in `out_dir` changes: an error before leaves no trace.
+    `out_dir` is locked until the end. An error tells of the checkpoint on disk, as an error of `fit` does.
 
-    The first SIGINT or SIGTERM lets the update end and writes a checkpoint; during an evaluation, which has one on disk
-    already, it stops at once, and so does a second one. Outside the main thread signals are left alone.
+    Args:
+        model_config, train_config, data_config: Settings of the model, the training and the loaders.
+        train_set, val_set: CocoDatasets; `val_set` gets the labels of `train_set`, or is None.
+        out_dir: Folder of the run. A fresh run deletes the stale files of an earlier run after its first step.
+        device: Where the training runs.
+        init: File of weights to begin with (`load_initial`).
+        resume: Checkpoint of a run to continue.
+        overwrite: False: a fresh run refuses a folder with a checkpoint.
+        on_start: Called after the first step; the caller writes ``config.yaml`` there.
 
-    Any other error is raised after a checkpoint of the last whole update is written. Its ``checkpoint_step`` is then
-    the step of the checkpoint on disk, None if there is none, and its note says so, and why if it is not the last one:
-    weights that are not finite, an update broken off while the weights were written, or a checkpoint that cannot be
-    written.
-
-    Errors: Interrupted (a KeyboardInterrupt) after such a signal; NonFiniteLossError at the next log point after a loss
-    is NaN or infinite, or before a checkpoint would get such weights; CheckpointError if `resume` cannot be used or
-    belongs to other settings, or a checkpoint cannot be written; ValueError for an empty loader, a precision the device
-    lacks, ``tensorboard`` without the package, or a model whose detector is frozen without ``only``.
+    Raises:
+        ValueError: Another command holds `out_dir`; `out_dir` has a checkpoint without `overwrite`; the model and the
+            data have other classes, masks or keypoints; the two sets have other categories; ``only`` would freeze
+            layers with random weights; or as `fit`.
     """
-    if config.only is None and getattr(model, "detector_frozen", False):
-        raise ValueError("only: expected 'masks', as the detector of the model is frozen, got None")
-    device, out_dir = torch.device(device), Path(out_dir)
-    autocast(device, config.precision)  # refuses an impossible precision before any work
-    check_tensorboard(config)
-    model.to(device=device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
-    if config.only == "masks":
-        model.freeze_detector()
-    state = TrainState(model, config, device, categories, exif=exif)
-    if resume is not None:
-        state.restore(resume)
-    stream = BatchStream(train_loader, device, epoch=state.epoch, position=state.position, rng=state.rng)
-    new_report = Report(out_dir, device, config, step=state.step, resumed=resume is not None)
+    if train_config.only is not None and init is None and resume is None:
+        raise ValueError(f"init: expected the checkpoint of a detector, as only={train_config.only!r}, got none")
+    out_dir = Path(out_dir)
+    boxes_only = _match_data(model_config, train_set, val_set)
+    torch.manual_seed(train_config.seed)
+    model = _build(model_config, train_config, train_set, init, resume)
 
-    def begin() -> None:
-        if not new_report.is_open:
-            if on_start is not None:
-                on_start()
-            new_report.open()
+    sets = {"train": train_set} | ({} if val_set is None else {"val": val_set})
+    skipped = [f"{split}: {fault}\n" for split, data in sets.items() for fault in data.left_out.values()]
 
-    with contextlib.closing(new_report) as report, StopSignals() as stop:
-        saver = _Saver(out_dir / CHECKPOINT_NAME, state, report, resume)
-        try:
-            metrics = _loop(state, stream, report, saver, stop, evaluate_fn, begin)
-        except Interrupted as interrupted:
-            interrupted.checkpoint_step = saver.step
-            raise
-        except BaseException as error:
-            not_saved = saver.rescue(error)
-            tell_checkpoint(error, saver.path, saver.step, not_saved)
-            raise
-    return TrainResult(state.step, report.seconds, saver.path, state.best_model(), report.means, metrics)
+    def start() -> None:
+        if resume is None:
+            _remove_run(out_dir, init)
+        if skipped:
+            replace_text(out_dir / SKIPPED_NAME, "".join(skipped))
+        if on_start is not None:
+            on_start()
 
-
-def _loop(
-    state: TrainState,
-    stream: BatchStream,
-    report: Report,
-    saver: _Saver,
-    stop: StopSignals,
-    evaluate_fn: EvaluateFn | None,
-    begin: Callable[[], None],
-) -> dict[str, float]:
-    """The steps that are left; gives the metrics of the last evaluation. `begin` comes before any file is written."""
-    config = state.config
-    metrics: dict[str, float] = {}
-    batches = iter(stream)
-    state.model.train()
-    finished = state.step >= config.steps
-    while state.step < config.steps and stop.number is None:
-        lr = config.lr * lr_factor(config, state.step)
-        set_lr(state.optimizer, lr)
-        with stop.workers_later():
-            losses, images = _update(state, itertools.islice(batches, config.accumulate))
-            state.end_update(stream.epoch, stream.position)
-        begin()
-        report.add(losses, images)
-        step, finished = state.step, state.step == config.steps
-        measure = evaluate_fn is not None and (finished or (config.eval_every > 0 and step % config.eval_every == 0))
-        save = measure or finished or step % config.checkpoint_every == 0 or stop.number is not None
-        if save or step % config.log_every == 0:
-            report.write_losses(step, state.epoch, lr)
-        if save:
-            saver.save()
-        if measure and evaluate_fn is not None:
-            with stop.at_once():
-                metrics = _evaluate(evaluate_fn, state)
-            report.write_metrics(step, metrics)
-        if save:
-            report.timer.restart()
-    begin()
-    if saver.step != state.step:  # a signal came too late for the last update, or a resumed run has no step left
-        report.write_losses(state.step, state.epoch, state.optimizer.param_groups[0]["lr"])
-        saver.save()
-    if stop.number is not None:
-        raise Interrupted(stop.number)
-    if finished and not metrics and evaluate_fn is not None:  # resumed with no step left
-        with stop.at_once():
-            metrics = _evaluate(evaluate_fn, state)
-        report.write_metrics(state.step, metrics)
-    return metrics
+    loader = _loader(
+        train_set,
+        model,
+        train_config,
+        data_config,
+        shuffle=True,
+        seed=train_config.seed,
+        aspect_grouping=data_config.aspect_grouping,
+        drop_last=len(train_set) - len(train_set.left_out) >= train_config.batch_size,
+    )
+    evaluate_fn: EvaluateFn | None = None
+    if val_set is not None:
+        options = ("--train.eval_max_detections", "--model.max_detections", "--model.rpn_post_nms_top_n_test")
+        warn_limits(val_set, model, train_config.eval_max_detections, options=options)
+        evaluate_fn = functools.partial(
+            evaluate,
+            loader=_loader(val_set, model, train_config, data_config, shuffle=False),
+            dataset=val_set,
+            max_detections=train_config.eval_max_detections,
+            device=device,
+            precision=train_config.precision,
+            results_file=out_dir / RESULTS_NAME,
+            boxes_only=boxes_only,
+        )
+    with held(out_dir, "train"):
+        if resume is None and not overwrite:
+            check_no_run(out_dir)
+        result = fit(
+            model,
+            loader,
+            train_config,
+            out_dir=out_dir,
+            device=device,
+            categories=[{**item, "boxes_only": item["id"] in train_set.boxes_only} for item in train_set.categories],
+            exif=train_set.apply_exif,
+            evaluate_fn=evaluate_fn,
+            resume=resume,
+            on_start=start,
+        )
+        if val_set is not None:
+            try:
+                folder, precision = out_dir / PICTURES_NAME, train_config.precision
+                draw_pictures(result.model, val_set, folder, device=device, precision=precision)
+                # Last: a run with metrics counts as done.
+                replace_text(out_dir / METRICS_NAME, json.dumps(result.metrics, indent=1))
+            except BaseException as error:
+                tell_checkpoint(error, result.checkpoint, result.step)
+                raise
+    return result
 
 
-def _update(state: TrainState, batches: Iterator[Any]) -> tuple[dict[str, Tensor], int]:
-    """One update by the gradient averaged over `batches` (as many as ``accumulate``). `end_update` is the caller's.
+def _match_data(config: ModelConfig, train_set: Any, val_set: Any | None) -> set[int]:
+    """Check that model and data fit, and number the labels of `val_set` as in training.
 
-    Gives the loss terms, averaged too and still on the device, and the number of images.
+    Returns:
+        Ids of `val_set` of the categories whose masks are not learnt.
     """
-    config, device, optimizer, scaler = state.config, state.device, state.optimizer, state.scaler
-    terms: dict[str, Tensor] = {}
-    count = 0
-    state.begin_update()
-    optimizer.zero_grad(set_to_none=True)
-    for batch in batches:
-        images = to_device(batch.images, device, channels_last=config.channels_last)
-        targets = to_device(batch.targets, device)
-        with autocast(device, config.precision):
-            losses = state.model.forward_padded(images, targets, compact=device.type == "cpu")
-            total = torch.stack([loss.float() for loss in losses.values()]).sum() / config.accumulate
-        (total if scaler is None else scaler.scale(total)).backward()
-        for name, loss in losses.items():
-            part = loss.detach().float() / config.accumulate
-            terms[name] = terms[name] + part if name in terms else part
-        count += len(batch.images.sizes)
-    if scaler is not None:
-        scaler.unscale_(optimizer)
-    if config.clip_norm is not None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-    state.phase = "written"
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
-        scaler.update()
-    if state.average is not None:
-        state.average.update()
-    return terms, count
+    from tmask.data.coco import check_keypoint_names
+
+    check_categories(config.num_classes, train_set.categories)
+    if config.masks and not train_set.masks:
+        raise ValueError("masks: expected false, as the training data were opened without masks, got True")
+    boxes_only = set() if val_set is None else use_labels(val_set, train_set.categories, train_set.boxes_only)
+    if config.keypoints is not None:
+        names = config.keypoints.skeleton.names
+        check_keypoint_names(train_set, names, train=True)
+        if val_set is not None:
+            check_keypoint_names(val_set, names, train=False)
+    return boxes_only
 
 
-def _evaluate(evaluate_fn: EvaluateFn, state: TrainState) -> dict[str, float]:
-    """Metrics; leaves the random state and the mode of the model as they were."""
-    with torch.random.fork_rng(devices=[state.device] if state.device.type == "cuda" else []):
-        metrics = evaluate_fn(state.best_model())
-    state.model.train()
-    return metrics
+def _build(
+    config: ModelConfig, train_config: TrainConfig, train_set: Any, init: str | Path | None, resume: str | Path | None
+) -> MaskRCNN:
+    """Build the model; without `resume`, load the weights of `init`."""
+    if init is None and resume is None:
+        return build_model(config)
+    # All weights come from a checkpoint. The ImageNet file that the first run began with may be gone.
+    model = build_model(dataclasses.replace(config, backbone_weights=None), warn_if_untrained=False)
+    model.config = config
+    if resume is None and init is not None:
+        kept = load_initial(model, init, train_set.categories)
+        if train_config.only is not None:
+            _check_frozen(model, kept, init)
+        if kept:
+            print(f"init {init}: begins anew: {_listed(kept)}", file=sys.stderr)
+    return model
 
 
-class _Saver:
-    """Writes the checkpoint of a run and knows of which step the one on disk is."""
+def _loader(dataset: Any, model: MaskRCNN, training: TrainConfig, data: DataConfig, **options: Any) -> Any:
+    from tmask.data.loader import make_loader
 
-    def __init__(self, path: Path, state: TrainState, report: Report, resume: str | Path | None) -> None:
-        self.path, self.state, self.report = path, state, report
-        own = resume is not None and path.is_file() and path.samefile(resume)
-        self.step = state.step if own else None  # None: none of this run yet
-
-    def save(self) -> None:
-        """Errors: CheckpointError that tells, as a row of the log does, of which step the last good one is; and
-        NonFiniteLossError if the weights are not finite, which leaves the checkpoint on disk as it is."""
-        step = self.state.step
-        check_weights(self.state.model, step)
-        try:
-            save_checkpoint(self.path, self.state.content())
-        except CheckpointError as error:
-            with contextlib.suppress(OSError):  # the disk may be full
-                self.report.log.write({"step": step, "error": str(error), "checkpoint_step": self.step})
-            last = "there is none before it" if self.step is None else f"the last good one is of step {self.step}"
-            raise CheckpointError(f"step {step}: {error}; {last}") from error
-        self.step = step
-
-    def rescue(self, error: BaseException) -> str:
-        """Save the last whole update after `error`, unless it is saved; gives the reason if it cannot be, else ""."""
-        state, report = self.state, self.report
-        # Before the first update nothing is lost. What failed to be saved, or is not finite, says so itself.
-        if not report.is_open or isinstance(error, CheckpointError | NonFiniteLossError):
-            return ""
-        if state.phase == "written":
-            return f"step {state.step + 1} broke off while it changed the weights, so that they cannot be saved"
-        try:
-            with contextlib.suppress(OSError):  # the disk may be full
-                report.write_losses(state.step, state.epoch, state.optimizer.param_groups[0]["lr"])
-            if self.step != state.step:
-                self.save()
-        except Exception as second:
-            return str(second) or type(second).__name__
-        return ""
+    return make_loader(
+        dataset, model.transform, batch_size=training.batch_size, num_workers=data.num_workers, **options
+    )
 
 
-def tell_checkpoint(error: BaseException, path: Path, step: int | None, not_saved: str = "") -> None:
-    """Let `error` tell of which step the checkpoint on disk is, in ``checkpoint_step`` and a note.
+def check_no_run(out_dir: Path) -> None:
+    """Raise ValueError if `out_dir` holds a checkpoint, because a fresh run would remove it."""
+    path = out_dir / CHECKPOINT_NAME
+    if path.exists():
+        raise ValueError(f"--out {out_dir} holds a checkpoint; go on with --resume {path} or --overwrite")
 
-    `not_saved` says why it is not of the last update; it becomes ``error.not_saved``.
+
+def _remove_run(out_dir: Path, init: str | Path | None) -> None:
+    """Remove results, pictures and checkpoint (unless it is `init`) of an earlier run; nothing without a checkpoint.
+
+    If the new run ended early, or has no validation images, the old files would pass for its own.
     """
-    told: Any = error
-    told.checkpoint_step, told.not_saved = step, not_saved
-    reasons = [not_saved] * bool(not_saved) + ([] if step is None else [f"{path} is the checkpoint of step {step}"])
-    if reasons:
-        error.add_note("; ".join(reasons))
+    checkpoint = out_dir / CHECKPOINT_NAME
+    if not checkpoint.is_file():
+        return
+    names = (METRICS_NAME, RESULTS_NAME, SKIPPED_NAME, f"{PICTURES_NAME}/{OVERVIEW_NAME}")
+    for path in (*(out_dir / name for name in names), *(out_dir / PICTURES_NAME).glob("[1-9]-*.png")):
+        path.unlink(missing_ok=True)
+    if init is None or not checkpoint.samefile(init):
+        checkpoint.unlink()  # last, because it marks an earlier run
+
+
+def _check_frozen(model: MaskRCNN, kept: Mapping[str, str], init: str | Path) -> None:
+    """Raise ValueError if a layer that will be frozen is in `kept`, the layers with random weights after `init`."""
+    heads = model.roi_heads
+    learning = tuple(f"roi_heads.{name}." for name, part in heads.named_children() if part in heads.mask_parts())
+    random = {name: why for name, why in kept.items() if not name.startswith(learning)}
+    if random:
+        expected = "all weights of the detector, as only the masks learn"
+        raise ValueError(f"init {init}: expected {expected}, got none that fit {_listed(random)}")
+
+
+def _listed(kept: Mapping[str, str]) -> str:
+    """The first name, the number of the others, and the different reasons."""
+    first, more = next(iter(kept)), len(kept) - 1
+    reasons = "; ".join(dict.fromkeys(why for why in kept.values() if why))
+    return first + (f" and {more} more" if more else "") + (f" ({reasons})" if reasons else "")
+
+
+def write_config(path: Path, preset: str, model: ModelConfig, training: TrainConfig, data: DataConfig) -> None:
+    """Write the resolved settings as YAML that ``tmask train --config`` reads."""
+    import yaml
+
+    groups: dict[str, Any] = {"model": model, "train": training, "data": data}
+    values = {"preset": preset} | {name: dataclasses.asdict(config) for name, config in groups.items()}
+    # Through JSON, because YAML's safe writer has no tuples.
+    replace_text(path, yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False))

@@ -1,0 +1,102 @@
+"""Pictures of detections: beside the ground truth at the end of a training, and alone for each predicted image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tmask.engine.detect import skeleton_of
+from tmask.engine.device import autocast
+from tmask.engine.files import replacing
+from tmask.model.transform import is_packed, mask_chunks
+from tmask.skeleton import Pairs
+from tmask.visualize import comparison, draw_instances, grid, save_png
+from tmask_kernels import unpack_masks
+
+NUM_PICTURES = 8  # of validation images
+OVERVIEW_NAME, OVERVIEW_PICTURES = "overview.png", 4
+
+
+def draw_pictures(
+    model: Any,
+    dataset: Any,
+    folder: Path,
+    *,
+    device: torch.device,
+    precision: str = "fp32",
+    count: int = NUM_PICTURES,
+    score_threshold: float = 0.5,
+) -> list[Path]:
+    """Write predictions beside the ground truth for the first `count` images of `dataset`, as ``1-NAME.png``.
+
+    ``overview.png`` shows the first few pictures on one page. Returns the paths of the others.
+    """
+    skeleton = skeleton_of(model)
+    edges = () if skeleton is None else skeleton.edges
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [str(category["name"]) for category in dataset.categories]
+    was_training = model.training
+    model.eval()
+    paths, pictures = [], []
+    for index in [i for i in range(len(dataset)) if i not in dataset.left_out][:count]:
+        image, target = dataset[index]
+        with torch.inference_mode(), autocast(device, precision):
+            found = model([image.to(device)], masks="rle")[0]
+        found = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in found.items()}
+        truth = {"boxes": target["boxes"], "labels": target["labels"]}
+        if "masks" in target:
+            truth["masks"] = _run_lengths(target["masks"], image.shape[-1])
+        if skeleton is not None and "keypoints" in target:
+            truth["keypoints"] = target["keypoints"]
+        pictures.append(comparison(image, found, truth, names, min_score=score_threshold, edges=edges))
+        # With the number: images of two folders may share a name, and an image may be called overview.png.
+        paths.append(folder / f"{index + 1}-{Path(dataset.image_path(index)).stem}.png")
+        save_png(paths[-1], pictures[-1])
+    if pictures:
+        save_png(folder / OVERVIEW_NAME, grid(pictures[:OVERVIEW_PICTURES], columns=2))
+    model.train(was_training)
+    return paths
+
+
+def draw_detections(
+    path: Path,
+    image: Tensor,
+    detections: Sequence[dict[str, Any]],
+    categories: Sequence[dict[str, Any]],
+    *,
+    score_threshold: float,
+    edges: Pairs = (),
+) -> None:
+    """Write to `path` a picture of `image` [3, H, W] with its `detections`, which are COCO results."""
+    labels = {int(category["id"]): label for label, category in enumerate(categories, start=1)}
+    xywh = torch.tensor([item["bbox"] for item in detections]).reshape(-1, 4)
+    result: dict[str, Any] = {
+        "boxes": torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1),
+        "labels": torch.tensor([labels[item["category_id"]] for item in detections], dtype=torch.int64),
+        "scores": torch.tensor([item["score"] for item in detections]),
+    }
+    if detections and "segmentation" in detections[0]:
+        result["masks"] = [item["segmentation"] for item in detections]
+    if detections and "keypoints" in detections[0]:
+        keypoints = torch.tensor([item["keypoints"] for item in detections]).unflatten(1, (-1, 3))
+        known = (keypoints != 0).any(-1, keepdim=True)
+        result["keypoints"] = torch.cat([keypoints[..., :2] + 0.5, known.float()], dim=-1)
+    names = [str(category["name"]) for category in categories]
+    with replacing(path) as file:
+        save_png(file, draw_instances(image, result, names, min_score=score_threshold, edges=edges))
+
+
+def _run_lengths(masks: Tensor, width: int) -> list[dict[str, Any]]:
+    """Encode masks [G, H, W], bytes or packed, as COCO's run lengths; few masks at a time are bytes."""
+    from pycocotools import mask as coco_mask
+
+    runs: list[dict[str, Any]] = []
+    for chunk in mask_chunks(len(masks), masks.shape[1] * width):
+        part = unpack_masks(masks[chunk], width) if is_packed(masks, width) else masks[chunk]
+        runs += coco_mask.encode(np.asfortranarray(part.to(torch.uint8).permute(1, 2, 0).numpy()))
+    return runs
