@@ -8,10 +8,10 @@ from tmask.model.losses import ClassLoss, MaskLoss
 
 
 def class_probabilities(class_logits: Tensor, class_loss: ClassLoss) -> Tensor:
-    """Probabilities of the C - 1 foreground classes, [..., C - 1] float32.
+    """Probabilities of the Cls foreground classes, [..., Cls] float32.
 
     Args:
-        class_logits: [..., C] with the background first; [..., C - 1] for ``sigmoid_focal``.
+        class_logits: [..., Cls + 1] with the background first; [..., Cls] for ``sigmoid_focal``.
         class_loss: The loss that the logits are trained with.
     """
     if class_loss == "sigmoid_focal":
