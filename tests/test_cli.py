@@ -5,9 +5,11 @@ import inspect
 import json
 import re
 import shutil
+import typing
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,9 +18,17 @@ import yaml
 
 from tests.image_files import with_exif
 from tmask import cli
+from tmask.checks import bounds
 from tmask.cli.common import precision_of
-from tmask.cli.train import train_parser
-from tmask.config import CONVENTIONS, KeypointConfig, RoIExtractorConfig, TrainConfig
+from tmask.cli.train import COMMON, GROUPS, train_parser
+from tmask.config import (
+    CONVENTIONS,
+    KeypointConfig,
+    MaskTransferConfig,
+    RoIExtractorConfig,
+    TrainConfig,
+    field_texts,
+)
 from tmask.data.shapes import CLASSES, KEYPOINT_EDGES, KEYPOINTS, write_shapes
 from tmask.engine import evaluate
 from tmask.engine.log import read_log
@@ -363,51 +373,38 @@ def test_a_published_small_data_recipe_can_be_written_down(capsys: Any) -> None:
     assert (config["data"]["hflip"], config["data"]["vflip"]) == (0.5, 0.5)
 
 
-# Command line (with DATA for the four paths), and a part of the one line on stderr.
+# Command line (with DATA for the four paths), and a part of the one line on stderr. More: tests/bad_inputs.py.
 USAGE_ERRORS = {
-    "no command": ("", "usage: tmask COMMAND"),
-    "unknown command": ("trian", "unknown command 'trian': expected 'train'?"),
-    "unknown option": ("train --model.min_sise 3", "did you mean --model.min_size?"),
-    "no data": ("train --out OUT", "--data.train_images is required"),
-    "no out": ("train DATA", "--out is required"),
-    "unknown preset": ("train --preset tinny", "--preset: expected 'tiny'?, got 'tinny'"),
-    "unknown convention": ("train --model.convention detectron", "expected 'detectron2'?, got 'detectron'"),
-    "wrong type": ("train --train.steps many", "train.steps"),
-    "impossible value": ("train DATA --out OUT --train.steps 0", "steps: expected at least 1, got 0"),
-    "impossible model": ("train DATA --out OUT --model.min_size 0", "min_size: expected in 1..max_size, got 0"),
-    "impossible extractor": (
-        "train DATA --out OUT --model.roi_extractor.op roi_pool --model.roi_extractor.aligned true",
-        "--model.roi_extractor: aligned: expected None, as roi_pool has no such option, got True",
+    "": "usage: tmask COMMAND",
+    "trian": "unknown command 'trian': expected 'train'?",
+    "train --out OUT": "--data.train_images is required",
+    "train DATA": "--out is required",
+    "train DATA --out OUT --model.roi_extractor.op roi_pool --model.roi_extractor.aligned true": (
+        "--model.roi_extractor: aligned: expected None, as roi_pool has no such option, got True"
     ),
-    "wrong type of a keypoint setting": (
-        "train --model.keypoints.head_layers many",
-        "--model.keypoints: head_layers: expected a whole number, got 'many'",
+    "train --model.keypoints.head_layers many": ("--model.keypoints: head_layers: expected a whole number, got 'many'"),
+    "train --model.keypoints.layers 2": "did you mean --model.keypoints.head_layers?",
+    "train --model.keypoints 17": "KeypointConfig: expected settings by name, got",
+    "train DATA --out OUT --data.val_images none": "--data.val_images: no such file or folder: none",
+    "train DATA --out OUT --device cpu --train.precision fp16": "fp16 needs a CUDA device",
+    "eval --images x --annotations y": "checkpoint",
+    "validate --ops roi_align,nmz": "ops: expected 'nms'?, got 'nmz'",
+    "demo --steps 0": "steps: expected at least 1, got 0",
+    "demo --image_size 31 --out OUT": "image_size: expected at least 32, got 31",
+    "demo --lr -1 --out OUT": "lr: expected at least 0, got -1.0",
+    "demo --num_workers -1 --out OUT": "num_workers: expected at least 0, got -1",
+    "predict --checkpoint x --images y --out OUT --score_threshold 1.5": (
+        "--score_threshold: expected in 0..1, got 1.5"
     ),
-    "unknown keypoint setting": ("train --model.keypoints.layers 2", "did you mean --model.keypoints.head_layers?"),
-    "keypoints that are no settings": ("train --model.keypoints 17", "KeypointConfig: expected settings by name, got"),
-    "no such folder": (
-        "train DATA --out OUT --data.val_images none",
-        "--data.val_images: no such file or folder: none",
-    ),
-    "no such config": ("train --config none.yaml", "--config none.yaml: No such file"),
-    "unknown device": ("train DATA --out OUT --device gpu", "device: expected auto, cpu, cuda"),
-    "fp16 on a CPU": ("train DATA --out OUT --device cpu --train.precision fp16", "fp16 needs a CUDA device"),
-    "eval without a checkpoint": ("eval --images x --annotations y", "checkpoint"),
-    "eval of a missing checkpoint": ("eval --checkpoint none --images . --annotations .", "no such file"),
-    "unknown op": ("validate --ops roi_align,nmz", "ops: expected 'nms'?, got 'nmz'"),
-    "demo of no step": ("demo --steps 0", "steps: expected at least 1, got 0"),
-    "demo of tiny pictures": ("demo --image_size 31 --out OUT", "image_size: expected at least 32, got 31"),
-    "demo of a negative rate": ("demo --lr -1 --out OUT", "lr: expected at least 0, got -1.0"),
-    "demo of fewer than no workers": ("demo --num_workers -1 --out OUT", "num_workers: expected at least 0, got -1"),
+    "eval --checkpoint x --images y --annotations z --max_detections 0": "--max_detections: expected at least 1, got 0",
 }
 
 
-@pytest.mark.parametrize("case", USAGE_ERRORS)
+@pytest.mark.parametrize(("line", "expected"), USAGE_ERRORS.items())
 def test_usage_errors_are_one_line_and_exit_code_2(
-    case: str, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    line: str, expected: str, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    line, expected = USAGE_ERRORS[case]
     argv: list[str] = []
     for word in line.split():
         argv += data.options() if word == "DATA" else [str(tmp_path / "out") if word == "OUT" else word]
@@ -415,18 +412,16 @@ def test_usage_errors_are_one_line_and_exit_code_2(
     err = capsys.readouterr().err
     assert expected in err
     assert "Traceback" not in err
-    assert case == "no command" or err.count("\n") == 1
+    assert not line or err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
 def test_unknown_keys_of_a_config_file_are_named(tmp_path: Path, capsys: Any) -> None:
     for text, expected in (
-        ("model: {min_sise: 3}", "did you mean --model.min_size?"),
         ("model: {keypoints: {layers: 2}}", "did you mean --model.keypoints.head_layers?"),
         ("model: {keypoints: {names: a}}", "--model.keypoints: names: expected a tuple"),
         ("- 1", "expected settings, got list"),
         ("preset: [tiny]", "--preset: expected 'tiny'?, got ['tiny']"),
-        ("model: [", "not YAML"),
     ):
         (tmp_path / "c.yaml").write_text(text)
         assert cli.main(["train", "--config", str(tmp_path / "c.yaml")]) == 2
@@ -487,34 +482,69 @@ def test_demo_reuses_its_data(tmp_path: Path, capsys: Any) -> None:
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 3
 
 
+def help_of(command: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> tuple[str, dict[str, str]]:
+    """The help of a command in a wide terminal, and the text of each option in its order."""
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main([command, "--help"]) == 0
+    out: str = capsys.readouterr().out
+    found = re.findall(r"^  (-\S.*?)(?: {2,}|\n {4,})(\S.*(?:\n {4,}\S.*)*)", out, re.MULTILINE)
+    return out, {re.findall(r"--[\w.]+", names)[0]: " ".join(text.split()) for names, text in found}
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_every_option_has_a_sentence(command: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    out, texts = help_of(command, monkeypatch, capsys)
+    assert [line for line in out.splitlines() if len(line) > 100] == []
+    assert "<class" not in out
+    assert "required" not in out
+    assert {name: text for name, text in texts.items() if not re.fullmatch(r"[A-Z0-9].{10,}\.( \(.+\))?", text)} == {}
+    assert re.match(rf"usage: tmask {command} ?", out)
+
+
+def test_the_help_has_every_setting_with_its_bounds(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    _, texts = help_of("train", monkeypatch, capsys)
+    nested = {"model.mask_transfer": MaskTransferConfig, "model.keypoints": KeypointConfig}
+    for group, config in (GROUPS | nested).items():
+        for name, hint in typing.get_type_hints(config, include_extras=True).items():
+            if f"{group}.{name}" not in GROUPS and (group, name) != ("model", "num_classes"):
+                text = texts[f"--{group}.{name}"]
+                assert field_texts(config)[name] in text
+                assert all(bound.expected in text for bound in bounds(hint)), text
+                assert "default: " in text
+    assert "(at least 1; default: 16)" in texts["--train.batch_size"]
+    assert "(bce, focal; default: bce)" in texts["--model.losses.rpn_objectness"]
+
+
+@pytest.mark.parametrize(
+    ("command", "first"),
+    [
+        ("train", [f"--{name}" for name in COMMON]),
+        ("eval", ["--checkpoint", "--images", "--annotations", "--out", "--plots", "--batch_size", "--device"]),
+        ("predict", ["--checkpoint", "--images", "--out", "--overwrite", "--score_threshold", "--device"]),
+        ("demo", ["--out", "--steps", "--batch_size", "--lr", "--device"]),
+    ],
+)
+def test_common_options_come_first(
+    command: str, first: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    _, texts = help_of(command, monkeypatch, capsys)
+    assert [name for name in texts if name != "--help"][: len(first)] == first
+
+
 def test_help_and_version(capsys: Any) -> None:
-    for argv in (["--help"], ["--version"], *([name, "--help"] for name in cli.COMMANDS)):
+    for argv in (["--help"], ["--version"]):
         assert cli.main(argv) == 0
     out = capsys.readouterr().out
     for name in cli.COMMANDS:
         assert f"  {name}" in out
 
 
-def test_help_of_a_setting_is_the_comment_behind_its_field(capsys: Any) -> None:
-    assert cli.main(["train", "--help"]) == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for name, words in (
-        ("train.accumulate ACCUMULATE", "batches an update; the gradient is their mean (type: int, default: 1)"),
-        ("model.roi_extractor.op {roi_align,roi_pool}", "RoIPool takes whole cells (type: Literal"),
-        ("model.min_size MIN_SIZE", "short side after the resize (type: int, default: 800)"),
-        ("data.hflip HFLIP", "probability of a left-right flip in training (type: float, default: 0.5)"),
-    ):
-        assert f"--{name} {words}" in text
-
-
 def test_options_stay_where_the_source_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     options = [action.option_strings for action in train_parser("tiny")._actions]
-
-    def missing(_: object) -> str:
-        raise OSError("could not get source code")
-
-    monkeypatch.setattr(inspect, "getsource", missing)
-    assert [action.option_strings for action in train_parser("tiny")._actions] == options
+    monkeypatch.setattr(inspect, "getsource", Mock(side_effect=OSError("could not get source code")))
+    parser = train_parser("tiny")
+    assert [action.option_strings for action in parser._actions] == options
+    assert "--train.lr" in parser.format_help()
 
 
 def test_eval_of_a_checkpoint_without_a_run(run: Path, data: Data, tmp_path: Path, capsys: Any) -> None:

@@ -5,10 +5,27 @@ from __future__ import annotations
 import difflib
 import sys
 import typing
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 _NAMED = 5  # of many, in a message
+
+
+class Bound(NamedTuple):
+    """What a value must be beyond its type. A field has it by ``Annotated``; help and errors say `expected`."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def at_least(low: float) -> Bound:
+    """Numbers of `low` or more."""
+    return Bound(f"at least {low}", lambda value: value >= low)
+
+
+def optional(bound: Bound) -> Bound:
+    """The same `bound`, or None."""
+    return Bound(f"{bound.expected}, or none", lambda value: value is None or bound.holds(value))
 
 
 def require(condition: bool, name: str, expected: str, got: Any) -> None:
@@ -31,11 +48,24 @@ def listed(items: Sequence[str], separator: str) -> str:
 
 
 def check_fields(config: Any) -> None:
-    """Each field of a dataclass holds a value of its type: a name of its Literal, finite numbers, as many as its tuple
-    has. Errors: ValueError."""
-    for name, hint in typing.get_type_hints(type(config)).items():
+    """Check each field of a dataclass against its annotation: its type, then its bounds.
+
+    A number must be finite, and a tuple as long as its type says.
+
+    Raises:
+        ValueError: A value is of another type or outside its bounds.
+    """
+    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
-        require(_fits(value, hint), name, describe(hint, value), value)
+        bare = getattr(hint, "__origin__", hint) if bounds(hint) else hint
+        require(_fits(value, bare), name, describe(bare, value), value)
+        for bound in bounds(hint):
+            require(bound.holds(value), name, bound.expected, value)
+
+
+def bounds(hint: Any) -> list[Bound]:
+    """The bounds of an annotation, which are empty for a bare type."""
+    return [item for item in getattr(hint, "__metadata__", ()) if isinstance(item, Bound)]
 
 
 def _fits(value: Any, hint: Any) -> bool:

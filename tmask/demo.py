@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import torch
 
-from tmask.checks import check_fields, require
-from tmask.config import DataConfig
+from tmask.checks import at_least, check_fields
+from tmask.config import Count, CountOrZero, DataConfig, PrecisionName, Weight
 from tmask.data.shapes import MIN_IMAGE_SIZE
 from tmask.presets import PRESETS, TRAIN_PRESETS
 
@@ -22,31 +22,35 @@ DATA_NAME = "shapes"
 _MARK = "complete.json"  # written last, so a half-written data set is made anew
 
 
-def _option(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
-
-
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Settings of the demo; each is an option of the command line."""
 
-    out: str = _option("runs/demo", "folder of the run")
-    steps: int = _option(1200, "training steps")
-    batch_size: int = _option(8, "images a step")
-    lr: float = _option(1e-3, "highest learning rate")
-    train_images: int = _option(4000, "pictures to train on")
-    val_images: int = _option(200, "pictures to evaluate on")
-    image_size: int = _option(128, "side of the pictures, pixels")
-    precision: Literal["fp32", "bf16", "fp16"] = _option("bf16", "of the features; boxes are always fp32")
-    device: str = _option("auto", "auto, cpu, cuda or cuda:N")
-    seed: int = _option(0, "of weights and data order")
-    num_workers: int = _option(0, "processes that load the data")
+    out: str = "runs/demo"
+    """Folder of the run."""
+    steps: Count = 1200
+    """Training steps."""
+    batch_size: Count = 8
+    """Images of a batch."""
+    lr: Weight = 1e-3
+    """Highest learning rate."""
+    device: str = "auto"
+    """Where to run: auto, cpu, cuda or cuda:N."""
+    precision: PrecisionName = "bf16"
+    """Precision of the features; boxes are always fp32."""
+    train_images: Count = 4000
+    """Pictures to train on."""
+    val_images: Count = 200
+    """Pictures to evaluate on."""
+    image_size: Annotated[int, at_least(MIN_IMAGE_SIZE)] = 128
+    """Side of the pictures, in pixels."""
+    seed: int = 0
+    """Seed of weights and data order."""
+    num_workers: CountOrZero = 0
+    """Processes that load the data; 0: the training process itself."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        counts = dict.fromkeys(("steps", "batch_size", "train_images", "val_images"), 1)
-        for name, least in {**counts, "image_size": MIN_IMAGE_SIZE, "lr": 0, "num_workers": 0}.items():
-            require(getattr(self, name) >= least, name, f"at least {least}", getattr(self, name))
 
 
 def run_demo(config: DemoConfig, *, device: torch.device) -> dict[str, float]:

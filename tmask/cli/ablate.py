@@ -7,24 +7,23 @@ from pathlib import Path
 
 from tmask.checks import nearest
 from tmask.cli import bench
-from tmask.cli.common import UsageError, check_out, device_of, make_parser, parse, usage
+from tmask.cli.common import UsageError, add_device, check_out, device_of, make_parser, parse, usage
 
 
 def ablate_command(argv: list[str]) -> int:
     """Train the variants of a published table with several seeds: did its direction come out?"""
-    parser = make_parser("ablate", ablate_command)
-    parser.add_argument("name", type=str, help=f"the table: {', '.join(table_names())}")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant; more may be added later")
-    parser.add_argument("--out", type=str | None, default=None, help="folder of the table; else runs/ablate/NAME")
-    parser.add_argument(
-        "--coco", type=str | None, default=None,
-        help="folder of COCO 2017: trains R50 (or R101) at full size, for a GPU; else a tiny model on drawn shapes",
-    )  # fmt: skip
-    parser.add_argument(
-        "--backbone_weights", type=str | None, default=None, help="with --coco: torchvision's ImageNet weights"
-    )
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--background", action="store_true", help="go on without this terminal")
+    parser = make_parser("ablate", ablate_command, "NAME")
+    parser.add_argument("name", type=str, help=f"The table: {', '.join(table_names())}.")
+    text = "Runs of each variant, at least 1; a later call may add more. (default: %(default)s)"
+    parser.add_argument("--seeds", type=int, default=3, metavar="INT", help=text)
+    text = "Folder of the table; null: runs/ablate/NAME."
+    parser.add_argument("--out", type=str | None, default=None, metavar="FOLDER", help=text)
+    add_device(parser)
+    text = "Folder of COCO 2017, to train R50 (or R101) at full size on a GPU; null: a tiny model on drawn shapes."
+    parser.add_argument("--coco", type=str | None, default=None, metavar="FOLDER", help=text)
+    text = "File of torchvision's ImageNet weights, with --coco."
+    parser.add_argument("--backbone_weights", type=str | None, default=None, metavar="FILE", help=text)
+    parser.add_argument("--background", action="store_true", help="Go on without this terminal.")
     args = parse(parser, argv)
     if not (bench.ROOT / "bench" / "ablate" / "__main__.py").is_file():
         raise ValueError("the ablations are in tmask's source, not in the installed package: run it in a checkout")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tmask.checks import nearest
-from tmask.cli.common import UsageError, check_out, device_of, make_parser, parse, usage
+from tmask.cli.common import UsageError, add_device, check_out, device_of, make_parser, parse, usage
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS = ("all", "op", "model")
@@ -19,15 +19,17 @@ GROUPS = ("all", "op", "model")
 
 def bench_command(argv: list[str]) -> int:
     """Compare the speed of the ops and the model with torchvision's, once each is found right."""
-    parser = make_parser("bench", bench_command)
-    parser.add_argument(
-        "targets", nargs="*", type=str, default=[], help="op, model or all (the default), or ops by their names"
-    )
-    parser.add_argument("-k", "--only", type=str | None, default=None, help="only rows that this pytest -k names")
-    parser.add_argument("--json", type=str | None, default=None, help="where the result goes; else runs/bench")
-    parser.add_argument("--charts", type=str | None, default=None, help="draw PNG charts into this folder")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--budget", type=float | None, default=None, help="seconds, after which the rest is left out")
+    parser = make_parser("bench", bench_command, "[TARGET ...]")
+    text = "op, model or all (the default), or ops by their names."
+    parser.add_argument("targets", nargs="*", type=str, default=[], help=text)
+    parser.add_argument("-k", "--only", type=str | None, default=None, help="Only rows that this pytest -k names.")
+    text = "File of the result; null: a new one in runs/bench."
+    parser.add_argument("--json", type=str | None, default=None, metavar="FILE", help=text)
+    text = "Folder for PNG charts; null: no charts."
+    parser.add_argument("--charts", type=str | None, default=None, metavar="FOLDER", help=text)
+    add_device(parser)
+    text = "Seconds after which the rest is left out; null: no limit."
+    parser.add_argument("--budget", type=float | None, default=None, metavar="NUMBER", help=text)
     args = parse(parser, argv)
     if not (ROOT / "bench" / "__main__.py").is_file():
         raise ValueError("the benchmarks are in tmask's source, not in the installed package: run it in a checkout")

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import typing
 from pathlib import Path
 
-from tmask.cli.common import check_out, check_precision, device_of, going_on, make_parser, parse, usage
-from tmask.config import from_dict
+from tmask.cli.common import check_out, check_precision, device_of, going_on, options_of, usage
 
 
 def demo_command(argv: list[str]) -> int:
     """Make a data set of shapes, train the tiny preset on it, evaluate and draw."""
     from tmask.demo import DemoConfig, run_demo
 
-    parser = make_parser("demo", demo_command)
-    hints = typing.get_type_hints(DemoConfig)
-    for item in dataclasses.fields(DemoConfig):
-        parser.add_argument(f"--{item.name}", type=hints[item.name], default=item.default, help=item.metadata["help"])
-    args = parse(parser, argv)
-    config = usage(lambda: from_dict(DemoConfig, args.as_dict()))
+    config: DemoConfig = options_of(DemoConfig, "demo", demo_command, argv)
     usage(lambda: check_precision(device_of(config.device), config.precision))
     check_out(Path(config.out))
     names = ("batch_size", "image_size", "precision", "num_workers")

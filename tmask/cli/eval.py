@@ -3,73 +3,74 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from tmask.checks import check_fields
 from tmask.cli.common import (
     UsageError,
-    add_device,
     advising,
     check_out,
     check_precision,
     device_of,
-    make_parser,
-    parse,
+    options_of,
     paths_exist,
     precision_of,
     usage,
 )
+from tmask.config import CheckName, CountOrNone, CountOrZero, CrowdsName, PrecisionName, check_skip_bad
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Options of ``tmask eval``. What is None is as in training, so that the figures are those of the run's end."""
+
+    checkpoint: str
+    """File checkpoint.pt of a run."""
+    images: str
+    """Folder of the images."""
+    annotations: str
+    """COCO annotation file of the images."""
+    out: str | None = None
+    """Folder for metrics.json and results.json; null: no files."""
+    plots: str | None = None
+    """Folder for precision-recall curves and confusion matrices; null: no pictures."""
+    # Images of a batch are padded to one size, which reaches into the features at their borders.
+    batch_size: CountOrNone = None
+    """Images of a batch; null: as in training."""
+    device: str = "auto"
+    """Where to run: auto, cpu, cuda or cuda:N."""
+    precision: PrecisionName | None = None
+    """Precision of the features; null: as in training, or fp32 on a device that lacks it."""
+    max_detections: CountOrNone = None
+    """Detections of an image that the model makes and the evaluation counts; null: as in training."""
+    mask_classes: str | None = None
+    """Classes with masks in training, to evaluate the others apart, as --data.mask_classes; null: as in training."""
+    exif: bool | None = None
+    """Whether images are turned by their EXIF orientation, as --data.exif; null: as in training."""
+    crowds: CrowdsName = "ignore"
+    """What annotations with iscrowd 1 are taken for."""
+    check: CheckName | None = None
+    """What is read of each image before the first batch, as --data.check; null: headers, or full with skip_bad."""
+    skip_bad: bool = False
+    """Whether bad images are left out, as --data.skip_bad; else they are an error."""
+    num_workers: CountOrZero = 0
+    """Processes that load the data; 0: the command's own process."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_skip_bad(self)
 
 
 def eval_command(argv: list[str]) -> int:
     """Evaluate a checkpoint on a COCO data set: a table of average precision.
 
-    As in training unless told otherwise, so it gives the figures that the run ended with.
+    As in training unless told otherwise, so the figures are those that the run ended with.
     """
-    parser = make_parser("eval", eval_command)
-    parser.add_argument("--checkpoint", type=str, required=True, help="checkpoint.pt of a run")
-    parser.add_argument("--images", type=str, required=True, help="folder of the images")
-    parser.add_argument("--annotations", type=str, required=True, help="COCO annotation file")
-    parser.add_argument("--out", type=str | None, default=None, help="folder for metrics.json and results.json")
-    parser.add_argument(
-        "--plots", type=str | None, default=None, help="folder for precision-recall curves and confusion matrices"
-    )
-    parser.add_argument(
-        "--max_detections", type=int | None, default=None, help="an image, made and counted; null: as in training"
-    )
-    parser.add_argument(
-        "--mask_classes",
-        type=str | None,
-        default=None,
-        help="those with masks in training, to evaluate the others apart, as --data.mask_classes; null: as in training",
-    )
-    parser.add_argument(
-        "--exif",
-        type=bool | None,
-        default=None,
-        help="turn images by their EXIF orientation, as --data.exif; null: as in training",
-    )
-    parser.add_argument(
-        "--crowds", type=Literal["ignore", "instances"], default="ignore", help="what iscrowd 1 is taken for"
-    )
-    parser.add_argument(
-        "--check", type=Literal["full", "headers", "off"] | None, default=None, help="of the images, as --data.check"
-    )
-    parser.add_argument("--skip_bad", type=bool, default=False, help="leave out bad images, as --data.skip_bad")
-    # Images of a batch are padded to one size, which reaches into the features at their borders.
-    parser.add_argument("--batch_size", type=int | None, default=None, help="null: as in training")
-    parser.add_argument("--num_workers", type=int, default=0)
-    add_device(parser)
-    args = parse(parser, argv)
+    args: EvalOptions = options_of(EvalOptions, "eval", eval_command, argv)
     device = usage(lambda: device_of(args.device))
     usage(lambda: check_precision(device, args.precision))
     usage(lambda: paths_exist(checkpoint=args.checkpoint, images=args.images, annotations=args.annotations))
-    for name, least in (("max_detections", 1), ("batch_size", 1), ("num_workers", 0)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UsageError(f"--{name}: expected at least {least}, got {value}")
-    if args.skip_bad and args.check == "off":
-        raise UsageError("--check: expected 'full' or 'headers' with skip_bad, got 'off'")
     out = Path(args.out) if args.out is not None else None
     if out:
         check_out(out)

@@ -2,55 +2,64 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
+from tmask.checks import check_fields
 from tmask.cli.common import (
+    Flag,
     UsageError,
-    add_device,
     advising,
     check_out,
     check_precision,
     device_of,
-    make_parser,
-    parse,
+    options_of,
     paths_exist,
     precision_of,
     usage,
 )
+from tmask.config import CountOrNone, Part, PrecisionName
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions:
+    """Options of ``tmask predict``."""
+
+    checkpoint: str
+    """File checkpoint.pt of a run."""
+    images: str
+    """Image, folder of images with its subfolders, or quoted glob."""
+    out: str
+    """Folder for predictions.json, images.json and the pictures."""
+    overwrite: Flag = False
+    """Forget what an earlier run left in --out."""
+    score_threshold: Part = 0.5
+    """Least score of a detection that is drawn."""
+    device: str = "auto"
+    """Where to run: auto, cpu, cuda or cuda:N."""
+    precision: PrecisionName | None = None
+    """Precision of the features; null: as in training, or fp32 on a device that lacks it."""
+    max_detections: CountOrNone = None
+    """Most detections of an image; null: as in training."""
+    annotations: str | None = None
+    """COCO file whose image ids the results shall have; null: new ids."""
+    exif: bool | None = None
+    """Whether images are turned upright by their EXIF orientation; null: yes, with --annotations as in training."""
+    pictures: Flag = True
+    """Draw the detections; --no_pictures does not."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def predict_command(argv: list[str]) -> int:
     """Detect in an image, a folder or a glob; writes COCO results and pictures to --out."""
-    from jsonargparse import ActionYesNo
-
-    parser = make_parser("predict", predict_command)
-    parser.add_argument("--checkpoint", type=str, required=True, help="checkpoint.pt of a run")
-    parser.add_argument("--images", type=str, required=True, help="image, folder or quoted glob")
-    parser.add_argument("--out", type=str, required=True, help="folder for predictions.json and the pictures")
-    parser.add_argument(
-        "--annotations", type=str | None, default=None, help="COCO file whose image ids the results shall have"
-    )
-    parser.add_argument(
-        "--exif",
-        type=bool | None,
-        default=None,
-        help="turn images upright by their EXIF orientation; null: yes, with --annotations as in training",
-    )
-    parser.add_argument("--pictures", action=ActionYesNo, default=True, help="draw the detections")
-    parser.add_argument("--score_threshold", type=float, default=0.5, help="least score that is drawn")
-    parser.add_argument("--max_detections", type=int | None, default=None, help="an image; null: as in training")
-    parser.add_argument("--overwrite", action="store_true", help="forget what an earlier run left in --out")
-    add_device(parser)
-    args = parse(parser, argv)
+    args: PredictOptions = options_of(PredictOptions, "predict", predict_command, argv)
     device = usage(lambda: device_of(args.device))
     usage(lambda: check_precision(device, args.precision))
     usage(lambda: paths_exist(checkpoint=args.checkpoint, annotations=args.annotations))
     out = Path(args.out)
     check_out(out)
-    if not 0 <= args.score_threshold <= 1:
-        raise UsageError(f"--score_threshold: expected in 0..1, got {args.score_threshold}")
-    if args.max_detections is not None and args.max_detections < 1:
-        raise UsageError(f"--max_detections: expected at least 1, got {args.max_detections}")
 
     from tmask.engine.checkpoint import load_model
     from tmask.engine.files import PICTURES_NAME, PREDICTIONS_NAME

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,10 @@ from jsonargparse import ArgumentParser
 from tmask.checks import nearest
 from tmask.cli.common import (
     UsageError,
+    add_device,
     check_out,
     check_precision,
+    describe_options,
     device_of,
     going_on,
     make_parser,
@@ -29,6 +29,7 @@ from tmask.config import (
     CONVENTIONS,
     Convention,
     DataConfig,
+    LossConfig,
     ModelConfig,
     RoIExtractorConfig,
     TrainConfig,
@@ -37,6 +38,18 @@ from tmask.config import (
 from tmask.presets import PRESETS, TRAIN_PRESETS
 
 DEFAULT_PRESET = "r50_fpn"
+GROUPS = {
+    "data": DataConfig,
+    "train": TrainConfig,
+    "model": ModelConfig,
+    "model.convention": Convention,
+    "model.roi_extractor": RoIExtractorConfig,
+    "model.losses": LossConfig,
+}
+COMMON = (
+    *("data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations", "out", "config"),
+    *("preset", "init", "resume", "overwrite", "train.steps", "train.batch_size", "train.lr", "device"),
+)  # shown first
 
 
 def train_command(argv: list[str]) -> int:
@@ -110,45 +123,41 @@ def train_command(argv: list[str]) -> int:
 
 def train_parser(preset: str) -> ArgumentParser:
     """The parser of ``tmask train`` with the defaults of a preset."""
-    parser = make_parser("train", train_command)
-    parser.add_argument("--config", action="config", help="YAML file with any of these settings")
-    parser.add_argument("--preset", default=preset, help=f"defaults to start from: {', '.join(PRESETS)}")
-    parser.add_argument("--out", type=str | None, default=None, help="folder of the run")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument(
-        "--init", type=str | None, default=None, help="checkpoint, or torchvision's weights, to begin with"
-    )
-    parser.add_argument("--resume", type=str | None, default=None, help="checkpoint to go on from")
-    parser.add_argument("--overwrite", action="store_true", help="train anew into a folder that holds a run")
+    usage = "--data.train_images FOLDER --data.train_annotations FILE --out FOLDER"
+    parser = make_parser("train", train_command, usage)
+    common = parser.add_argument_group("common options")
+    parser.add_argument("--config", action="config", metavar="FILE", help="YAML file with any of these settings.")
+    presets = f"Named model and training to begin with. ({', '.join(PRESETS)}; default: %(default)s)"
+    parser.add_argument("--preset", default=preset, metavar="NAME", help=presets)
+    text = "Folder of the run; needed here or in the config file."
+    parser.add_argument("--out", type=str | None, default=None, metavar="FOLDER", help=text)
+    text = "Checkpoint, or torchvision's weights, to begin with."
+    parser.add_argument("--init", type=str | None, default=None, metavar="FILE", help=text)
+    text = "Checkpoint of a run to go on from."
+    parser.add_argument("--resume", type=str | None, default=None, metavar="FILE", help=text)
+    parser.add_argument("--overwrite", action="store_true", help="Train anew in a folder that holds a run.")
+    add_device(parser)
     parser.add_class_arguments(DataConfig, "data")
-    parser.add_class_arguments(ModelConfig, "model", skip={"num_classes"})
-    parser.add_argument(
-        "--model.num_classes", type=int | None, default=None, help="with background; null: from the training data"
-    )
     parser.add_class_arguments(TrainConfig, "train")
-    groups = {"data": DataConfig, "model": ModelConfig, "train": TrainConfig}
-    _add_help(parser, groups | {"model.convention": Convention, "model.roi_extractor": RoIExtractorConfig})
+    parser.add_class_arguments(ModelConfig, "model", skip={"num_classes"})
+    classes = "Number of classes with the background; null: as the training data has. (default: %(default)s)"
+    parser.groups["model"].add_argument(
+        "--model.num_classes", type=int | None, default=None, metavar="INT", help=classes
+    )
+    for group, config in GROUPS.items():
+        describe_options(parser, group, config)
     settings = dataclasses.asdict(PRESETS[preset])
     del settings["num_classes"]
     parser.set_defaults({f"model.{name}": value for name, value in settings.items()})
     training = dataclasses.asdict(TRAIN_PRESETS[preset])
     parser.set_defaults({f"train.{name}": value for name, value in training.items()})
+    for section in parser._action_groups:
+        section._group_actions = [action for action in section._group_actions if action.dest not in COMMON]
+    actions = {action.dest: action for action in parser._actions}
+    actions["print_config"].help = "Print all settings, those of other options too, and exit."
+    common._group_actions += [actions[name] for name in COMMON]
+    parser._action_groups.sort(key=lambda section: section is not common)
     return parser
-
-
-def _add_help(parser: ArgumentParser, configs: dict[str, type]) -> None:
-    """The comment behind a field of a config is the help of its option."""
-    try:
-        sources = {group: inspect.getsource(config) for group, config in configs.items()}
-    except OSError:  # installed without its source: the options go without help
-        return
-    texts = {
-        f"{group}.{name}": text.replace("%", "%%")
-        for group, source in sources.items()
-        for name, text in re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE)
-    }
-    for action in parser._actions:
-        action.help = action.help or texts.get(action.dest)
 
 
 def _expand(argv: list[str]) -> tuple[str, list[str], dict[str, Any]]:

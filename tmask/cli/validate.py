@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from tmask.cli.common import device_of, make_parser, parse, usage
+from tmask.cli.common import add_device, device_of, make_parser, parse, usage
 
 
 def validate_command(argv: list[str]) -> int:
@@ -16,9 +16,10 @@ def validate_command(argv: list[str]) -> int:
     from tmask_kernels.machine import triton_fault
 
     parser = make_parser("validate", validate_command)
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON, at the end")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--ops", type=str | None, default=None, help="only these ops, e.g. nms,roi_align")
+    text = "Only these ops, such as nms,roi_align; null: all."
+    parser.add_argument("--ops", type=str | None, default=None, metavar="NAMES", help=text)
+    add_device(parser)
+    parser.add_argument("--json", action="store_true", help="Print the rows as JSON, at the end.")
     args = parse(parser, argv)
     device = usage(lambda: device_of(args.device))
     # The quotes and brackets are of a JSON list.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 
@@ -9,11 +10,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tmask.checks import listed, nearest
+from tmask.config import CheckName
 from tmask.data.coco import CocoDataset
 from tmask.data.images import BadImageError, read_header, read_picture, warn_transparent, warn_turned
 from tmask.data.loader import leave_stop_signals_to_the_trainer
 
-CHECKS = ("full", "headers", "off")
+CHECKS = typing.get_args(CheckName)
 _ALPHAS_READ = 50  # images decoded after a check of headers, to know whether alpha is opaque: seconds
 
 Look = tuple[int, bool, str]  # EXIF orientation, alpha (after a full check: not opaque), what is wrong or ""
