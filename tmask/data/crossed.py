@@ -2,7 +2,7 @@
 
 The classes are outlines x directions: a bar, leaf, wedge or dumbbell that rises to the right or falls. Parts are
 shared: who knows what rising means for a bar knows it for a wedge. Flips left to right turn one class into another.
-Letters: S image side, h w size of the window a shape is drawn in, u v coordinates along and across a shape.
+Letters: h w size of the window a shape is drawn in, u v coordinates along and across a shape.
 """
 
 from __future__ import annotations

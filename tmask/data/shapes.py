@@ -5,7 +5,7 @@ texture are drawn independently of it), shapes turn freely, differ fivefold in s
 Image `index` of a set depends on (seed, index) only, so any part of a set can be made anywhere, bit for bit.
 Variants: "mixed" is that set; "corners" the same with corners as keypoints; "crossed" has thin shapes that fill the
 same box in pairs (`tmask.data.crossed`).
-Letters: S image side, K shapes of an image, h w size of the window a shape is drawn in.
+Letters: K shapes of an image, Kp keypoints of a shape, h w size of the window a shape is drawn in.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ _STAR_NOTCH = 0.42  # radius of a star's inner corners / of its tips
 class ShapesImage(NamedTuple):
     """One image with its shapes, from back to front."""
 
-    image: Bytes  # [S, S, 3]
+    image: Bytes  # [size, size, 3]
     labels: npt.NDArray[np.int64]  # [K], 1..number of classes
-    masks: Bools  # [K, S, S], the visible pixels
+    masks: Bools  # [K, size, size], the visible pixels
     full_areas: npt.NDArray[np.int64]  # [K], pixels of the whole shape inside the image
-    keypoints: Floats  # [K, len(KEYPOINTS), 3]: x, y (0.5 is the centre of the first pixel) and COCO's visibility
+    keypoints: Floats  # [K, Kp, 3]: x, y (0.5 is the centre of the first pixel) and COCO's visibility
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _coco_keypoints(corners: Floats) -> dict[str, Any]:
 def _place(
     rng: np.random.Generator, size: int, candidates: Callable[..., Iterator[_Shape]]
 ) -> tuple[list[_Shape], npt.NDArray[np.int64]]:
-    """Shapes from back to front, and which of them each pixel shows ([S, S], -1 the ground).
+    """Shapes from back to front, and which of them each pixel shows ([size, size], -1 the ground).
 
     `candidates(rng, size, shapes)` gives the places that are tried for the next one.
     """
@@ -261,7 +261,7 @@ def _beyond_polygon(distance: Floats, angle: Floats, corners: int, radius: float
 
 
 def _ground(rng: np.random.Generator, size: int) -> tuple[Floats, Floats]:
-    """A cloudy two-colour ground [S, S, 3] and its mean colour [3]."""
+    """A cloudy two-colour ground [size, size, 3] and its mean colour [3]."""
     colours = rng.uniform(40, 215, size=(2, 3))
     blend = _clouds(rng, size, size, int(rng.integers(3, 9)))[..., None]
     grain = rng.uniform(4, 14) * (_clouds(rng, size, size, 40)[..., None] - 0.5)

@@ -1,6 +1,6 @@
 """What an annotation file holds, and where it contradicts itself. No mask is drawn for it.
 
-Letters: A annotations of the file; boxes are xyxy in pixels, float64 [A, 4], with NaN where there is none.
+Letters: K annotations of the file; boxes are xyxy in pixels, float64 [K, 4], with NaN where there is none.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def summarize(
     items = content["annotations"]
     sides = {record["id"]: (record["width"], record["height"]) for record in content["images"]}
     size = np.array([sides[item["image_id"]] for item in items], dtype=np.float64).reshape(-1, 2)
-    size = np.tile(size, 2)  # [A, 4], width height width height
+    size = np.tile(size, 2)  # [K, 4], width height width height
     masks = _mask_boxes(items, sides)
     inside = np.clip(masks, 0, size)
     has_mask: Array = np.all(inside[:, 2:] > inside[:, :2], axis=1)
@@ -131,7 +131,7 @@ def _mask_boxes(items: Sequence[dict[str, Any]], sides: dict[int, tuple[int, int
 
 
 def _fill_boxes(items: Sequence[dict[str, Any]], masks: Array) -> Array:
-    """Give the annotations without a box, or with one of zeros alone, that of their mask. [A] bool: which have it."""
+    """Give the annotations without a box, or with one of zeros alone, that of their mask. [K] bool: which have it."""
     filled = np.zeros(len(items), dtype=bool)
     for row, item in enumerate(items):
         if any(item.get("bbox", ())):

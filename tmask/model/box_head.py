@@ -1,6 +1,6 @@
 """Box head: pooled RoI features in, class logits and box deltas out.
 
-Letters: R RoIs, C classes with background.
+Letters: R RoIs, Cls foreground classes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class BoxHead(nn.Module):
         _init_predictors(self.classifier, self.regressor, class_bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled features [R, channels, pool, pool] to logits [R, C], or [R, C - 1], and deltas [R, C, 4]."""
+        """Pooled features [R, channels, pool, pool] to logits [R, Cls + 1], or [R, Cls], and deltas [R, Cls + 1, 4]."""
         x = F.relu(self.fc6(x.flatten(1)))
         x = F.relu(self.fc7(x))
         return self.classifier(x), self.regressor(x).unflatten(1, (-1, 4))
@@ -56,7 +56,7 @@ class MeanBoxHead(nn.Module):
         _init_predictors(self.classifier, self.regressor, class_bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled features [R, channels, pool, pool] to logits [R, C], or [R, C - 1], and deltas [R, C, 4]."""
+        """Pooled features [R, channels, pool, pool] to logits [R, Cls + 1], or [R, Cls], and deltas [R, Cls + 1, 4]."""
         x = x.mean((2, 3))
         return self.classifier(x), self.regressor(x).unflatten(1, (-1, 4))
 

@@ -1,7 +1,7 @@
 """Keypoint branch: RoIs in, the loss of their keypoints or their keypoints out. The layers are keypoint_head.py.
 
 Letters: N images, G ground-truth boxes, P RoIs an image, D detections an image, R rows (RoIs of all images), Kp
-keypoints, S heat-map side.
+keypoints, M heat-map side.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class KeypointBranch:
     size: int
 
     def loss(self, pool: Pool, head: Head, rois: SampledRois, targets: Targets, *, compact: bool) -> Tensor:
-        """Mean cross-entropy, over the S x S cells, of the keypoints of positive RoIs that are visible and inside.
+        """Mean cross-entropy, over the M x M cells, of the keypoints of positive RoIs that are visible and inside.
 
         0 with a graph if there is none. RoIs without one are not computed. Source: He et al. 2017, section 5.
         """

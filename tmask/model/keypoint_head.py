@@ -1,6 +1,6 @@
 """Keypoint head: pooled RoI features in, one heat map for each keypoint out.
 
-Letters: R RoIs, Kp keypoints, S heat-map side (four times the pooled side).
+Letters: R RoIs, Kp keypoints, M heat-map side (four times the pooled side).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class KeypointHead(nn.Module):
         msra([*self.convs, self.deconv])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pooled features [R, in_channels, S / 4, S / 4] to heat maps of logits [R, Kp, S, S], float32."""
+        """Pooled features [R, in_channels, M / 4, M / 4] to heat maps of logits [R, Kp, M, M], float32."""
         for conv in self.convs:
             x = F.relu(conv(x))
         # In float32, as the softmax over a heat map needs it.

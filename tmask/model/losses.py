@@ -1,7 +1,7 @@
 """The losses of RPN, box head and mask head, each a float32 scalar.
 
 All work on fixed-size samples with a validity mask, so no shape depends on data. Letters: N images, S slots (sampled,
-or all anchors), C classes with background; for masks R RoIs of all images, C mask channels, M mask side.
+or all anchors), Cls foreground classes; for masks R RoIs of all images, C mask channels, M mask side.
 """
 
 from __future__ import annotations
@@ -85,16 +85,17 @@ def box_losses(
 ) -> tuple[Tensor, Tensor]:
     """Classification and box loss of the sampled RoIs.
 
-    class_logits [N, S, C], without the background's column [N, S, C - 1] for sigmoid_focal; deltas [N, S, C, 4]; labels
-    [N, S] (0 background); rois and the ground truth `matched` [N, S, 4]. Only the four deltas of the RoI's own class
-    enter the box loss. Both are divided by the number of sampled RoIs of the batch, sigmoid_focal by that of positives.
+    class_logits [N, S, Cls + 1], without the background's column [N, S, Cls] for sigmoid_focal; deltas
+    [N, S, Cls + 1, 4]; labels [N, S] (0 background); rois and the ground truth `matched` [N, S, 4]. Only the four
+    deltas of the RoI's own class enter the box loss. Both losses are divided by the number of sampled RoIs of the
+    batch, sigmoid_focal by the number of positives.
     Source: Girshick 2015, "Fast R-CNN", equations 1-3.
     """
     sampled = valid.sum().clamp(min=1)
     if class_loss == "sigmoid_focal":
         assert focal is not None
         classes = torch.arange(1, class_logits.shape[-1] + 1, device=labels.device)
-        of_class = labels[..., None] == classes  # [N, S, C - 1]
+        of_class = labels[..., None] == classes  # [N, S, Cls]
         loss = _focal_sum(class_logits, of_class, valid[..., None], focal) / positive.sum().clamp(min=1)
     elif class_loss == "softmax_focal":
         assert focal is not None

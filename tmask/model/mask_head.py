@@ -94,7 +94,7 @@ def _init_predictor(predictor: nn.Conv2d | nn.Linear) -> None:
 
 
 def _deconv(x: Tensor, deconv: nn.ConvTranspose2d) -> Tensor:
-    """``relu(deconv(x))`` as a matrix product over channels: [R, O, h, w] to [R, h, w, dy, dx, channels].
+    """``relu(deconv(x))`` as a matrix product over channels: [R, in_channels, h, w] to [R, h, w, dy, dx, channels].
 
     A 2x2 deconvolution of stride 2 gives every pixel four outputs of its own, and the predictor looks at one pixel at
     a time. So only the few logits move to their 2 x 2 places, not the wide features: less traffic, and on a CPU about

@@ -2,7 +2,7 @@
 
 So a class that has boxes alone gets masks too: it learns its rows of the box head, and the function that makes mask
 weights of such rows is learnt from the classes that have masks. Source: Hu et al. 2018, "Learning to Segment Every
-Thing", section 3. Letters: C classes with background, D features of the box head.
+Thing", section 3. Letters: Cls foreground classes, F features of the box head, C channels of the masks' features.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tmask.model.init import msra
 
 _INPUTS = {"cls": ("cls",), "box": ("box",), "cls_box": ("cls", "box")}
-_ROWS = {"cls": 1, "box": 4}  # of D weights, that a class has
+_ROWS = {"cls": 1, "box": 4}  # of F weights, that a class has
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"leaky_relu": lambda: nn.LeakyReLU(0.1), "relu": nn.ReLU}
 
@@ -28,7 +28,7 @@ class MaskTransfer(nn.Module):
     `inputs` says what of the box head ``w_det`` is for a class: ``cls``, its row of the classifier; ``box``, its four
     rows of the regressor; ``cls_box``, all five, side by side. Biases have no part. T is `num_layers` fully connected
     layers, each of `channels` outputs (the channels that the predictor sees), with `activation` between them,
-    ``leaky_relu`` of slope 0.1 or ``relu``. `features` is D. With `stop_grad` the mask loss moves T but not the box
+    ``leaky_relu`` of slope 0.1 or ``relu``. `features` is F. With `stop_grad` the mask loss moves T but not the box
     head's weights.
     """
 
@@ -46,13 +46,13 @@ class MaskTransfer(nn.Module):
         self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, classifier: Tensor, regressor: Tensor) -> Tensor:
-        """Weights of the classifier [C, D], or [C - 1, D] without background, and of the regressor [4C, D] to [C, O].
+        """Map weights of the classifier [Cls + 1, F], or [Cls, F], and the regressor [4(Cls + 1), F] to [Cls + 1, C].
 
-        Row k is the 1x1 kernel of class k over O channels, without bias. Row 0 is zeros: the background has no mask,
+        Row k is the 1x1 kernel of class k over C channels, without bias. Row 0 is zeros: the background has no mask,
         and its weights do not enter.
         """
-        regressor = regressor.unflatten(0, (-1, 4))[1:]  # [C - 1, 4, D]
-        parts = {"cls": classifier[-len(regressor) :], "box": regressor.flatten(1)}  # [C - 1, D], [C - 1, 4D]
+        regressor = regressor.unflatten(0, (-1, 4))[1:]  # [Cls, 4, F]
+        parts = {"cls": classifier[-len(regressor) :], "box": regressor.flatten(1)}  # [Cls, F], [Cls, 4F]
         weights = torch.cat([parts[name] for name in self.inputs], dim=1)
         if self.stop_grad:
             weights = weights.detach()

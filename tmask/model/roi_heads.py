@@ -1,8 +1,8 @@
 """RoI heads: proposals in, classified boxes, with masks unless left out (or, in training, their losses) out.
 
 This file says which RoIs each head sees; the heads themselves are box_head.py and mask_head.py, and what is learnt of
-masks is mask_branch.py. Letters: N images, P proposals, G ground-truth boxes, S sampled RoIs, D detections, C classes
-with background.
+masks is mask_branch.py. Letters: N images, P proposals, G ground-truth boxes, S sampled RoIs, D detections,
+Cls foreground classes.
 """
 
 from __future__ import annotations
@@ -115,9 +115,10 @@ class RoIHeads(nn.Module):
         """Class scores, refined boxes, NMS within each class, then masks and keypoints of what is left."""
         valid = proposals.valid()
         class_logits, deltas = self._box_branch(features, proposals.boxes, valid)
-        boxes = decode_boxes(deltas.float(), proposals.boxes[:, :, None], weights=BOX_CODE_WEIGHTS)  # [N, P, C, 4]
+        # [N, P, Cls + 1, 4]
+        boxes = decode_boxes(deltas.float(), proposals.boxes[:, :, None], weights=BOX_CODE_WEIGHTS)
         boxes, scores, labels, counts = detections(
-            class_probabilities(class_logits, self.class_loss),  # [N, P, C - 1]
+            class_probabilities(class_logits, self.class_loss),  # [N, P, Cls]
             boxes[:, :, 1:],
             valid=valid,
             image_sizes=images.sizes,
@@ -164,7 +165,7 @@ class RoIHeads(nn.Module):
         return SampledRois(take_rows(boxes, chosen.rows), labels, gt_index, chosen.positive, chosen.valid)
 
     def _box_branch(self, features: Sequence[Tensor], boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes [N, S, 4] to class logits [N, S, C] and deltas [N, S, C, 4]."""
+        """Boxes [N, S, 4] to class logits [N, S, Cls + 1] and deltas [N, S, Cls + 1, 4]."""
         pooled = self.extractor(features, boxes, valid, self.box_pool_size)
         logits, deltas = self.box_head(pooled)
         return logits.unflatten(0, valid.shape), deltas.unflatten(0, valid.shape)

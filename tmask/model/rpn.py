@@ -1,6 +1,7 @@
 """Region proposal network: FPN levels in, proposals (and in training two losses) out.
 
-Letters: N images, A anchors a cell, T anchors of all levels, P proposals, G ground-truth boxes, H W size of a level.
+Letters: N images, B anchors a cell, A anchors of all levels, P proposals, G ground-truth boxes, S sampled anchors,
+C channels, H W size of a level.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tmask_kernels import AnchorSpec, make_anchors, match_anchors, rpn_proposals
 
 
 class RPNHead(nn.Module):
-    """A 3x3 convolution shared by all levels, then objectness and box deltas for the A anchors of each cell.
+    """A 3x3 convolution shared by all levels, then objectness and box deltas for the B anchors of each cell.
 
     `objectness_bias`: what the objectness begins with.
     """
@@ -37,7 +38,7 @@ class RPNHead(nn.Module):
         nn.init.constant_(self.objectness.bias, objectness_bias)  # type: ignore[arg-type]
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """[N, C, H, W] each to logits [N, A, H, W] each and deltas [N, 4A, H, W] each."""
+        """[N, C, H, W] each to logits [N, B, H, W] each and deltas [N, 4B, H, W] each."""
         hidden = [F.relu(self.conv(x)) for x in features]
         return [self.objectness(x) for x in hidden], [self.deltas(x) for x in hidden]
 
@@ -115,7 +116,7 @@ class RPN(nn.Module):
         self, objectness: list[Tensor], deltas: list[Tensor], size: tuple[int, int], targets: Targets
     ) -> dict[str, Tensor]:
         feature_sizes = [(x.shape[-2], x.shape[-1]) for x in objectness]
-        anchors = make_anchors(self.anchors, feature_sizes, size, device=targets.boxes.device)  # [T, 4]
+        anchors = make_anchors(self.anchors, feature_sizes, size, device=targets.boxes.device)  # [A, 4]
         matches, _ = match_anchors(
             anchors,
             targets.boxes,
@@ -124,10 +125,10 @@ class RPN(nn.Module):
             high=self.fg_iou,
             low=self.bg_iou,
             allow_low_quality=True,
-        )  # [N, T]
+        )  # [N, A]
         # Anchors run by level, row, column, then anchor of the cell; the maps hold the anchor before the cell.
-        logits = torch.cat([x.permute(0, 2, 3, 1).flatten(1) for x in objectness], dim=1)  # [N, T]
-        flat = torch.cat([x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4) for x in deltas], dim=1)  # [N, T, 4]
+        logits = torch.cat([x.permute(0, 2, 3, 1).flatten(1) for x in objectness], dim=1)  # [N, A]
+        flat = torch.cat([x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4) for x in deltas], dim=1)  # [N, A, 4]
         if self.focal is None:
             chosen = self.sampler(
                 matches >= 0, matches == -1, size=self.batch_size, positive_fraction=self.positive_fraction

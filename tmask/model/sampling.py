@@ -1,6 +1,6 @@
 """Which anchors or RoIs the losses see: a random, fixed-size sample with a bounded share of positives.
 
-Letters: N images, M candidates, S sampled slots.
+Letters: N images, P candidates (anchors or proposals) of an image, S sampled slots.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 class Sample(NamedTuple):
     """Chosen candidates: positives in the first slots, then negatives, then empty slots."""
 
-    rows: Tensor  # [N, S] int64 into the M candidates; 0 in an empty slot
+    rows: Tensor  # [N, S] int64 into the P candidates; 0 in an empty slot
     positive: Tensor  # [N, S] bool
     valid: Tensor  # [N, S] bool: not empty
 
@@ -38,7 +38,7 @@ def sample(
 ) -> Sample:
     """Draw `size` of the candidates of each image, at most ``int(size * positive_fraction)`` of them positive.
 
-    `positive` and `negative` are [N, M] bool and disjoint. Every set of positives of the number drawn is as likely as
+    `positive` and `negative` are [N, P] bool and disjoint. Every set of positives of the number drawn is as likely as
     any other, but for ties of float32 keys, and so are those of negatives. Too few positives are made up for by
     negatives; too few of both leave slots empty. The draw follows from the state of `generator`, one of the masks'
     device (None: the default one); no host synchronisation.
@@ -61,11 +61,11 @@ def sample(
 
 
 def take_rows(values: Tensor, index: Tensor) -> Tensor:
-    """Row `index` [N, S] of each image of `values` [N, M, D]: [N, S, D]."""
+    """Row `index` [N, S] of each image of `values` [N, P, fields]: [N, S, fields]."""
     return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
 
 
 def _random_subset(mask: Tensor, keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Up to `count` random True positions of `mask` [N, M]: indices and whether each slot holds one, filled first."""
+    """Up to `count` random True positions of `mask` [N, P]: indices and whether each slot holds one, filled first."""
     order = torch.where(mask, keys, -1.0).topk(min(count, mask.shape[1]), dim=1)
     return order.indices, order.values >= 0
