@@ -686,9 +686,12 @@ SETTING_FAILURES = {
         "norm bn needs more than one value a channel: batch_size 1 of 32 x 32 pixels leaves a map of 1 x 1; "
         "larger --train.batch_size or --model.min_size, or --model.norm frozen_bn (or gn)"
     ),
-    ("more classes than the data has", "train --model.num_classes 9"): (
-        "num_classes: expected 6 (the 5 categories and background), got 9"
-    ),
+    **{
+        (f"{what} classes than the data has", f"train --model.num_classes {number}"): (
+            f"num_classes: expected 6 (the 5 categories and background), got {number}"
+        )
+        for what, number in (("more", 9), ("fewer", 5))
+    },
     ("backbone weights that do not exist", "train --model.backbone_weights nowhere.pth"): (
         "backbone_weights: expected a state-dict file, got 'nowhere.pth', which does not exist"
     ),
@@ -710,8 +713,8 @@ SETTINGS = [
             ),
             ("group that holds no settings", "train: 3"): "--config c.yaml: train: expected settings by name, got 3",
             ("config file that is no YAML", "model: ["): (
-                "--config c.yaml: not YAML: while parsing a flow node expected the node content, but found '<stream end>' "
-                'in "<unicode string>", line 1, column 9: model: [ ^'
+                "--config c.yaml: not YAML: while parsing a flow node expected the node content, "
+                "but found '<stream end>' in \"<unicode string>\", line 1, column 9: model: [ ^"
             ),
             ("key of the config file that is no text", "2020-01-01: 3"): "unknown option --2020-01-01",
             ("too deep a weight transfer", "model: {mask_transfer: {layers: 4}}"): (
