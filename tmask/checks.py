@@ -57,14 +57,18 @@ def check_fields(config: Any) -> None:
     """
     for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
-        bare = getattr(hint, "__origin__", hint) if bounds(hint) else hint
-        require(_fits(value, bare), name, describe(bare, value), value)
+        require(_fits(value, bare(hint)), name, describe(bare(hint), value), value)
         for bound in bounds(hint):
             require(bound.holds(value), name, bound.expected, value)
 
 
+def bare(hint: Any) -> Any:
+    """The type that an annotation is about."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
+
+
 def bounds(hint: Any) -> list[Bound]:
-    """The bounds of an annotation, which are empty for a bare type."""
+    """The bounds of an annotation; none for a bare type."""
     return [item for item in getattr(hint, "__metadata__", ()) if isinstance(item, Bound)]
 
 

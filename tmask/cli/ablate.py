@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tmask.checks import nearest
 from tmask.cli import bench
-from tmask.cli.common import UsageError, add_device, check_out, device_of, make_parser, parse, usage
+from tmask.cli.common import UsageError, check_out, device_of, usage
+from tmask.cli.options import add_device, make_parser, parse
 
 
 def ablate_command(argv: list[str]) -> int:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tmask.checks import nearest
-from tmask.cli.common import UsageError, add_device, check_out, device_of, make_parser, parse, usage
+from tmask.cli.common import UsageError, check_out, device_of, usage
+from tmask.cli.options import add_device, make_parser, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS = ("all", "op", "model")

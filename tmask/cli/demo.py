@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tmask.cli.common import check_out, check_precision, device_of, going_on, options_of, usage
+from tmask.cli.common import check_out, check_precision, device_of, going_on, usage
+from tmask.cli.options import options_of
 
 
 def demo_command(argv: list[str]) -> int:

@@ -13,11 +13,11 @@ from tmask.cli.common import (
     check_out,
     check_precision,
     device_of,
-    options_of,
     paths_exist,
     precision_of,
     usage,
 )
+from tmask.cli.options import options_of
 from tmask.config import CheckName, CountOrNone, CountOrZero, CrowdsName, PrecisionName, check_skip_bad
 
 

@@ -7,17 +7,16 @@ from pathlib import Path
 
 from tmask.checks import check_fields
 from tmask.cli.common import (
-    Flag,
     UsageError,
     advising,
     check_out,
     check_precision,
     device_of,
-    options_of,
     paths_exist,
     precision_of,
     usage,
 )
+from tmask.cli.options import Flag, options_of
 from tmask.config import CountOrNone, Part, PrecisionName
 
 

@@ -11,20 +11,8 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from tmask.checks import nearest
-from tmask.cli.common import (
-    UsageError,
-    add_device,
-    check_out,
-    check_precision,
-    describe_options,
-    device_of,
-    going_on,
-    make_parser,
-    parse,
-    paths_exist,
-    settings_of,
-    usage,
-)
+from tmask.cli.common import UsageError, check_out, check_precision, device_of, going_on, paths_exist, usage
+from tmask.cli.options import add_device, describe_options, make_parser, parse, settings_of
 from tmask.config import (
     CONVENTIONS,
     Convention,

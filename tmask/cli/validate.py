@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 
-from tmask.cli.common import add_device, device_of, make_parser, parse, usage
+from tmask.cli.common import device_of, usage
+from tmask.cli.options import add_device, make_parser, parse
 
 
 def validate_command(argv: list[str]) -> int:
