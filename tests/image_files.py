@@ -89,15 +89,8 @@ def with_exif(pixels: Pixels, suffix: str, orientation: int | None = None, more:
         return file.getvalue()
     own = {(0x112, 3, 1, orientation or 1), *more}
     strip = {273: 400, 259: 1, 284: 1}
-    numbers = {
-        256: pixels.shape[1],
-        257: pixels.shape[0],
-        262: 2,
-        277: 3,
-        278: pixels.shape[0],
-        279: pixels.size,
-        **strip,
-    }
+    height, width, _ = pixels.shape
+    numbers = {256: width, 257: height, 262: 2, 277: 3, 278: height, 279: pixels.size, **strip}
     entries = own | {(tag, 4, 1, value) for tag, value in numbers.items()} | {(258, 3, 3, 216)}
     packed = [struct.pack("<HHII", *entry) for entry in sorted(entries)]
     return (b"II*\0" + _ifd(8, packed)).ljust(400, b"\0") + pixels.tobytes()

@@ -153,10 +153,8 @@ def test_a_folder_that_cannot_be_written_to_is_found_first(
     """By what the system says of it; root may write everywhere."""
     monkeypatch.setattr(os, "access", lambda path, mode: not (mode & os.W_OK and Path(path) == Path("run")))
     assert run(f"{command} --out run/new/out") == 2
-    expected = (
-        f"tmask {command}: error: --out run/new/out: the folder run is not writable (see tmask {command} --help)\n"
-    )
-    assert capfd.readouterr().err == expected
+    expected = f"error: --out run/new/out: the folder run is not writable (see tmask {command} --help)\n"
+    assert capfd.readouterr().err == f"tmask {command}: {expected}"
 
 
 def test_the_system_s_errors_name_the_file(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -214,30 +212,25 @@ def page() -> str:
     """docs/bad-input.md as the cases have it."""
     lines = HEAD.splitlines()
     for group, cases in GROUPS.items():
-        lines += ["", f"## {group}", "", "| input | given to | message | exit |", "|---|---|---|---|"]
-        lines += [table_row(case.what, code(case.words), code(case.message), str(case.code)) for case in cases]
-    lines += ["", "## In Python", "", "| input | code | message |", "|---|---|---|"]
-    lines += [table_row(case.what, code(case.code), code(case.message)) for case in PYTHON]
-    lines += [
-        *("", "## Accepted", ""),
-        "Real data sets hold some of these. What is left out is counted in one warning that names the first.",
-        *("", "| input | given to | what is done | warning |", "|---|---|---|---|"),
-    ]
-    lines += [
-        table_row(case.what, code(case.words), case.done, code(case.warning) if case.warning else "")
-        for case in ACCEPTED
-    ]
-    lines += ["", "## Tested elsewhere", "", "| input | test |", "|---|---|"]
-    lines += [table_row(what, code(test)) for what, test in ELSEWHERE.items()]
+        rows = [(case.what, code(case.words), code(case.message), str(case.code)) for case in cases]
+        lines += table(group, ("input", "given to", "message", "exit"), rows)
+    lines += table("In Python", ("input", "code", "message"), [(c.what, code(c.code), code(c.message)) for c in PYTHON])
+    told = "Real data sets hold some of these. What is left out is counted in one warning that names the first."
+    rows = [(case.what, code(case.words), case.done, code(case.warning or "")) for case in ACCEPTED]
+    lines += table("Accepted", ("input", "given to", "what is done", "warning"), rows, told, "")
+    lines += table("Tested elsewhere", ("input", "test"), [(what, code(test)) for what, test in ELSEWHERE.items()])
     return "\n".join([*lines, ""])
 
 
+def table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], *text: str) -> list[str]:
+    """A section of the page; a bar inside a cell would end the cell."""
+    cells = [columns, *[tuple(cell.replace("|", "\\|") for cell in row) for row in rows]]
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return ["", f"## {title}", "", *text, lines[0], "|---" * len(columns) + "|", *lines[1:]]
+
+
 def code(text: str) -> str:
-    return f"`{text}`"
-
-
-def table_row(*cells: str) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return f"`{text}`" if text else ""
 
 
 def test_the_page_is_up_to_date() -> None:

@@ -1,7 +1,6 @@
 """`tmask validate` and `tmask info`: they must see a wrong op, and must not hide one."""
 
 import dataclasses
-import importlib
 import json
 import os
 import subprocess
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 import tmask_kernels
-from tmask import validate
+from tmask import cli, validate
 from tmask_kernels.common.spec import FEATURE_DTYPES
 from tmask_kernels.testing import TOLERANCES, OpSpec, op_specs
 
@@ -30,6 +29,11 @@ def faulty(change: Any, **changes: Any) -> OpSpec:
         return out if x["logits"].dtype == torch.float64 else change(out)
 
     return dataclasses.replace(check, call=call, **changes)
+
+
+def reference_rows(change: Any, **changes: Any) -> list[validate.Row]:
+    check = faulty(change, **{"dtypes": (torch.float32,), "gradients": (), **changes})
+    return [row for row in validate.validate_op(check, CPU) if row.backend == "reference"]
 
 
 def test_every_public_op_has_a_case() -> None:
@@ -71,8 +75,7 @@ def test_one_wrong_element_is_found(dtype: torch.dtype, excess: float, verdict: 
         delta[3, 2] = excess * TOLERANCES[dtype].max * max(1.0, float(out.abs().max()))
         return out.float().add(delta).to(out.dtype) if dtype == torch.float32 else out + delta
 
-    rows = validate.validate_op(faulty(change, dtypes=(dtype,), gradients=()), CPU)
-    assert [row.verdict for row in rows if row.backend == "reference"] == [verdict]
+    assert [row.verdict for row in reference_rows(change, dtypes=(dtype,))] == [verdict]
 
 
 @pytest.mark.parametrize(
@@ -86,8 +89,7 @@ def test_one_wrong_element_is_found(dtype: torch.dtype, excess: float, verdict: 
     ids=["shape", "nan", "outputs", "crash"],
 )
 def test_other_faults_fail_with_a_note(change: Any, note: str) -> None:
-    rows = validate.validate_op(faulty(change, dtypes=(torch.float32,), gradients=()), CPU)
-    assert {(row.verdict, row.note) for row in rows if row.backend == "reference"} == {("fail", note)}
+    assert {(row.verdict, row.note) for row in reference_rows(change)} == {("fail", note)}
 
 
 def test_a_wrong_gradient_is_found() -> None:
@@ -100,9 +102,8 @@ def test_a_wrong_gradient_is_found() -> None:
         def backward(ctx: Any, grad: Tensor) -> Tensor:
             return 1.01 * grad
 
-    rows = validate.validate_op(faulty(Wrong.apply, dtypes=(torch.float32,)), CPU)
-    verdicts = {row.direction: row.verdict for row in rows if row.backend == "reference"}
-    assert verdicts == {"forward": "pass", "backward": "fail"}
+    rows = reference_rows(Wrong.apply, gradients=BY_NAME["sigmoid_focal_loss"].gradients)
+    assert {row.direction: row.verdict for row in rows} == {"forward": "pass", "backward": "fail"}
 
 
 def test_integers_must_be_equal() -> None:
@@ -110,13 +111,7 @@ def test_integers_must_be_equal() -> None:
     assert validate._compare({"counts": "a"}, {"counts": "b"})[2:] == (False, "values differ")
 
 
-@pytest.fixture
-def cli() -> Any:
-    pytest.importorskip("jsonargparse")
-    return importlib.import_module("tmask.cli")
-
-
-def test_a_failing_row_sets_the_exit_code(cli: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_failing_row_sets_the_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # else a second process would be started
     monkeypatch.setattr(validate, "NAMES", ("reference",))  # one row
     for change, code in ((lambda out: out, 0), (lambda out: out + 1, 1)):
@@ -131,7 +126,7 @@ def test_a_failing_row_sets_the_exit_code(cli: Any, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_row_is_printed_before_the_next_is_known(
-    cli: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And Ctrl-C leaves the rows that are done and their total."""
     seen: list[str] = []
@@ -157,11 +152,7 @@ def test_notes_of_the_table_are_short() -> None:
     def change(out: Tensor) -> Tensor:
         raise TypeError(f"cannot convert\n{[0.5] * 900}\nto bool")
 
-    (row,) = [
-        row
-        for row in validate.validate_op(faulty(change, dtypes=(torch.float32,), gradients=()), CPU)
-        if row.backend == "reference"
-    ]
+    (row,) = reference_rows(change)
     assert row.note == "TypeError: cannot convert ... to bool"
     note = "x" * 900
     assert validate._format(9, dataclasses.replace(row, note=note)).endswith(f" fail    {'x' * 57}...")
@@ -169,7 +160,7 @@ def test_notes_of_the_table_are_short() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="that machine's numpy need not suit Triton's interpreter")
 @pytest.mark.parametrize("ops", ["padded_nms", '["padded_nms"]'])
-def test_without_a_gpu_the_kernels_are_interpreted(ops: str, cli: Any) -> None:
+def test_without_a_gpu_the_kernels_are_interpreted(ops: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tmask", "validate", "--device", "cpu", "--json", "--ops", ops]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -180,7 +171,7 @@ def test_without_a_gpu_the_kernels_are_interpreted(ops: str, cli: Any) -> None:
     assert {"op", "direction", "backend", "dtype", "max_error", "tolerance", "verdict", "note"} == set(rows[0])
 
 
-def test_info_names_versions_presets_and_reasons(cli: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_info_names_versions_presets_and_reasons(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out

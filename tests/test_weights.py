@@ -29,17 +29,12 @@ def state() -> dict[str, Tensor]:
 
 def older(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The names of torchvision before 0.13, which the published files hold."""
-    rules = [
-        (r"(inner_blocks|layer_blocks)\.(\d)\.0\.", r"\1.\2."),
-        (r"rpn\.head\.conv\.0\.0\.", "rpn.head.conv."),
-    ]
-    out = {}
-    for key, tensor in state.items():
-        for pattern, name in rules:
-            key = re.sub(pattern, name, key)
-        key = re.sub(r"mask_head\.(\d)\.0", lambda match: f"mask_head.mask_fcn{int(match[1]) + 1}", key)
-        out[key] = tensor
-    return out
+
+    def rename(key: str) -> str:
+        key = re.sub(r"(inner_blocks|layer_blocks)\.(\d)\.0\.", r"\1.\2.", key).replace("head.conv.0.0.", "head.conv.")
+        return re.sub(r"mask_head\.(\d)\.0", lambda match: f"mask_head.mask_fcn{int(match[1]) + 1}", key)
+
+    return {rename(key): tensor for key, tensor in state.items()}
 
 
 def same(a: tmask.MaskRCNN, b: tmask.MaskRCNN) -> bool:
@@ -50,12 +45,8 @@ def same(a: tmask.MaskRCNN, b: tmask.MaskRCNN) -> bool:
 @pytest.mark.parametrize(
     ("backbone", "frozen"),
     [
-        ("resnet18", False),
-        ("resnet34", False),
-        ("resnet50", False),
-        ("resnet101", False),
-        ("resnet50", True),
-        ("resnext50_32x4d", True),
+        *((name, False) for name in ("resnet18", "resnet34", "resnet50", "resnet101")),
+        *((name, True) for name in ("resnet50", "resnext50_32x4d")),
     ],
     ids=lambda value: value if isinstance(value, str) else ("frozen_bn" if value else "bn"),
 )
