@@ -906,6 +906,7 @@ RENAMED = f"{FILE}: 3 of 3 images are there under another name, first {{!r}}: 00
 MORE_OBJECTS = "images hold more than {0} objects, up to 4, but {0} detections an image count:".format
 OVERVIEW = [{"pixels": zeros(32, 32, 3)}, {"pixels": zeros(16, 16, 3), "more": [(254, 4, [1])]}]
 HIDDEN = first_image(zeros(32, 32, 4))
+BATCH_OF_3 = "train --train.batch_size 3"
 
 ACCEPTED = [
     Accepted("box with x2 <= x1", "train", "is left out", annotation(bbox=[9, 9, -4, 5]), NO_AREA),
@@ -1108,15 +1109,11 @@ ACCEPTED = [
     Accepted("image of one channel", "eval", "grey is repeated", first_image(zeros(32, 32))),
     *[
         Accepted("1 x 1 image", words, "is enlarged like any other", tiny_image(1, 1))
-        for words in ("train --train.batch_size 3", "eval", "predict")
+        for words in (BATCH_OF_3, "eval", "predict")
     ],
     *[
         Accepted("image of 1 x 700 pixels", words, "keeps one row after the resize", tiny_image(700, 1))
-        for words in (
-            "train --train.batch_size 3",
-            "train --train.batch_size 3 --model.convention torchvision",
-            *("eval", "predict"),
-        )
+        for words in (BATCH_OF_3, f"{BATCH_OF_3} --model.convention torchvision", "eval", "predict")
     ],
     Accepted(
         *("byte-order mark before the JSON", "train", "is read over"),
