@@ -1,4 +1,4 @@
-"""Checks of what users give, shared by the configs and the command line; every message is "name: expected, got"."""
+"""Checks of user input for the configs and the command line. Every message is "name: expected ..., got ..."."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def require(condition: bool, name: str, expected: str, got: Any) -> None:
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """What to expect in place of `name`: the known name most like it, or all of them."""
+    """Return the known name most like `name`, or all known names."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
     return f"{near[0]!r}?" if near else f"one of {', '.join(names)}"
 
 
 def listed(items: Sequence[str], separator: str) -> str:
-    """The first few of `items` in words, and the number of the others."""
+    """Join the first few items and the number of the others."""
     more = len(items) - _NAMED
     return separator.join(items[:_NAMED]) + (f"{separator}and {more} more" if more > 0 else "")
 
@@ -73,7 +73,7 @@ def bounds(hint: Any) -> list[Bound]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether `value` is of the type `hint`; of a float, also finite."""
+    """Return whether `value` has the type `hint`; a float must be finite too."""
     parts = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, tuple):
@@ -92,7 +92,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def describe(hint: Any, got: Any) -> str:
-    """What to expect of the type `hint` in place of `got`, in words."""
+    """Describe the type `hint` in words; for names, the one nearest to `got`."""
     parts = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
         return nearest(str(got), parts)

@@ -54,7 +54,7 @@ class DemoConfig:
 
 
 def run_demo(config: DemoConfig, *, device: torch.device) -> dict[str, float]:
-    """Make (or reuse) the data, train, evaluate, draw, and print what came out; gives the metrics."""
+    """Make (or reuse) the data, train, evaluate, draw, print the results, and return the metrics."""
     from tmask.engine.dataset import augment, open_dataset
     from tmask.engine.evaluate import results_table
     from tmask.engine.files import CONFIG_NAME, PICTURES_NAME
@@ -106,9 +106,9 @@ def run_demo(config: DemoConfig, *, device: torch.device) -> dict[str, float]:
 
 
 def make_data(folder: Path, *, num_images: int, seed: int, size: int, variant: str = "mixed") -> tuple[Path, Path]:
-    """Shapes as a COCO data set in `folder`: the images folder and the annotation file.
+    """Draw shapes as a COCO data set in `folder` and return the images folder and the annotation file.
 
-    Reused if it is complete and of the same settings and version of the generator.
+    A complete data set of the same settings and version of the generator is reused.
     """
     from tmask.data.shapes import GENERATOR_VERSION, write_shapes
 

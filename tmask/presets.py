@@ -1,4 +1,4 @@
-"""Named settings: of the model, and of the training that goes with it."""
+"""Named settings of the model, each with settings for its training."""
 
 from __future__ import annotations
 
@@ -80,9 +80,10 @@ TRAIN_PRESETS: dict[str, TrainConfig] = {
 
 
 def model_config(preset: str | ModelConfig, **overrides: Any) -> ModelConfig:
-    """A preset (or a config) with some fields replaced; ``convention`` also takes a name of ``CONVENTIONS``.
+    """Return a preset (or a config) with some fields replaced; ``convention`` may be a name of ``CONVENTIONS``.
 
-    Errors: ValueError for an unknown preset, field or convention (with the nearest name) and impossible values.
+    Raises:
+        ValueError: A preset, field or convention is unknown (with the nearest name), or a value is impossible.
     """
     if isinstance(preset, str):
         if preset not in PRESETS:

@@ -1,4 +1,4 @@
-"""What a set of keypoints is: their names, the lines between them, their mirror pairs and how exactly each is known."""
+"""A set of keypoints: names, lines between them, mirror pairs, and how exactly people place each."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ UNKNOWN_SIGMA = 0.05  # of keypoints nobody measured it for: between COCO's eyes
 
 
 class Skeleton(NamedTuple):
-    """Kp keypoints; others name them by their number from 0."""
+    """Kp keypoints, numbered from 0."""
 
     names: tuple[str, ...]
     edges: Pairs  # the lines of a picture
-    flip_pairs: Pairs  # what a left-right flip turns into one another
+    flip_pairs: Pairs  # keypoints that a left-right flip swaps
     sigmas: tuple[float, ...]  # per-keypoint spread of annotators in OKS, as a part of the square root of the area
 
     @property
     def flip_order(self) -> tuple[int, ...]:
-        """Which keypoint stands at each place after a left-right flip."""
+        """Return the number of the keypoint at each place after a left-right flip."""
         order = list(range(len(self.names)))
         for a, b in self.flip_pairs:
             order[a], order[b] = b, a
         return tuple(order)
 
 
-# COCO's keypoints of a person; the sigmas are those of its evaluation (cocodataset.org, keypoints-eval).
+# COCO's keypoints of a person, with the sigmas of COCO's evaluation (cocodataset.org, keypoints-eval).
 PERSON = Skeleton(
     names=(
         *("nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow"),
@@ -54,11 +54,16 @@ def make_skeleton(
     flip_pairs: Pairs | None = None,
     sigmas: Sequence[float] | None = None,
 ) -> Skeleton:
-    """A skeleton of which some parts are given; without names it is COCO's person.
+    """Make a skeleton and fill in the parts that are None.
 
-    Left out: the edges are the person's or none, the flip pairs those whose names, in small letters, differ by left and
-    right alone, the sigmas COCO's for its names and else `UNKNOWN_SIGMA`. Errors: ValueError for no name or one twice,
-    numbers of no keypoint, one in two flip pairs, and sigmas that are not one above 0 for each name.
+    Args:
+        names: Names of the keypoints; None: COCO's person.
+        edges: Pairs of numbers; None: COCO's for a person, else none.
+        flip_pairs: Pairs of numbers; None: names that differ only by left and right, whatever their case.
+        sigmas: One number above 0 for each name; None: COCO's for a person, else `UNKNOWN_SIGMA`.
+
+    Raises:
+        ValueError: No name, a name twice, a number of no keypoint, a keypoint in two flip pairs, or wrong sigmas.
     """
     known = PERSON.names if names is None else tuple(names)
     person = known == PERSON.names

@@ -1,6 +1,6 @@
 """The command line: ``tmask train | eval | predict | demo | validate | info | bench | ablate``, a file each.
 
-Each command has its own parser, built when it is called.
+Each command builds its own parser when the command is called.
 Exit codes: 0 done; 1 the run failed; 2 the command line or a config file is wrong; 130 interrupted (143 by SIGTERM).
 An error is one line on stderr; ``TMASK_DEBUG=1`` shows the traceback.
 """
@@ -36,7 +36,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; gives the exit code."""
+    """Run one command and return its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         print(_help(), file=sys.stdout if args else sys.stderr)
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         prog = f"tmask {name}" if name in COMMANDS else "tmask"
         return fail(f"{prog}: error: {error} (see {prog} --help)", 2)
-    except Exception as error:  # a user's terminal is no place for a traceback
+    except Exception as error:  # users see one line, not a traceback
         if _debug():
             raise
         return fail(f"tmask {name}: error: {describe_error(error)}", 1)

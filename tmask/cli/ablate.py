@@ -46,5 +46,5 @@ def ablate_command(argv: list[str]) -> int:
 
 
 def table_names() -> list[str]:
-    """The names of the tables; none from a wheel."""
+    """Return the names of the tables; an installed package has none."""
     return sorted(path.stem for path in (bench.ROOT / "bench" / "ablate" / "tables").glob("[!_]*.py"))

@@ -63,7 +63,7 @@ def op_names() -> list[str]:
 
 
 def environment(device: Any) -> dict[str, str]:
-    """This process's, in which only `device` is seen."""
+    """Return the environment of this process in which only `device` is visible."""
     changed = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     if device.type == "cpu":
         changed["CUDA_VISIBLE_DEVICES"] = ""
@@ -74,7 +74,10 @@ def environment(device: Any) -> dict[str, str]:
 
 
 def run(command: list[str], env: dict[str, str]) -> int:
-    """Run it to its end; a signal that stops this process stops it too, and what it has measured it still shows."""
+    """Run a command to its end and return its exit code.
+
+    A signal to this process stops the command too; the command still shows what it has measured.
+    """
     from tmask.engine.interrupt import StopSignals
 
     with StopSignals() as stop:

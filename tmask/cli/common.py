@@ -12,7 +12,7 @@ from typing import Any
 
 
 class UsageError(Exception):
-    """Something the user typed is wrong; the message is for him."""
+    """Something that the user typed is wrong; the message is for the user."""
 
 
 class RunError(Exception):
@@ -20,13 +20,13 @@ class RunError(Exception):
 
 
 def fail(message: str, code: int) -> int:
-    """Say it in one line on stderr; gives `code`."""
+    """Print the message as one line on stderr and return `code`."""
     print(one_line(message), file=sys.stderr)
     return code
 
 
 def describe_error(error: BaseException) -> str:
-    """An error in words: what the system says with the file it says it of, any other with its kind."""
+    """Describe an error: an error of the operating system with its file, any other with its type."""
     if isinstance(error, ValueError | RunError):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
@@ -36,7 +36,7 @@ def describe_error(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def advising(options: Mapping[str, Any], way_on: str = "") -> Iterator[None]:
-    """What runs out of memory in here ends in a RunError that names `options`, see `memory_advice`, and `way_on`."""
+    """Turn an error of too little memory inside the block into a RunError with `memory_advice` and `way_on`."""
     try:
         yield
     except Exception as error:
@@ -47,7 +47,7 @@ def advising(options: Mapping[str, Any], way_on: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def going_on(out: Path, device: str, options: Mapping[str, Any]) -> Iterator[None]:
-    """What breaks off a training in `out` also gives the command that goes on, if there is a checkpoint.
+    """Add the command that continues the training in `out` to what stops it inside the block.
 
     Args:
         out: The folder of the run.
@@ -55,8 +55,8 @@ def going_on(out: Path, device: str, options: Mapping[str, Any]) -> Iterator[Non
         options: To lower where memory is short, see `memory_advice`.
 
     Raises:
-        KeyboardInterrupt: As raised in here, with the command.
-        RunError: In place of an error that has something to add.
+        KeyboardInterrupt: The one raised inside the block, with the command if there is a checkpoint.
+        RunError: In place of an error that has advice or a command to add.
     """
     from tmask.engine.files import CHECKPOINT_NAME, CONFIG_NAME
 
@@ -88,10 +88,10 @@ def going_on(out: Path, device: str, options: Mapping[str, Any]) -> Iterator[Non
 
 
 def memory_advice(error: BaseException, options: Mapping[str, Any]) -> str:
-    """What to do about an error of too little memory; empty for any other.
+    """Return what to do about an error of too little memory; an empty text for any other error.
 
-    `options` have their present values, the most effective first. What cannot be lowered is not named; precision can
-    if it is fp32, and for data workers that died their number comes first.
+    `options` maps options to their values, the most effective option first. The text names those that can be lowered:
+    numbers, and a precision of fp32. If data workers died, their number comes first.
     """
     from tmask.engine.device import memory_fault
 
@@ -115,12 +115,12 @@ def memory_advice(error: BaseException, options: Mapping[str, Any]) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text without line breaks."""
+    """Return the text without line breaks."""
     return " ".join(text.split())
 
 
 def usage(function: Callable[[], Any]) -> Any:
-    """Call it; a ValueError of its is the user's error."""
+    """Call `function` and turn its ValueError into a UsageError."""
     try:
         return function()
     except ValueError as error:
@@ -128,7 +128,7 @@ def usage(function: Callable[[], Any]) -> Any:
 
 
 def device_of(name: str) -> Any:
-    """The device of that name, with the process set up for it."""
+    """Return the device of that name and set up the process for it."""
     from tmask.engine.device import keep_freed_memory, pick_device
 
     device = pick_device(name)
@@ -138,7 +138,7 @@ def device_of(name: str) -> Any:
 
 
 def check_precision(device: Any, precision: str | None) -> None:
-    """Errors: ValueError for a precision the device lacks."""
+    """Raise ValueError for a precision that the device lacks."""
     from tmask.engine.device import autocast
 
     if precision is not None:
@@ -146,7 +146,10 @@ def check_precision(device: Any, precision: str | None) -> None:
 
 
 def precision_of(device: Any, precision: str | None, saved: dict[str, Any]) -> str:
-    """`precision`, or that of the run which wrote the checkpoint `saved`, or fp32 if the device lacks that one."""
+    """Return `precision`, else the precision of the run that wrote the checkpoint `saved`, else fp32.
+
+    fp32 replaces the precision of the run on a device that lacks it.
+    """
     if precision is not None:
         return precision
     trained: str = (saved["train_config"] or {}).get("precision", "fp32")  # None: written by hand
@@ -158,7 +161,7 @@ def precision_of(device: Any, precision: str | None, saved: dict[str, Any]) -> s
 
 
 def paths_exist(**paths: str | None) -> None:
-    """Options that name what must be there: a folder of images, or a file."""
+    """Raise UsageError for an option whose folder of images, or file, does not exist."""
     for name, path in paths.items():
         if path is None:
             continue
@@ -170,7 +173,7 @@ def paths_exist(**paths: str | None) -> None:
 
 
 def check_out(out: Path, option: str = "out") -> None:
-    """Find before any work that nothing could be written to the folder that an option names."""
+    """Raise UsageError if no file can be written to the folder of an option, before any work."""
     there = next(path for path in (out, *out.parents) if path.exists())
     if not there.is_dir():
         raise UsageError(f"--{option} {out}: expected a folder, but {there} is a file")

@@ -23,7 +23,7 @@ from tmask.config import CheckName, CountOrNone, CountOrZero, CrowdsName, Precis
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """Options of ``tmask eval``. What is None is as in training, so that the figures are those of the run's end."""
+    """Options of ``tmask eval``. None means as in training, so the figures are the last figures of the run."""
 
     checkpoint: str
     """File checkpoint.pt of a run."""
@@ -65,7 +65,7 @@ class EvalOptions:
 def eval_command(argv: list[str]) -> int:
     """Evaluate a checkpoint on a COCO data set: a table of average precision.
 
-    As in training unless told otherwise, so the figures are those that the run ended with.
+    Without options everything is as in training, so the figures are the last figures of the run.
     """
     args: EvalOptions = options_of(EvalOptions, "eval", eval_command, argv)
     device = usage(lambda: device_of(args.device))

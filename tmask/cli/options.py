@@ -36,7 +36,7 @@ class HelpFormatter(DefaultHelpFormatter):
 
 
 def make_parser(name: str, command: Callable[..., int], usage: str = "") -> ArgumentParser:
-    """The parser of a command, described by its docstring. `usage` has the options that a call needs."""
+    """Make the parser of a command. Its docstring is the description, `usage` lists the options that a call needs."""
     parser = ArgumentParser(
         prog=f"tmask {name}",
         usage=" ".join(f"tmask {name} {usage} [options]".split()),
@@ -63,7 +63,7 @@ def add_options(parser: ArgumentParser, config: type[Any]) -> None:
 
 
 def options_of(config: type[Any], name: str, command: Callable[..., int], argv: list[str]) -> Any:
-    """The options of a command in `argv`, as an instance of `config`, which has a field for each."""
+    """Parse the options of a command into an instance of `config`, which has a field for each option."""
     needed = [item.name for item in dataclasses.fields(config) if item.default is dataclasses.MISSING]
     parser = make_parser(name, command, " ".join(f"--{item} {item.upper()}" for item in needed))
     add_options(parser, config)
@@ -105,7 +105,7 @@ def _describe_nested(parser: ArgumentParser, name: str, config: type[Any]) -> No
 
 
 def help_of(texts: Mapping[str, str], name: str, hint: Any, *, default: bool = True) -> str | None:
-    """The text of a field, what its annotation expects and its default; None where there is no text."""
+    """Return the text of a field with its bounds and default; None if there is no text."""
     if name not in texts:
         return None
     parts = [bound.expected for bound in bounds(hint)]
@@ -116,7 +116,7 @@ def help_of(texts: Mapping[str, str], name: str, hint: Any, *, default: bool = T
 
 
 def metavar_of(hint: Any) -> str:
-    """What the help shows for the value of an option of this type."""
+    """Return what the help shows as the value of an option of this type."""
     kinds = {bool: "{true,false}", int: "INT", float: "NUMBER", str: "TEXT", tuple: "LIST", typing.Literal: "NAME"}
     for part in (bare(hint), *typing.get_args(bare(hint))):
         if (kind := typing.get_origin(part) or part) in kinds:
@@ -131,13 +131,14 @@ def add_device(parser: ArgumentParser) -> None:
 
 
 def parse(parser: ArgumentParser, argv: list[str], file: Mapping[str, Any] | None = None) -> Namespace:
-    """Parse; `file` holds the settings of the config file that `argv` names.
+    """Parse `argv`. `file` holds the settings of the config file that `argv` names.
 
-    An unknown option is answered with the nearest known one, a wrong value with what is expected.
+    Raises:
+        UsageError: An option is unknown (the message names the nearest one), or a value is wrong.
     """
     words = [word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")]
     known = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
-    for action in parser._actions:  # settings that are given as a whole, or one by one, or not at all
+    for action in parser._actions:  # settings that may be none: as a whole or one by one
         nested = nested_config(getattr(action, "_typehint", None))
         known |= {f"{action.dest}.{item.name}" for item in dataclasses.fields(nested)} if nested else set()
     for name in [*words, *_leaves(file or {})]:
@@ -151,7 +152,7 @@ def parse(parser: ArgumentParser, argv: list[str], file: Mapping[str, Any] | Non
 
 
 def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted names of the values in nested settings."""
+    """Yield the dotted names of the values in nested settings."""
     for name, value in settings.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{name}.")
@@ -160,7 +161,7 @@ def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _explain(parser: ArgumentParser, message: str) -> str:
-    """jsonargparse's message of a value of the wrong type, in the words of ours; any other as it is."""
+    """Translate jsonargparse's message for a value of the wrong type; return any other message unchanged."""
     wrong = re.search(r'^Parser key "([\w.]+)":\s.* value: (.*)', message, re.DOTALL)
     hints = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
     if wrong is None or hints.get(wrong[1]) is None:
@@ -172,7 +173,7 @@ def _explain(parser: ArgumentParser, message: str) -> str:
 
 
 def _explain_nested(config: type[Any], given: str) -> str:
-    """What is wrong with settings that jsonargparse did not take, by our own check of them."""
+    """Return what our own check says of settings that jsonargparse refused."""
     single = re.fullmatch(r"NestedArg\(key='(\w+)', val=(.*)\)", given, re.DOTALL)
     with contextlib.suppress(SyntaxError, ValueError):
         value = ast.literal_eval(single[2] if single else given)
@@ -184,7 +185,7 @@ def _explain_nested(config: type[Any], given: str) -> str:
 
 
 def settings_of(cls: type[Any], group: str, args: Namespace) -> Any:
-    """The config of a group of options, or of all for an empty `group`; its errors name the option."""
+    """Build the config from a group of options, or from all for an empty `group`; errors name the option."""
     try:
         return from_dict(cls, args[group].as_dict() if group else args.as_dict())
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""``tmask train``. The preset decides the defaults of the options, so it is looked up before their parser is made."""
+"""``tmask train``. The preset has the defaults of the options, so it is read before the parser is made."""
 
 from __future__ import annotations
 
@@ -149,8 +149,12 @@ def train_parser(preset: str) -> ArgumentParser:
 
 
 def _expand(argv: list[str]) -> tuple[str, list[str], dict[str, Any]]:
-    """The preset; `argv` with named conventions spelled out and the config file first, since arguments override it; and
-    the settings of that file."""
+    """Prepare the command line for the parser.
+
+    Returns:
+        The name of the preset; `argv` with named conventions spelled out and the config file first, so that options
+        override the file; the settings of the file.
+    """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     peek.add_argument("--config")
     peek.add_argument("--preset")
@@ -201,7 +205,7 @@ def _convention(name: str) -> dict[str, Any]:
 
 
 def _keypoints_of_data(settings: dict[str, Any], train_set: Any) -> None:
-    """Fill in, in place, the names that are not given, and the lines that come with them."""
+    """Fill in the keypoint names of the data, in place, if `settings` has none, and their lines."""
     if train_set.keypoint_fault is not None:
         raise ValueError(train_set.keypoint_fault)
     if settings["names"] is None and train_set.keypoint_names:
@@ -211,7 +215,7 @@ def _keypoints_of_data(settings: dict[str, Any], train_set: Any) -> None:
 
 
 def _memory_options(model: ModelConfig, training: TrainConfig, data: DataConfig) -> dict[str, Any]:
-    """The options that decide about the memory of a training, the most effective first, with their values."""
+    """Map the options that decide about the memory of a training to their values, the most effective first."""
     sizes = {"--data.min_sizes": data.min_sizes} if data.min_sizes else {"--model.min_size": model.min_size}
     return {
         "--train.batch_size": training.batch_size,
