@@ -48,6 +48,7 @@ MUTANTS = {
     "random state is not put back": ("engine/state.py", "if self._rng is not None", "if False",
         "engine/test_resume.py"),
     "rates of the checkpoint": ("engine/state.py", "group.update(values)", "pass", "engine/test_resume.py"),
+    "bounds are not checked": ("checks.py", "require(bound.holds(value), name", "require(True, name", "test_config.py"),
 }  # fmt: skip
 FAST = ("norms decay",)
 
