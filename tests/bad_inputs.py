@@ -501,7 +501,10 @@ FILES = [
             ),
             "the same id twice": ("images[1]: id 1 occurs twice", content(lambda c: c["images"][1].update(id=1))),
             "id that is a text": ("images[0]: id: expected a whole number, got 'one'", image(id="one")),
-            "image without a size": ("images[0]: expected a field 'width', got none", image(width=None)),
+            "image without a size": (
+                "images[0]: expected a field 'width', got none",
+                content(lambda c: c["images"][0].pop("width")),
+            ),
             "size that is no number": ("images[0]: expected a size in whole pixels, got 32 x '32'", image(height="32")),
             "masks that are all empty": (
                 "segmentation: expected masks that cover pixels, got 7 that are all empty, first annotation id 1",
