@@ -88,8 +88,9 @@ def describe_options(parser: ArgumentParser, group: str, config: type[Any]) -> N
 
 def _describe_nested(parser: ArgumentParser, name: str, config: type[Any]) -> None:
     """Show the options of settings that may be none; jsonargparse takes these options without an action for each."""
-    (own,) = (action for action in parser._actions if action.dest == f"{name}.help")
-    own.help = argparse.SUPPRESS  # the help of jsonargparse, which has no texts
+    own = parser._option_string_actions.pop(f"--{name}.help")  # jsonargparse's help of the class, without our texts
+    for actions in (parser._actions, *(section._group_actions for section in parser._action_groups)):
+        actions[:] = [action for action in actions if action is not own]
     section = parser.add_argument_group(f"--{name}.*", (config.__doc__ or "").partition("\n")[0])
     hints, texts = typing.get_type_hints(config, include_extras=True), field_texts(config)
     section._group_actions += [
