@@ -66,7 +66,8 @@ def predict_command(argv: list[str]) -> int:
     from tmask.engine.record import OtherSettingsError
 
     files = usage(lambda: find_images(args.images))
-    known = usage(lambda: image_records(args.annotations, list(files))) if args.annotations else None
+    annotations = args.annotations
+    known = usage(lambda: image_records(annotations, list(files))) if annotations else None
     model, saved = load_model(args.checkpoint, device)
     if args.max_detections is not None:
         model.roi_heads.max_detections = args.max_detections
