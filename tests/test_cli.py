@@ -584,7 +584,9 @@ def test_a_detector_without_masks(
             del item["segmentation"]
         file.write_text(json.dumps(content))
     drawn: list[dict[str, Any]] = []
-    monkeypatch.setattr("tmask.visualize.draw_instances", lambda image, result, *_, **__: drawn.append(result) or image)
+    for module in ("visualize", "engine.pictures"):
+        draw = f"tmask.{module}.draw_instances"
+        monkeypatch.setattr(draw, lambda image, result, *_, **__: drawn.append(result) or image)
     for name in ("decode", "encode", "merge"):
         monkeypatch.setattr(f"pycocotools.mask.{name}", lambda *_: pytest.fail("a mask was used"))
     out, base = tmp_path / "a", ["--model.masks=false", "--model.keypoints.head_channels=8", "--data.min_crop=0.9"]
