@@ -54,7 +54,7 @@ test-gpu: $(VENV)/.installed
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu tests/kernels tests/model tests/engine/test_resume.py \
 		tests/test_validate.py -m 'not compile_only'
 
-# The same as `tmask bench`; ARGS="op", "model", "roi_align nms", "-k W1". `pytest bench/ops/*.py` runs them bare.
+# The same as `tmask bench`; ARGS="op", "model", "roi_align nms", "-k nms-1k". `pytest bench/cases/nms.py` runs one bare.
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench run $(ARGS)
 

@@ -7,19 +7,20 @@ from typing import Any
 
 import torch
 
-from bench import context
 from bench.contest import Call, UnavailableError
-from bench.machine import device
+from bench.machine import device, give_up
 
 WARM_UP = 3  # calls before the capture: compilation, allocator and library handles must not fall into it
 
 
 def captured(call: Callable[[], Any]) -> Call:
-    """Record `call` and give its replay, which returns the same output tensors, filled anew, each time.
+    """Record `call` and return its replay, which fills and returns the same output tensors each time.
 
-    Whatever `call` reads must stay where it is in memory, and so autocast keeps no copies of weights meanwhile. A host
-    synchronisation in it is an error of the capture.
-    Errors: UnavailableError without a GPU.
+    The tensors that `call` reads must keep their memory, so autocast caches no weights meanwhile.
+
+    Raises:
+        UnavailableError: there is no GPU.
+        Exception: `call` makes the host wait for the device, or fails.
     """
     if device().type != "cuda":
         raise UnavailableError("a CUDA graph needs a GPU")
@@ -44,8 +45,8 @@ def _captured(call: Callable[[], Any]) -> Call:
         with torch.cuda.graph(graph):
             out = call()
     except Exception as error:
-        # The allocator and the generator still believe in the capture: whatever comes next would fail for that.
-        context.give_up()
+        # The allocator and the generator still believe in the capture, so later work would fail.
+        give_up()
         raise error.__context__ or error from None  # the end of a broken capture fails too, and hides why it broke
 
     def replay() -> Any:

@@ -7,8 +7,9 @@ import datetime
 import functools
 import platform
 import subprocess
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -16,7 +17,6 @@ import torch
 
 from bench.rows import ROOT
 from bench.timing import median, synchronize
-from bench.work import Work
 
 PACKAGES = ("torch", "triton", "torchvision", "numpy", "pycocotools", "detectron2", "mmcv")
 
@@ -26,26 +26,58 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+_given_up = False
+
+
+def give_up() -> None:
+    """Say that later work in this process would fail for what has happened, not for what it is."""
+    global _given_up
+    _given_up = True
+
+
+def lives() -> bool:
+    """Return whether CUDA, if this process has used it, still answers, and nothing gave it up."""
+    if _given_up or not torch.cuda.is_initialized():
+        return not _given_up
+    try:
+        torch.cuda.synchronize()
+        torch.ones(1, device="cuda").item()  # only a value that was read back is sure
+    except torch.OutOfMemoryError:
+        return True
+    except RuntimeError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least bytes a case moves through memory, and the floating-point operations of its definition."""
+
+    bytes: int
+    flops: int = 0
+
+
 @dataclass(frozen=True)
 class Roofs:
-    """What the machine reached: bytes read plus written by a large copy, and flops of a large square product.
-
-    "tf32" names the roof of float32 work whose products and convolutions take TF32 where there is such a thing.
-    """
+    """What a machine reaches: bytes read plus written by a large copy, and flops of a large square product."""
 
     copy_gbps: float
     matmul_bf16_tflops: float
     matmul_fp32_tflops: float
-    matmul_tf32_tflops: float | None = None  # of a GPU, whose float32 products may take TF32
+    matmul_tf32_tflops: float | None = None  # of a GPU
 
     def floor_us(self, work: Work, dtype: str) -> float:
-        """The time no version of this work can beat: bytes over copy or flops over product, the larger."""
+        """Return the time that no version of this work can beat: bytes over copy or flops over product, the larger."""
         return max(work.bytes / (self.copy_gbps * 1e3), work.flops / (self.tflops(dtype) * 1e6))
 
     def tflops(self, dtype: str) -> float:
-        """The roof of products in `dtype`: half precision has that of bf16."""
+        """Return the roof of products in `dtype`; "tf32" is float32 work on TF32 units, half precision has bf16's."""
         tf32 = self.matmul_tf32_tflops or self.matmul_fp32_tflops
         return {"fp32": self.matmul_fp32_tflops, "tf32": tf32}.get(dtype, self.matmul_bf16_tflops)
+
+
+# H100 SXM by data sheet, for floors where no GPU is at hand.
+H100 = Roofs(3_350, 989, 67)
 
 
 @functools.cache
@@ -81,8 +113,6 @@ def tf32(allowed: bool = True) -> Iterator[None]:
 
 
 def _seconds(call: Callable[[], Any], rounds: int = 10) -> float:
-    import time
-
     times = []
     for _ in range(rounds + 2):
         synchronize(device())
@@ -94,7 +124,7 @@ def _seconds(call: Callable[[], Any], rounds: int = 10) -> float:
 
 
 def describe() -> dict[str, Any]:
-    """What a result file says of the machine: kind of GPU or CPU, driver, versions, commit. No names, no paths."""
+    """Return what a result file says of the machine: GPU or CPU, driver, versions, commit; no host name, no path."""
     now = datetime.datetime.now(datetime.UTC)
     where = device()
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU {platform.machine()}"
@@ -113,10 +143,6 @@ def describe() -> dict[str, Any]:
     }
 
 
-def roofs_json() -> dict[str, float]:
-    return asdict(roofs())
-
-
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -125,16 +151,12 @@ def _version(package: str) -> str | None:
 
 
 def _driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.splitlines()[0].strip() if done.stdout.strip() else None
+    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found.splitlines()[0].strip() if found else None
 
 
 def checkout() -> str:
-    """The commit that runs here, in ten digits, and whether files differ from it; "unknown" where there is no git."""
+    """Return the commit that runs here, in ten digits, and whether files differ from it; "unknown" without git."""
     found = _git("rev-parse", "HEAD")
     return found[:10] + (" with changes" if _changed() else "") if found else "unknown"
 
@@ -144,9 +166,13 @@ def _changed() -> bool:
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of git in the checkout; None where there is no git or no repository."""
+    return _output("git", *arguments)
+
+
+def _output(*command: str) -> str | None:
+    """Return the output of a command in the checkout; None where it fails."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -1,7 +1,13 @@
 """Workers that may crash, hang or lose their GPU: each is watched, and after its end another goes on behind it.
 
-A worker is a command that writes a journal (`bench.rows`): `plan` first, `begin` before each key, then a line that
-settles it. Keys that the journal has settled it leaves out, so the same command again goes on where the last one died.
+A worker writes a journal, a file of JSON lines, so that a kill leaves everything before it:
+
+    {"plan": [key, ...], "errors": {file: reason}}   what the worker is about to do, and the files it cannot read
+    {"begin": key, "patience": seconds}              it starts on this key and may be silent for so long
+    {"key": key, "status": ..., ...}                 it has settled the key
+    {"roofs": {...}}                                 what the machine reached
+
+A worker leaves out the keys that the journal has settled, so the same command goes on where the last worker died.
 """
 
 from __future__ import annotations
@@ -21,32 +27,30 @@ from bench.rows import ROOT, clean
 
 Line = dict[str, Any]
 
-CONTEXT_LOST = 70  # the exit code of a worker whose CUDA context is gone: it can do nothing more
+CONTEXT_LOST = 70  # the exit code of a worker whose CUDA context is gone
 CONTEXT_WORDS = "the CUDA context was lost"
-ENDED = (0, 1, 5)  # by itself: all passed, something failed, nothing selected (as pytest has it)
+ENDED = (0, 1, 5)  # pytest: all passed, something failed, nothing selected
 HANG_SECONDS = 60.0
 START_SECONDS = 120.0  # until a process says its first word: it imports torch, perhaps from a cold disk
 
 
 class Journal:
-    """A worker's journal, read while it grows."""
+    """A journal, written by a worker and read by its watcher while it grows; without a path nothing is written."""
 
-    def __init__(self, path: Path, settles: Callable[[Line], str | None]) -> None:
-        """`settles` gives the key that a line settles, None for other lines."""
+    def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.settles = settles
         self.planned: dict[str, None] | None = None  # in order; None until a worker has said its plan
-        self.errors: dict[str, str] = {}  # files that cannot even be read by a worker, and why
-        self.known: list[str] = []  # what a worker could have planned, if it says so
+        self.errors: dict[str, str] = {}
         self.begun: str | None = None
-        self.patience = 0.0  # seconds that what was begun may be silent for, if it says so
-        self.settled: set[str] = set()
+        self.patience = 0.0
+        self.settled: dict[str, Line] = {}
         self.last_settles = False
         self._offset = 0
+        self.read()
 
     def read(self) -> list[Line]:
-        """The whole lines that were added since the last call."""
-        if not self.path.exists():
+        """Return the whole lines that were added since the last call."""
+        if self.path is None or not self.path.exists():
             return []
         with self.path.open("rb") as file:
             file.seek(self._offset)
@@ -54,53 +58,42 @@ class Journal:
         self._offset += len(whole) + len(newline)
         lines = []
         for text in whole.splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # cut by a kill
+            with contextlib.suppress(json.JSONDecodeError):  # a kill has cut the line
                 lines.append(json.loads(text))
         for line in lines:
             self._note(line)
         return lines
 
-    def write(self, line: Line) -> None:
-        """Add a line of our own."""
-        self.mend()
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def mend(self) -> None:
-        """Close a last line that a kill has cut, so that the next one stands alone."""
-        if not self.path.exists() or not self.path.stat().st_size:
-            return
-        with self.path.open("rb+") as file:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Add a line, behind a last line that a kill may have cut."""
+        self._note(line)
+        if self.path is not None:
+            with self.path.open("ab+") as file:
+                whole = file.tell() == 0 or (file.seek(-1, os.SEEK_END), file.read(1))[1] == b"\n"
+                file.write((("" if whole else "\n") + json.dumps(line) + "\n").encode())
 
     def missing(self) -> list[str]:
-        """Planned keys that nothing has settled."""
+        """Return the planned keys that nothing has settled."""
         return [key for key in self.planned or () if key not in self.settled]
 
-    def _note(self, line: Line) -> None:
+    def _note(self, line: Mapping[str, Any]) -> None:
+        self.last_settles = "key" in line
         if "plan" in line:
             self.planned = {**(self.planned or {}), **dict.fromkeys(line["plan"])}
             self.errors |= line.get("errors", {})
-            self.known = line.get("known", [])
         elif "begin" in line:
-            self.begun = line["begin"]
-            self.patience = line.get("patience", 0.0)
-        elif (key := self.settles(line)) is not None:
-            self.settled.add(key)
-        self.last_settles = self.settles(line) is not None
+            self.begun, self.patience = line["begin"], line.get("patience", 0.0)
+        elif "key" in line:
+            self.settled[line["key"]] = dict(line)
 
     def guilty(self, left: bool) -> str | None:
-        """The key that took the process with it. `left`: the worker has seen it and settled it itself."""
-        if self.begun in self.settled or (left and self.last_settles):
-            return None
-        return self.begun
+        """Return the key that took the process with it. `left`: the worker saw it and settled the key itself."""
+        return None if self.begun in self.settled or (left and self.last_settles) else self.begun
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How the work came to its end: "done", "stopped" (no time left), "interrupted" or "failed", and why."""
+    """How the work ended: "done", "stopped" (no time left), "interrupted", "skipped" or "failed", and why."""
 
     status: str
     reason: str = ""
@@ -111,57 +104,56 @@ def survive(
     journal: Journal,
     *,
     seconds: float,
-    killed: Callable[[str, str], Line],
     hear: Callable[[list[Line]], None],
     env: Mapping[str, str] | None = None,
     hang: float = HANG_SECONDS,
 ) -> Ending:
     """Run `command` again and again until it has ended by itself, or `seconds` are over.
 
-    A key that took its process with it, or that said nothing for `hang` seconds, is settled with the line that
-    `killed(key, reason)` gives. `hear` gets the new lines of the journal as they come. Output goes to a log beside the
-    journal.
+    A key that took its process with it, or that said nothing for `hang` seconds, is settled as "killed". `hear` gets
+    the new lines of the journal as they come. Output goes to a log beside the journal.
     """
+    assert journal.path is not None
     deadline = time.monotonic() + seconds
     log = journal.path.with_suffix(".log")
-    journal.path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        hear(journal.read())  # what was settled before this call
-        while True:
-            if time.monotonic() >= deadline:
-                return Ending("stopped", "the time was up")
+        while time.monotonic() < deadline:
             before = len(journal.settled)
-            journal.mend()
-            end = _watch(command, journal, log=log, env=env or {}, hang=hang, deadline=deadline, hear=hear)
+            end = _watch(command, journal, log, env or {}, hang, deadline, hear)
             if end.status == "done" and journal.planned is None:
                 return Ending("failed", f"the process ended before it had a plan: {last_words(log)}")
             if end.status != "failed":
                 return end
             if (key := journal.guilty(end.reason == CONTEXT_WORDS)) is not None:
-                journal.write(killed(key, end.reason))
+                journal.write({"key": key, "status": "killed", "reason": end.reason})
                 hear(journal.read())
             elif len(journal.settled) == before:
                 return Ending("failed", f"{end.reason} before anything was measured: {last_words(log)}")
     except KeyboardInterrupt:
         return Ending("interrupted", "interrupted")
+    return Ending("stopped", "the time was up")
 
 
 def _watch(
     command: Sequence[str],
     journal: Journal,
-    *,
     log: Path,
     env: Mapping[str, str],
     hang: float,
     deadline: float,
     hear: Callable[[list[Line]], None],
 ) -> Ending:
-    """One process, from its start to its end; "failed" if it crashed or hung."""
+    """Watch one process from its start to its end; "failed" if it crashed or hung."""
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **env}, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            command,
+            cwd=ROOT,
+            env={**os.environ, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
             start_new_session=True,
-        )  # fmt: skip
+        )
     heard, patience = time.monotonic(), max(hang, START_SECONDS)
     try:
         while process.poll() is None:
@@ -174,28 +166,26 @@ def _watch(
                 return Ending("failed", f"no answer in {patience:g} s")
             time.sleep(0.05)
     finally:
-        kill_group(process)
+        _kill_group(process)
         hear(journal.read())
-    return Ending("done") if process.returncode in ENDED else Ending("failed", _cause(process.returncode))
+    if process.returncode in ENDED:
+        return Ending("done")
+    if process.returncode == CONTEXT_LOST:
+        return Ending("failed", CONTEXT_WORDS)
+    if process.returncode < 0:
+        return Ending("failed", f"the process died of {signal.Signals(-process.returncode).name}")
+    return Ending("failed", f"the process ended with exit code {process.returncode}")
 
 
-def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """End a process and whatever it has started; it must lead its group."""
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End a process, which leads its group, and whatever it has started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it; there is nothing more to do then
         process.wait(timeout=20)
 
 
-def _cause(code: int) -> str:
-    if code == CONTEXT_LOST:
-        return CONTEXT_WORDS
-    if code < 0:
-        return f"the process died of {signal.Signals(-code).name}"
-    return f"the process ended with exit code {code}"
-
-
 def last_words(log: Path) -> str:
-    """The last line of a log that says something, without names and paths of this machine."""
+    """Return the last line of a log that says something, without names and paths of this machine."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip(" =-")] if log.exists() else []
     return clean(lines[-1]) if lines else "it said nothing"

@@ -1,125 +1,254 @@
-"""A result file as Markdown, as the table of the README and as charts.
+"""The parts of a run, one after another under a budget of time, written into the result file as they come.
 
-    python -m bench.report [FILE] [--write-readme] [--charts DIR]
-
-FILE is by default the newest result of a GPU under bench/results.
+Whatever a part meets is told in the result, and the next part begins.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
+import math
+import os
+import subprocess
 import sys
-from collections.abc import Sequence
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from bench import result as results
+from bench import result, tables
+from bench.process import HANG_SECONDS, Ending, Journal, Line, survive
 from bench.result import Result
-from bench.rows import ROOT, Row
-from bench.standings import BASELINE, OURS, SEVERITY, Standing, duration, machine_line, percent, standings, times, us
-from bench.tables import markdown, table
+from bench.rows import ROOT, clean, row_of
 
 RESULTS = ROOT / "bench" / "results"
-README = ROOT / "README.md"
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+LOCAL = ROOT / "runs" / "report"  # logs, and results of a machine without a GPU
+COMMIT = "TMASK_COMMIT"  # names the commit of a copy without .git
+
+# In this order; each part takes a share of the time that is left by its weight.
+PARTS = {"validate": 1, "ops": 4, "tests": 3, "model": 4, "sweep": 2}
+OF_TESTS = ("validate", "tests")
+SAVE_SECONDS = 5.0
+END_SECONDS = 20.0  # of the budget, for tables and charts
+
+# The first files of a folder: their kernels are furthest from their aims, and the time may be up before the end.
+FIRST = ("roi_align", "nms", "proposals", "box_coding", "inference", "test_roi_align", "test_nms", "test_boxes")
+TESTS = ("tests/gpu", "tests/kernels", "tests/engine/test_resume.py", "tests/test_validate.py")
+# A mutant is a broken kernel: it proves the power of a test, which needs no GPU.
+TEST_OPTIONS = ("-p", "bench.conftest", "-m", "not compile_only and not slow")
 
 
-def newest(folder: Path = RESULTS) -> Path | None:
-    """The latest result of a GPU; None if there is none. Errors: ValueError for another schema."""
-    dated = []
-    for path in folder.glob("**/*.json"):
-        machine = results.load(path)["machine"]
-        if machine["gpu"]:
-            dated.append((machine["date"], machine.get("time", ""), path))
-    return max(dated)[-1] if dated else None
+def files_of(part: str) -> list[Path]:
+    """Return the pytest files of a part, or of a folder of bench."""
+    places = {"validate": ["bench/validate.py"], "sweep": ["bench/sweep.py"], "tests": TESTS, "ops": ["bench/cases"]}
+    files = []
+    for place in places.get(part, [f"bench/{part}"]):
+        pattern = "test_*.py" if part == "tests" else "[!_]*.py"
+        found = [ROOT / place] if place.endswith(".py") else (ROOT / place).rglob(pattern)
+        rank = {name: i for i, name in enumerate(FIRST)}
+        files += sorted(filter(Path.exists, found), key=lambda file: (rank.get(file.stem, len(FIRST)), file))
+    return files
 
 
-def readme_block(result: Result | None, path: Path | None = None) -> str:
-    """What stands between the README's marks: one line a case and mode at full size, or that there is nothing yet.
+@dataclass(kw_only=True)
+class Report:
+    """A result in the making.
 
-    `path` is the result's file in the repository; the report and the chart that lie beside it are linked.
-    Errors: ValueError for a result without a GPU.
+    `now`: the result so far; `path`: its file; `work`: the folder of journals and logs; `resume`: what `now` has
+    measured is not measured again; `select`: a ``-k`` expression of pytest; `sweeps`: only these.
     """
-    if result is None:
-        return "No result of a GPU has been committed yet, hence no claim of speed.\n"
-    if not result["machine"]["gpu"]:
-        raise ValueError("the README shows results of a GPU; this one has none")
-    found = standings(results.rows(result))
-    timed = [standing for standing in found if standing.ours or standing.baseline]
-    speedups = [standing.speedup for standing in timed if standing.speedup]
-    met = [standing.aim_met for standing in timed if standing.aim_met is not None]
-    unbuilt = [standing.name for standing in found if _why_not(standing, OURS) == "not built"]
-    lines = [
-        f"{machine_line(result['machine'])}.",
-        f"Faster than torchvision in {sum(s >= 1 for s in speedups)} of {len(speedups)} lines, aim reached in "
-        f"{sum(met)} of {len(met)}; not built yet: {len(unbuilt)}.",
-    ]
-    head = ("op", "case", "ours, best", "torchvision, best", "speed-up", "aim", "reached", "of roof")
-    blocks = [" ".join(lines), table(head, [_readme_line(standing) for standing in timed], right=2)]
-    if path is not None:
-        chart, whole = path.with_suffix("") / "speedup.png", path.with_suffix(".md")
-        if chart.exists():
-            blocks.insert(1, f"![Speed-up of every case over torchvision]({chart.relative_to(ROOT).as_posix()})")
-        if whole.exists():
-            blocks.append(f"[The whole report]({whole.relative_to(ROOT).as_posix()})")
-    return "\n\n".join(blocks) + "\n"
+
+    now: Result
+    path: Path
+    work: Path
+    hang: float = HANG_SECONDS
+    resume: bool = False
+    select: str | None = None
+    sweeps: Sequence[str] = ()
+    say: Callable[[str], None] = print
+    _saved: float = field(default=0.0, init=False)
+
+    @property
+    def gpu(self) -> bool:
+        return self.now["machine"]["gpu"] is not None
+
+    def run(self, parts: Sequence[str], budget: float) -> bool:
+        """Take the named parts within `budget` seconds; return whether none was interrupted."""
+        deadline = time.monotonic() + budget - min(END_SECONDS, budget / 10)
+        left = [part for part in PARTS if part in parts]
+        while left:
+            seconds = max(0.0, deadline - time.monotonic()) * PARTS[left[0]] / sum(PARTS[part] for part in left)
+            part = left.pop(0)
+            if not self.part(part, files_of(part), seconds):
+                for each in left:
+                    self.end(each, Ending("stopped", "not reached: interrupted"), 0.0)
+                return False
+        return True
+
+    def part(self, part: str, files: Sequence[Path], seconds: float) -> bool:
+        """Run one part; return whether to go on with the next."""
+        self.say(f"\n{part}" + (f": at most {seconds:.0f} s" if math.isfinite(seconds) else ""))
+        start = time.monotonic()
+        try:
+            if part in ("tests", "sweep") and not self.gpu:
+                ending = Ending("skipped", "no GPU: Triton's interpreter is no timing, and `make test` runs the tests")
+            elif not files:
+                ending = Ending("skipped", "there are no files")
+            else:
+                ending = self.measure(part, files, seconds)
+        except KeyboardInterrupt:
+            ending = Ending("interrupted", "interrupted")
+        except Exception as error:
+            traceback.print_exc()
+            ending = Ending("failed", f"{type(error).__name__}: {error}")
+        self.end(part, ending, time.monotonic() - start)
+        return ending.status != "interrupted"
+
+    def end(self, part: str, ending: Ending, seconds: float) -> None:
+        """Note how a part ended."""
+        status = "stopped" if ending.status == "interrupted" else ending.status
+        reason = clean(ending.reason)
+        result.add(self.now, "parts", [{"key": part, "status": status, "seconds": round(seconds, 1), "reason": reason}])
+        self.say(f"{part}: {status} after {seconds:.0f} s" + (f": {reason}" if reason else ""))
+        self.save()
+
+    def save(self, *, every: float = 0.0) -> None:
+        """Write the file, unless that was done less than `every` seconds ago."""
+        if time.monotonic() - self._saved >= every:
+            result.save(self.path, self.now)
+            self._saved = time.monotonic()
+
+    def measure(self, part: str, files: Sequence[Path], seconds: float) -> Ending:
+        """Run the pytest files of a part in workers. Every planned key has a line in the end, which may say why not."""
+        name = "tests" if part in OF_TESTS else "rows"
+        path = self.work / f"{part}.jsonl"
+        self.work.mkdir(parents=True, exist_ok=True)
+        for old in (path, path.with_suffix(".log")):
+            old.unlink(missing_ok=True)
+        journal = Journal(path)
+        if self.resume:
+            for line in self.now[name]:
+                if line["status"] != "not reached":
+                    journal.write(line)
+            journal.read()
+        deadline = time.monotonic() + seconds
+        selects = ["not compile", "compile"] if name == "rows" else ["not mutant"] if part == "tests" else [""]
+
+        def work(files: Sequence[Path], select: str) -> Ending:
+            wanted = " and ".join(filter(None, [f"({self.select})" if self.select else "", select]))
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+            command += ["--continue-on-collection-errors", "--journal", str(path), *(["-k", wanted] if wanted else [])]
+            command += TEST_OPTIONS if part == "tests" else [f"--sweep={sweep}" for sweep in self.sweeps]
+            return survive(
+                [*command, *map(str, files)],
+                journal,
+                seconds=deadline - time.monotonic(),
+                hear=lambda lines: self.hear(name, journal, lines),
+                env=environment(self.gpu),
+                hang=self.hang * (2 if name == "tests" else 1),  # a test may compile a whole model
+            )
+
+        ending = Ending("done")
+        for select in selects:  # last what takes most of the time
+            if ending.status == "done":
+                ending = work(files, select)
+            if journal.planned is None and ending.status == "failed" and len(files) > 1:
+                ending = self.one_by_one(files, journal, lambda file, select=select: work([file], select))
+        self.settle(name, journal, ending)
+        return ending
+
+    def one_by_one(self, files: Sequence[Path], journal: Journal, work: Callable[[Path], Ending]) -> Ending:
+        """One of the files kills the worker that reads it: find that file, and measure the others."""
+        ending, planned = Ending("done"), {}
+        for file in files:
+            journal.planned = None
+            ending = work(file)
+            if journal.planned is None:
+                journal.errors[file.name] = ending.reason
+            planned |= journal.planned or {}
+        journal.planned = planned
+        return ending
+
+    def hear(self, name: str, journal: Journal, lines: Sequence[Line]) -> None:
+        """Put the lines of a journal into the result; say complete contests and failed tests."""
+        settled = [line for line in lines if "key" in line]
+        for line in lines:
+            self.now["roofs"] = line.get("roofs", self.now["roofs"])
+        result.add(self.now, name, [row_of(**line).line() if name == "rows" else line for line in settled])
+        if name == "tests":
+            for line in settled:
+                if line["status"] not in ("passed", "skipped"):
+                    self.say(f"{line['key']}  {line['status']}: {line['reason']}")
+        for contest in dict.fromkeys(line["key"].rpartition("/")[0] for line in settled if name == "rows"):
+            keys = [key for key in journal.planned or () if key.rpartition("/")[0] == contest]
+            if keys and all(key in journal.settled for key in keys):
+                self.say(tables.contest_line([row_of(**journal.settled[key]) for key in keys]))
+        self.save(every=SAVE_SECONDS)
+
+    def settle(self, name: str, journal: Journal, ending: Ending) -> None:
+        """Add a line for each planned key that has none, and for each file that could not be read."""
+        rest = "" if name == "tests" else "/-/-/-/-/-"
+        lines = [
+            {"key": Path(file).name + rest, "status": "failed", "reason": clean(f"the file cannot be read: {reason}")}
+            for file, reason in journal.errors.items()
+        ]
+        status, reason = "not reached", ending.reason
+        if ending.status == "done":
+            status, reason = "failed", "its process ended without a result; the log may say why"
+        missing = journal.missing()
+        lines += [{"key": key, "status": status, "reason": clean(reason)} for key in missing]
+        result.add(self.now, name, [row_of(**line).line() if name == "rows" else line for line in lines])
+        for line in lines[: len(journal.errors)]:
+            self.say(f"{line['key']}: {line['reason']}")
+        if missing:
+            self.say(f"{len(missing)} {name} {status}: {reason}")
 
 
-def _readme_line(standing: Standing) -> Sequence[str]:
-    ours, baseline, speedup = standing.ours, standing.baseline, standing.speedup
-    reached = {True: "yes", False: "no", None: ""}[standing.aim_met]
-    return (
-        standing.op, standing.name, _with_setting(ours) or _why_not(standing, OURS),
-        _with_setting(baseline) or _why_not(standing, BASELINE),
-        times(speedup) if speedup else "", str(standing.aim or ""), reached,
-        percent(ours.roof_share) if ours and ours.roof_share else "",
-    )  # fmt: skip
+def environment(gpu: bool) -> dict[str, str]:
+    """Return the variables of every worker: the checkout on its path, Triton compiled on a GPU alone."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {"PYTHONPATH": path, "TRITON_INTERPRET": "0" if gpu else "1", "PYTHONFAULTHANDLER": "1"}
 
 
-def _with_setting(row: Row | None) -> str:
-    if row is None:
-        return ""
-    graph = " graph" if row.provider.endswith("-graph") else " compiled" if row.provider.endswith("-compile") else ""
-    setting = " ".join(s for s in (row.dtype, row.layout) if s != "-") + graph
-    return f"{duration(us(row))} ({setting.strip()})" if setting.strip() else duration(us(row))
+def describe_machine(commit: str | None) -> dict[str, Any]:
+    """Return `bench.machine.describe`, from a process of its own, so that this one holds no CUDA context.
+
+    Without git the commit is `commit`, or the environment has it. Errors: ValueError if that process fails.
+    """
+    code = "import json; from bench.machine import describe; print(json.dumps(describe()))"
+    env = {**os.environ, "PYTHONPATH": environment(gpu=False)["PYTHONPATH"]}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise ValueError(f"torch does not work here: {clean((done.stderr.splitlines() or ['it said nothing'])[-1])}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if found["commit"] is None:
+        found["changed"] = None  # nobody knows
+    found["commit"] = commit or found["commit"] or os.environ.get(COMMIT) or "unknown"
+    return found
 
 
-def _why_not(standing: Standing, providers: Sequence[str]) -> str:
-    """The worst that became of `providers`, empty if one was timed."""
-    statuses = {row.status for row in standing.rows if row.provider in providers}
-    return "" if "timed" in statuses else min(statuses, key=SEVERITY.index, default="")
-
-
-def replace_block(readme: str, block: str) -> str:
-    """Errors: ValueError if the marks are missing."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"README.md: expected {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{block}{END}{after}"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description="Show a result file.")
-    parser.add_argument("file", nargs="?", type=Path, help="a result file; by default the newest of a GPU")
-    parser.add_argument("--write-readme", action="store_true", help="put its table into README.md")
-    parser.add_argument("--charts", type=Path, metavar="DIR", help="write charts (PNG) there")
-    options = parser.parse_args(arguments)
+def publish(path: Path, say: Callable[[str], None] = print) -> None:
+    """Write the Markdown table and the charts beside a result file; a failure there is said and costs nothing else."""
     try:
-        path = options.file or newest()
-        result = None if path is None else results.load(path)
-        if options.write_readme:
-            README.write_text(replace_block(README.read_text(), readme_block(result, path)))
-        print(readme_block(None) if result is None else markdown(result), end="")
-        if options.charts and result is not None:
-            from bench.charts import charts
-
-            for chart in charts(result, options.charts):
-                print(f"wrote {chart}", file=sys.stderr)
-    except (OSError, ValueError) as error:
-        print(f"bench.report: {error}", file=sys.stderr)
-        return 2
-    return 0
+        path.with_suffix(".md").write_text(tables.markdown(result.load(path)), encoding="utf-8")
+        say(f"table: {shown(path.with_suffix('.md'))}")
+    except Exception as error:
+        say(f"no table: {type(error).__name__}: {clean(str(error))}")
+    draw(path, path.with_suffix(""), say)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def draw(path: Path, folder: Path, say: Callable[[str], None] = print) -> None:
+    """Draw the charts of a result file into `folder`."""
+    try:
+        from bench.charts import charts
+
+        for chart in charts(result.load(path), folder):
+            say(f"chart: {shown(chart)}")
+    except Exception as error:
+        say(f"no charts: {type(error).__name__}: {clean(str(error))}")
+
+
+def shown(path: Path) -> Path:
+    """Return a path as a reader in the checkout would write it."""
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path

@@ -1,28 +1,26 @@
-"""Where we stand: rows of a result turned into comparisons, with the aim of each workload and numbers for people."""
+"""Rows of a result turned into comparisons with torchvision and with the aim, and numbers for people."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.rows import Row
+from bench.rows import STATUSES, Row
 
 # Every name under which a provider of ours and of the baseline runs; all others are peers.
 OURS = ("triton", "triton-graph", "tmask", "tmask-compile", "tmask-graph")
 BASELINE = ("torchvision", "torchvision-compile")
 
-# What is worst comes first.
-SEVERITY = ("wrong", "killed", "failed", "out of memory", "not reached", "unavailable", "passed", "not built", "timed")
+SEVERITY = STATUSES  # the worst first
 
 
 @dataclass(frozen=True)
 class Aim:
-    """What a workload shall reach at full size on a GPU: `times` as fast as torchvision's best, `times_fp32` as fast as
-    its best in fp32, in at most `us`, with at most `mib` of memory above the inputs."""
+    """What a case shall reach at full size on a GPU: `times` as fast as torchvision's best, `times_fp32` as fast as
+    torchvision's best in fp32, in at most `us`, with at most `mib` of memory above the inputs."""
 
     times: float | None = None
     times_fp32: float | None = None
@@ -38,50 +36,9 @@ class Aim:
         return self.words or ", ".join(bounds)
 
 
-_BIT_MATRIX = 1 / 8 / 2**20  # MiB of each pair of boxes
-
-# By workload and, where they differ, by a word of its case or mode; the first that fits counts. A part of a workload
-# (W8-decode) has no aim of its own.
-AIMS: tuple[tuple[str, str, Aim | None], ...] = (
-    ("W1", "backward", Aim(times=6)),  # this is W1b
-    ("W1", "", Aim(times=6, us=100)),
-    ("W1b", "", Aim(times=6)),
-    ("W2", "", Aim(times=6)),
-    ("W3", "bicubic", Aim(words="≤ 2.5x the time of bilinear")),
-    ("W4", "pool", None),
-    ("W4", "", Aim(times=6)),
-    ("W5", "", Aim(times=10)),
-    ("W6", "", Aim(times=10)),
-    ("W7", "1M", Aim(mib=0.1 * 1e12 * _BIT_MATRIX)),
-    ("W7", "100k", Aim(us=5_000, mib=0.1 * 1e10 * _BIT_MATRIX)),
-    ("W7", "10k", Aim(us=300, mib=0.1 * 1e8 * _BIT_MATRIX)),
-    ("W7", "1k", Aim(us=100)),
-    ("W8", "decode", None),
-    ("W8", "", Aim(times=10)),
-    ("W9", "", Aim(times=5)),
-    ("W10", "rle", Aim(times=50, us=1_000, mib=32e6 / 2**20)),
-    ("W10", "", Aim(times=50, us=300)),
-    ("W11", "", Aim(times=5)),
-    ("W12", "", Aim(times=4, times_fp32=8)),
-    ("W13", "masks", None),
-    ("W13", "b2", Aim(times=4, us=20_000)),  # 100 images a second
-    ("W13", "b16", Aim(times=4, us=160_000)),
-)
-
-
-def aim_of(case: str, mode: str) -> Aim | None:
-    """The aim of a case, whose name begins with its workload: "W7-10k" is of W7."""
-    workload = re.match(r"W\d+b?(?![0-9a-z])", case)
-    words = re.split(r"[^a-z0-9]+", f"{case} {mode}".lower())
-    for name, word, aim in AIMS:
-        if workload and workload[0] == name and (not word or word.lower() in words):
-            return aim
-    return None
-
-
 @dataclass(frozen=True)
 class Standing:
-    """All rows of one op, case and mode, whatever their dtype and layout."""
+    """All rows of one op, case and mode, of every dtype and layout."""
 
     op: str
     case: str
@@ -90,12 +47,15 @@ class Standing:
 
     @property
     def name(self) -> str:
-        """As little as tells it apart: forward goes without saying."""
+        """The case, and the mode where it is not forward."""
         return self.case if self.mode == "forward" else f"{self.case} {self.mode}"
 
     @property
     def aim(self) -> Aim | None:
-        return aim_of(self.case, self.mode)
+        from bench.cases import CASES
+
+        case = CASES.get(self.case)
+        return case.aim(self.mode) if case else None
 
     @property
     def reduced(self) -> bool:
@@ -112,12 +72,6 @@ class Standing:
     @property
     def ours(self) -> Row | None:
         return self.best(OURS)
-
-    @property
-    def peak_mib(self) -> float | None:
-        """Memory of our fastest row that tells it: that of a graph's replay is none of its own."""
-        row = fastest(row for row in self.rows if row.provider in OURS and row.peak_mib is not None)
-        return row.peak_mib if row else None
 
     @property
     def baseline(self) -> Row | None:
@@ -152,8 +106,9 @@ class Standing:
             parts.append(self.speedup >= self.aim_speedup if self.speedup and self.aim_speedup else None)
         elif aim.us:
             parts.append(us(ours) <= aim.us)
-        if aim.mib:
-            parts.append(self.peak_mib <= aim.mib if self.peak_mib is not None else None)
+        if aim.mib:  # a graph's replay takes no memory of its own, so the fastest row that tells it counts
+            peak = fastest(row for row in self.rows if row.provider in OURS and row.peak_mib is not None)
+            parts.append(peak.peak_mib <= aim.mib if peak and peak.peak_mib is not None else None)
         if not parts or (None in parts and False not in parts):
             return None
         return all(parts)

@@ -1,15 +1,16 @@
-"""A result as one Markdown document: times and ratios, what was not timed and why, sweeps, tests, validation."""
+"""Results as text: lines for a terminal, one Markdown document, and the table of the README."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from bench import result as results
 from bench.result import Result
-from bench.rows import Row
+from bench.rows import ROOT, Row
 from bench.standings import (
     BASELINE,
     OURS,
@@ -26,30 +27,95 @@ from bench.standings import (
     us,
 )
 
-BEST_CONFIGURATIONS = 10
-# In a sweep, the provider that launches as the project does now.
-PRESENT = "triton"
+README = ROOT / "README.md"
+BEST_LAUNCHES = 10  # of a sweep
+REDUCED = "Reduced sizes, no GPU: Triton kernels are checked by its interpreter, not timed; other times are this CPU's."
+HEAD = ("op", "case", "ours, best", "torchvision, best", "speed-up", "aim", "reached", "of roof")
+ROW_HEAD = (
+    "case",
+    "mode",
+    "dtype",
+    "layout",
+    "provider",
+    "median",
+    "p20-p80",
+    "call",
+    "torchvision",
+    "GB/s",
+    "of roof",
+    "MiB",
+    "reason",
+)
+
+
+# ---- For a terminal
+
+
+def contest_line(rows: Sequence[Row]) -> str:
+    """Return one line for the rows of a contest: each provider's time, and torchvision's over it."""
+    base = next((row for row in rows if row.provider == "torchvision"), None)
+    name = " ".join(part for part in rows[0].contest.split("/") if part != "-")
+    size = " (reduced)" if any(row.size == "reduced" for row in rows) else ""
+    return f"{name}{size}: " + ", ".join(f"{row.provider} {_short(row, base)}" for row in rows)
+
+
+def _short(row: Row, base: Row | None) -> str:
+    if row.status != "timed":
+        return {"passed": "right"}.get(row.status, row.status)
+    faster = None if base is row else ratio(base, row) if base and base.status == "timed" else None
+    return duration(us(row)) + (f" ({faster:.2g}x)" if faster else "")
+
+
+def meaning(rows: Sequence[Row]) -> list[str]:
+    """Return the lines under the rows: what each case is, what a row says, and why some have no time."""
+    from bench.cases import CASES
+
+    names = [name for name in dict.fromkeys(row.case for row in rows) if name in CASES]
+    lines = ["", "A time is a median, (2x) torchvision's time over it; right: equals the truth, no time here."]
+    lines += [REDUCED] if any(row.size == "reduced" for row in rows) else []
+    lines += ["Cases at full size, their least cost and its floor on an H100:"] if names else []
+    lines += [
+        f"  {line}" for name in names for line in case_lines(CASES[name], {r.mode for r in rows if r.case == name})
+    ]
+    why = dict.fromkeys((row.provider, row.status, row.reason) for row in rows if row.status not in ("timed", "passed"))
+    return lines + [f"  {provider} {status}: {reason}" for provider, status, reason in why]
+
+
+def case_lines(case: Any, modes: Iterable[str] = ()) -> list[str]:
+    """Return a line for each of the modes, or of all modes of the case, in its main dtype."""
+    from bench.machine import H100
+
+    lines = []
+    for mode in [mode for mode in case.modes if mode in modes] or case.modes:
+        work, aim = case.work(case.dtype, mode), case.aim(mode)
+        floor = duration(H100.floor_us(work, case.dtype))
+        cost = f"{digits(work.bytes / 1e6)} MB, {digits(work.flops / 1e9)} GFLOP, {floor}"
+        name = case.name if len(case.modes) == 1 else f"{case.name} {mode}"
+        lines.append(f"{name}: {case.what}; {cost}" + (f"; aim {aim}" if aim else ""))
+    return lines
+
+
+# ---- Markdown
 
 
 def markdown(result: Result) -> str:
-    """The whole report."""
+    """Return the whole report."""
     rows = results.rows(result)
     blocks = [
         "# Benchmark report",
         machine_line(result["machine"]),
         _roofs(result["roofs"]),
-        _reduced_note(rows),
-        *_op_tables(standings(rows)),
-        *_not_timed(rows),
-        *_sweeps(results.rows(result, "sweeps")),
+        f"**{REDUCED}**" if any(row.size == "reduced" for row in rows) else "",
+        *_comparisons(standings(rows)),
+        *_all_rows(rows),
+        *_sweeps(results.rows(result, sweeps=True)),
         *_tests(result["tests"]),
-        *_validation(result["validation"]),
         *_parts(result["parts"]),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def _roofs(roofs: dict[str, float] | None) -> str:
+def _roofs(roofs: Mapping[str, float] | None) -> str:
     if not roofs:
         return "The machine's roofs were not measured."
     tf32 = roofs.get("matmul_tf32_tflops")
@@ -61,176 +127,166 @@ def _roofs(roofs: dict[str, float] | None) -> str:
     )
 
 
-def _reduced_note(rows: Sequence[Row]) -> str:
-    if not any(row.size == "reduced" for row in rows):
-        return ""
+def _comparisons(found: Sequence[Standing]) -> Iterator[str]:
+    if any(standing.best() for standing in found):
+        yield "## Against torchvision"
+        yield "Both in their best dtype and layout. A speed-up is torchvision's time over ours."
+        yield table(HEAD, [_comparison(standing) for standing in found], right=2)
+
+
+def _comparison(standing: Standing) -> Sequence[str]:
+    ours, baseline, speedup = standing.ours, standing.baseline, standing.speedup
+    reduced = " (reduced)" if standing.reduced else ""
     return (
-        "**Reduced sizes on a CPU: no statement about the kernels.** Triton kernels are only checked there; their "
-        "interpreter is no timing."
+        standing.op,
+        standing.name + reduced,
+        _with_setting(ours) or _why_not(standing, OURS),
+        _with_setting(baseline) or _why_not(standing, BASELINE),
+        times(speedup) if speedup else "",
+        str(standing.aim or ""),
+        {True: "yes", False: "no", None: ""}[standing.aim_met],
+        percent(ours.roof_share) if ours and ours.roof_share else "",
     )
 
 
-def _op_tables(all_standings: Sequence[Standing]) -> Iterator[str]:
-    by_op: dict[str, list[Standing]] = defaultdict(list)
-    for standing in all_standings:
-        if standing.best():
-            by_op[standing.op].append(standing)
-    if not by_op:
-        return
-    yield "## Times"
-    yield (
-        "Each provider in its best layout. *Call* is from the call to the end of its work, nothing queued before it. "
-        "Ratios are torchvision's time over the row's: above 1 the row is faster, below 1 slower. *Best* compares with "
-        "torchvision's fastest row of the case, whatever its dtype and layout."
-    )
+def _with_setting(row: Row | None) -> str:
+    if row is None:
+        return ""
+    kind = "graph" if row.provider.endswith("-graph") else "compiled" if row.provider.endswith("-compile") else "-"
+    setting = " ".join(s for s in (row.dtype, row.layout, kind) if s != "-")
+    return duration(us(row)) + (f" ({setting})" if setting else "")
+
+
+def _why_not(standing: Standing, providers: Sequence[str]) -> str:
+    """Return the worst status of `providers`, of which none was timed."""
+    return min((row.status for row in standing.rows if row.provider in providers), key=SEVERITY.index, default="")
+
+
+def _all_rows(rows: Sequence[Row]) -> Iterator[str]:
+    by_op: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_op[row.op].append(row)
+    if by_op:
+        yield "## All rows"
+        yield (
+            "*Call* is from the call to the end of its work, nothing queued before it. Ratios are the time of "
+            "torchvision's row of the same dtype and layout over the row's: below 1 the row is slower."
+        )
     for op, of_op in by_op.items():
+        base = {row.contest: row for row in of_op if row.provider == "torchvision" and row.status == "timed"}
         yield f"### {op}"
-        head = ("case", "mode", "dtype", "provider", "layout", "median", "p20-p80", "call", "against torchvision",
-                "against its best", "GB/s", "of roof", "peak MiB")  # fmt: skip
-        yield table(head, [line for standing in of_op for line in _times(standing)], right=5)
+        yield table(ROW_HEAD, [_line(row, base.get(row.contest)) for row in of_op], right=5)
 
 
-def _times(standing: Standing) -> Iterator[Sequence[str]]:
-    for dtype in dict.fromkeys(row.dtype for row in standing.rows):
-        same = standing.best(BASELINE, dtype)
-        for provider in dict.fromkeys(row.provider for row in standing.rows):
-            row = standing.best((provider,), dtype)
-            if row is None:
-                continue
-            yield (
-                row.case, row.mode, row.dtype,
-                f"**{provider}**" if provider in OURS else provider,
-                row.layout, duration(us(row)), _range(row),
-                duration(row.wall_us) if row.wall_us else "",
-                _ratio(same, row), _ratio(standing.baseline, row),
-                digits(row.gbps) if row.gbps else "",
-                percent(row.roof_share) if row.roof_share else "",
-                "" if row.peak_mib is None else digits(row.peak_mib),
-            )  # fmt: skip
-
-
-def _not_timed(rows: Sequence[Row]) -> Iterator[str]:
-    """Every row without a time: what went wrong with its variants, what cannot be had in short."""
-    groups: dict[tuple[str, str, str, str], list[Row]] = defaultdict(list)
-    for row in rows:
-        if row.status not in ("timed", "not built"):
-            groups[row.status, row.provider, row.op, row.reason].append(row)
-    unbuilt = [row for row in rows if row.status == "not built"]
-    if not groups and not unbuilt:
-        return
-    yield "## Not timed"
-    if groups:
-        lines = [
-            (status, provider, op, str(len(group)), _variants(group), text(reason))
-            for (status, provider, op, reason), group in groups.items()
-        ]
-        lines.sort(key=lambda line: SEVERITY.index(line[0]))
-        yield table(("status", "provider", "op", "rows", "variants", "reason"), lines)
-    if unbuilt:
-        cases = dict.fromkeys(f"{row.op} {row.case}" for row in unbuilt)
-        yield f"Not built yet ({len(unbuilt)} rows): {', '.join(cases)}."
-
-
-def _variants(rows: Sequence[Row]) -> str:
-    """Case and mode with their dtypes and layouts: "W1 forward (bf16 nchw, bf16 nhwc)"."""
-    settings: dict[str, list[str]] = defaultdict(list)
-    for row in rows:
-        settings[f"{row.case} {row.mode}"].append(" ".join(s for s in (row.dtype, row.layout) if s != "-"))
-    return "; ".join(
-        f"{name} ({', '.join(found)})" if any(found) else name for name, found in settings.items()
-    )  # fmt: skip
+def _line(row: Row, base: Row | None) -> Sequence[str]:
+    provider = f"**{row.provider}**" if row.provider in OURS else text(row.provider)
+    variant = (row.case, row.mode, row.dtype, row.layout, provider)
+    if row.status != "timed":
+        return (*variant, row.status, "", "", "", "", "", "", text(row.reason))
+    low, high = spread(row)
+    numbers = (duration(us(row)), f"{duration(low)} - {duration(high)}", duration(row.wall_us) if row.wall_us else "")
+    against = times(us(base) / us(row)) if base else ""
+    roof = percent(row.roof_share) if row.roof_share else ""
+    memory = "" if row.peak_mib is None else digits(row.peak_mib)
+    return (*variant, *numbers, against, digits(row.gbps) if row.gbps else "", roof, memory, "")
 
 
 def _sweeps(rows: Sequence[Row]) -> Iterator[str]:
-    if not rows:
-        return
-    yield "## Sweeps"
-    yield f"The {BEST_CONFIGURATIONS} fastest launch configurations, and the one that the project uses now."
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[row.contest].append(row)
-    for contest, group in groups.items():
+    for name in dict.fromkeys(row.case for row in rows):
+        group = [row for row in rows if row.case == name]
         timed = sorted((row for row in group if row.status == "timed"), key=us)
-        now = next((row for row in timed if row.provider == PRESENT), None)
-        shown = timed[:BEST_CONFIGURATIONS]
-        shown += [now] if now and now not in shown else []
+        now = next((row for row in timed if row.provider == "triton"), None)
+        yield f"## Sweep {name}: {len(timed)} of {len(group)} launch configurations timed; `triton` is the present one"
+        shown = timed[:BEST_LAUNCHES] + ([now] if now and now not in timed[:BEST_LAUNCHES] else [])
+        head = ("place", "launch", "median", "against now")
         lines = [
-            (
-                str(timed.index(row) + 1),
-                "**as now**" if row is now else text(row.provider),
-                duration(us(row)),
-                _range(row),
-                _ratio(now, row),
-            )
+            (str(timed.index(row) + 1), text(row.provider), duration(us(row)), times(us(now) / us(row)) if now else "")
             for row in shown
         ]
-        name = contest.removeprefix("sweep ").rstrip("/-")
-        yield f"### {name}: {len(timed)} of {len(group)} configurations timed"
-        if lines:
-            yield table(("place", "configuration", "median", "p20-p80", "against now"), lines, right=2)
-
-
-def _range(row: Row) -> str:
-    low, high = spread(row)
-    return f"{duration(low)} - {duration(high)}"
-
-
-def _ratio(slow: Row | None, fast: Row | None) -> str:
-    found = ratio(slow, fast)
-    return "" if found is None else times(found)
+        yield table(head, lines, right=2)
 
 
 def _tests(tests: Sequence[dict[str, Any]]) -> Iterator[str]:
     if not tests:
         return
     yield "## Tests"
-    lines = [
-        (test["file"], str(test["passed"]), str(test["failed"]), str(test["skipped"]), digits(test["seconds"]),
-         test["status"])
-        for test in tests
-    ]  # fmt: skip
-    total = [str(sum(test[name] for test in tests)) for name in ("passed", "failed", "skipped")]
-    lines.append(("all", *total, digits(sum(test["seconds"] for test in tests)), ""))
-    yield table(("file", "passed", "failed", "skipped", "seconds", "status"), lines, right=1)
-    failures = [f"- `{f['test']}`: {text(f['reason'])}" for test in tests for f in test["failures"]]
-    if failures:
-        yield "\n".join(failures)
+    by_file: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for test in tests:
+        by_file[test["key"].partition("::")[0]].append(test)
+    lines = []
+    for name, group in [*by_file.items(), ("all", list(tests))]:
+        statuses = [test["status"] for test in group]
+        counts = [str(statuses.count(status)) for status in ("passed", "skipped", "not reached")]
+        bad = sum(status in ("failed", "killed") for status in statuses)
+        lines.append((name, *counts, str(bad), digits(sum(test.get("seconds", 0.0) for test in group))))
+    yield table(("file", "passed", "skipped", "not reached", "failed", "seconds"), lines, right=1)
+    bad_tests = [test for test in tests if test["status"] in ("failed", "killed")]
+    yield "\n".join(f"- `{test['key']}` {test['status']}: {text(test['reason'])}" for test in bad_tests)
 
 
-def _validation(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """`tmask validate`: each op against its reference in float64."""
-    if not rows:
-        return
-    yield "## Validation"
-    verdicts = [row["verdict"] for row in rows]
-    yield f"{verdicts.count('pass')} passed, {verdicts.count('fail')} failed, {verdicts.count('skip')} skipped."
-    failed = [row for row in rows if row["verdict"] == "fail"]
-    if failed:
-        yield "\n".join(
-            f"- {row['op']} {row['direction']}, {row['backend']}, {row['dtype']}: "
-            + (f"error {row['max_error']:.3g}, tolerance {row['tolerance']:.3g}. "
-               if row["max_error"] is not None and row["tolerance"] is not None else "")
-            + text(row["note"])
-            for row in failed
-        )  # fmt: skip
-
-
-def _parts(parts: dict[str, dict[str, Any]]) -> Iterator[str]:
+def _parts(parts: Sequence[dict[str, Any]]) -> Iterator[str]:
     if parts:
         yield "## Parts of the run"
-        yield table(
-            ("part", "status", "seconds", "reason"),
-            [(name, p["status"], digits(p["seconds"]), text(p.get("reason") or "")) for name, p in parts.items()],
-        )
+        lines = [(p["key"], p["status"], digits(p["seconds"]), text(p["reason"])) for p in parts]
+        yield table(("part", "status", "seconds", "reason"), lines)
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]], right: int | None = None) -> str:
-    """A Markdown table; columns from `right` on are aligned there."""
+    """Return a Markdown table; columns from `right` on are aligned there."""
     rule = ["---:" if right is not None and i >= right else "---" for i in range(len(head))]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
 
 
 def text(text: str) -> str:
-    """The first line of a message, so that nothing in it is Markdown."""
+    """Return the first line of a message, its Markdown escaped."""
     first = text.strip().splitlines()[0] if text.strip() else ""
     return re.sub(r"([|<>*_`\[\]])", r"\\\1", first)
+
+
+# ---- The README
+
+
+def newest(folder: Path) -> Path | None:
+    """Return the latest result of a GPU; None if there is none. Errors: ValueError for another schema."""
+    dated = []
+    for path in folder.glob("**/*.json"):
+        machine = results.load(path)["machine"]
+        if machine["gpu"]:
+            dated.append((machine["date"], machine.get("time", ""), path))
+    return max(dated)[-1] if dated else None
+
+
+def readme_block(result: Result | None, path: Path | None = None) -> str:
+    """Return the text between the README's marks; `path` is the result's file, whose report and chart are linked.
+
+    Errors: ValueError for a result without a GPU.
+    """
+    if result is None:
+        return "No result of a GPU has been committed yet, hence no claim of speed.\n"
+    if not result["machine"]["gpu"]:
+        raise ValueError("the README shows results of a GPU; this one has none")
+    found = [standing for standing in standings(results.rows(result)) if standing.ours or standing.baseline]
+    speedups = [standing.speedup for standing in found if standing.speedup]
+    met = [standing.aim_met for standing in found if standing.aim_met is not None]
+    faster = f"Faster than torchvision in {sum(s >= 1 for s in speedups)} of {len(speedups)} lines"
+    blocks = [
+        f"{machine_line(result['machine'])}. {faster}, aim reached in {sum(met)} of {len(met)}.",
+        table(HEAD, [_comparison(standing) for standing in found], right=2),
+    ]
+    if path is not None:
+        chart, whole = path.with_suffix("") / "speedup.png", path.with_suffix(".md")
+        if chart.exists():
+            blocks.insert(1, f"![Speed-up of every case over torchvision]({chart.relative_to(ROOT).as_posix()})")
+        if whole.exists():
+            blocks.append(f"[The whole report]({whole.relative_to(ROOT).as_posix()})")
+    return "\n\n".join(blocks) + "\n"
+
+
+def replace_table(text: str, name: str, new: str) -> str:
+    """Return `text` with the table `name` between its two marks replaced. Errors: ValueError without the marks."""
+    before, begin, rest = text.partition(f"<!-- table {name}")
+    mark, newline, rest = rest.partition("\n")
+    _, end, after = rest.partition(f"<!-- end of {name} -->")
+    if not end:
+        raise ValueError(f"expected a table {name!r} between its marks")
+    return before + begin + mark + newline + new + end + after

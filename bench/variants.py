@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+VARIANT = ("case", "mode", "dtype", "layout", "provider")
+
 
 def variants(
     *,
@@ -19,10 +21,10 @@ def variants(
 ) -> pytest.MarkDecorator:
     """Parametrise ``test(case, mode, dtype, layout, provider, contest)``; `where` leaves combinations out.
 
-    "-" stands for a dtype or layout that does not matter. Providers of one variant stand next to one another: they are
-    timed in turn.
+    "-" is a dtype or layout that does not matter.
     """
-    rows = [row for row in itertools.product(cases, modes, dtypes, layouts, providers) if where(*row)]
-    return pytest.mark.parametrize(
-        ("case", "mode", "dtype", "layout", "provider"), rows, ids=["-".join(row) for row in rows]
-    )
+    return of_rows([row for row in itertools.product(cases, modes, dtypes, layouts, providers) if where(*row)])
+
+
+def of_rows(rows: Sequence[tuple[str, ...]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(VARIANT, rows, ids=["-".join(row) for row in rows])

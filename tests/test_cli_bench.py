@@ -31,21 +31,21 @@ sys.exit(1 if "wrong" in sys.argv else 0)
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout whose benchmarks are the stand-in, with the ops nms, slow and wrong."""
-    (tmp_path / "bench" / "ops").mkdir(parents=True)
+    (tmp_path / "bench" / "cases").mkdir(parents=True)
     (tmp_path / "bench" / "__init__.py").touch()  # without it any other `bench` on the path would come first
     (tmp_path / "bench" / "__main__.py").write_text(STAND_IN)
     for name in ("nms", "slow", "wrong", "_shared"):
-        (tmp_path / "bench" / "ops" / f"{name}.py").touch()
+        (tmp_path / "bench" / "cases" / f"{name}.py").touch()
     monkeypatch.setattr(bench_cli, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def test_it_passes_on_what_it_is_given(checkout: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    options = ["-k", "W1 and forward", "--json", "a.json", "--charts", "c", "--budget", "9", "--device", "cpu"]
+    options = ["-k", "nms-1k and forward", "--json", "a.json", "--charts", "c", "--budget", "9", "--device", "cpu"]
     assert cli.main(["bench", "nms", "model", *options]) == 0
     words = ["run", "nms", "model", "--json", str(checkout / "a.json"), "--charts", str(checkout / "c")]
-    words += ["-k", "W1 and forward", "--budget", "9.0"]
+    words += ["-k", "nms-1k and forward", "--budget", "9.0"]
     assert capfd.readouterr().out == f"{[words, '']}\n".replace("'", '"')
 
 
@@ -91,16 +91,16 @@ def test_one_device_of_several_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_an_op_without_a_gpu(tmp_path: Path) -> None:
-    """The real thing: rows with their ratios, what cannot be measured here, the counted tables, JSON and charts."""
-    words = ["bench", "boxes", "-k", "forward and not compile", "--json", "a.json", "--charts", "c", "--device", "cpu"]
+    """The real thing: rows with their ratios, what the rows mean, JSON and charts, in less than 40 lines."""
+    words = ["bench", "box_coding", "-k", "forward and not compile", "--json", "a.json", "--charts", "c", "--device", "cpu"]
     done = subprocess.run(
         [sys.executable, "-m", "tmask", *words], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "No GPU. Not measured here" in done.stdout
-    assert "triton  passed" in done.stdout
-    assert "x torchvision" in done.stdout
-    assert "not shown" not in done.stdout
+    assert "Reduced sizes, no GPU" in done.stdout
+    assert "decode_boxes box-coding forward fp32 (reduced): triton right, torchvision " in done.stdout
+    assert "  box-coding forward: the 17,638 boxes" in done.stdout
+    assert len(done.stdout.splitlines()) < 40
     assert (tmp_path / "a.json").is_file()
     assert list((tmp_path / "c").glob("*.png"))

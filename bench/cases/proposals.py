@@ -1,24 +1,38 @@
-"""W8: the proposals of an RPN. Letters as in `bench.cases`."""
+"""From the RPN's maps to proposals and from class scores to detections, end to end, against torchvision."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
+import torchvision
 from torch import Tensor
 
-from bench.cases.case import ITEM, STRIDES
-from bench.cases.roi_align import rois
-from bench.work import Work
-from tmask_kernels import AnchorSpec, make_anchors
+from bench.cases._shared import ITEM, STRIDES, Bench, Case, by_name, rois
+from bench.cases.nms import CLASSES, NMSCase
+from bench.contest import DTYPES, Call
+from bench.graph import captured
+from bench.machine import Work, device
+from bench.standings import Aim
+from tmask_kernels import AnchorSpec, detections, make_anchors, rpn_proposals
 from tmask_kernels.common.reference import box_iou
+
+MIN_PROPOSAL, MIN_DETECTION = 1e-3, 1e-2  # torchvision's least sides in pixels
+SCORE = 0.05  # of a candidate of nms-classes
+CANDIDATES = 0.02  # their share of nms-classes
+NEAR = 0.1  # pixels, or hundredths of a score, between two boxes that are the same
+# An IoU or a score next to its threshold may fall on either side, and then a few boxes behind it do too.
+SHARE = 0.99
+# Half-precision logits tie by the dozen: torchvision takes any of the tied, we the one with the lowest index.
+TIED_SHARE = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
-class RPNCase:
+class RPNCase(Case):
     """From the RPN's maps of N images to proposals."""
 
-    name: str
     images: int = 2
     height: int = 800
     width: int = 1344
@@ -51,7 +65,7 @@ class RPNCase:
         return sum(min(self.pre_nms_top_n, 3 * h * w) for h, w in self.sizes)
 
     def inputs(self, dtype: torch.dtype, where: torch.device) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Logits [N, 3, H, W] and deltas [N, 12, H, W] of each level, sizes [N, 2]. An anchor near an object scores."""
+        """Return logits [N, 3, H, W], high near objects, and deltas [N, 12, H, W] of each level, sizes [N, 2]."""
         generator = torch.Generator().manual_seed(8)
         anchors = make_anchors(self.spec, self.sizes, (self.height, self.width))  # [A, 4]
         logits = torch.randn(self.images, self.anchors, generator=generator) - 6
@@ -67,8 +81,191 @@ class RPNCase:
             start += 3 * h * w
         return objectness, deltas, torch.tensor([[self.height, self.width]] * self.images, device=where)
 
-    def work(self, dtype: str) -> Work:
+    def work(self, dtype: str, mode: str = "forward") -> Work:
         """Every logit, the deltas of those that enter the NMS, and the proposals with their scores and counts."""
         item = ITEM[dtype]
         read = self.images * (self.anchors + 4 * self.candidates) * item
         return Work(bytes=read + self.images * (self.post_nms_top_n * 20 + 8), flops=20 * self.images * self.candidates)
+
+
+CASES = by_name(
+    RPNCase(name="proposals-rpn", what="an RPN's maps of 2 images to 1,000 proposals each", aims={"": Aim(times=10)})
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionCase(NMSCase):
+    """The whole of a box head's postprocessing, on the boxes of an NMS case."""
+
+    def work(self, dtype: str = "fp32", mode: str = "forward") -> Work:
+        """Every score and the boxes over the threshold are read, the detections written with score and label."""
+        slots = self.boxes * len(self.lengths)
+        return Work(bytes=slots * 4 + round(slots * CANDIDATES) * 16 + self.keep * (16 + 4 + 8))
+
+
+class Tied(NamedTuple):
+    """A peer's result where scores tie and it promises no order among them."""
+
+    value: Any
+
+
+class Maps(NamedTuple):
+    """The RPN's output for N images."""
+
+    case: RPNCase
+    objectness: list[Tensor]  # [N, 3, H, W] a level
+    deltas: list[Tensor]  # [N, 12, H, W] a level
+    sizes: Tensor  # [N, 2]
+
+
+class Classified(NamedTuple):
+    """The box head's output for one image."""
+
+    case: NMSCase
+    scores: Tensor  # [P, Cls]
+    boxes: Tensor  # [P, Cls, 4]
+    size: tuple[int, int]
+
+
+def ours(backend: str) -> Callable[[Maps], Call]:
+    return lambda given: (
+        lambda: rpn_proposals(
+            given.objectness,
+            given.deltas,
+            given.sizes,
+            given.case.spec,
+            padded_size=(given.case.height, given.case.width),
+            pre_nms_top_n=given.case.pre_nms_top_n,
+            post_nms_top_n=given.case.post_nms_top_n,
+            nms_threshold=given.case.nms_threshold,
+            min_size=MIN_PROPOSAL,
+            score_threshold=0.0,
+            backend=backend,
+        )
+    )
+
+
+def torchvision_proposals(given: Maps) -> Call:
+    """Its anchors, its decoder and its filter. In float32: its decoder would round anchors to the dtype of the deltas,
+    in bfloat16 by up to four pixels."""
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.image_list import ImageList
+    from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
+
+    case = given.case
+    rpn = RegionProposalNetwork(
+        AnchorGenerator(case.spec.sizes, (case.spec.aspect_ratios,) * len(case.spec.sizes)),
+        torch.nn.Identity(),
+        fg_iou_thresh=0.7,
+        bg_iou_thresh=0.3,
+        batch_size_per_image=256,
+        positive_fraction=0.5,
+        pre_nms_top_n={"training": case.pre_nms_top_n, "testing": case.pre_nms_top_n},
+        post_nms_top_n={"training": case.post_nms_top_n, "testing": case.post_nms_top_n},
+        nms_thresh=case.nms_threshold,
+    ).eval()
+    sizes = [(case.height, case.width)] * case.images
+    images = ImageList(torch.empty(case.images, 3, case.height, case.width, device=given.sizes.device), sizes)
+    counts = [x.shape[1:].numel() for x in given.objectness]
+
+    def call() -> Any:
+        objectness, deltas = [x.float() for x in given.objectness], [x.float() for x in given.deltas]
+        anchors = rpn.anchor_generator(images, objectness)
+        flat_objectness, flat_deltas = concat_box_prediction_layers(objectness, deltas)
+        boxes = rpn.box_coder.decode(flat_deltas, anchors).view(case.images, -1, 4)
+        return rpn.filter_proposals(boxes, flat_objectness, sizes, counts)
+
+    half = given.objectness[0].dtype != torch.float32
+    return (lambda: Tied(call())) if half else call
+
+
+def ours_detections(backend: str) -> Callable[[Classified], Call]:
+    def call(given: Classified) -> Call:
+        valid = torch.ones(1, len(given.scores), dtype=torch.bool, device=given.scores.device)
+        sizes = torch.tensor([given.size], device=given.scores.device)
+        return lambda: detections(
+            given.scores[None],
+            given.boxes[None],
+            valid=valid,
+            image_sizes=sizes,
+            score_threshold=SCORE,
+            nms_threshold=given.case.threshold,
+            max_detections=given.case.keep,
+            min_size=MIN_DETECTION,
+            backend=backend,
+        )
+
+    return call
+
+
+def torchvision_detections(given: Classified) -> Call:
+    """The steps of its box head behind the softmax and the decoder."""
+    ops, case = torchvision.ops, given.case
+    columns = torch.arange(given.scores.shape[1], device=given.scores.device).expand_as(given.scores)
+
+    def call() -> Any:
+        boxes = ops.clip_boxes_to_image(given.boxes, given.size).reshape(-1, 4)
+        scores, labels = given.scores.reshape(-1), columns.reshape(-1)
+        likely = torch.where(scores > SCORE)[0]
+        boxes, scores, labels = boxes[likely], scores[likely], labels[likely]
+        large = ops.remove_small_boxes(boxes, MIN_DETECTION)
+        boxes, scores, labels = boxes[large], scores[large], labels[large]
+        kept = ops.batched_nms(boxes, scores, labels, case.threshold)[: case.keep]
+        return [boxes[kept]], [scores[kept]], [labels[kept]]
+
+    return call
+
+
+def check(out: Any, truth: Any) -> None:
+    """Of each image almost all true boxes must be there, and almost nothing else."""
+    value, share = (out.value, TIED_SHARE) if isinstance(out, Tied) else (out, SHARE)
+    for image, (got, true) in enumerate(zip(_images(value), _images(truth), strict=True)):
+        assert abs(len(got) - len(true)) <= (1 - share) * len(true), f"image {image}: {len(got)}, not {len(true)}"
+        near = (got[:, None] - true).abs().amax(-1) < NEAR  # [n, n']
+        found, right = float(near.any(0).float().mean()), float(near.any(1).float().mean())
+        assert min(found, right) >= share, f"image {image}: {found:.1%} of the true found, {right:.1%} of its own true"
+
+
+def _images(out: Any) -> list[Tensor]:
+    """Of each image [n, 5 or 6]: box, score in hundredths, and label.
+
+    `out` is boxes, scores (and labels), lists of an image's tensors or padded tensors with the counts behind them.
+    """
+    if isinstance(out[0], Tensor):
+        *columns, counts = out
+        out = [[rows[:n] for rows, n in zip(column, counts.tolist(), strict=True)] for column in columns]
+    boxes, scores, *labels = out
+    return [
+        torch.cat([box, 100 * score[:, None], *(x[:, None].to(box.dtype) for x in label)], 1)
+        for box, score, *label in zip(boxes, scores, *labels, strict=True)
+    ]
+
+
+def classified(case: NMSCase, mode: str, dtype: str, layout: str) -> Classified:
+    boxes, scores, _ = case.inputs(device())  # of each class in turn
+    return Classified(case, scores.T.contiguous(), boxes.transpose(0, 1).contiguous(), (800, 1344))
+
+
+def bench_of(cases: Any, inputs: Any, ours: Callable[[str], Callable[[Any], Call]], torchvision: Any) -> Bench:
+    providers = {
+        "triton": ours("triton"),
+        "triton-graph": lambda given: captured(ours("triton")(given)),
+        "torchvision": torchvision,
+        "reference": ours("reference"),
+    }
+    reference = ours("reference")
+    return Bench(cases=cases, inputs=inputs, providers=providers, truth=lambda given: reference(given)(), check=check)
+
+
+PROPOSALS = bench_of(
+    CASES,
+    lambda case, mode, dtype, layout: Maps(case, *case.inputs(DTYPES[dtype], device())),
+    ours,
+    torchvision_proposals,
+)
+test_rpn_proposals = PROPOSALS.test(
+    dtypes=["fp32", "bf16"],
+    where=lambda case, mode, dtype, layout, provider: provider != "reference" or dtype == "fp32",
+)
+DETECTIONS = bench_of(by_name(DetectionCase(**CLASSES)), classified, ours_detections, torchvision_detections)
+test_detections = DETECTIONS.test()

@@ -1,25 +1,44 @@
-"""W1 to W4: pooling RoIs, and boxes that stand as proposals do. Letters as in `bench.cases`."""
+"""RoIAlign of a pyramid and of one map, forward and backward, against the peers.
+
+torchvision has no bfloat16 kernel: its bf16 rows run under autocast, which computes in float32. Its half kernel
+computes coordinates in half too, so the fp16 rows of all providers get RoIs that half precision holds, and torchvision
+gets a loose tolerance. In nhwc torchvision copies the maps to nchw first, within its time.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
+import torchvision
 from torch import Tensor
 
-from bench.cases.case import ITEM, STRIDES
-from bench.work import Work
+from bench.cases._shared import ITEM, STRIDES, Bench, Case, by_name, forward_or_backward, rois, with_launch
+from bench.contest import DTYPES, LAYOUTS, Call, Contest
+from bench.machine import Work, device
+from bench.standings import Aim
+from tmask_kernels import multiscale_roi_align, roi_align
 from tmask_kernels.common.pyramid import box_levels
-from tmask_kernels.ops.roi_align.reference import axis_weights
-from tmask_kernels.testing import random_boxes
+from tmask_kernels.ops.roi_align import reference
+from tmask_kernels.testing import TOLERANCES, Tolerance, assert_close, random_boxes
+
+# Between neighbouring cells of random features a coordinate off by a tenth of a cell, as half precision has it at 300
+# cells, is an error of a few tenths; only gross mistakes are beyond these bounds.
+HALF_COORDINATES = Tolerance(max=0.5, rms=0.1)
+# float32 coordinates of up to 336 cells are off by 3e-5 cells, and so are values between cells that differ by several:
+# the reference itself differs by 2e-5 between float32 and float64 at full size.
+FLOAT_COORDINATES = Tolerance(max=1e-4, rms=1e-5)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoICase:
+class RoICase(Case):
     """Pooling RoIs from one or several FPN levels of N images of height x width pixels, channels innermost or not."""
 
-    name: str
     images: int = 2
     height: int = 800
     width: int = 1344
@@ -76,12 +95,11 @@ class RoICase:
             for h, w in self.sizes
         ]
 
-    def work(self, dtype: str, mode: str) -> Work:
-        """Forward: RoIs, each cell that any sample touches, and the output. Backward: RoIs, the gradient of the output,
-        and every cell's gradient written, since those that no RoI touches are zero.
+    def work(self, dtype: str, mode: str = "forward") -> Work:
+        """Forward: RoIs and each cell that a sample touches are read, the output is written. Backward: RoIs and the
+        gradient of the output are read, and every cell's gradient is written, since untouched cells are zero.
 
-        Operations: 4 taps of a bilinear sample, 16 of a bicubic one, each a product and a sum; the definition's, not
-        those of a separable form.
+        A bilinear sample has 4 taps and a bicubic one 16, each a product and a sum.
         """
         samples, cells = count_touched(self)
         item = ITEM[dtype]
@@ -94,7 +112,7 @@ class RoICase:
 
 @functools.cache
 def count_touched(case: RoICase) -> tuple[int, int]:
-    """Samples of all RoIs, and the distinct cells that they touch."""
+    """Return the number of samples of all RoIs, and of the distinct cells that they touch."""
     boxes = case.boxes()
     levels = box_levels(boxes, case.thresholds)  # [N, P]
     samples = cells = 0
@@ -106,7 +124,9 @@ def count_touched(case: RoICase) -> tuple[int, int]:
                 sides = sides.clamp(min=1)
             # A bin mixes the rows of its samples with their columns, so a RoI touches all its rows x all its columns.
             x, y = (
-                axis_weights(corners[:, i], sides[:, i], case.pooled, length, case.sampling_ratio, cubic=case.cubic)
+                reference.axis_weights(
+                    corners[:, i], sides[:, i], case.pooled, length, case.sampling_ratio, cubic=case.cubic
+                )
                 for i, length in enumerate((width, height))
             )  # [P', bins, W], [P', bins, H]
             x, y = (weights.ne(0).any(1).float() for weights in (x, y))
@@ -117,55 +137,310 @@ def count_touched(case: RoICase) -> tuple[int, int]:
     return samples, cells
 
 
-def rois(
-    num_images: int,
-    per_image: int,
-    height: int,
-    width: int,
-    *,
-    smallest: float = 16,
-    largest: float = 800,
-    objects: tuple[int, int] = (10, 50),
-    spread: float = 1.0,
-    seed: int = 0,
-) -> Tensor:
-    """Proposal-like boxes [N, K, 4], xyxy float32 pixels, clustered around 10-50 objects an image.
+BOX_HEAD = "roi-align-box-head"
+ONE_MAP: dict[str, Any] = {
+    "images": 1,
+    "height": 1024,
+    "width": 1024,
+    "strides": (4,),
+    "channels": 512,
+    "rois": 512,
+    "clustered": False,
+}
+ONE_IMAGE = RoICase(
+    name="roi-align-one-image", what="1,000 RoIs of 1 image to 7 x 7 from 4 levels", images=1, rois=1000
+)
+BICUBIC = {"": Aim(words="≤ 2.5x the time of bilinear")}
+SIX = {"": Aim(times=6)}
+CASES = by_name(
+    RoICase(
+        name=BOX_HEAD,
+        what="1,024 RoIs of 2 images to 7 x 7 from 4 levels",
+        modes=("forward", "backward"),
+        aims={"forward": Aim(times=6, us=100), "backward": Aim(times=6)},
+        rois=1024,
+    ),
+    RoICase(
+        name="roi-align-mask-head",
+        what="256 RoIs of 2 images to 14 x 14 from 4 levels",
+        modes=("forward", "backward"),
+        aims=SIX,
+        rois=256,
+        pooled=14,
+    ),
+    ONE_IMAGE,
+    replace(ONE_IMAGE, name="roi-align-bicubic", what="the same, bicubic", aims=BICUBIC, interpolation="bicubic"),
+    replace(ONE_IMAGE, name="roi-align-max", what="the same, max in place of mean", reduction="max"),
+    RoICase(name="roi-align-map", what="512 RoIs to 7 x 7 from one map of 512 x 256 x 256", aims=SIX, **ONE_MAP),
+    RoICase(
+        name="roi-align-map-adaptive",
+        what="the same with as many samples as a bin has cells",
+        aims=SIX,
+        sampling_ratio=0,
+        **ONE_MAP,
+    ),
+)
 
-    `smallest` and `largest` bound the scale sqrt(w h) of the objects. A box has almost the shape and place of its
-    object; `spread` is how far it is off.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    boxes = [
-        cluster(per_image, height, width, (smallest, largest), objects, spread, generator)[0] for _ in range(num_images)
-    ]
-    return torch.stack(boxes)
+
+class Loose(NamedTuple):
+    """A peer's result and the tolerance that its arithmetic needs."""
+
+    value: Any
+    tolerance: Tolerance
 
 
-def cluster(
-    count: int,
-    height: int,
-    width: int,
-    scales: tuple[float, float],
-    objects: tuple[int, int],
-    spread: float,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """Boxes [K, 4] of one image, and the number of each one's object [K]."""
+class Given(NamedTuple):
+    """The inputs of one variant."""
 
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator)
+    case: RoICase
+    features: list[Tensor]  # [N, C, H, W] a level
+    boxes: Tensor  # [N, P, 4] float32
+    upstream: Tensor | None  # [N * P, C, PH, PW] for a backward
 
-    def normal(deviation: float) -> Tensor:
-        return torch.randn(count, 2, generator=generator) * deviation * spread
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.features[0].dtype
 
-    number = int(torch.randint(objects[0], objects[1] + 1, (1,), generator=generator))
-    centre = uniform(number, 2) * torch.tensor([width, height])
-    smallest, largest = scales[0], max(scales[0], min(scales[1], height, width))
-    scale = smallest * (largest / smallest) ** uniform(number)
-    aspect = 0.3 * 10 ** uniform(number)  # 0.3 to 3
-    side = torch.stack([scale / aspect.sqrt(), scale * aspect.sqrt()], dim=1)
-    owner = torch.randint(number, (count,), generator=generator)
-    near_side = side[owner] * torch.exp(normal(0.2))
-    near_centre = centre[owner] + normal(0.15) * side[owner]
-    boxes = torch.cat([near_centre - near_side / 2, near_centre + near_side / 2], dim=1)
-    return boxes.clamp(min=0).minimum(torch.tensor([width, height] * 2, dtype=torch.float32)), owner
+
+Pool = Callable[[], Tensor]
+
+
+def check(out: Any, truth: list[Tensor]) -> None:
+    """The output, or the gradient of each level."""
+    value, tolerance = out if isinstance(out, Loose) else (out, None)
+    for i, (got, expected) in enumerate(zip(_listed(value), truth, strict=True)):
+        allowed = tolerance or (FLOAT_COORDINATES if got.dtype == torch.float32 else TOLERANCES[got.dtype])
+        assert_close(got, expected, tolerance=allowed, name=f"value {i}")
+
+
+def _listed(out: Any) -> list[Tensor]:
+    return [out] if isinstance(out, Tensor) else list(out)
+
+
+def provider(prepare: Callable[[Given], Pool], *, peer: bool = False) -> Callable[[Given], Call]:
+    """The call that is timed: a pooling, or the backward of a pooling that was done before."""
+
+    def call(given: Given) -> Call:
+        pool = prepare(given)
+        run = forward_or_backward(pool, () if given.upstream is None else given.features, given.upstream)
+        return (lambda: Loose(run(), HALF_COORDINATES)) if peer and given.dtype == torch.float16 else run
+
+    return call
+
+
+def ours(backend: str) -> Callable[[Given], Pool]:
+    """`multiscale_roi_align`, or `roi_align` where there is one map, by a backend."""
+
+    def prepare(given: Given) -> Pool:
+        case = given.case
+        options: dict[str, Any] = {
+            "sampling_ratio": case.sampling_ratio, "aligned": case.aligned, "interpolation": case.interpolation,
+            "reduction": case.reduction, "backend": backend,
+        }  # fmt: skip
+
+        def pool() -> Tensor:
+            if len(given.features) == 1:
+                return roi_align(given.features[0], given.boxes, case.pooled, case.scales[0], **options)
+            return multiscale_roi_align(
+                given.features, given.boxes, case.pooled, case.scales, level_convention="torchvision", **options
+            )
+
+        return pool
+
+    return prepare
+
+
+def compiled(given: Given) -> Pool:
+    """torch.compile of the reference, which works off its RoIs in one chunk then: a loop would be unrolled."""
+    pool = torch.compile(ours("reference")(given))
+
+    def whole() -> Tensor:
+        # A backward that is called again and again may not give its buffers away.
+        with (
+            mock.patch.object(reference, "CHUNK_ELEMENTS", 1 << 62),
+            torch._functorch.config.patch(donated_buffer=False),
+        ):
+            return pool()
+
+    return whole
+
+
+def _precision(given: Given) -> contextlib.AbstractContextManager[object]:
+    """bfloat16 needs autocast: torchvision has no kernel of its own for it."""
+    if given.dtype == torch.bfloat16:
+        return torch.autocast(device().type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def _peer_boxes(given: Given) -> list[Tensor]:
+    """A tensor an image; torchvision's kernels want them in the dtype of the features."""
+    dtype = torch.float16 if given.dtype == torch.float16 else torch.float32
+    return [boxes.to(dtype) for boxes in given.boxes]
+
+
+def torchvision_pyramid(given: Given) -> Pool:
+    case = given.case
+    names = [str(i) for i in range(len(given.features))]
+    module = torchvision.ops.MultiScaleRoIAlign(names, case.pooled, case.sampling_ratio)
+    features = dict(zip(names, given.features, strict=True))
+    boxes, sizes = _peer_boxes(given), [(case.height, case.width)] * case.images
+
+    def pool() -> Tensor:
+        with _precision(given):
+            return module(features, boxes, sizes)
+
+    return pool
+
+
+def torchvision_map(given: Given) -> Pool:
+    case, boxes = given.case, torchvision.ops._utils.convert_boxes_to_roi_format(_peer_boxes(given))
+
+    def pool() -> Tensor:
+        with _precision(given):
+            return torchvision.ops.roi_align(
+                given.features[0], boxes, case.pooled, case.scales[0], case.sampling_ratio, case.aligned
+            )
+
+    return pool
+
+
+def detectron2(given: Given) -> Pool:
+    from detectron2.modeling.poolers import ROIPooler
+    from detectron2.structures import Boxes
+
+    case = given.case
+    kind = "ROIAlignV2" if case.aligned else "ROIAlign"
+    pooler = ROIPooler(case.pooled, case.scales, case.sampling_ratio, kind)
+    boxes = [Boxes(b) for b in _peer_boxes(given)]
+    return lambda: pooler(given.features, boxes)
+
+
+def mmcv(given: Given) -> Pool:
+    from mmcv.ops import roi_align as mmcv_roi_align
+
+    case, boxes = given.case, torchvision.ops._utils.convert_boxes_to_roi_format(_peer_boxes(given))
+    return lambda: mmcv_roi_align(
+        given.features[0], boxes, case.pooled, case.scales[0], case.sampling_ratio, "avg", case.aligned
+    )
+
+
+def inputs(case: RoICase, mode: str, dtype: str, layout: str) -> Given:
+    boxes = case.boxes().to(device())
+    if dtype == "fp16":
+        boxes = boxes.half().float()
+    features = case.features(DTYPES[dtype], LAYOUTS[layout], device())
+    if mode == "forward":
+        return Given(case, features, boxes, None)
+    shape = (case.rois, case.channels, case.pooled, case.pooled)
+    upstream = torch.randn(shape, generator=torch.Generator(device()).manual_seed(2), device=device())
+    upstream = upstream.to(DTYPES[dtype]).contiguous(memory_format=LAYOUTS[layout])
+    return Given(case, [x.requires_grad_() for x in features], boxes, upstream)
+
+
+def bench_of(cases: Mapping[str, RoICase], reference: Callable[[Given], Pool], **providers: Any) -> Bench:
+    """The truth is the reference in float64 on the same rounded inputs."""
+    exactly = provider(reference)
+
+    def truth(given: Given) -> list[Tensor]:
+        features = [x.detach().double().requires_grad_(x.requires_grad) for x in given.features]
+        upstream = None if given.upstream is None else given.upstream.double()
+        return _listed(exactly(given._replace(features=features, upstream=upstream))())
+
+    providers["reference"] = provider(reference)
+    return Bench(cases=cases, inputs=inputs, providers=providers, truth=truth, check=check)
+
+
+PYRAMID = bench_of(
+    CASES,
+    ours("reference"),
+    triton=provider(ours("triton")),
+    torchvision=provider(torchvision_pyramid, peer=True),
+    detectron2=provider(detectron2, peer=True),
+    compile=provider(compiled),
+)
+MAP = bench_of(
+    CASES,
+    ours("reference"),
+    triton=provider(ours("triton")),
+    torchvision=provider(torchvision_map, peer=True),
+    detectron2=provider(detectron2, peer=True),
+    mmcv=provider(mmcv, peer=True),
+)
+
+
+def _pyramid(case: str, mode: str, dtype: str, layout: str, provider: str) -> bool:
+    """Every dtype and layout for the box head, two common ones for the others; slow or rare providers once."""
+    common = (dtype, layout) in (("fp32", "nchw"), ("bf16", "nhwc"))
+    if case == BOX_HEAD:
+        fits = mode == "forward" or dtype != "fp16"
+    else:
+        fits = common and (mode == "forward" or case == "roi-align-mask-head")
+    in_peers = case not in ("roi-align-bicubic", "roi-align-max")
+    wanted = {
+        "triton": True,
+        "torchvision": in_peers,
+        "detectron2": in_peers and (dtype, layout) == ("fp32", "nchw"),
+        "compile": (case, dtype, layout) == (BOX_HEAD, "bf16", "nhwc"),
+        "reference": common,
+    }
+    return fits and wanted[provider]
+
+
+test_multiscale_roi_align = PYRAMID.test(
+    cases=[name for name in CASES if "-map" not in name],
+    modes=["forward", "backward"],
+    dtypes=["fp32", "bf16", "fp16"],
+    layouts=["nchw", "nhwc"],
+    where=_pyramid,
+)
+test_roi_align = MAP.test(
+    cases=["roi-align-map", "roi-align-map-adaptive"],
+    dtypes=["fp32", "bf16", "fp16"],
+    layouts=["nchw", "nhwc"],
+    where=lambda case, mode, dtype, layout, provider: (
+        (dtype, layout) in (("fp32", "nchw"), ("fp32", "nhwc"), ("bf16", "nhwc"), ("fp16", "nchw"))
+        and (provider in ("triton", "torchvision") or (dtype, layout) == ("fp32", "nchw"))
+    ),
+)
+
+
+def forward_launches() -> Contest:
+    """One provider for each tile of the forward kernel."""
+    from tmask_kernels.ops.roi_align.kernels import forward as kernels
+
+    def launched(tile: kernels.Tile) -> Callable[[Given], Call]:
+        return with_launch(provider(ours("triton")), kernels, pick_tile=lambda *_: tile)
+
+    block_pw = 8  # of 7 bins
+    launches = {
+        f"block_c={block_c},warps={warps}": launched(kernels.Tile(block_pw, block_c, warps))
+        for block_c in (16, 32, 64, 128, 256)
+        for warps in (1, 2, 4, 8)
+        if 1 <= block_pw * block_c / (32 * warps) <= 64  # elements a thread: some work, and no spills
+    }
+    return PYRAMID.sweep([BOX_HEAD, "forward", "bf16", "nhwc"], launches)
+
+
+def backward_launches() -> Contest:
+    """One provider for each tile of the backward's gather."""
+    from tmask_kernels.ops.roi_align.kernels import backward as kernels
+
+    def launched(tile: kernels.GatherTile) -> Callable[[Given], Call]:
+        return with_launch(provider(ours("triton")), kernels, pick_gather_tile=lambda *_: tile)
+
+    launches = {
+        f"{height}x{width},block_c={block_c},warps={warps},registers={registers}": launched(
+            kernels.GatherTile(height, width, block_c, warps, registers)
+        )
+        for height, width in ((4, 16), (8, 8), (8, 16), (16, 16), (8, 32))
+        for block_c in (32, 64, 128)
+        for warps, registers in ((2, 168), (4, 128), (4, 168), (8, 128))
+        if 16 <= height * width * block_c / (32 * warps) <= 64  # sums a thread
+    }
+    return PYRAMID.sweep([BOX_HEAD, "backward", "bf16", "nhwc"], launches)
+
+
+SWEEPS: dict[str, Callable[[], Contest]] = {
+    "roi_align-forward": forward_launches,
+    "roi_align-backward": backward_launches,
+}

@@ -1,26 +1,40 @@
-"""W4-pool: RoIPool on the map of W4. Letters as in `bench.cases`."""
+"""RoIPool of one map, forward and backward, against the peers.
+
+torchvision has no bfloat16 kernel: its bf16 rows cast to float32 and back, as its autocast does on CUDA alone. mmcv's
+RoIPool does not round its boxes: it gets them rounded, in cells, so that the bins are the same up to the rounding of
+their ends.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from bench.cases.case import ITEM
-from bench.cases.roi_align import RoICase
-from bench.work import Work
-from tmask_kernels.ops.roi_pool.reference import bin_cells, listed_boxes
+import torchvision
 
-INDEX_BYTES = 4  # where a bin's largest cell stands, which the forward keeps for the backward
+from bench.cases._shared import ITEM, by_name
+from bench.cases.roi_align import ONE_MAP, Given, Loose, Pool, RoICase, bench_of, provider
+from bench.contest import Call
+from bench.machine import Work
+from tmask_kernels import roi_pool
+from tmask_kernels.ops.roi_pool.reference import bin_cells, listed_boxes, round_half_away
+from tmask_kernels.testing import Tolerance
+
+INDEX_BYTES = 4  # the place of a bin's largest cell, which the forward keeps for the backward
+# A bin of mmcv lacks a row or column of cells where float32 gives torchvision's last bin one more: in one box of forty.
+ROUNDED_BINS = Tolerance(max=2.0, rms=0.05)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoIPoolCase(RoICase):
     """The largest cell of each bin of RoIs, from one map."""
 
-    def work(self, dtype: str, mode: str) -> Work:
-        """Forward: RoIs, each cell that lies in any bin, and the output. Backward: RoIs, the gradient of the output and
-        the place that it goes to, and every cell's gradient written.
+    modes: tuple[str, ...] = ("forward", "backward")
 
-        Operations: a comparison for each cell of each bin; of the backward an addition for each bin.
+    def work(self, dtype: str, mode: str = "forward") -> Work:
+        """Forward: RoIs and each cell in a bin are read, the output is written; a comparison for each cell of a bin.
+        Backward: RoIs, the gradient of the output and its place are read, every cell's gradient is written; an
+        addition for each bin.
         """
         compared, cells = self.count_touched()
         item, out = ITEM[dtype], self.rois * self.channels * self.pooled**2
@@ -30,7 +44,7 @@ class RoIPoolCase(RoICase):
         return Work(bytes=(out + maps) * item + out * INDEX_BYTES + self.rois * 16, flops=out)
 
     def count_touched(self) -> tuple[int, int]:
-        """Cells of all bins, and the distinct ones."""
+        """Return the number of cells of all bins, and of the distinct cells."""
         (height, width), scale = self.sizes[0], self.scales[0]
         images, corners, usable = listed_boxes(self.boxes(), None, self.images, scale)
         rows = bin_cells(corners[:, 1], corners[:, 3], usable, scale, self.pooled, height)  # [K, PH, H]
@@ -39,3 +53,51 @@ class RoIPoolCase(RoICase):
         y, x = rows.any(1).float(), columns.any(1).float()  # a RoI's bins leave no gap
         cells = sum(int((y[images == n].T @ x[images == n]).gt(0).sum()) for n in range(self.images))
         return compared, cells
+
+
+CASES = by_name(RoIPoolCase(name="roi-pool-map", what="512 RoIs to 7 x 7 from one map of 512 x 256 x 256", **ONE_MAP))
+
+
+def ours(backend: str) -> Callable[[Given], Pool]:
+    """`roi_pool` by a backend."""
+
+    def prepare(given: Given) -> Pool:
+        case = given.case
+        return lambda: roi_pool(given.features[0], given.boxes, case.pooled, case.scales[0], backend=backend)
+
+    return prepare
+
+
+def torchvision_pool(given: Given) -> Pool:
+    case, boxes = given.case, torchvision.ops._utils.convert_boxes_to_roi_format(list(given.boxes))
+
+    return lambda: torchvision.ops.roi_pool(given.features[0].float(), boxes, case.pooled, case.scales[0]).to(
+        given.dtype
+    )
+
+
+def mmcv(given: Given) -> Call:
+    from mmcv.ops import roi_pool as mmcv_roi_pool
+
+    cells = round_half_away(given.boxes * given.case.scales[0])
+    boxes = torchvision.ops._utils.convert_boxes_to_roi_format(list(cells))
+    run = provider(lambda given: lambda: mmcv_roi_pool(given.features[0], boxes, given.case.pooled, 1.0))(given)
+    return lambda: Loose(run(), ROUNDED_BINS)
+
+
+BENCH = bench_of(
+    CASES,
+    ours("reference"),
+    triton=provider(ours("triton")),
+    torchvision=provider(torchvision_pool),
+    mmcv=mmcv,
+)
+test_roi_pool = BENCH.test(
+    modes=["forward", "backward"],
+    dtypes=["fp32", "bf16"],
+    layouts=["nchw", "nhwc"],
+    where=lambda case, mode, dtype, layout, provider: (
+        (dtype, layout) in (("fp32", "nchw"), ("fp32", "nhwc"), ("bf16", "nhwc"))
+        and (provider in ("triton", "torchvision") or (dtype, layout) == ("fp32", "nchw"))
+    ),
+)

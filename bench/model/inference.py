@@ -83,11 +83,11 @@ def _wanted(case: str, mode: str, dtype: str, layout: str, provider: str) -> boo
     if provider in ("tmask", "torchvision"):
         return True
     full = layout == "nhwc" and mode != "detections"
-    return full and (provider == "tmask-graph" or case == "W12-b1" or dtype == "bf16")
+    return full and (provider == "tmask-graph" or case == "inference-b1" or dtype == "bf16")
 
 
 @variants(
-    cases=["W12-b1", "W12-b8"],
+    cases=["inference-b1", "inference-b8"],
     modes=["results", "detections", "padded"],
     dtypes=["bf16", "fp32"],
     layouts=["nhwc", "nchw"],

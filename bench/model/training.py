@@ -52,11 +52,11 @@ def _wanted(case: str, mode: str, dtype: str, layout: str, provider: str) -> boo
     """To compile takes minutes, and a graph holds a step's memory: once a dtype, on channels_last, small in float32."""
     if device().type == "cpu" and layout == "nchw":
         return False
-    return provider in ("tmask", "torchvision") or (layout == "nhwc" and (case == "W13-b2" or dtype == "bf16"))
+    return provider in ("tmask", "torchvision") or (layout == "nhwc" and (case == "training-b2" or dtype == "bf16"))
 
 
 @variants(
-    cases=["W13-b2", "W13-b16"],
+    cases=["training-b2", "training-b16"],
     modes=["step"],
     dtypes=["bf16", "fp32"],
     layouts=["nhwc", "nchw"],

@@ -1,4 +1,4 @@
-"""A capture that breaks says why, and that its process can do nothing more; no GPU is needed to see it."""
+"""A capture that breaks says why, and gives its process up; without a GPU there is no capture."""
 
 from types import SimpleNamespace
 from unittest import mock
@@ -6,7 +6,8 @@ from unittest import mock
 import pytest
 import torch
 
-from bench import context, graph
+from bench import graph, machine
+from bench.contest import UnavailableError
 
 
 class BreakingCapture:
@@ -23,7 +24,7 @@ class BreakingCapture:
 
 
 def test_a_broken_capture_gives_the_process_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(context, "_given_up", False)
+    monkeypatch.setattr(machine, "_given_up", False)
     monkeypatch.setattr(graph, "device", lambda: SimpleNamespace(type="cuda"))
     for name in ("Stream", "current_stream", "stream", "synchronize", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
@@ -38,6 +39,12 @@ def test_a_broken_capture_gives_the_process_up(monkeypatch: pytest.MonkeyPatch) 
     before = torch.is_autocast_cache_enabled()
     with pytest.raises(ValueError, match="the host waits for the device"):
         graph.captured(call)
-    assert not context.lives()
+    assert not machine.lives()
     assert calls == [False] * (graph.WARM_UP + 1)
     assert torch.is_autocast_cache_enabled() == before
+
+
+def test_a_graph_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "device", lambda: torch.device("cpu"))
+    with pytest.raises(UnavailableError, match="a CUDA graph needs a GPU"):
+        graph.captured(lambda: None)

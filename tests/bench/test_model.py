@@ -74,9 +74,9 @@ def test_run_lengths_are_those_of_torchvisions_masks_and_are_read() -> None:
 def test_a_contest_refuses_a_broken_model(contest: str, broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"box_nms_threshold": 0.4}
     if contest == "inference":
-        made = inference("W12-b1", "results", "bf16", "nhwc")
+        made = inference("inference-b1", "results", "bf16", "nhwc")
     else:
-        made = training("W13-b2", "bf16", "nhwc")
+        made = training("training-b2", "bf16", "nhwc")
         anchors = ((32.0,), (64.0,), (128.0,), (256.0,), (500.0,))
         settings = {"convention": "detectron2", "anchor_sizes": anchors}
     if broken:
@@ -104,7 +104,7 @@ def test_only_a_peer_under_autocast_may_be_coarse() -> None:
 
 
 @pytest.mark.parametrize("size", ["full", pytest.param("reduced", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["W12-b1", "W13-b2"])
+@pytest.mark.parametrize("name", ["inference-b1", "training-b2"])
 @pytest.mark.filterwarnings("ignore:.*has no triton backend")
 def test_counted_operations(name: str, size: str) -> None:
     """Counts those of the layers: our ops are single nodes here, which count as none."""

@@ -1,28 +1,25 @@
 """What is written down: rows, the journal that survives a kill, and messages without names and paths."""
 
-import json
 import platform
 from pathlib import Path
 
 import pytest
 
-from bench.rows import ROOT, STATUSES, Journal, clean, read_lines, read_rows, row_of
+from bench.process import Journal
+from bench.rows import ROOT, STATUSES, clean, row_of
 
-KEY = "op/W1/forward/fp32/-/triton"
-
-
-def test_a_row_knows_its_key():
-    row = row_of(KEY, "failed", "because", bytes=12)
-    assert row.key == KEY
-    assert row.contest == "op/W1/forward/fp32/-"
-    assert (row.provider, row.status, row.reason, row.bytes, row.median_us) == ("triton", "failed", "because", 12, None)
+KEY = "op/case/forward/fp32/-/triton"
 
 
-def test_a_status_is_one_of_the_list():
+def test_a_row_is_its_line():
+    row = row_of(KEY, "timed", "because", bytes=12, median_us=1 / 3)
+    assert (row.key, row.contest, row.provider) == (KEY, "op/case/forward/fp32/-", "triton")
+    assert "wall_us" not in row.line()
+    assert row_of(**row.line()) == row
     for status in STATUSES:
-        row_of(KEY, status, "")
+        row_of(KEY, status)
     with pytest.raises(AssertionError):
-        row_of(KEY, "fine", "")
+        row_of(KEY, "fine")
 
 
 @pytest.mark.parametrize(
@@ -38,10 +35,13 @@ def test_a_status_is_one_of_the_list():
         ("12 GB/s, 1 / 2, and/or, x /= 2, [K, C]/[N]", "12 GB/s, 1 / 2, and/or, x /= 2, [K, C]/[N]"),
         ("one\n\n   two  \n", "one two"),
         ("", ""),
+        ("x" * 300, "x" * 300),
+        ("x" * 1000, "x" * 297 + "..."),
     ],
 )
 def test_messages_tell_no_names_and_no_paths(text, expected):
     assert clean(text) == expected
+    assert row_of(KEY, "failed", text).reason == expected
 
 
 def test_a_host_is_known_by_its_short_name_too(monkeypatch):
@@ -49,53 +49,37 @@ def test_a_host_is_known_by_its_short_name_too(monkeypatch):
     assert clean("node-7.example.org and node-7, not node-71") == "this machine and this machine, not node-71"
 
 
-def test_long_messages_are_cut():
-    assert len(clean("x" * 1000)) == 300
-    assert clean("x" * 300) == "x" * 300
-
-
-def test_rows_are_cleaned(tmp_path: Path):
-    journal = Journal(tmp_path / "j")
-    journal.add(row_of(KEY, "failed", f"no file {tmp_path}/weights.pt on {platform.node()}"))
-    written = (tmp_path / "j").read_text()
-    assert str(tmp_path) not in written
-    assert platform.node() not in written
-    assert "weights.pt" in written
-
-
-def test_a_journal_gives_back_its_rows(tmp_path: Path):
-    path = tmp_path / "j"
-    rows = [row_of(KEY, "timed", "", median_us=1 / 3, rounds=7), row_of(KEY + "2", "wrong", "off by one")]
-    for row in rows:
-        Journal(path).add(row)  # as processes one after another
-    assert read_rows(path) == rows
-    assert list(Journal(path).rows) == [KEY, KEY + "2"]
-
-
-@pytest.mark.parametrize("cut", [1, 20, 100])
+@pytest.mark.parametrize("cut", [1, 20, 90])
 def test_a_journal_cut_in_mid_line_is_read_and_goes_on(tmp_path: Path, cut: int):
     path = tmp_path / "j"
-    first, second, third = (row_of(f"{KEY}{i}", "wrong", "x") for i in range(3))
+    first, second, third = (row_of(f"{KEY}{i}", "wrong", "x" * 30) for i in range(3))
     journal = Journal(path)
-    journal.add(first)
-    journal.add(second)
+    journal.write(first.line())
+    journal.write(second.line())
     path.write_bytes(path.read_bytes()[:-cut])
-    # Without its newline alone the second line is whole.
-    kept = [first, second] if cut == 1 else [first]
-    assert read_rows(path) == kept
-    Journal(path).add(third)
-    assert read_rows(path) == [*kept, third]
+    # Without its newline alone the second line is whole as soon as another one follows.
+    assert list(Journal(path).settled) == [first.key]
+    Journal(path).write(third.line())
+    assert list(Journal(path).settled.values()) == [
+        r.line() for r in ((first, second, third) if cut == 1 else (first, third))
+    ]
 
 
-def test_every_line_is_on_disk_as_soon_as_it_is_written(tmp_path: Path):
-    journal = Journal(tmp_path / "j")
-    journal.write({"plan": [KEY]})
-    journal.write({"begin": KEY})
-    assert [json.loads(line) for line in (tmp_path / "j").open()] == [{"plan": [KEY]}, {"begin": KEY}]
+def test_a_journal_is_on_disk_at_once_and_read_as_it_grows(tmp_path: Path):
+    journal, reader = Journal(tmp_path / "j"), Journal(tmp_path / "j")
+    lines = [
+        {"plan": [KEY, "b"], "errors": {"c": "no"}},
+        {"begin": KEY, "patience": 400.0},
+        row_of(KEY, "failed").line(),
+    ]
+    for line in lines:
+        journal.write(line)
+        assert reader.read() == [line]
+    assert (reader.missing(), reader.errors, reader.patience) == (["b"], {"c": "no"}, 400.0)
+    assert reader.guilty(left=False) is None
 
 
-def test_no_journal(tmp_path: Path):
+def test_without_a_path_nothing_is_written():
     journal = Journal(None)
-    journal.add(row_of(KEY, "wrong", "x"))
-    assert list(journal.rows) == [KEY]
-    assert list(read_lines(tmp_path / "none")) == []
+    journal.write(row_of(KEY, "wrong").line())
+    assert list(journal.settled) == [KEY]

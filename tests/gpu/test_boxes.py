@@ -28,7 +28,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def case_of(full: bool) -> RPNCase:
-    case = CASES["W8"]
+    case = CASES["proposals-rpn"]
     assert isinstance(case, RPNCase)
     return case if full else case.small()
 

@@ -15,7 +15,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_has_the_bits_of_the_reference(dtype: torch.dtype, full: bool, device: torch.device) -> None:
-    case = CASES["W14"]
+    case = CASES["keypoints"]
     assert isinstance(case, KeypointCase)
     heatmaps, boxes = (case if full else case.small()).inputs(dtype, device)
     if not full:

@@ -44,7 +44,7 @@ def focal_inputs(name: str, full: bool, dtype: torch.dtype, device: torch.device
 @pytest.mark.parametrize("gamma", [2.0, 1.5])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["W11", "W11-head"])
+@pytest.mark.parametrize("name", ["focal-rpn", "focal-box-head"])
 def test_focal_loss_equals_torchvision(
     name: str, dtype: torch.dtype, reduction: str, gamma: float, full: bool, device: torch.device
 ) -> None:
@@ -63,7 +63,7 @@ def test_focal_loss_equals_torchvision(
 
 def mask_inputs(full: bool, dtype: torch.dtype, layout: str, device: torch.device) -> list[Tensor]:
     """Logits, classes, targets and which RoIs are valid: two of three."""
-    case = CASES["W13-masks"]
+    case = CASES["mask-loss"]
     assert isinstance(case, MaskLossCase)
     logits, classes, targets = (case if full else case.small()).logits(dtype, device)
     valid = torch.arange(len(classes), device=device) % 3 > 0
@@ -100,7 +100,7 @@ def forward_and_backward(which: str, full: bool, device: torch.device) -> tuple[
         def loss() -> Tensor:
             return mask_loss(inputs)
     else:
-        logits, targets = focal_inputs("W11", full, torch.bfloat16, device)
+        logits, targets = focal_inputs("focal-rpn", full, torch.bfloat16, device)
 
         def loss() -> Tensor:
             return sigmoid_focal_loss(logits, targets, reduction="sum", backend="triton")

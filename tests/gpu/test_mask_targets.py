@@ -21,7 +21,7 @@ CONVENTIONS = ["detectron2", "torchvision"]
 
 def given(full: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
     """Masks [N, G, H, W] bool, RoIs, their masks' rows, and the side of a target."""
-    case = CASES["W13-masks"]
+    case = CASES["mask-loss"]
     assert isinstance(case, MaskLossCase)
     small = replace(case, rois=2, gt=2, height=30, width=40, side=3)
     case = case if full else small

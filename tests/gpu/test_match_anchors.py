@@ -22,7 +22,7 @@ HEAD = {"high": 0.5, "low": 0.5, "allow_low_quality": False}
 
 def inputs_of(full: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Anchors, boxes, valid, crowd on the CPU; every fifth box is a crowd region, every seventh padding."""
-    case = CASES["W9"]
+    case = CASES["match-anchors"]
     assert isinstance(case, MatchCase)
     anchors, boxes = (case if full else case.small()).inputs(torch.device("cpu"))
     place = torch.arange(boxes.shape[1]).expand(len(boxes), -1)

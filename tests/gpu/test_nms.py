@@ -20,8 +20,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # the interpreter's, of padding
 ]
 
-NAMES = ["W5", "W6", "W7-1k", "W7-10k", "W7-10k-dense", "W7-100k"]
-ALL = [*NAMES, pytest.param("W7-1M", marks=pytest.mark.slow)]
+NAMES = ["nms-rpn", "nms-classes", "nms-1k", "nms-10k", "nms-10k-dense", "nms-100k"]
+ALL = [*NAMES, pytest.param("nms-1m", marks=pytest.mark.slow)]
 TILE = 2**25  # IoUs at once
 CHECKED = 20_000  # boxes of a segment whose fate is worked out; a sample of longer segments
 
@@ -78,7 +78,7 @@ def test_equals_the_definition(name: str, full: bool, device: torch.device) -> N
 
 def test_the_definition_is_told_from_others(full: bool, device: torch.device) -> None:
     """One box more, one box fewer, and two in the wrong order are seen."""
-    case = case_of("W7-1k", full)
+    case = case_of("nms-1k", full)
     (boxes,), (scores,), (valid,) = case.inputs(device)
     kept = nms(boxes, scores, case.threshold, backend="triton")
     assert_greedy(boxes, scores, valid, kept, case.threshold, case.boxes)
@@ -121,7 +121,7 @@ def test_batched_nms_keeps_what_torchvision_keeps(full: bool, device: torch.devi
     assert (scores[ours].diff() < 0).all()
 
 
-@pytest.mark.parametrize("name", ["W5", "W6", "W7-1k"])
+@pytest.mark.parametrize("name", ["nms-rpn", "nms-classes", "nms-1k"])
 def test_replays_from_a_graph(name: str, full: bool, device: torch.device) -> None:
     case = case_of(name, full)
     boxes, scores, valid = case.inputs(device)
@@ -138,7 +138,7 @@ def test_replays_from_a_graph(name: str, full: bool, device: torch.device) -> No
         call()
 
 
-@pytest.mark.parametrize("name", ["W5", "W7-10k"])
+@pytest.mark.parametrize("name", ["nms-rpn", "nms-10k"])
 def test_the_result_does_not_depend_on_which_program_is_last(name: str, full: bool, device: torch.device) -> None:
     case = case_of(name, full)
     boxes, scores, valid = case.inputs(device)
@@ -161,7 +161,7 @@ def test_a_chain_of_removals(full: bool, device: torch.device) -> None:
 
 @pytest.mark.parametrize("method", ["linear", "gaussian"])
 def test_soft_nms_equals_the_reference(method: str, full: bool, device: torch.device) -> None:
-    case = case_of("W7-1k", full)
+    case = case_of("nms-1k", full)
     (boxes,), (scores,), _ = case.inputs(device)
     settings = {"method": method, "score_threshold": 0.01}
     indices, taken = soft_nms(boxes, scores, backend="triton", **settings)
@@ -177,7 +177,7 @@ def test_soft_nms_equals_the_reference(method: str, full: bool, device: torch.de
 
 
 def test_memory_is_linear(full: bool, device: torch.device) -> None:
-    case = case_of("W7-100k", full)
+    case = case_of("nms-100k", full)
     boxes, scores, _ = case.inputs(device)
     peak = peak_bytes(lambda: nms(boxes[0], scores[0], case.threshold, backend="triton"), device)
     need_cuda(device, "memory statistics")

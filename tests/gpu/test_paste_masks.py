@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),  # the interpreter's
 ]
 
-NAMES = ["W10", "W10-detectron2"]
+NAMES = ["paste-masks", "paste-masks-detectron2"]
 
 
 def given(name: str, full: bool, device: torch.device) -> tuple[PasteCase, Tensor, Tensor, tuple[int, int]]:
@@ -44,7 +44,7 @@ def test_equals_the_reference_bit_for_bit(name: str, output: str, full: bool, de
 @pytest.mark.parametrize("output", ["bool", "rle"])
 def test_a_batch_is_its_images(output: str, full: bool, device: torch.device) -> None:
     """Four images of their own sizes, one without masks."""
-    case, masks, boxes, (height, width) = given("W10", full, device)
+    case, masks, boxes, (height, width) = given("paste-masks", full, device)
     sizes = [(height, width), (height // 2, width), (height, width // 3), (height + 1, 2 * width)]
     counts = [len(masks), 1, 0, len(masks) - 1]
     images = masks.expand(4, -1, -1, -1), boxes.expand(4, -1, -1)
@@ -57,7 +57,7 @@ def test_a_batch_is_its_images(output: str, full: bool, device: torch.device) ->
 
 
 def test_the_reference_on_the_gpu_has_the_same_bits(full: bool, device: torch.device) -> None:
-    case, masks, boxes, size = given("W10", full, device)
+    case, masks, boxes, size = given("paste-masks", full, device)
     for output in ("probability", "bool"):
         here = paste_masks(masks[:9], boxes[:9], size, output=output, convention=case.convention, backend="reference")
         there = paste_masks(masks[:9].cpu(), boxes[:9].cpu(), size, output=output, convention=case.convention)
@@ -87,7 +87,7 @@ def test_offsets_past_31_bits(output: str, full: bool, device: torch.device) -> 
 @pytest.mark.parametrize(("output", "limit"), [("bool", 103), ("packed", 14), ("rle", 32)])
 def test_memory(output: str, limit: int, full: bool, device: torch.device) -> None:
     """Dense outputs take their own bytes and nothing else; run lengths less than an eighth of a byte a pixel."""
-    case, masks, boxes, size = given("W10", full, device)
+    case, masks, boxes, size = given("paste-masks", full, device)
     peak = peak_bytes(
         lambda: paste_masks(masks, boxes, size, output=output, convention=case.convention, backend="triton"), device
     )

@@ -57,7 +57,17 @@ def random_like(out: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["W1", "W2", "W3-bicubic", "W3-max", "W4-ratio2", "W4-ratio0"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "roi-align-box-head",
+        "roi-align-mask-head",
+        "roi-align-bicubic",
+        "roi-align-max",
+        "roi-align-map",
+        "roi-align-map-adaptive",
+    ],
+)
 def test_equals_the_reference(name: str, dtype: torch.dtype, layout: str, full: bool, device: torch.device) -> None:
     case = case_of(name, full)
     features, boxes = make(case, dtype, layout, device)
@@ -78,7 +88,9 @@ def test_equals_the_reference(name: str, dtype: torch.dtype, layout: str, full: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)  # torchvision's op has no bfloat16
-@pytest.mark.parametrize("name", ["W1", "W2", "W4-ratio2", "W4-ratio0"])
+@pytest.mark.parametrize(
+    "name", ["roi-align-box-head", "roi-align-mask-head", "roi-align-map", "roi-align-map-adaptive"]
+)
 def test_equals_torchvision(name: str, dtype: torch.dtype, full: bool, device: torch.device) -> None:
     if dtype == torch.float16 and device.type != "cuda":
         pytest.skip("torchvision's float16 kernel is a GPU's")
@@ -107,7 +119,7 @@ def test_equals_torchvision(name: str, dtype: torch.dtype, full: bool, device: t
 
 
 @pytest.mark.parametrize(("dtype", "layout"), [(torch.float32, "nchw"), (torch.bfloat16, "nhwc")], ids=str)
-@pytest.mark.parametrize("name", ["W1", "W2", "W3-bicubic", "W4-ratio2"])
+@pytest.mark.parametrize("name", ["roi-align-box-head", "roi-align-mask-head", "roi-align-bicubic", "roi-align-map"])
 def test_gradient_to_the_boxes(name: str, dtype: torch.dtype, layout: str, full: bool, device: torch.device) -> None:
     """Against the reference in float64, 64 boxes; the same bits again.
 
@@ -131,7 +143,7 @@ def test_gradient_to_the_boxes(name: str, dtype: torch.dtype, layout: str, full:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_replays_from_a_graph(layout: str, full: bool, device: torch.device) -> None:
     """Forward and backward in one graph, to the bit."""
-    case = case_of("W1", full)
+    case = case_of("roi-align-box-head", full)
     features, boxes = make(case, torch.bfloat16, layout, device)
     upstream = random_like(pool(case, features, boxes))
 
@@ -154,7 +166,7 @@ def test_replays_from_a_graph(layout: str, full: bool, device: torch.device) -> 
 def test_forward_and_backward_are_deterministic(
     dtype: torch.dtype, layout: str, full: bool, device: torch.device
 ) -> None:
-    case = case_of("W1", full)
+    case = case_of("roi-align-box-head", full)
     features, boxes = make(case, dtype, layout, device)
     with deterministic_algorithms():
         first = pool(case, features, boxes)
@@ -170,7 +182,7 @@ def test_forward_and_backward_are_deterministic(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_copies_no_features(dtype: torch.dtype, layout: str, full: bool, device: torch.device) -> None:
     """Boxes stay float32: the result is that without autocast. Memory: the output, and no float32 features."""
-    case = case_of("W1", full)
+    case = case_of("roi-align-box-head", full)
     features, boxes = make(case, dtype, layout, device)
     features = [f.detach() for f in features]
     expected = pool(case, features, boxes)
@@ -187,7 +199,7 @@ def test_autocast_copies_no_features(dtype: torch.dtype, layout: str, full: bool
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_memory_of_the_backward(interpolation: str, full: bool, device: torch.device) -> None:
     """Beyond the gradients a bit a box and tile: 92 kB, where 150 MB are allowed."""
-    case = replace(case_of("W1b", full), interpolation=interpolation)
+    case = replace(case_of("roi-align-box-head", full), interpolation=interpolation)
     features, boxes = make(case, torch.bfloat16, "nhwc", device)
     out = pool(case, features, boxes)
     upstream = random_like(out)
@@ -199,7 +211,7 @@ def test_memory_of_the_backward(interpolation: str, full: bool, device: torch.de
 
 
 def test_never_waits_at_full_size(full: bool, device: torch.device) -> None:
-    case = case_of("W1", full)
+    case = case_of("roi-align-box-head", full)
     features, boxes = make(case, torch.bfloat16, "nhwc", device)
 
     def step() -> None:
@@ -224,7 +236,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_views_are_read_where_they_lie(view: str, layout: str, full: bool, device: torch.device) -> None:
-    case = case_of("W4-ratio2", full)
+    case = case_of("roi-align-map", full)
     (feature,), boxes = make(case, torch.float32, layout, device)
     size = 7 if full else 2
     strided = VIEWS[view](feature.detach()).requires_grad_()
@@ -283,7 +295,7 @@ def test_output_past_2_to_the_31_elements(layout: str, full: bool, device: torch
 
 def test_compiles_with_inductor(full: bool, device: torch.device) -> None:
     need_cuda(device, "inductor backend for Triton kernels")
-    case = case_of("W1", full)
+    case = case_of("roi-align-box-head", full)
     features, boxes = make(case, torch.float32, "nhwc", device)
 
     def run(features: list[Tensor], boxes: Tensor) -> Any:

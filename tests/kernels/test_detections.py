@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.models.detection.roi_heads import RoIHeads
 
-from bench.launches import Count, count_call
+from tests.launches import Count, count_call
 from tests.model.sync import count_blocking
 from tests.mutation import mutant
 from tmask_kernels import detections, padded_nms

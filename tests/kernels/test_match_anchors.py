@@ -344,7 +344,7 @@ def test_memory_of_the_reference_does_not_grow_with_anchors_times_boxes():
 
 def test_memory_of_the_kernels_is_the_results_and_a_number_for_each_box(device):
     """At full size: 12 bytes an anchor and image, 4 a box."""
-    case = CASES["W9"]
+    case = CASES["match-anchors"]
     assert isinstance(case, MatchCase)
     anchors = torch.empty(1, case.rpn.anchors, 4, device=device)
     boxes = torch.empty(case.images, case.gt, 4, device=device)

@@ -12,8 +12,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.launches import counting
 from tests.kernels.test_nms import NAN, UNIT, crowded, distinct_scores
+from tests.launches import counting
 from tests.model.sync import count_blocking
 from tests.mutation import mutant
 from tmask_kernels import batched_nms, nms

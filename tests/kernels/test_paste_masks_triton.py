@@ -236,7 +236,7 @@ def test_memory_follows_columns_and_changes(device: torch.device) -> None:
     copies = 16 * len(masks) + 4 * int(per_mask.sum()) + 12  # what goes to the host and comes from it, at most
     assert sum(sizes) == least if device.type == "cpu" else least <= sum(sizes) <= least + copies
 
-    case = CASES["W10"]
+    case = CASES["paste-masks"]
     assert isinstance(case, PasteCase)
     masks, boxes = case.inputs(torch.device("cpu"))
     with allocated() as sizes:

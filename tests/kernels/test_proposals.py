@@ -9,7 +9,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 from torchvision.ops import clip_boxes_to_image
 
-from bench.launches import Count, count_call
+from tests.launches import Count, count_call
 from tests.model.sync import count_blocking
 from tests.mutation import mutant
 from tmask_kernels import AnchorSpec, make_anchors, padded_nms, rpn_proposals

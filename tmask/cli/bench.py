@@ -59,7 +59,7 @@ def bench_command(argv: list[str]) -> int:
 
 def op_names() -> list[str]:
     """The names by which ``tmask bench`` knows the ops."""
-    return sorted(path.stem for path in (ROOT / "bench" / "ops").glob("[!_]*.py"))
+    return sorted(path.stem for path in (ROOT / "bench" / "cases").glob("[!_]*.py"))
 
 
 def environment(device: Any) -> dict[str, str]:

@@ -1,32 +1,73 @@
-"""match_anchors (W9): the RPN's anchors against the ground truth of two images, beside torchvision's and detectron2's.
+"""match_anchors: the RPN's anchors against the ground truth of two images, beside torchvision's and detectron2's.
 
-Their matchers take a matrix of IoUs [G, A], which is a part of their time. Where they differ by rule (a ground truth
-that no anchor overlaps) the case has no such box. Where the answer hangs on the last bits of an IoU it is not compared.
+The peers' matchers take a matrix of IoUs [G, A], and its time is a part of theirs. The peers differ by rule on a ground
+truth that no anchor overlaps, so the case has no such box. An answer that depends on the last bits of an IoU is not
+compared.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
-from unittest import mock
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
-from bench.cases import CASES, MatchCase, sized
+from bench.cases._shared import IOU_FLOPS, Bench, Case, by_name, with_launch
+from bench.cases.proposals import RPNCase
 from bench.contest import Call, Contest
-from bench.machine import device
-from bench.variants import variants
-from tmask_kernels import match_anchors
+from bench.machine import Work, device
+from bench.standings import Aim
+from tmask_kernels import make_anchors, match_anchors
 from tmask_kernels.ops.match_anchors.reference import match_anchors_reference
-from tmask_kernels.testing import Tolerance, assert_close
+from tmask_kernels.testing import Tolerance, assert_close, random_boxes
 
 # Two IoUs that differ by less than this may come out in either order in float32.
 CLOSE = 1e-6
 # At most this share of the anchors may hang on the last bits.
 UNSURE = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchCase(Case):
+    """The anchors of the RPN against the ground truth of N images."""
+
+    dtype: str = "fp32"
+    images: int = 2
+    height: int = 800
+    width: int = 1344
+    gt: int = 100  # boxes of an image, G
+    high: float = 0.7
+    low: float = 0.3
+
+    def small(self) -> MatchCase:
+        return replace(self, height=128, width=160, gt=12)
+
+    @property
+    def rpn(self) -> RPNCase:
+        return RPNCase(name=self.name, what=self.what, images=self.images, height=self.height, width=self.width)
+
+    def inputs(self, where: torch.device) -> tuple[Tensor, Tensor]:
+        """Return anchors [A, 4] and boxes [N, G, 4]. Each box overlaps an anchor: for other boxes libraries differ."""
+        rpn = self.rpn
+        anchors = make_anchors(rpn.spec, rpn.sizes, (self.height, self.width))
+        boxes = random_boxes(
+            self.images * self.gt, height=self.height, width=self.width, min_size=20, max_size=600, seed=10
+        )
+        return anchors.to(where), boxes.view(self.images, self.gt, 4).to(where)
+
+    def work(self, dtype: str = "fp32", mode: str = "forward") -> Work:
+        """Anchors and boxes are read, four bytes an anchor and image written; each anchor meets each box."""
+        answers = self.images * self.rpn.anchors
+        moved = self.rpn.anchors * 16 + self.images * self.gt * 16 + answers * 4
+        return Work(bytes=moved, flops=answers * self.gt * IOU_FLOPS)
+
+
+CASES = by_name(
+    MatchCase(name="match-anchors", what="268,569 anchors against 100 boxes, 2 images", aims={"": Aim(times=5)})
+)
 
 
 class Given(NamedTuple):
@@ -39,26 +80,6 @@ class Truth(NamedTuple):
     matches: Tensor  # [N, A] int64; -1 background, -2 ignored
     ious: Tensor  # [N, A] float64
     sure: Tensor  # [N, A] bool
-
-
-@variants(
-    cases=["W9"],
-    providers=["triton", "torchvision", "detectron2", "compile", "reference"],
-)
-def test_match_anchors(case: str, mode: str, dtype: str, layout: str, provider: str, contest: Any) -> None:
-    contest(lambda: matching(case))
-
-
-def matching(name: str, providers: dict[str, Callable[[Given], Call]] | None = None) -> Contest:
-    case, size = sized(cast(MatchCase, CASES[name]))
-    return Contest(
-        inputs=lambda: Given(case, *case.inputs(device())),
-        providers=providers or PROVIDERS,
-        truth=truth,
-        check=check,
-        work=case.work(),
-        size=size,
-    )
 
 
 def ours(backend: str) -> Callable[[Given], Call]:
@@ -81,6 +102,8 @@ def compiled(given: Given) -> Call:
 
 
 def torchvision(given: Given) -> Call:
+    from torchvision.models.detection._utils import Matcher
+
     case, anchors, boxes = given
     match = Matcher(case.high, case.low, allow_low_quality_matches=True)
     return lambda: [match(box_iou(one, anchors)) for one in boxes]
@@ -153,32 +176,30 @@ def _truth(case: MatchCase, anchors: Tensor, boxes: Tensor) -> tuple[Tensor, Ten
     return torch.where(positive, index, unmatched), best, ~unsure
 
 
+BENCH = Bench(
+    cases=CASES,
+    inputs=lambda case, mode, dtype, layout: Given(case, *case.inputs(device())),
+    providers=PROVIDERS,
+    truth=truth,
+    check=check,
+)
+test_match_anchors = BENCH.test()
+
+
 def blocks() -> Contest:
-    """W9 with one provider a number of anchors and warps of a program; `triton` is the launch as it is now."""
+    """One provider for each number of anchors and warps of a program."""
     from tmask_kernels.ops.match_anchors import kernels
 
     def launched(block: kernels.Block) -> Callable[[Given], Call]:
-        def call(given: Given) -> Call:
-            run = ours("triton")(given)
+        return with_launch(ours("triton"), kernels, pick_block=lambda *_: block)
 
-            def patched() -> Any:
-                with mock.patch.object(kernels, "pick_block", return_value=block):
-                    return run()
-
-            return patched
-
-        return call
-
-    return matching(
-        "W9",
-        {"triton": ours("triton")}
-        | {
-            f"triton[anchors={anchors},warps={warps}]": launched(kernels.Block(anchors, warps))
-            for anchors in (32, 64, 128, 256, 512, 1024)
-            for warps in (1, 2, 4, 8)
-            if 1 <= anchors / (32 * warps) <= 8  # anchors a thread: some work, and no spills
-        },
-    )
+    launches = {
+        f"anchors={anchors},warps={warps}": launched(kernels.Block(anchors, warps))
+        for anchors in (32, 64, 128, 256, 512, 1024)
+        for warps in (1, 2, 4, 8)
+        if 1 <= anchors / (32 * warps) <= 8  # anchors a thread: some work, and no spills
+    }
+    return BENCH.sweep(["match-anchors"], launches)
 
 
 SWEEPS: dict[str, Callable[[], Contest]] = {"match_anchors": blocks}

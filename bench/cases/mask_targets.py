@@ -1,4 +1,4 @@
-"""mask_targets of a training step: the ground truth of 2 x 128 positive RoIs as 28 x 28 crops, beside torchvision's.
+"""mask_targets of a training step beside torchvision's, on the case of `bench.cases.mask_bce`.
 
 torchvision keeps a byte a pixel, turns all masks of an image to floats and pools them, as its mask loss does.
 """
@@ -6,16 +6,16 @@ torchvision keeps a byte a pixel, turns all masks of an image to floats and pool
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from bench.cases import CASES, MaskLossCase, sized
-from bench.contest import Call, Contest
+from bench.cases._shared import Bench
+from bench.cases.mask_bce import CASES, MaskLossCase
+from bench.contest import Call
 from bench.machine import device
-from bench.variants import variants
 from tmask_kernels import mask_targets, pack_masks
 from tmask_kernels.testing import Tolerance, assert_close
 
@@ -29,28 +29,6 @@ class Given(NamedTuple):
     packed: Tensor  # [N, G, H, ceil(W / 32)] int32
     boxes: Tensor  # [N, S, 4]
     index: Tensor  # [N, S] int64
-
-
-@variants(cases=["W13-masks"], providers=["triton", "torchvision", "reference"])
-def test_mask_targets(case: str, mode: str, dtype: str, layout: str, provider: str, contest: Any) -> None:
-    contest(lambda: cropping(case))
-
-
-def cropping(name: str) -> Contest:
-    case, size = sized(cast(MaskLossCase, CASES[name]))
-
-    def inputs() -> Given:
-        masks, boxes, index = case.ground_truth(device())
-        return Given(case, masks.to(torch.uint8), pack_masks(masks), boxes, index)
-
-    return Contest(
-        inputs=inputs,
-        providers={"triton": ours("triton"), "torchvision": torchvision, "reference": ours("reference")},
-        truth=lambda given: ours("reference")(given._replace(boxes=given.boxes.double()))(),
-        check=lambda got, expected: assert_close(got, expected, tolerance=ROUNDING),
-        work=case.target_work(),
-        size=size,
-    )
 
 
 def ours(backend: str) -> Callable[[Given], Call]:
@@ -70,3 +48,18 @@ def torchvision(given: Given) -> Call:
         return torch.stack(targets)
 
     return crop
+
+
+def inputs(case: MaskLossCase, mode: str, dtype: str, layout: str) -> Given:
+    masks, boxes, index = case.ground_truth(device())
+    return Given(case, masks.to(torch.uint8), pack_masks(masks), boxes, index)
+
+
+BENCH = Bench(
+    cases=CASES,
+    inputs=inputs,
+    providers={"triton": ours("triton"), "torchvision": torchvision, "reference": ours("reference")},
+    truth=lambda given: ours("reference")(given._replace(boxes=given.boxes.double()))(),
+    check=lambda got, expected: assert_close(got, expected, tolerance=ROUNDING),
+)
+test_mask_targets = BENCH.test(modes=["targets"])

@@ -1,18 +1,18 @@
-"""W12 and W13: the whole model. Letters as in `bench.cases`."""
+"""The whole model, inference and training. `bench/model` measures these cases."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from bench.cases.case import ITEM
-from bench.work import Work
+from bench.cases._shared import ITEM, Case, by_name
+from bench.machine import Work
+from bench.standings import Aim
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelCase:
+class ModelCase(Case):
     """Mask R-CNN with a ResNet and FPN on N images of a size that no resize changes; W is padded to 32 pixels."""
 
-    name: str
     images: int
     training: bool = False
     height: int = 800
@@ -37,13 +37,13 @@ class ModelCase:
 
     @property
     def settings(self) -> dict[str, int]:
-        """What both libraries are built with, under the names they share."""
+        """The arguments that both libraries are built with, under the names they share."""
         sizes = {"min_size": self.height, "max_size": self.width}
         limits = [f"rpn_{when}_nms_top_n_{mode}" for when in ("pre", "post") for mode in ("train", "test")]
         return sizes if self.proposals is None else sizes | dict.fromkeys(limits, self.proposals)
 
-    def work(self, dtype: str) -> Work:
-        """Products of all layers, a multiply-add counted twice; the weights once and the images."""
+    def work(self, dtype: str, mode: str = "forward") -> Work:
+        """Count the products of all layers, a multiply-add twice, the weights once and the images."""
         flops, parameters = MODEL_FLOPS[self.backbone, self.training], MODEL_PARAMETERS[self.backbone]
         pixels = self.images * 3 * self.height * self.width
         # Training reads and writes weight, momentum and gradient in float32; inference reads the weights.
@@ -61,3 +61,18 @@ MODEL_FLOPS = {
     ("resnet18", True): 17_545_753_344,
 }
 MODEL_PARAMETERS = {"resnet50": 44_401_393, "resnet18": 11_564_657}
+
+
+def _inference(images: int) -> ModelCase:
+    what = f"R50-FPN inference of {images} images of 800 x 1333 to COCO results"
+    aims = {"": Aim(times=4, times_fp32=8)}
+    return ModelCase(name=f"inference-b{images}", what=what, modes=("results",), aims=aims, images=images)
+
+
+def _training(images: int) -> ModelCase:
+    what = f"R50-FPN training step of {images} images of 800 x 1333"
+    aims = {"": Aim(times=4, us=images * 10_000)}  # 100 images a second
+    return ModelCase(name=f"training-b{images}", what=what, modes=("step",), aims=aims, images=images, training=True)
+
+
+CASES = by_name(_inference(1), _inference(8), _training(2), _training(16))

@@ -1,0 +1,194 @@
+"""What the cases of all ops share: the base class, proposal-like boxes, and the change of a launch for a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from bench.contest import Call, Contest, gradients
+from bench.machine import Work, device
+from bench.standings import Aim
+from bench.variants import variants
+from tmask_kernels.testing import Tolerance, assert_close
+
+STRIDES = (4, 8, 16, 32, 64)  # P2 to P6
+ITEM = {"fp32": 4, "bf16": 2, "fp16": 2, "-": 4}  # bytes of an element; "-": the op takes float32 only
+IOU_FLOPS = 13  # two minima, two maxima, two differences, two clamps, three of the union, a division, a comparison
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A named piece of work: its sizes, seeded inputs, the least bytes and flops, and the aim."""
+
+    name: str
+    what: str  # one line for the reader of a table
+    dtype: str = "bf16"  # the main one of features and logits; "fp32" where the op takes float32 alone
+    modes: tuple[str, ...] = ("forward",)
+    aims: Mapping[str, Aim] = field(default_factory=dict, hash=False)  # by mode; "": every mode
+
+    def small(self: Self) -> Self:
+        """Return the same work at a size that a CPU and Triton's interpreter do in a moment."""
+        raise NotImplementedError
+
+    def work(self, dtype: str, mode: str = "forward") -> Work:
+        """Return the least bytes, each input read once and each output written once, and the definition's flops."""
+        raise NotImplementedError
+
+    def aim(self, mode: str) -> Aim | None:
+        """Return the aim of a mode at full size on a GPU."""
+        return self.aims.get(mode, self.aims.get(""))
+
+
+Self = TypeVar("Self", bound=Case)
+
+
+def by_name(*cases: Self) -> dict[str, Self]:
+    """Return the cases by their names."""
+    return {case.name: case for case in cases}
+
+
+def sized(case: Self) -> tuple[Self, str]:
+    """Return the case at the size for this machine and that size: "full" on a GPU, "reduced" on a CPU."""
+    return (case, "full") if device().type == "cuda" else (case.small(), "reduced")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """The benchmark of an op: its cases, and what every variant of them does.
+
+    `inputs(case, mode, dtype, layout)` makes the inputs of a variant, a provider maps the inputs to the call to time,
+    `truth(inputs)` makes the right result and `check(result, truth)` raises AssertionError.
+    """
+
+    cases: Mapping[str, Any]
+    inputs: Callable[[Any, str, str, str], Any]
+    providers: Mapping[str, Callable[[Any], Call]]
+    truth: Callable[[Any], Any]
+    check: Callable[[Any, Any], None]
+
+    def contest(
+        self, name: str, mode: str = "forward", dtype: str = "fp32", layout: str = "-", **providers: Any
+    ) -> Contest:
+        """Return the contest of one variant, between `providers` in place of its own if any is given."""
+        case, size = sized(self.cases[name])
+        return Contest(
+            inputs=lambda: self.inputs(case, mode, dtype, layout),
+            providers=providers or self.providers,
+            truth=self.truth,
+            check=self.check,
+            work=case.work(dtype, mode),
+            size=size,
+        )
+
+    def sweep(self, variant: Sequence[str], launches: Mapping[str, Callable[[Any], Call]]) -> Contest:
+        """Return the contest of a variant between launch configurations and the present launch, `triton`."""
+        ours = {f"triton[{name}]": launch for name, launch in launches.items()}
+        return self.contest(*variant, **{"triton": self.providers["triton"], **ours})
+
+    def test(self, *, cases: Sequence[str] = (), **axes: Any) -> Callable[..., None]:
+        """Return the pytest test of the variants that `axes` name (`bench.variants`); of no `cases`, all."""
+
+        @variants(cases=cases or [*self.cases], providers=[*self.providers], **axes)
+        def test(case: str, mode: str, dtype: str, layout: str, provider: str, contest: Any) -> None:
+            contest(lambda: self.contest(case, mode, dtype, layout))
+
+        return test
+
+
+def forward_or_backward(run: Callable[[], Any], leaves: Sequence[Tensor], upstream: Tensor | None = None) -> Call:
+    """Return `run`, or, if there are leaves, the backward of a `run` done before; `upstream` is 1 by default."""
+    if not leaves:
+        return run
+    out = run()
+    return gradients(out, leaves, torch.ones_like(out) if upstream is None else upstream)
+
+
+class Scaled(NamedTuple):
+    """A true value or gradient, and the tolerance relative to its largest element."""
+
+    value: Any
+    tolerance: Tolerance
+
+
+def check_scaled(got: Any, truth: Scaled) -> None:
+    """Compare relative to the largest element, which for a gradient is far below 1."""
+    got, expected = (x[0] if isinstance(x, tuple) else x for x in (got, truth.value))
+    scale = expected.abs().max()
+    assert_close(got.double() / scale, expected / scale, tolerance=truth.tolerance)
+
+
+def with_launch(provider: Callable[[Any], Call], module: Any, **values: Any) -> Callable[[Any], Call]:
+    """Return the provider with other `values` in a kernel's `module` while it runs: one configuration of a sweep."""
+
+    def prepare(given: Any) -> Call:
+        run = provider(given)
+
+        def call() -> Any:
+            with mock.patch.multiple(module, **values):
+                return run()
+
+        return call
+
+    return prepare
+
+
+def rois(
+    num_images: int,
+    per_image: int,
+    height: int,
+    width: int,
+    *,
+    smallest: float = 16,
+    largest: float = 800,
+    objects: tuple[int, int] = (10, 50),
+    spread: float = 1.0,
+    seed: int = 0,
+) -> Tensor:
+    """Return proposal-like boxes [N, K, 4], xyxy float32 pixels, clustered around 10-50 objects an image.
+
+    Uniform boxes would touch far more distinct feature cells, and NMS would remove almost none of them.
+
+    Args:
+        smallest, largest: bounds of the scale sqrt(w h) of the objects.
+        spread: distance of the boxes from their objects.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    boxes = [
+        cluster(per_image, height, width, (smallest, largest), objects, spread, generator)[0] for _ in range(num_images)
+    ]
+    return torch.stack(boxes)
+
+
+def cluster(
+    count: int,
+    height: int,
+    width: int,
+    scales: tuple[float, float],
+    objects: tuple[int, int],
+    spread: float,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Return boxes [K, 4] of one image, and the number of each box's object [K]."""
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    def normal(deviation: float) -> Tensor:
+        return torch.randn(count, 2, generator=generator) * deviation * spread
+
+    number = int(torch.randint(objects[0], objects[1] + 1, (1,), generator=generator))
+    centre = uniform(number, 2) * torch.tensor([width, height])
+    smallest, largest = scales[0], max(scales[0], min(scales[1], height, width))
+    scale = smallest * (largest / smallest) ** uniform(number)
+    aspect = 0.3 * 10 ** uniform(number)  # 0.3 to 3
+    side = torch.stack([scale / aspect.sqrt(), scale * aspect.sqrt()], dim=1)
+    owner = torch.randint(number, (count,), generator=generator)
+    near_side = side[owner] * torch.exp(normal(0.2))
+    near_centre = centre[owner] + normal(0.15) * side[owner]
+    boxes = torch.cat([near_centre - near_side / 2, near_centre + near_side / 2], dim=1)
+    return boxes.clamp(min=0).minimum(torch.tensor([width, height] * 2, dtype=torch.float32)), owner
