@@ -141,7 +141,7 @@ def contest(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Callabl
         if row.status != "timed":
             pytest.skip(f"{row.status}: {row.reason}")
         benchmark.extra_info.update({name: value for name, value in row.line().items() if name != "reason"})
-        REPLAY.load(samples.device)
+        REPLAY.samples = list(samples.device)
         benchmark.pedantic(lambda: None, rounds=len(samples.device))
 
     return report

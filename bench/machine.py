@@ -7,7 +7,6 @@ import datetime
 import functools
 import platform
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from bench.rows import ROOT
-from bench.timing import median, synchronize
+from bench.timing import median, wall_seconds
 
 PACKAGES = ("torch", "triton", "torchvision", "numpy", "pycocotools", "detectron2", "mmcv")
 
@@ -113,14 +112,7 @@ def tf32(allowed: bool = True) -> Iterator[None]:
 
 
 def _seconds(call: Callable[[], Any], rounds: int = 10) -> float:
-    times = []
-    for _ in range(rounds + 2):
-        synchronize(device())
-        start = time.perf_counter()
-        call()
-        synchronize(device())
-        times.append(time.perf_counter() - start)
-    return median(times[2:])
+    return median([wall_seconds(call, device()) for _ in range(rounds + 2)][2:])
 
 
 def describe() -> dict[str, Any]:

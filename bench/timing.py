@@ -1,11 +1,10 @@
 """Clocks: CUDA events with a cold L2 cache on a GPU, the process's clock on a CPU; several providers in turn.
 
 Providers take turns round by round, so that a clock that drifts or a card that warms up hits all of them alike. On a
-GPU a buffer several times the size of the L2 cache is read before each timed call: it evicts the inputs without leaving
-written lines behind, whose write-back would fall into the measurement. It is read as often as the host needs to queue
-the call's launches, up to `MAX_READS`, so the events see the device's own time: gaps between kernels count only where
-the call itself waits for the device, or launches for longer than that. `wall` is what a single call costs with nothing
-queued before it.
+GPU a buffer several times the size of the L2 cache is read before each timed call: the reads evict the inputs without
+leaving written lines behind, whose write-back would fall into the measurement. The buffer is read as often as the host
+needs to queue the call's launches, up to `MAX_READS`, so the events see the device's own time. A gap between kernels
+counts only where the call itself waits for the device, or launches for longer than that.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,10 +29,12 @@ WALL_ROUNDS = 10
 # Reads of the buffer before a call: 50 of 200 MB take 3 ms on an H100, what some 300 launches take to queue.
 MAX_READS = 50
 
+median = statistics.median
+
 
 @dataclass
 class Samples:
-    """Seconds of one provider, a sample a round; `wall` from call to end of work."""
+    """Seconds of one provider, a sample a round; `wall` from call to end of work, nothing queued before it."""
 
     device: list[float] = field(default_factory=list)
     wall: list[float] = field(default_factory=list)
@@ -45,16 +46,17 @@ def time_in_turn(
     started: Callable[[str], None] = lambda name: None,
     failed: Callable[[str, Exception], None] = lambda name, error: None,
 ) -> dict[str, Samples]:
-    """Time each call, warm, in turn with the others; one that raises is left out from there on, and has no samples.
+    """Time each call, warm, in turn with the others; a call that raises is left out from there on.
 
-    `started` is told each name before its call's first round, so that a crash can be laid at its door. `failed` is told
-    of each error while it is handled: whoever kept the error would keep the tensors of its frames too.
+    `started` is told each name before its call's first round. `failed` is told of each error while it is handled: a
+    caller that kept the error would keep the tensors of its frames too.
     """
     if not calls:
         return {}
-    clock = _CudaClock(device) if device.type == "cuda" else _CpuClock()
+    cuda = device.type == "cuda"
+    clock = _CudaClock(device) if cuda else None
     samples: dict[str, Samples] = {}
-    plans: dict[str, _Plan] = {}
+    plans: dict[str, tuple[int, float]] = {}
 
     def step(name: str, action: Callable[[], None]) -> None:
         try:
@@ -65,29 +67,33 @@ def time_in_turn(
             failed(name, error)
 
     def warm_up(name: str) -> None:
-        plans[name] = _plan(calls[name], device)
-        samples[name] = Samples()
+        plans[name], samples[name] = _plan(calls[name], device), Samples()
+
+    def once(name: str) -> None:
+        taken = clock(calls[name], plans[name][1]) if clock else wall_seconds(calls[name], device)
+        samples[name].device.append(taken)
+
+    def once_wall(name: str) -> None:
+        samples[name].wall.append(wall_seconds(calls[name], device))
 
     for name in calls:
         started(name)
         step(name, lambda name=name: warm_up(name))
     with _no_garbage_collection():
-        for turn in range(max((plan.rounds for plan in plans.values()), default=0)):
-            for name, plan in list(plans.items()):
-                if turn < plan.rounds:
-                    step(name, lambda name=name, plan=plan: samples[name].device.append(clock(calls[name], plan.lead)))
-        for name, plan in list(plans.items()):
-            if device.type != "cuda":
-                samples[name].wall = samples[name].device
-                continue
-            for _ in range(min(WALL_ROUNDS, plan.rounds)):
+        for turn in range(max((rounds for rounds, _ in plans.values()), default=0)):
+            for name in [name for name, (rounds, _) in plans.items() if turn < rounds]:
+                step(name, lambda name=name: once(name))
+        for name, (rounds, _) in list(plans.items()):
+            for _ in range(min(WALL_ROUNDS, rounds) if cuda else 0):
                 if name in plans:
-                    step(name, lambda name=name: samples[name].wall.append(_wall_seconds(calls[name], device)))
+                    step(name, lambda name=name: once_wall(name))
+    for each in samples.values():
+        each.wall = each.wall or each.device
     return samples
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which `share` of the sorted values lie, interpolated between neighbours."""
+    """Return the value below which `share` of the sorted values lie, interpolated between neighbours."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     low = int(place)
@@ -95,12 +101,8 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
-def median(values: Sequence[float]) -> float:
-    return statistics.median(values)
-
-
 def peak_mib(call: Callable[[], Any], device: torch.device) -> float | None:
-    """Most memory of one warm call above what is held before it, outputs included. None where it is not counted."""
+    """Return the most memory of one warm call above what is held before it, outputs included. None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -117,39 +119,37 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def wall_seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds from the call to the end of its work."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
 class ReplayTimer:
     """A timer for pytest-benchmark that answers with seconds measured before.
 
     pytest-benchmark asks a timer before and after each round and takes the difference. Its own clock would time the
-    host, one provider after another; this one gives it the samples of `time_in_turn`, to the last bit: each round
+    host, one provider after another; this timer hands out the samples of `time_in_turn` to the last bit: each round
     starts at 0.
     """
 
     def __init__(self) -> None:
-        self._samples: list[float] = []
+        self.samples: list[float] = []
         self._running = False
-
-    def load(self, samples: Iterable[float]) -> None:
-        self._samples, self._running = list(samples), False
 
     def __call__(self) -> float:
         self._running = not self._running
-        return 0.0 if self._running else self._samples.pop(0)
+        return 0.0 if self._running else self.samples.pop(0)
 
 
 REPLAY = ReplayTimer()
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """How a call is timed: how often, and the seconds the host needs to queue its launches."""
-
-    rounds: int
-    lead: float
-
-
-def _plan(call: Callable[[], Any], device: torch.device) -> _Plan:
-    """Warm a call up and say how often it fits into the time."""
+def _plan(call: Callable[[], Any], device: torch.device) -> tuple[int, float]:
+    """Warm a call up; return how often it fits into the time, and the seconds the host needs to queue its launches."""
     call()
     synchronize(device)
     start = time.perf_counter()
@@ -159,14 +159,7 @@ def _plan(call: Callable[[], Any], device: torch.device) -> _Plan:
     took = max(time.perf_counter() - start, 1e-7)
     kind = device.type
     rounds = max(MIN_ROUNDS[kind] if took < 1 else 3, min(MAX_ROUNDS[kind], int(SECONDS[kind] / took)))
-    return _Plan(rounds, queued - start)
-
-
-class _CpuClock:
-    def __call__(self, call: Callable[[], Any], lead: float) -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
+    return rounds, queued - start
 
 
 class _CudaClock:
@@ -178,39 +171,26 @@ class _CudaClock:
         self._buffer = torch.ones(l2_bytes, dtype=torch.float32, device=device)  # of four times its size
         self._sum = torch.empty((), dtype=torch.float32, device=device)
         # Twice: the first reads warm the kernel up.
-        self._read_seconds = [max(self._between(self._read, self._read), 1e-6) for _ in range(2)][-1]
+        self._read_seconds = [max(self._between(1, self._read), 1e-6) for _ in range(2)][-1]
 
     def __call__(self, call: Callable[[], Any], lead: float) -> float:
-        """Device seconds of a call whose launches take the host `lead` seconds to queue."""
+        """Return the device seconds of a call whose launches take the host `lead` seconds to queue."""
         # Half as much again, since the host needs a part of the time to queue the reads themselves.
-        reads = min(MAX_READS, 1 + math.ceil(1.5 * lead / self._read_seconds))
-
-        def prepare() -> None:
-            for _ in range(reads):
-                self._read()
-
-        return self._between(prepare, call)
+        return self._between(min(MAX_READS, 1 + math.ceil(1.5 * lead / self._read_seconds)), call)
 
     def _read(self) -> None:
         torch.sum(self._buffer, dim=0, out=self._sum)
 
-    def _between(self, prepare: Callable[[], Any], call: Callable[[], Any]) -> float:
+    def _between(self, reads: int, call: Callable[[], Any]) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(self._device)
-        prepare()
+        for _ in range(reads):
+            self._read()
         start.record()
         call()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
-
-
-def _wall_seconds(call: Callable[[], Any], device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - start
 
 
 @contextlib.contextmanager

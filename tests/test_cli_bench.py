@@ -92,7 +92,8 @@ def test_one_device_of_several_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_an_op_without_a_gpu(tmp_path: Path) -> None:
     """The real thing: rows with their ratios, what the rows mean, JSON and charts, in less than 40 lines."""
-    words = ["bench", "box_coding", "-k", "forward and not compile", "--json", "a.json", "--charts", "c", "--device", "cpu"]
+    words = ["bench", "box_coding", "-k", "forward and not compile", "--json", "a.json", "--charts", "c"]
+    words += ["--device", "cpu"]
     done = subprocess.run(
         [sys.executable, "-m", "tmask", *words], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, check=False,

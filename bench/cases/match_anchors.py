@@ -7,6 +7,7 @@ compared.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -195,8 +196,7 @@ def blocks() -> Contest:
 
     launches = {
         f"anchors={anchors},warps={warps}": launched(kernels.Block(anchors, warps))
-        for anchors in (32, 64, 128, 256, 512, 1024)
-        for warps in (1, 2, 4, 8)
+        for anchors, warps in itertools.product((32, 64, 128, 256, 512, 1024), (1, 2, 4, 8))
         if 1 <= anchors / (32 * warps) <= 8  # anchors a thread: some work, and no spills
     }
     return BENCH.sweep(["match-anchors"], launches)

@@ -124,16 +124,10 @@ def _list_segment(case: NMSCase) -> tuple[Tensor, Tensor, Tensor]:
 
 def _long_list(name: str, boxes: int, kept: float, us: float | None = None, matrix: bool = True) -> NMSCase:
     """One list; with `matrix` its memory may take a tenth of the K^2 bits that a matrix of all pairs would take."""
-    return NMSCase(
-        name=name,
-        what=f"one list of {boxes:,} boxes, {kept:.0%} of them kept",
-        aims={"": Aim(us=us, mib=0.1 * boxes**2 / 8 / 2**20 if matrix else None)},
-        kind="list",
-        lengths=(boxes,),
-        threshold=0.5,
-        keep=boxes,
-        kept=kept,
-    )
+    what = f"one list of {boxes:,} boxes, {kept:.0%} of them kept"
+    aims = {"": Aim(us=us, mib=0.1 * boxes**2 / 8 / 2**20 if matrix else None)}
+    lengths = (boxes,)
+    return NMSCase(name=name, what=what, aims=aims, kind="list", lengths=lengths, threshold=0.5, keep=boxes, kept=kept)
 
 
 CLASSES: dict[str, Any] = {
@@ -238,9 +232,7 @@ def count_faults(
 def ours(backend: str) -> Callable[[Given], Call]:
     def call(given: Given) -> Call:
         case, (boxes, scores, valid) = given
-        return lambda: padded_nms(
-            boxes, scores, case.threshold, valid=valid, max_output=case.keep, backend=backend
-        )  # fmt: skip
+        return lambda: padded_nms(boxes, scores, case.threshold, valid=valid, max_output=case.keep, backend=backend)
 
     return call
 
@@ -319,8 +311,7 @@ def segments() -> Contest:
 
     launches = {
         f"block={block},warps={warps}": with_launch(ours("triton"), kernels, BLOCK=block, NUM_WARPS=warps)
-        for block in (16, 32, 64, 128, 256)
-        for warps in (1, 2, 4, 8, 16, 32)
+        for block, warps in itertools.product((16, 32, 64, 128, 256), (1, 2, 4, 8, 16, 32))
         if 1 <= block * block / (32 * warps) <= 128  # IoUs a thread: some work, and a compilation that ends
     }
     return PADDED.sweep(["nms-classes"], launches)

@@ -7,11 +7,11 @@ gets a loose tolerance. In nhwc torchvision copies the maps to nchw first, withi
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from unittest import mock
 
 import torch
@@ -137,33 +137,30 @@ def count_touched(case: RoICase) -> tuple[int, int]:
     return samples, cells
 
 
+def one_map(kind: type[RoI], **fields: Any) -> RoI:
+    """Return a case of 512 spread RoIs on one map of 1 x 512 x 256 x 256."""
+    return kind(images=1, height=1024, width=1024, strides=(4,), channels=512, rois=512, clustered=False, **fields)
+
+
+RoI = TypeVar("RoI", bound=RoICase)
 BOX_HEAD = "roi-align-box-head"
-ONE_MAP: dict[str, Any] = {
-    "images": 1,
-    "height": 1024,
-    "width": 1024,
-    "strides": (4,),
-    "channels": 512,
-    "rois": 512,
-    "clustered": False,
-}
-ONE_IMAGE = RoICase(
-    name="roi-align-one-image", what="1,000 RoIs of 1 image to 7 x 7 from 4 levels", images=1, rois=1000
-)
+BOTH = ("forward", "backward")
+WHAT = "1,000 RoIs of 1 image to 7 x 7 from 4 levels"
+ONE_IMAGE = RoICase(name="roi-align-one-image", what=WHAT, images=1, rois=1000)
 BICUBIC = {"": Aim(words="≤ 2.5x the time of bilinear")}
 SIX = {"": Aim(times=6)}
 CASES = by_name(
     RoICase(
         name=BOX_HEAD,
         what="1,024 RoIs of 2 images to 7 x 7 from 4 levels",
-        modes=("forward", "backward"),
+        modes=BOTH,
         aims={"forward": Aim(times=6, us=100), "backward": Aim(times=6)},
         rois=1024,
     ),
     RoICase(
         name="roi-align-mask-head",
         what="256 RoIs of 2 images to 14 x 14 from 4 levels",
-        modes=("forward", "backward"),
+        modes=BOTH,
         aims=SIX,
         rois=256,
         pooled=14,
@@ -171,14 +168,8 @@ CASES = by_name(
     ONE_IMAGE,
     replace(ONE_IMAGE, name="roi-align-bicubic", what="the same, bicubic", aims=BICUBIC, interpolation="bicubic"),
     replace(ONE_IMAGE, name="roi-align-max", what="the same, max in place of mean", reduction="max"),
-    RoICase(name="roi-align-map", what="512 RoIs to 7 x 7 from one map of 512 x 256 x 256", aims=SIX, **ONE_MAP),
-    RoICase(
-        name="roi-align-map-adaptive",
-        what="the same with as many samples as a bin has cells",
-        aims=SIX,
-        sampling_ratio=0,
-        **ONE_MAP,
-    ),
+    one_map(RoICase, name="roi-align-map", what="512 RoIs to 7 x 7 from one map of 512 x 256 x 256", aims=SIX),
+    one_map(RoICase, name="roi-align-map-adaptive", what="the same, a sample a cell", aims=SIX, sampling_ratio=0),
 )
 
 
@@ -233,19 +224,11 @@ def ours(backend: str) -> Callable[[Given], Pool]:
 
     def prepare(given: Given) -> Pool:
         case = given.case
-        options: dict[str, Any] = {
-            "sampling_ratio": case.sampling_ratio, "aligned": case.aligned, "interpolation": case.interpolation,
-            "reduction": case.reduction, "backend": backend,
-        }  # fmt: skip
-
-        def pool() -> Tensor:
-            if len(given.features) == 1:
-                return roi_align(given.features[0], given.boxes, case.pooled, case.scales[0], **options)
-            return multiscale_roi_align(
-                given.features, given.boxes, case.pooled, case.scales, level_convention="torchvision", **options
-            )
-
-        return pool
+        one = len(given.features) == 1
+        function: Any = roi_align if one else functools.partial(multiscale_roi_align, level_convention="torchvision")
+        where = (given.features[0], case.scales[0]) if one else (given.features, case.scales)
+        options = {name: getattr(case, name) for name in ("sampling_ratio", "aligned", "interpolation", "reduction")}
+        return lambda: function(where[0], given.boxes, case.pooled, where[1], **options, backend=backend)
 
     return prepare
 
@@ -265,11 +248,9 @@ def compiled(given: Given) -> Pool:
     return whole
 
 
-def _precision(given: Given) -> contextlib.AbstractContextManager[object]:
+def _precision(given: Given) -> torch.autocast:
     """bfloat16 needs autocast: torchvision has no kernel of its own for it."""
-    if given.dtype == torch.bfloat16:
-        return torch.autocast(device().type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
+    return torch.autocast(device().type, dtype=torch.bfloat16, enabled=given.dtype == torch.bfloat16)
 
 
 def _peer_boxes(given: Given) -> list[Tensor]:
@@ -414,8 +395,7 @@ def forward_launches() -> Contest:
     block_pw = 8  # of 7 bins
     launches = {
         f"block_c={block_c},warps={warps}": launched(kernels.Tile(block_pw, block_c, warps))
-        for block_c in (16, 32, 64, 128, 256)
-        for warps in (1, 2, 4, 8)
+        for block_c, warps in itertools.product((16, 32, 64, 128, 256), (1, 2, 4, 8))
         if 1 <= block_pw * block_c / (32 * warps) <= 64  # elements a thread: some work, and no spills
     }
     return PYRAMID.sweep([BOX_HEAD, "forward", "bf16", "nhwc"], launches)

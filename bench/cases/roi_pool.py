@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torchvision
 
 from bench.cases._shared import ITEM, by_name
-from bench.cases.roi_align import ONE_MAP, Given, Loose, Pool, RoICase, bench_of, provider
+from bench.cases.roi_align import Given, Loose, Pool, RoICase, bench_of, one_map, provider
 from bench.contest import Call
 from bench.machine import Work
 from tmask_kernels import roi_pool
@@ -55,7 +55,7 @@ class RoIPoolCase(RoICase):
         return compared, cells
 
 
-CASES = by_name(RoIPoolCase(name="roi-pool-map", what="512 RoIs to 7 x 7 from one map of 512 x 256 x 256", **ONE_MAP))
+CASES = by_name(one_map(RoIPoolCase, name="roi-pool-map", what="512 RoIs to 7 x 7 from one map of 512 x 256 x 256"))
 
 
 def ours(backend: str) -> Callable[[Given], Pool]:
@@ -86,11 +86,7 @@ def mmcv(given: Given) -> Call:
 
 
 BENCH = bench_of(
-    CASES,
-    ours("reference"),
-    triton=provider(ours("triton")),
-    torchvision=provider(torchvision_pool),
-    mmcv=mmcv,
+    CASES, ours("reference"), triton=provider(ours("triton")), torchvision=provider(torchvision_pool), mmcv=mmcv
 )
 test_roi_pool = BENCH.test(
     modes=["forward", "backward"],

@@ -46,7 +46,7 @@ def synthetic(size: str = "full") -> results.Result:
     """A result of every case, of random numbers: speed-ups from 0.5 to 40, rows that miss or failed."""
     draw = random.Random(0)
     rows = []
-    for i, case in enumerate(CASES.values()):
+    for case in CASES.values():
         model = case.name.startswith(("inference", "training"))
         ours = ("tmask", "tmask-graph") if model else ("triton", "triton-graph")
         speeds = {name: 10 ** draw.uniform(-0.5, 1.6) for name in ours} | {

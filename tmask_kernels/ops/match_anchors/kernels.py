@@ -171,8 +171,8 @@ def pick_block() -> Block:
     """One warp: no barrier for each ground truth. Few anchors: few boxes reach into their bounds, and one IoU after
     another, the time of the programs that every box reaches into, is short.
 
-    64 anchors of an RPN in a row are 21 cells. In bench's `match-anchors` 10.5 of the 100 boxes reach into the bounds of
-    64 anchors, 14.9 into those of 128 and 7.9 into those of 32.
+    64 anchors of an RPN in a row are 21 cells. In bench's `match-anchors` 10.5 of the 100 boxes reach into the bounds
+    of 64 anchors, 14.9 into the bounds of 128 and 7.9 into the bounds of 32.
     """
     return Block(64, num_warps=1)
 
