@@ -27,27 +27,23 @@ def captured(call: Callable[[], Any]) -> Call:
     cache = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
-        return _captured(call)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                out = call()
+        except Exception as error:
+            # The allocator and the generator still believe in the capture, so later work would fail.
+            give_up()
+            raise error.__context__ or error from None  # the end of a broken capture fails too, and hides its cause
     finally:
         torch.set_autocast_cache_enabled(cache)
-
-
-def _captured(call: Callable[[], Any]) -> Call:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            out = call()
-    except Exception as error:
-        # The allocator and the generator still believe in the capture, so later work would fail.
-        give_up()
-        raise error.__context__ or error from None  # the end of a broken capture fails too, and hides why it broke
 
     def replay() -> Any:
         graph.replay()

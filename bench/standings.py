@@ -144,6 +144,7 @@ def ratio_range(slow: Row, fast: Row) -> tuple[float, float]:
 
 
 def spread(row: Row) -> tuple[float, float]:
+    """Return p20 and p80."""
     return row.p20_us or us(row), row.p80_us or us(row)
 
 

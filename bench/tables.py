@@ -197,13 +197,12 @@ def _sweeps(rows: Sequence[Row]) -> Iterator[str]:
         timed = sorted((row for row in group if row.status == "timed"), key=us)
         now = next((row for row in timed if row.provider == "triton"), None)
         yield f"## Sweep {name}: {len(timed)} of {len(group)} launch configurations timed; `triton` is the present one"
-        shown = timed[:BEST_LAUNCHES] + ([now] if now and now not in timed[:BEST_LAUNCHES] else [])
-        head = ("place", "launch", "median", "against now")
         lines = [
-            (str(timed.index(row) + 1), text(row.provider), duration(us(row)), times(us(now) / us(row)) if now else "")
-            for row in shown
+            (str(place), text(row.provider), duration(us(row)), times(us(now) / us(row)) if now else "")
+            for place, row in enumerate(timed, 1)
+            if place <= BEST_LAUNCHES or row is now
         ]
-        yield table(head, lines, right=2)
+        yield table(("place", "launch", "median", "against now"), lines, right=2)
 
 
 def _tests(tests: Sequence[dict[str, Any]]) -> Iterator[str]:

@@ -221,48 +221,25 @@ def raise_(error: Exception) -> Callable[..., Any]:
     return function
 
 
-def test_one_that_fails_only_when_timed(cpu, tmp_path):
-    left = [1 + 2 + 4]  # the gate, two to warm up, three rounds
-
-    def tires(x: Tensor) -> Tensor:
-        left[0] -= 1
-        if not left[0]:
-            raise RuntimeError("tired")
-        return x * 2
-
-    rows = rows_of(doubling({"a": RIGHT, "tires": ready(tires), "b": RIGHT}), Journal(tmp_path / "j"))
-    assert [rows[name].status for name in ("a", "tires", "b")] == ["timed", "failed", "timed"]
-    assert (rows["tires"].reason, rows["tires"].rounds) == ("RuntimeError: tired", 0)
-    assert {row.provider: row for row in read_rows(tmp_path / "j")} == rows
-
-
-def test_what_failed_is_freed(cpu):
+def test_failed_results_and_inputs_are_freed(cpu):
     alive: list[weakref.ref[Tensor]] = []
 
-    def bad(x: Tensor) -> Tensor:
-        held = torch.zeros(8)
-        alive.append(weakref.ref(held))
-        raise RuntimeError("gone")
-
-    def checks_memory(x: Tensor) -> Tensor:
-        assert alive[0]() is None
-        return x * 2
-
-    rows = rows_of(doubling({"bad": ready(bad), "next": ready(checks_memory)}))
-    assert [row.status for row in rows.values()] == ["failed", "timed"]
-
-
-def test_inputs_are_freed_with_the_contest(cpu):
-    alive: list[weakref.ref[Tensor]] = []
-
-    def inputs() -> Tensor:
-        x = torch.arange(4.0)
+    def tracked(x: Tensor) -> Tensor:
         alive.append(weakref.ref(x))
         return x
 
-    found = compare(doubling({"right": RIGHT}, inputs=inputs), [key_of("right")], Journal(None))
+    def bad(x: Tensor) -> Tensor:
+        held = tracked(torch.zeros(8))
+        raise RuntimeError(f"gone with {len(held)}")
+
+    def checks_memory(x: Tensor) -> Tensor:
+        assert alive[1]() is None
+        return x * 2
+
+    providers = {"bad": ready(bad), "next": ready(checks_memory)}
+    rows = rows_of(doubling(providers, inputs=lambda: tracked(torch.arange(4.0))))
+    assert [row.status for row in rows.values()] == ["failed", "timed"]
     gc.collect()
-    assert found
     assert alive[0]() is None
 
 
