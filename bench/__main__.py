@@ -82,13 +82,8 @@ def run_command(options: argparse.Namespace) -> int:
             raise ValueError(f"targets: expected some of {', '.join(known)}, got {target!r}")
     files = list(dict.fromkeys(file for target in options.targets or ["all"] for file in known[target]))
     print(f"{machine['device']}, torch {machine['versions']['torch']}, triton {machine['versions']['triton']}")
-    made = Report(
-        now=result.empty(machine),
-        path=options.json,
-        work=LOCAL.parent / "bench",
-        hang=options.hang,
-        select=options.select,
-    )
+    now, work = result.empty(machine), LOCAL.parent / "bench"
+    made = Report(now=now, path=options.json, work=work, hang=options.hang, select=options.select)
     whole = made.part("bench", files, options.budget or math.inf)
     rows = result.rows(made.now)
     if whole and not rows:
@@ -114,15 +109,9 @@ def report_command(options: argparse.Namespace) -> int:
             now = result.merge(checked(file, machine), now)
     if machine["gpu"] is None:
         print("No GPU: this rehearses the report and says what it cannot measure.")
-    made = Report(
-        now=now,
-        path=path,
-        work=LOCAL if out == RESULTS else out / "work",
-        hang=options.hang,
-        resume=options.resume is not None,
-        select=options.select,
-        sweeps=options.sweep,
-    )
+    work = LOCAL if out == RESULTS else out / "work"
+    made = Report(now=now, path=path, work=work, hang=options.hang, select=options.select, sweeps=options.sweep)
+    made.resume = options.resume is not None
     whole = made.run(["sweep"] if options.sweep else options.only, options.budget)
     publish(path)
     print(f"result: {shown(path)}")

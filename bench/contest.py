@@ -155,27 +155,20 @@ def _row_of_error(key: str, error: Exception, contest: Contest, what: str = "") 
         status = "out of memory"
     else:
         status = "failed"
-    return row_of(key, status, what + text, bytes=contest.work.bytes, flops=contest.work.flops, size=contest.size)
+    return row_of(key, status, what + text, **_cost(contest))
 
 
-def _timed_row(key: str, times: Samples, memory: float | None, contest: Contest) -> Row:
-    middle, work = median(times.device), contest.work
-    return row_of(
-        key,
-        "timed",
-        median_us=middle * 1e6,
-        p20_us=percentile(times.device, 0.2) * 1e6,
-        p80_us=percentile(times.device, 0.8) * 1e6,
-        wall_us=median(times.wall) * 1e6,
-        rounds=len(times.device),
-        peak_mib=memory,
-        bytes=work.bytes,
-        flops=work.flops,
-        gbps=work.bytes / middle / 1e9,
-        roof_share=machine.roofs().floor_us(work, contest.roof or key.split("/")[3]) / (middle * 1e6),
-        size=contest.size,
-        roof=contest.roof,
-    )
+def _timed_row(key: str, samples: Samples, memory: float | None, contest: Contest) -> Row:
+    low, middle, high = (percentile(samples.device, share) * 1e6 for share in (0.2, 0.5, 0.8))
+    times = {"median_us": middle, "p20_us": low, "p80_us": high, "wall_us": median(samples.wall) * 1e6}
+    share = machine.roofs().floor_us(contest.work, contest.roof or key.split("/")[3]) / middle
+    rates = {"gbps": contest.work.bytes / middle / 1e3, "roof_share": share, "roof": contest.roof}
+    rounds = len(samples.device)
+    return row_of(key, "timed", rounds=rounds, peak_mib=memory, **times, **rates, **_cost(contest))
+
+
+def _cost(contest: Contest) -> dict[str, Any]:
+    return {"bytes": contest.work.bytes, "flops": contest.work.flops, "size": contest.size}
 
 
 def _begin_afresh() -> None:

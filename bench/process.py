@@ -116,10 +116,40 @@ def survive(
     assert journal.path is not None
     deadline = time.monotonic() + seconds
     log = journal.path.with_suffix(".log")
+    full = {**os.environ, **(env or {})}
+
+    def watch() -> Ending:
+        """Watch one process from its start to its end; "failed" if it crashed or hung."""
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=full,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+        heard, patience = time.monotonic(), max(hang, START_SECONDS)
+        try:
+            while process.poll() is None:
+                if lines := journal.read():
+                    heard, patience = time.monotonic(), max(hang, journal.patience)
+                    hear(lines)
+                if time.monotonic() >= deadline:
+                    return Ending("stopped", "the time was up")
+                if time.monotonic() - heard > patience:
+                    return Ending("failed", f"no answer in {patience:g} s")
+                time.sleep(0.05)
+        finally:
+            _kill_group(process)
+            hear(journal.read())
+        return _ending(process.returncode)
+
     try:
         while time.monotonic() < deadline:
             before = len(journal.settled)
-            end = _watch(command, journal, log, env or {}, hang, deadline, hear)
+            end = watch()
             if end.status == "done" and journal.planned is None:
                 return Ending("failed", f"the process ended before it had a plan: {last_words(log)}")
             if end.status != "failed":
@@ -134,47 +164,13 @@ def survive(
     return Ending("stopped", "the time was up")
 
 
-def _watch(
-    command: Sequence[str],
-    journal: Journal,
-    log: Path,
-    env: Mapping[str, str],
-    hang: float,
-    deadline: float,
-    hear: Callable[[list[Line]], None],
-) -> Ending:
-    """Watch one process from its start to its end; "failed" if it crashed or hung."""
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **env},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    heard, patience = time.monotonic(), max(hang, START_SECONDS)
-    try:
-        while process.poll() is None:
-            if lines := journal.read():
-                heard, patience = time.monotonic(), max(hang, journal.patience)
-                hear(lines)
-            if time.monotonic() >= deadline:
-                return Ending("stopped", "the time was up")
-            if time.monotonic() - heard > patience:
-                return Ending("failed", f"no answer in {patience:g} s")
-            time.sleep(0.05)
-    finally:
-        _kill_group(process)
-        hear(journal.read())
-    if process.returncode in ENDED:
+def _ending(code: int) -> Ending:
+    if code in ENDED:
         return Ending("done")
-    if process.returncode == CONTEXT_LOST:
+    if code == CONTEXT_LOST:
         return Ending("failed", CONTEXT_WORDS)
-    if process.returncode < 0:
-        return Ending("failed", f"the process died of {signal.Signals(-process.returncode).name}")
-    return Ending("failed", f"the process ended with exit code {process.returncode}")
+    how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return Ending("failed", f"the process {how}")
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

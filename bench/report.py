@@ -135,19 +135,18 @@ class Report:
         deadline = time.monotonic() + seconds
         selects = ["not compile", "compile"] if name == "rows" else ["not mutant"] if part == "tests" else [""]
 
+        def hear(lines: Sequence[Line]) -> None:
+            self.hear(name, journal, lines)
+
         def work(files: Sequence[Path], select: str) -> Ending:
             wanted = " and ".join(filter(None, [f"({self.select})" if self.select else "", select]))
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
             command += ["--continue-on-collection-errors", "--journal", str(path), *(["-k", wanted] if wanted else [])]
             command += TEST_OPTIONS if part == "tests" else [f"--sweep={sweep}" for sweep in self.sweeps]
-            return survive(
-                [*command, *map(str, files)],
-                journal,
-                seconds=deadline - time.monotonic(),
-                hear=lambda lines: self.hear(name, journal, lines),
-                env=environment(self.gpu),
-                hang=self.hang * (2 if name == "tests" else 1),  # a test may compile a whole model
-            )
+            hang = self.hang * (2 if name == "tests" else 1)  # a test may compile a whole model
+            left = deadline - time.monotonic()
+            command += map(str, files)
+            return survive(command, journal, seconds=left, hear=hear, env=environment(self.gpu), hang=hang)
 
         ending = Ending("done")
         for select in selects:  # last what takes most of the time

@@ -12,6 +12,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
+NAMES = ("op", "case", "mode", "dtype", "layout", "provider")  # of a key
+
 # The worst first. Only "timed" rows have times.
 STATUSES = (
     "wrong",  # the gate refused the result
@@ -62,7 +64,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        return "/".join((self.op, self.case, self.mode, self.dtype, self.layout, self.provider))
+        return "/".join(getattr(self, name) for name in NAMES)
 
     @property
     def contest(self) -> str:
@@ -77,8 +79,7 @@ class Row:
 
 def row_of(key: str, status: str, reason: str = "", **fields: Any) -> Row:
     """Return the row of a `key`, op/case/mode/dtype/layout/provider; `Row.line` names the fields."""
-    names = ("op", "case", "mode", "dtype", "layout", "provider")
-    return Row(**dict(zip(names, key.split("/"), strict=True)), status=status, reason=clean(reason), **fields)
+    return Row(**dict(zip(NAMES, key.split("/"), strict=True)), status=status, reason=clean(reason), **fields)
 
 
 # An absolute path, also behind a compiler's -I and -L; its last part may be a file's name, and a folder's is not kept.

@@ -10,42 +10,14 @@ from typing import Any
 
 from bench import result as results
 from bench.result import Result
-from bench.rows import ROOT, Row
-from bench.standings import (
-    BASELINE,
-    OURS,
-    SEVERITY,
-    Standing,
-    digits,
-    duration,
-    machine_line,
-    percent,
-    ratio,
-    spread,
-    standings,
-    times,
-    us,
-)
+from bench.rows import NAMES, ROOT, STATUSES, Row
+from bench.standings import BASELINE, OURS, Standing, digits, duration, machine_line, percent, standings, times, us
 
 README = ROOT / "README.md"
 BEST_LAUNCHES = 10  # of a sweep
 REDUCED = "Reduced sizes, no GPU: Triton kernels are checked by its interpreter, not timed; other times are this CPU's."
 HEAD = ("op", "case", "ours, best", "torchvision, best", "speed-up", "aim", "reached", "of roof")
-ROW_HEAD = (
-    "case",
-    "mode",
-    "dtype",
-    "layout",
-    "provider",
-    "median",
-    "p20-p80",
-    "call",
-    "torchvision",
-    "GB/s",
-    "of roof",
-    "MiB",
-    "reason",
-)
+ROW_HEAD = (*NAMES[1:], "median", "p20-p80", "call", "torchvision", "GB/s", "of roof", "MiB", "reason")
 
 
 # ---- For a terminal
@@ -62,8 +34,8 @@ def contest_line(rows: Sequence[Row]) -> str:
 def _short(row: Row, base: Row | None) -> str:
     if row.status != "timed":
         return {"passed": "right"}.get(row.status, row.status)
-    faster = None if base is row else ratio(base, row) if base and base.status == "timed" else None
-    return duration(us(row)) + (f" ({faster:.2g}x)" if faster else "")
+    compares = base and base is not row and base.status == "timed"
+    return duration(us(row)) + (f" ({us(base) / us(row):.2g}x)" if base and compares else "")
 
 
 def meaning(rows: Sequence[Row]) -> list[str]:
@@ -135,31 +107,22 @@ def _comparisons(found: Sequence[Standing]) -> Iterator[str]:
 
 
 def _comparison(standing: Standing) -> Sequence[str]:
-    ours, baseline, speedup = standing.ours, standing.baseline, standing.speedup
-    reduced = " (reduced)" if standing.reduced else ""
-    return (
-        standing.op,
-        standing.name + reduced,
-        _with_setting(ours) or _why_not(standing, OURS),
-        _with_setting(baseline) or _why_not(standing, BASELINE),
-        times(speedup) if speedup else "",
-        str(standing.aim or ""),
-        {True: "yes", False: "no", None: ""}[standing.aim_met],
-        percent(ours.roof_share) if ours and ours.roof_share else "",
-    )
+    ours, speedup = standing.ours, standing.speedup
+    name = standing.name + (" (reduced)" if standing.reduced else "")
+    best = _best(standing, OURS), _best(standing, BASELINE), times(speedup) if speedup else ""
+    met = {True: "yes", False: "no", None: ""}[standing.aim_met]
+    roof = percent(ours.roof_share) if ours and ours.roof_share else ""
+    return standing.op, name, *best, str(standing.aim or ""), met, roof
 
 
-def _with_setting(row: Row | None) -> str:
+def _best(standing: Standing, providers: Sequence[str]) -> str:
+    """Return the best time of `providers` with its setting, or, if none was timed, the worst status."""
+    row = standing.best(providers)
     if row is None:
-        return ""
+        return min((one.status for one in standing.rows if one.provider in providers), key=STATUSES.index, default="")
     kind = "graph" if row.provider.endswith("-graph") else "compiled" if row.provider.endswith("-compile") else "-"
     setting = " ".join(s for s in (row.dtype, row.layout, kind) if s != "-")
     return duration(us(row)) + (f" ({setting})" if setting else "")
-
-
-def _why_not(standing: Standing, providers: Sequence[str]) -> str:
-    """Return the worst status of `providers`, of which none was timed."""
-    return min((row.status for row in standing.rows if row.provider in providers), key=SEVERITY.index, default="")
 
 
 def _all_rows(rows: Sequence[Row]) -> Iterator[str]:
@@ -183,8 +146,8 @@ def _line(row: Row, base: Row | None) -> Sequence[str]:
     variant = (row.case, row.mode, row.dtype, row.layout, provider)
     if row.status != "timed":
         return (*variant, row.status, "", "", "", "", "", "", text(row.reason))
-    low, high = spread(row)
-    numbers = (duration(us(row)), f"{duration(low)} - {duration(high)}", duration(row.wall_us) if row.wall_us else "")
+    between = f"{duration(row.p20_us)} - {duration(row.p80_us)}" if row.p20_us and row.p80_us else ""
+    numbers = (duration(us(row)), between, duration(row.wall_us) if row.wall_us else "")
     against = times(us(base) / us(row)) if base else ""
     roof = percent(row.roof_share) if row.roof_share else ""
     memory = "" if row.peak_mib is None else digits(row.peak_mib)
