@@ -159,7 +159,8 @@ class Report:
 
     def one_by_one(self, files: Sequence[Path], journal: Journal, work: Callable[[Path], Ending]) -> Ending:
         """One of the files kills the worker that reads it: find that file, and measure the others."""
-        ending, planned = Ending("done"), {}
+        ending = Ending("done")
+        planned: dict[str, None] = {}
         for file in files:
             journal.planned = None
             ending = work(file)

@@ -128,21 +128,14 @@ class Classified(NamedTuple):
 
 
 def ours(backend: str) -> Callable[[Maps], Call]:
-    return lambda given: (
-        lambda: rpn_proposals(
-            given.objectness,
-            given.deltas,
-            given.sizes,
-            given.case.spec,
-            padded_size=(given.case.height, given.case.width),
-            pre_nms_top_n=given.case.pre_nms_top_n,
-            post_nms_top_n=given.case.post_nms_top_n,
-            nms_threshold=given.case.nms_threshold,
-            min_size=MIN_PROPOSAL,
-            score_threshold=0.0,
-            backend=backend,
-        )
-    )
+    def call(given: Maps) -> Call:
+        case, *maps = given
+        limits = {name: getattr(case, name) for name in ("pre_nms_top_n", "post_nms_top_n", "nms_threshold")}
+        limits |= {"min_size": MIN_PROPOSAL, "score_threshold": 0.0}
+        size = case.height, case.width
+        return lambda: rpn_proposals(*maps, case.spec, padded_size=size, **limits, backend=backend)
+
+    return call
 
 
 def torchvision_proposals(given: Maps) -> Call:
@@ -153,17 +146,11 @@ def torchvision_proposals(given: Maps) -> Call:
     from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 
     case = given.case
-    rpn = RegionProposalNetwork(
-        AnchorGenerator(case.spec.sizes, (case.spec.aspect_ratios,) * len(case.spec.sizes)),
-        torch.nn.Identity(),
-        fg_iou_thresh=0.7,
-        bg_iou_thresh=0.3,
-        batch_size_per_image=256,
-        positive_fraction=0.5,
-        pre_nms_top_n={"training": case.pre_nms_top_n, "testing": case.pre_nms_top_n},
-        post_nms_top_n={"training": case.post_nms_top_n, "testing": case.post_nms_top_n},
-        nms_thresh=case.nms_threshold,
-    ).eval()
+    generator = AnchorGenerator(case.spec.sizes, (case.spec.aspect_ratios,) * len(case.spec.sizes))
+    top = dict.fromkeys(("training", "testing"), case.pre_nms_top_n)
+    keep = dict.fromkeys(("training", "testing"), case.post_nms_top_n)
+    rpn = RegionProposalNetwork(generator, torch.nn.Identity(), 0.7, 0.3, 256, 0.5, top, keep, case.nms_threshold)
+    rpn.eval()
     sizes = [(case.height, case.width)] * case.images
     images = ImageList(torch.empty(case.images, 3, case.height, case.width, device=given.sizes.device), sizes)
     counts = [x.shape[1:].numel() for x in given.objectness]
@@ -181,19 +168,12 @@ def torchvision_proposals(given: Maps) -> Call:
 
 def ours_detections(backend: str) -> Callable[[Classified], Call]:
     def call(given: Classified) -> Call:
-        valid = torch.ones(1, len(given.scores), dtype=torch.bool, device=given.scores.device)
-        sizes = torch.tensor([given.size], device=given.scores.device)
-        return lambda: detections(
-            given.scores[None],
-            given.boxes[None],
-            valid=valid,
-            image_sizes=sizes,
-            score_threshold=SCORE,
-            nms_threshold=given.case.threshold,
-            max_detections=given.case.keep,
-            min_size=MIN_DETECTION,
-            backend=backend,
-        )
+        case, scores, boxes = given.case, given.scores[None], given.boxes[None]
+        valid = torch.ones(scores.shape[:2], dtype=torch.bool, device=scores.device)
+        sizes = torch.tensor([given.size], device=scores.device)
+        limits = {"score_threshold": SCORE, "nms_threshold": case.threshold, "min_size": MIN_DETECTION}
+        limits |= {"max_detections": case.keep, "image_sizes": sizes, "valid": valid}
+        return lambda: detections(scores, boxes, **limits, backend=backend)
 
     return call
 
