@@ -1,298 +1,172 @@
-"""roi_align and multiscale_roi_align: hand-made answers, torchvision, the fp64 reference, gradients, edges, mutants."""
+"""RoIAlign: worked answers, torchvision, levels, symmetries, the rounding of half precision, and what max alone does.
+
+What RoIAlign has in common with the other RoI ops is in test_rois.py.
+"""
 
 import math
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.mutation import mutant
-from tmask_kernels import multiscale_roi_align, pyramid_levels, roi_align
-from tmask_kernels.common.kernels import boxes as boxes_kernels
-from tmask_kernels.common.kernels import numbers, roi_axis
-from tmask_kernels.common.kernels import pyramid as pyramid_kernels
+from tests.allocations import allocated
+from tests.kernels.rois import (
+    ADAPTIVE,
+    EACH_BACKEND,
+    EACH_GRID,
+    FIXED,
+    INTERPOLATIONS,
+    KINDS,
+    OUR_BACKENDS,
+    SLOW,
+    Grid,
+    brute_force,
+)
+from tmask_kernels import pyramid_levels
+from tmask_kernels import roi_align as any_roi_align
 from tmask_kernels.common.pyramid import LEVEL_FACTOR, level_thresholds
 from tmask_kernels.ops.roi_align import reference
 from tmask_kernels.ops.roi_align.kernels import backward as kernels_backward
-from tmask_kernels.ops.roi_align.kernels import forward as kernels
-from tmask_kernels.ops.roi_align.kernels import touch as kernels_touch
-from tmask_kernels.testing import assert_close, guarded, poisoned_empty, random_boxes
+from tmask_kernels.ops.roi_align.kernels import max as kernels_max
+from tmask_kernels.testing import assert_close, random_boxes
 
-BACKENDS = ("reference", "torchvision", "triton")
-SCALES = [1 / 4, 1 / 8, 1 / 16]
-SIDE = 150.0  # pixels; its levels are 37 x 41, 18 x 20 and 9 x 10 cells
-
-# (sampling_ratio, aligned): the two published conventions, then the other two, which interpreted kernels leave to the
-# slow tests.
-ALL_GRIDS = {"fixed": (2, False), "adaptive-aligned": (0, True), "fixed3-aligned": (3, True), "adaptive": (-1, False)}
-EACH_GRID = [pytest.param(*grid, id=name) for name, grid in ALL_GRIDS.items()]
-GRIDS = EACH_GRID[:2] + [
-    pytest.param(*grid, id=name, marks=pytest.mark.slow) for name, grid in list(ALL_GRIDS.items())[2:]
-]
+CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
-    if request.param == "torchvision" and device.type != "cpu":
-        pytest.skip("the torchvision backend serves the CPU only")
-    return str(request.param)
+def roi_align(feature: Tensor, *args: Any, **options: Any) -> Tensor:
+    """The op; skips the test where the backend has no such samples."""
+    if (options.get("backend"), options.get("interpolation")) == ("torchvision", "bicubic"):
+        pytest.skip("torchvision has no bicubic samples")
+    return any_roi_align(feature, *args, **options)
 
 
-def pyramid(
-    device: torch.device, *, C: int = 21, dtype: torch.dtype = torch.float32, channels_last: bool = False
-) -> list[Tensor]:
-    """Three levels [2, C, H, W] with odd sizes, between guard bands of NaN."""
-    levels = [torch.randn(2, C, 37 >> i, 41 >> i).to(device, dtype) for i in range(3)]
-    if channels_last:
-        levels = [x.contiguous(memory_format=torch.channels_last) for x in levels]
-    return [guarded(x).requires_grad_() for x in levels]
+def coordinates(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Y and x of every cell, [height, width] each."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return y.float().to(device), x.float().to(device)
 
 
-def odd_boxes(device: torch.device) -> Tensor:
-    """[13, 4]: one on each level, one with samples in the border's last half cell, then the degenerate ones."""
-    inf, nan = math.inf, math.nan
-    rows = [
-        [10.3, 12.1, 30.2, 41.7],
-        [20.6, 5.2, 90.9, 100.4],
-        [1.5, 2.5, 140.25, 149.5],
-        [60.0, 60.0, 165.0, 165.0],
-        [50.0, 60.0, 50.0, 60.0],  # zero size
-        [80.2, 90.1, 40.3, 30.4],  # inverted on both axes
-        [80.2, 30.1, 40.3, 90.4],  # inverted on one
-        [-900.0, -900.0, -700.0, -800.0],  # wholly outside
-        [-31.3, -22.2, 200.7, 190.1],  # larger than the image
-        [-3e4, -2e4, 5e4, 3e4],  # an adaptive grid of thousands of samples a bin
-        [nan, 10.0, 20.0, 30.0],
-        [10.0, 10.0, inf, 30.0],
-        [-inf, 10.0, 20.0, nan],
-    ]
-    return torch.tensor(rows, device=device)
+# Worked answers: the box reaches from 1 to 3 in both directions of f(y, x) = 5 y + x, so 4 bins of half a cell have
+# their centres at 1.25, 1.75, 2.25, 2.75. Aligned, all lies half a cell further up and left: f is 3 less.
 
 
-def truth(features: list[Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
-    """The reference in float64, and its inputs to read gradients from."""
-    exact = [x.detach().double().requires_grad_() for x in features]
-    return multiscale_roi_align(exact, *args, **kwargs, backend="reference"), exact
+@EACH_BACKEND
+@pytest.mark.parametrize("sampling_ratio", [0, 1, 2])
+@pytest.mark.parametrize("aligned", [False, True], ids=["not_aligned", "aligned"])
+def test_the_5_x_5_table(backend: str, device: torch.device, aligned: bool, sampling_ratio: int) -> None:
+    rows = [[7.5, 8.0, 8.5, 9.0], [10.0, 10.5, 11.0, 11.5], [12.5, 13.0, 13.5, 14.0], [15.0, 15.5, 16.0, 16.5]]
+    table = torch.arange(25.0, device=device).view(1, 1, 5, 5)
+    box = torch.tensor([[0.0, 1, 1, 3, 3]], device=device)
+    out = roi_align(table, box, 4, 1.0, sampling_ratio, aligned, backend=backend)
+    assert_close(out[0, 0], torch.tensor(rows, device=device) - (3 if aligned else 0))
 
 
-# Hand-made answers
-
-
-def test_ramp_gives_bin_centres(backend: str, device: torch.device) -> None:
-    """On f(y, x) = 10 y + x a mean of bilinear samples is f at the bin's centre: no misalignment is left."""
-    y, x = torch.meshgrid(torch.arange(20.0, device=device), torch.arange(30.0, device=device), indexing="ij")
-    ramp = (10 * y + x)[None, None]
-    box = torch.tensor([[0, 8.0, 4.0, 48.0, 28.0]], device=device)
-    out = roi_align(ramp, box, (2, 4), 0.5, 2, True, backend=backend)
-    # In cells: x from 4 - 0.5 in steps of 5, y from 2 - 0.5 in steps of 6.
-    centres_y, centres_x = torch.tensor([4.5, 10.5]), torch.tensor([6.0, 11.0, 16.0, 21.0])
-    assert_close(out[0, 0], (10 * centres_y[:, None] + centres_x).to(device))
-
-
-def test_one_sample_between_four_cells(backend: str, device: torch.device) -> None:
-    cells = torch.tensor([[1.0, 2.0], [3.0, 5.0]], device=device)[None, None]
-    # One bin, one sample, at y = 0.25, x = 0.5: 0.75 * (1 + 2) / 2 + 0.25 * (3 + 5) / 2 = 2.125.
-    box = torch.tensor([[0, 0.0, 0.0, 1.0, 0.5]], device=device)
-    assert_close(roi_align(cells, box, 1, 1.0, 1, True, backend=backend).flatten(), torch.zeros(1, device=device) + 1.0)
-    shifted = box + torch.tensor([0, 0.5, 0.5, 0.5, 0.5], device=device)
-    out = roi_align(cells, shifted, 1, 1.0, 1, True, backend=backend)
-    assert_close(out.flatten(), torch.tensor([2.125], device=device))
-
-
+@EACH_BACKEND
 @pytest.mark.parametrize(
     ("at", "expected"), [(-1.0, 1.0), (-1.01, 0.0), (4.0, 4.0), (4.01, 0.0), (3.5, 4.0), (-0.5, 1.0)]
 )
 def test_in_and_out_of_the_map(backend: str, device: torch.device, at: float, expected: float) -> None:
     """Exactly -1 and exactly H are inside and take the border's value; beyond is 0."""
     column = torch.tensor([1.0, 2.0, 3.0, 4.0], device=device)[None, None, :, None].expand(1, 1, 4, 4)
-    point = torch.tensor([[0, 1.0, at, 1.0, at]], device=device) + torch.tensor([0, 0.5, 0.5, 0.5, 0.5], device=device)
-    out = roi_align(column, point, 1, 1.0, 1, True, backend=backend)
-    assert out.item() == expected
+    point = torch.tensor([[0, 1.5, at + 0.5, 1.5, at + 0.5]], device=device)
+    assert roi_align(column, point, 1, 1.0, 1, True, backend=backend).item() == expected
 
 
-def test_zero_size_and_inverted_boxes(backend: str, device: torch.device) -> None:
-    ramp = torch.arange(40.0, device=device).expand(1, 1, 40, 40)
-    boxes = torch.tensor([[[10.5, 10.5, 10.5, 10.5], [20.5, 10.5, 12.5, 18.5]]], device=device)
-    fixed = roi_align(ramp, boxes, 2, 1.0, 2, True, backend=backend)
-    assert_close(fixed[0, 0], torch.full((2, 2), 10.0, device=device))  # the point's value
-    assert_close(fixed[1, 0], torch.tensor([[18.0, 14.0]] * 2, device=device))  # the crop, mirrored
-    adaptive = roi_align(ramp, boxes, 2, 1.0, 0, True, backend=backend)
-    assert not adaptive.any()
+# The definition of bicubic samples where it has special cases
 
 
-def brute_force(
-    feature: Tensor, box: list[float], size: tuple[int, int], scale: float, ratio: int, aligned: bool
-) -> Tensor:
-    """One box on [C, H, W] by loops, straight from the definition."""
-    C, H, W = feature.shape
-    shift = 0.5 if aligned else 0.0
-    x1, y1, x2, y2 = (c * scale - shift for c in box)
-    h, w = y2 - y1, x2 - x1
-    if not aligned:
-        h, w = max(h, 1.0), max(w, 1.0)
-    gh = ratio if ratio > 0 else math.ceil(h / size[0])
-    gw = ratio if ratio > 0 else math.ceil(w / size[1])
-    out = torch.zeros(C, *size, dtype=feature.dtype)
-    for ph in range(size[0]):
-        for pw in range(size[1]):
-            for iy in range(gh):
-                for ix in range(gw):
-                    y = y1 + (ph + (iy + 0.5) / gh) * h / size[0]
-                    x = x1 + (pw + (ix + 0.5) / gw) * w / size[1]
-                    if y < -1 or y > H or x < -1 or x > W:
-                        continue
-                    y, x = min(max(y, 0.0), H - 1.0), min(max(x, 0.0), W - 1.0)
-                    t, l = int(y), int(x)  # noqa: E741
-                    b, r, fy, fx = min(t + 1, H - 1), min(l + 1, W - 1), y - int(y), x - int(x)
-                    top = (1 - fx) * feature[:, t, l] + fx * feature[:, t, r]
-                    bottom = (1 - fx) * feature[:, b, l] + fx * feature[:, b, r]
-                    out[:, ph, pw] += (1 - fy) * top + fy * bottom
-    return out / max(gh * gw, 1)
+def check_maps_of_few_cells() -> None:
+    """Every tap may be one of the border's."""
+    for side in (1, 2, 3):
+        feature = torch.randn(2, side, 3, dtype=torch.float64)
+        box = [-0.4, -0.7, 2.6, side + 0.3]
+        boxes = torch.tensor([[box]], dtype=torch.float64)
+        out = roi_align(feature[None], boxes, 3, 1.0, 2, interpolation="bicubic", backend="reference")
+        assert_close(out[0], brute_force(feature, box, (3, 3), FIXED, cubic=-0.5))
 
 
-@pytest.mark.parametrize(("sampling_ratio", "aligned"), EACH_GRID)
-@pytest.mark.parametrize(
-    "box",
-    [[1.3, 2.1, 9.4, 11.9], [-9.3, -7.1, 40.2, 33.3], [3.2, 3.1, 3.9, 3.7], [-300.5, 2.0, 251.0, 14.0]],
-    ids=["inside", "over", "small", "wide"],
-)
-def test_reference_follows_the_definition(box: list[float], sampling_ratio: int, aligned: bool) -> None:
-    feature = torch.randn(3, 11, 13, dtype=torch.float64)
-    boxes = torch.tensor([[0.0, *box]], dtype=torch.float64)
-    out = roi_align(feature[None], boxes, (3, 2), 0.5, sampling_ratio, aligned, backend="reference")
-    assert_close(out[0], brute_force(feature, box, (3, 2), 0.5, sampling_ratio, aligned))
+def close_samples(bins: int, device: torch.device) -> Tensor:
+    """Boxes [4, 4] in cells with bins a little over 5 cells long: of their 6 samples 5 lie within 2 cells of a cell."""
+    corner = torch.arange(4.0, device=device)[:, None] * 0.25 + 0.3
+    return torch.cat([corner, corner, corner + bins * 5.01, corner + bins * 5.01], 1)
 
 
-# Against torchvision, and against the reference in float64
+def check_close_samples() -> None:
+    """The adaptive grid misses no sample."""
+    feature = torch.randn(1, 7, 8, dtype=torch.float64)
+    boxes = close_samples(1, CPU).double()
+    out = roi_align(feature[None], boxes[None], 1, 1.0, 0, True, interpolation="bicubic", backend="reference")
+    for got, box in zip(out, boxes.tolist(), strict=True):
+        assert_close(got, brute_force(feature, box, (1, 1), ADAPTIVE, cubic=-0.5))
 
 
-@pytest.mark.parametrize(("sampling_ratio", "aligned"), EACH_GRID)
+# Other libraries
+
+
+@EACH_GRID
 @pytest.mark.parametrize("size", [(7, 7), (3, 5), (1, 1)], ids=str)
-def test_reference_equals_torchvision(sampling_ratio: int, aligned: bool, size: tuple[int, int]) -> None:
+def test_reference_equals_torchvision(grid: Grid, size: tuple[int, int]) -> None:
     feature = torch.randn(2, 5, 37, 41, dtype=torch.float64, requires_grad=True)
-    boxes = random_boxes(60, height=SIDE, width=SIDE, min_size=0.5).double()
+    boxes = random_boxes(60, height=150, width=150, min_size=0.5).double()
     boxes += torch.randn(60, 1) * 30  # many hang over the border
     rois = torch.cat([torch.arange(60.0)[:, None] % 2, boxes], 1)
-    expected = torchvision.ops.roi_align(feature, rois, size, 0.25, sampling_ratio, aligned)
-    out = roi_align(feature, rois, size, 0.25, sampling_ratio, aligned, backend="reference")
+    expected = torchvision.ops.roi_align(feature, rois, size, 0.25, *grid)
+    out = roi_align(feature, rois, size, 0.25, *grid, backend="reference")
     assert_close(out, expected)
     weights = torch.randn_like(out)
-    (gradient,) = torch.autograd.grad((out * weights).sum(), feature)
-    (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), feature)
-    assert_close(gradient, expected_gradient)
+    (gradient,), (wanted,) = (torch.autograd.grad(x, feature, weights) for x in (out, expected))
+    assert_close(gradient, wanted)
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize(("sampling_ratio", "aligned"), GRIDS)
-def test_backends_equal_the_truth(
-    backend: str, device: torch.device, channels_last: bool, sampling_ratio: int, aligned: bool
-) -> None:
-    features = pyramid(device, channels_last=channels_last)
-    boxes = random_boxes(12, height=SIDE, width=SIDE, min_size=4, device=device).view(2, 6, 4)
-    options: dict[str, Any] = {"sampling_ratio": sampling_ratio, "aligned": aligned, "canonical_scale": 100}
-    check_forward_and_backward(
-        lambda f: multiscale_roi_align(f, boxes, (2, 5), SCALES, **options, backend=backend),
-        features,
-        *truth(features, boxes, (2, 5), SCALES, **options),
-    )
+def by_grid_sample(feature: Tensor, boxes: Tensor, bins: int, ratio: int, mode: str) -> Tensor:
+    """Aligned RoIAlign of [C, H, W], boxes [K, 4] in cells and inside, as a mean over grid_sample's points."""
+    _, H, W = feature.shape
+    x1, y1, x2, y2 = boxes.unbind(1)  # [K]
+    steps = (torch.arange(bins * ratio, dtype=boxes.dtype, device=boxes.device) + 0.5) / (bins * ratio)
+    # grid_sample without align_corners: -1 and 1 are the outer edges of the border's cells, as 0 and W are of a box.
+    x = 2 * (x1[:, None] + (x2 - x1)[:, None] * steps) / W - 1  # [K, bins * ratio]
+    y = 2 * (y1[:, None] + (y2 - y1)[:, None] * steps) / H - 1
+    grid = torch.stack([x[:, None, :].expand(-1, len(steps), -1), y[:, :, None].expand(-1, -1, len(steps))], 3)
+    samples = F.grid_sample(feature.expand(len(boxes), -1, -1, -1), grid, mode, "border", align_corners=False)
+    return F.avg_pool2d(samples, ratio)
 
 
-def test_a_single_map_equals_the_truth_both_ways(backend: str, device: torch.device) -> None:
-    features = pyramid(device)[:1]
-    boxes = random_boxes(12, height=SIDE, width=SIDE, min_size=4, device=device).view(2, 6, 4)
-    check_forward_and_backward(
-        lambda f: multiscale_roi_align(f, boxes, 3, SCALES[:1], backend=backend),
-        features,
-        *truth(features, boxes, 3, SCALES[:1]),
-    )
+@EACH_BACKEND
+@INTERPOLATIONS
+@pytest.mark.parametrize("ratio", [1, 2])
+def test_is_the_mean_of_grid_samples_points(backend: str, device: torch.device, interpolation: str, ratio: int) -> None:
+    feature = torch.randn(2, 17, 23, device=device)
+    boxes = random_boxes(3, height=17, width=23, min_size=2, max_size=16, device=device)
+    boxes = boxes.clamp(0.5, 16.5)  # samples between cell centres, where no library clamps a coordinate
+    # grid_sample's cubic kernel has the coefficient -0.75.
+    options: dict[str, Any] = {"interpolation": interpolation, "cubic_coeff": -0.75, "backend": backend}
+    out = roi_align(feature[None], boxes[None], 2, 1.0, ratio, True, **options)
+    assert_close(out, by_grid_sample(feature.double(), boxes.double(), 2, ratio, interpolation))
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        pytest.param(torch.float16, marks=pytest.mark.slow),
-        torch.bfloat16,
-        pytest.param(torch.float64, marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-def test_dtypes(backend: str, device: torch.device, dtype: torch.dtype, channels_last: bool) -> None:
-    if dtype == torch.float64 and device.type == "cuda" and backend == "triton":
-        pytest.skip("float64 runs in the interpreter only")
-    features = pyramid(device, dtype=dtype, channels_last=channels_last)
-    boxes = random_boxes(12, height=SIDE, width=SIDE, min_size=4, device=device).view(2, 6, 4)
-    check_forward_and_backward(
-        lambda f: multiscale_roi_align(f, boxes, 3, SCALES, backend=backend),
-        features,
-        *truth(features, boxes, 3, SCALES),
-    )
-
-
-def check_forward_and_backward(
-    run: Callable[[list[Tensor]], Tensor], features: list[Tensor], expected: Tensor, exact: list[Tensor]
-) -> None:
-    with poisoned_empty():
-        out = run(features)
-    assert_close(out, expected)
-    weights = torch.randn_like(out)
-    with poisoned_empty():
-        gradients = torch.autograd.grad(out, features, weights)
-    for i, (got, want) in enumerate(
-        zip(gradients, torch.autograd.grad(expected, exact, weights.double()), strict=True)
-    ):
-        assert got.dtype == features[i].dtype
-        assert_close(got, want, name=f"gradient of level {i}")
-
-
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN boxes in the interpreter
-@pytest.mark.parametrize(("sampling_ratio", "aligned"), GRIDS)
-def test_odd_boxes(backend: str, device: torch.device, sampling_ratio: int, aligned: bool) -> None:
-    features = pyramid(device, C=4)
-    boxes = odd_boxes(device)
-    boxes = boxes.expand(2, -1, -1)
-    options: dict[str, Any] = {"sampling_ratio": sampling_ratio, "aligned": aligned, "canonical_scale": 100}
-    expected, exact = truth(features, boxes, 2, SCALES, **options)
-    # fp32 coordinates of the huge box are rounded to 1/500 of a cell.
-    huge = (boxes[..., 2] > 1e4).flatten()
-    out = multiscale_roi_align(features, boxes, 2, SCALES, **options, backend=backend)
-    assert_close(out[~huge], expected[~huge])
-    assert (out[huge] - expected[huge]).abs().max() < 0.02
-    assert not out[~torch.isfinite(boxes).all(-1).flatten()].any()
-    gradients = torch.autograd.grad(out[~huge].sum(), features)
-    for got, want in zip(gradients, torch.autograd.grad(expected[~huge].sum(), exact), strict=True):
-        assert_close(got, want)
-
-
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of overflows in the interpreter
-@pytest.mark.parametrize(("sampling_ratio", "aligned"), EACH_GRID)
-def test_boxes_that_overflow_once_scaled_give_zeros(
-    backend: str, device: torch.device, sampling_ratio: int, aligned: bool
-) -> None:
-    feature = torch.ones(1, 3, 8, 8, device=device, requires_grad=True)
-    rows = [[1e30, 1e30, 2e30, 2e30], [-1e30, 0.0, 1e30, 2e-10], [0.0, -3e28, 2e-10, 3e28], [0.0, 0.0, 4e-10, 4e-10]]
-    boxes = torch.tensor([rows], device=device)
-    out = roi_align(feature, boxes, 2, 1e10, sampling_ratio, aligned, backend=backend)
-    assert_close(out, torch.tensor([0.0, 0, 0, 1], device=device)[:, None, None, None].expand(4, 3, 2, 2))
-    (gradient,) = torch.autograd.grad(out.sum(), feature)
-    assert_close(gradient.sum(), torch.tensor(12.0, device=device))
-
-
-def test_nan_features_stay_in_their_image_and_level(backend: str, device: torch.device) -> None:
-    features = [x.detach() for x in pyramid(device, C=3)]
-    boxes = odd_boxes(device)[:3].expand(2, -1, -1)
-    clean = multiscale_roi_align(features, boxes, 2, SCALES, canonical_scale=100, backend=backend).view(2, 3, -1)
-    features[0][1, :, 5, 5] = math.nan
-    out = multiscale_roi_align(features, boxes, 2, SCALES, canonical_scale=100, backend=backend).view(2, 3, -1)
-    assert torch.equal(out[0], clean[0])
-    assert torch.equal(out[1, 1:], clean[1, 1:])
-    assert out[1, 0].isnan().any()
+@EACH_BACKEND
+@INTERPOLATIONS
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+def test_an_image_of_half_the_size(backend: str, device: torch.device, interpolation: str, sampling_ratio: int) -> None:
+    """Aligned, a box and the same box on the image halved see the same ramp; else they are a quarter cell apart."""
+    y, x = coordinates(20, 24, device)
+    image = (3 * y + 2 * x)[None, None]
+    half = F.interpolate(image, scale_factor=0.5, mode="bilinear", antialias=False)  # f at 2 (i + 0.5) - 0.5
+    boxes = torch.tensor([[[6.0, 7, 14, 11], [5.5, 6.25, 9.0, 9.75]]], device=device)
+    options: dict[str, Any] = {"interpolation": interpolation, "backend": backend}
+    for aligned, apart in ((True, 0.0), (False, (3 + 2) * 0.5)):
+        whole = roi_align(image, boxes, 2, 1.0, sampling_ratio, aligned, **options)
+        halved = roi_align(half, boxes / 2, 2, 1.0, sampling_ratio, aligned, **options)
+        assert_close(halved, whole.double() + apart)
+        assert torch.equal(roi_align(half, boxes, 2, 0.5, sampling_ratio, aligned, **options), halved)
 
 
 class DividesAsCuda(TorchDispatchMode):
@@ -317,7 +191,7 @@ def test_the_adaptive_grid_of_the_reference_is_the_same_on_cuda(bins: int) -> No
     assert_close(got, expected.double())
 
 
-# Levels
+# Levels, images
 
 
 @pytest.mark.parametrize("convention", ["torchvision", "detectron2"])
@@ -341,34 +215,6 @@ def test_conventions_differ_just_under_a_boundary() -> None:
     assert levels == {"torchvision": 1, "detectron2": 0}
 
 
-def test_multiscale_equals_torchvision(backend: str, device: torch.device) -> None:
-    features = [x.detach() for x in pyramid(device, C=4)]
-    boxes = random_boxes(24, height=SIDE, width=SIDE, min_size=8, device=device).view(2, 12, 4)
-    pooler = torchvision.ops.MultiScaleRoIAlign(["0", "1", "2"], 3, 2, canonical_scale=56)
-    pooler.scales, pooler.map_levels = SCALES, torchvision.ops.poolers.initLevelMapper(2, 4, 56)
-    expected = pooler({str(i): x for i, x in enumerate(features)}, list(boxes), [(150, 150)] * 2)
-    out = multiscale_roi_align(
-        features, boxes, 3, SCALES, aligned=False, canonical_scale=56, level_convention="torchvision", backend=backend
-    )
-    assert_close(out, expected)
-
-
-# Forms of the arguments, empty inputs, layouts
-
-
-def test_forms_of_boxes_agree(backend: str, device: torch.device) -> None:
-    features = [x.detach() for x in pyramid(device, C=3)]
-    boxes = random_boxes(10, height=SIDE, width=SIDE, min_size=4, device=device).view(2, 5, 4)
-    padded = multiscale_roi_align(features, boxes, 2, SCALES, backend=backend)
-    as_list = multiscale_roi_align(features, list(boxes), 2, SCALES, backend=backend)
-    index = torch.tensor([1.0] * 5 + [0.0] * 5, device=device)[:, None]
-    flat = multiscale_roi_align(
-        features, torch.cat([index, boxes.flip(0).flatten(0, 1)], 1), 2, SCALES, backend=backend
-    )
-    assert_close(as_list, padded)
-    assert_close(flat, padded.view(2, 5, 3, 2, 2).flip(0).flatten(0, 1))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_lists_name_their_image_exactly(device: torch.device, dtype: torch.dtype) -> None:
     """bfloat16 has no 257."""
@@ -377,236 +223,241 @@ def test_half_precision_lists_name_their_image_exactly(device: torch.device, dty
     assert_close(roi_align(feature, boxes, 1).flatten(), torch.arange(260.0, device=device))
 
 
-def test_invalid_rows_are_zero_and_take_no_gradient(backend: str, device: torch.device) -> None:
-    features = pyramid(device, C=3)
-    boxes = random_boxes(12, height=SIDE, width=SIDE, min_size=4, device=device).view(2, 6, 4)
-    valid = torch.tensor([[True] * 4 + [False] * 2, [False] * 6], device=device)
-    boxes[~valid] = math.nan
-    out = multiscale_roi_align(features, boxes, 2, SCALES, valid=valid, backend=backend)
-    assert_close(out[:4], multiscale_roi_align(features, [boxes[0, :4], boxes[1, :0]], 2, SCALES, backend=backend))
-    assert not out[4:].any()
-    for gradient in torch.autograd.grad(out[4:].sum(), features):
-        assert not gradient.any()
+@EACH_BACKEND
+def test_a_huge_box(backend: str, device: torch.device) -> None:
+    """Thousands of samples a bin, whose float32 coordinates are rounded to 1/500 of a cell."""
+    kind, boxes = KINDS["bilinear"], torch.tensor([[[-3e4, -2e4, 5e4, 3e4]]], device=device)
+    features = [x.detach() for x in kind.maps(device, images=1)]
+    for grid in (FIXED, ADAPTIVE):
+        out = kind.pool(features, boxes, 2, backend=backend, grid=grid)
+        expected = kind.pool([x.double() for x in features], boxes, 2, backend="reference", grid=grid)
+        assert (out - expected).abs().max() < 0.02
 
 
-@pytest.mark.parametrize("shape", [(2, 0, 4), (0, 5)], ids=str)
-def test_no_boxes_keep_the_graph(backend: str, device: torch.device, shape: tuple[int, ...]) -> None:
-    features = pyramid(device, C=3)
-    out = multiscale_roi_align(features, torch.zeros(shape, device=device), (4, 2), SCALES, backend=backend)
-    assert out.shape == (0, 3, 4, 2)
-    for gradient, feature in zip(torch.autograd.grad(out.sum(), features), features, strict=True):
-        assert gradient.shape == feature.shape
-        assert not gradient.any()
+# Whatever the box: symmetries and exactness
+
+H, W = 8, 16  # one tile of the backward: the interpreter is slow
+BINS = (2, 3)
+# Shrinking a failure through the interpreter would take minutes.
+few_examples = settings(max_examples=5, deadline=None, derandomize=True, phases=[Phase.generate])
 
 
-def test_no_images(backend: str, device: torch.device) -> None:
-    out = roi_align(torch.zeros(0, 3, 8, 8, device=device), torch.zeros(0, 5, device=device), 2, backend=backend)
-    assert out.shape == (0, 3, 2, 2)
+@st.composite
+def boxes_inside(draw: st.DrawFn) -> Tensor:
+    """[1, 2, 4] aligned boxes in cells: bicubic samples in them have no tap beyond a border.
+
+    Multiples of 1/64: coordinates are exact in float32, and moving a box moves no sample over an edge.
+    """
+    rows = []
+    for _ in range(2):
+        x, y = draw(st.integers(2 * 64, (W - 4) * 64)), draw(st.integers(2 * 64, (H - 4) * 64))
+        w, h = draw(st.integers(1, min(5 * 64, (W - 2) * 64 - x))), draw(st.integers(1, (H - 2) * 64 - y))
+        rows.append([x, y, x + w, y + h])
+    return torch.tensor([rows]) / 64
 
 
-@pytest.mark.parametrize("empty", [(0, 8), (8, 0), (0, 0)], ids=str)
-@pytest.mark.parametrize("sampling_ratio", [0, 2])
-def test_maps_without_cells_give_zeros(
-    backend: str, device: torch.device, empty: tuple[int, int], sampling_ratio: int
+@EACH_BACKEND
+@few_examples
+@given(data=st.data(), ratio=st.integers(0, 3), move=st.tuples(*[st.integers(-3, 3)] * 2))
+def test_a_box_inside(
+    backend: str, device: torch.device, data: st.DataObject, ratio: int, move: tuple[int, int]
 ) -> None:
-    """Alone and below a level that has cells, whose boxes are pooled as ever."""
-    boxes = torch.tensor([[[0.0, 0.0, 4.0, 4.0], [0.0, 0.0, 30.0, 30.0]]], device=device)
-    none = torch.zeros(1, 3, *empty, device=device, requires_grad=True)
-    out = roi_align(none, boxes, 2, sampling_ratio=sampling_ratio, backend=backend)
-    assert out.tolist() == torch.zeros(2, 3, 2, 2).tolist()
-    assert torch.autograd.grad(out.sum(), none)[0].shape == none.shape
-    maps = [torch.ones(1, 3, 8, 8, device=device), none]
-    options: dict[str, Any] = {"canonical_scale": 16, "canonical_level": 3, "sampling_ratio": sampling_ratio}
-    out = multiscale_roi_align(maps, boxes, 2, SCALES[:2], **options, backend=backend)
-    assert out.flatten(1).sum(1).tolist() == [12, 0]
+    """Moving map and box by whole cells changes nothing; on a ramp bins are the values at their centres."""
+    kinds = ["bilinear"] if backend == "torchvision" else ["bilinear", "bicubic"]
+    options: dict[str, Any] = {"interpolation": data.draw(st.sampled_from(kinds)), "backend": backend}
+    boxes, (a, b, c) = data.draw(boxes_inside()), data.draw(st.tuples(*[st.integers(-8, 8)] * 3))
+    y, x = coordinates(H, W, device)
+    noise = torch.randn(1, 1, H, W, generator=torch.Generator().manual_seed(1)).to(device)
+    feature = torch.cat([(a * y + b * x + c)[None, None], noise], 1).requires_grad_()
+    out = roi_align(feature, boxes.to(device), BINS, 1.0, ratio, True, **options)
+
+    x1, y1, x2, y2 = (boxes[0].double() - 0.5)[..., None].unbind(1)  # [2, 1]
+    centres_y = y1 + (y2 - y1) * (torch.arange(2).double() + 0.5) / 2  # [2, 2]
+    centres_x = x1 + (x2 - x1) * (torch.arange(3).double() + 0.5) / 3  # [2, 3]
+    expected = a * centres_y[:, :, None] + b * centres_x[:, None, :] + c
+    assert_close(out[:, 0], expected.to(device))
+
+    dx, dy = move
+    moved = F.pad(feature.detach(), (3 + dx, 3 - dx, 3 + dy, 3 - dy))
+    there = (boxes + torch.tensor([3 + dx, 3 + dy] * 2)).to(device)
+    assert_close(roi_align(moved, there, BINS, 1.0, ratio, True, **options), out.double())
+
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    (gradient,) = torch.autograd.grad(out, feature, upstream)
+    assert_close(gradient.sum((0, 2, 3)), upstream.double().sum((0, 2, 3)))  # the weights of a bin add up to 1
 
 
-def test_strided_features(backend: str, device: torch.device) -> None:
-    """A view with odd strides is read where it lies."""
-    feature = torch.randn(2, 40, 30, 8, device=device)[:, ::2, 3:, ::2].permute(0, 3, 1, 2)  # [2, 4, 20, 27]
-    boxes = random_boxes(6, height=40, width=50, min_size=4, device=device).view(2, 3, 4)
-    out = roi_align(feature, boxes, 3, 0.5, 2, True, backend=backend)
-    assert_close(out, roi_align(feature.double(), boxes, 3, 0.5, 2, True, backend="reference"))
+# Half precision, memory
 
 
-def test_more_channels_than_a_block(device: torch.device) -> None:
-    assert kernels.pick_tile(300, 7, True).block_c < 300
-    feature = torch.randn(1, 300, 9, 9, device=device).contiguous(memory_format=torch.channels_last)
-    boxes = random_boxes(3, height=18, width=18, min_size=2, device=device)[None]
-    out = roi_align(feature, boxes, 7, 0.5, 2, backend="triton")
-    assert out.is_contiguous(memory_format=torch.channels_last)
-    assert_close(out, roi_align(feature.double(), boxes, 7, 0.5, 2, backend="reference"))
+def assert_one_ulp(got: Tensor, exact: Tensor) -> None:
+    """Each value within a unit in its last place, plus 1e-6, of `exact` (float64)."""
+    unit = torch.finfo(got.dtype).eps * 2.0 ** (torch.frexp(exact).exponent - 1)
+    excess = (got.double() - exact).abs() - unit - 1e-6
+    assert excess.max() <= 0, f"{int((excess > 0).sum())} of {excess.numel()} err more; by {excess.max():.2e} at most"
 
 
-def test_autocast_keeps_fp32(backend: str, device: torch.device) -> None:
-    features = [x.detach() for x in pyramid(device, C=3)]
-    boxes = random_boxes(6, height=SIDE, width=SIDE, min_size=4, device=device).view(2, 3, 4)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        out = multiscale_roi_align(features, boxes, 2, SCALES, backend=backend)
-    assert_close(out, truth(features, boxes, 2, SCALES)[0])
+@EACH_BACKEND
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("interpolation", "sampling_ratio"),
+    [("bilinear", 0), ("bilinear", 2), ("bicubic", 2), pytest.param("bicubic", 0, marks=SLOW)],
+)
+def test_half_precision_errs_by_one_unit_at_most(
+    backend: str, device: torch.device, dtype: torch.dtype, interpolation: str, sampling_ratio: int
+) -> None:
+    """Forward and gradient, boxes of up to 1,000 pixels: their coordinates and sums are float32 throughout."""
+    feature = torch.randn(1, 2, 32, 32).to(device, dtype).requires_grad_()  # drawn on the CPU: the same everywhere
+    boxes = torch.tensor([[[7.3, 11.9, 1009.4, 1013.8], [-31.0, 401.7, 990.2, 1100.6]]], device=device)
+    options: dict[str, Any] = {"aligned": True, "sampling_ratio": sampling_ratio, "interpolation": interpolation}
+    exact_feature = feature.detach().double().requires_grad_()
+    out = roi_align(feature, boxes, 7, 1 / 32, **options, backend=backend)
+    exact = roi_align(exact_feature, boxes, 7, 1 / 32, **options, backend="reference")
+    assert_one_ulp(out, exact)
+    upstream = torch.randn(out.shape).to(out)
+    (gradient,) = torch.autograd.grad(out, feature, upstream)
+    (expected,) = torch.autograd.grad(exact, exact_feature, upstream.double())
+    assert_one_ulp(gradient, expected)
 
 
-# Gradients of the reference
+@pytest.mark.parametrize("levels", [4, 1], ids=["pyramid", "one map"])
+def test_the_backward_needs_a_bit_a_box_and_tile(levels: int) -> None:
+    """512 boxes in each of two 800 x 1344 images, launches left out: beyond the gradients just the mask of the boxes.
+
+    The mask has 4 bytes for 32 boxes of each tile.
+    """
+    heights, widths = ([full >> i for i in range(levels)] for full in (200, 336))
+    thresholds = [112.0**2 * 4**i for i in range(levels - 1)]
+    out_grad = torch.empty(1024, 256, 7, 7, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    boxes = torch.zeros(2, 512, 4)
+    geometry = ([0.25 / 2**i for i in range(levels)], thresholds, 2, True, None)
+    launch = mock.patch.object(type(kernels_backward._gather_kernel), "run", autospec=True)
+    with launch as launches, allocated(out_grad, boxes) as sizes:
+        gradients = kernels_backward.multiscale_roi_align_backward._init_fn(
+            out_grad, boxes, None, 2, heights, widths, True, *geometry
+        )
+    assert launches.call_count == 2
+    tiles = sum(-(-h // 8) * -(-w // 16) for h, w in zip(heights, widths, strict=True))
+    assert sum(sizes) - sum(g.nbytes for g in gradients) == 4 * 2 * (512 // 32) * tiles
+    assert tiles < 723, "the README says 92 kB"
 
 
-@pytest.mark.parametrize(("sampling_ratio", "aligned"), EACH_GRID)
-def test_reference_gradcheck(sampling_ratio: int, aligned: bool) -> None:
-    features = [torch.randn(1, 2, 12 >> i, 10 >> i, dtype=torch.float64, requires_grad=True) for i in range(2)]
-    boxes = torch.tensor([[[3.3, 4.1, 21.7, 17.2], [-5.2, 8.4, 15.9, 50.3]]], dtype=torch.float64, requires_grad=True)
+# The largest sample
 
-    def run(boxes: Tensor, *features: Tensor) -> Tensor:
-        return multiscale_roi_align(
-            features, boxes, (2, 3), [0.5, 0.25], sampling_ratio=sampling_ratio, aligned=aligned,
-            canonical_scale=100, backend="reference",
-        )  # fmt: skip
-
-    assert torch.autograd.gradcheck(run, (boxes, *features))
+MAX: dict[str, Any] = {"reduction": "max"}
 
 
-def test_invalid_boxes_take_no_gradient() -> None:
-    feature = torch.randn(1, 2, 9, 9)
-    boxes = torch.tensor([[[1.0, 1, 7, 6], [math.nan, 1, 7, 6], [2, 2, 5, 5]]], requires_grad=True)
-    valid = torch.tensor([[True, True, False]])
-    roi_align(feature, boxes, 2, valid=valid).sum().backward()
-    assert boxes.grad is not None
-    assert boxes.grad[0, 0].any()
-    assert not boxes.grad[0, 1:].any()
+def few_values(feature: Tensor) -> Tensor:
+    """The same of whole numbers, so that equal samples are everywhere, most of them 0 as behind a ReLU."""
+    return (feature.detach() * 2).round().clamp(min=-1, max=1).requires_grad_()
 
 
-# The choice of a backend
-
-
-def test_unknown_images_give_zeros_where_they_cannot_be_seen(device: torch.device) -> None:
-    feature = torch.ones(2, 3, 8, 8, device=device)
-    boxes = torch.tensor([[-1.0, 1, 1, 5, 5], [1, 1, 1, 5, 5], [2, 1, 1, 5, 5], [math.nan, 1, 1, 5, 5]], device=device)
-    expected = torch.tensor([0.0, 1, 0, 0], device=device)[:, None, None, None].expand(4, 3, 2, 2)
-    compiled = torch.compile(roi_align, fullgraph=True, backend="aot_eager")
-    assert_close(compiled(feature, boxes, 2, backend="reference"), expected)
-    assert_close(kernels.multiscale_roi_align([feature], boxes, None, 2, 2, [1.0], [], 2, False, None), expected)
-
-
-def test_reasons(device: torch.device) -> None:
-    feature = torch.zeros(1, 3, 8, 8, device=device)
-    boxes = torch.zeros(1, 2, 4, device=device, requires_grad=True)
-    if device.type == "cpu":
-        with pytest.raises(ValueError, match=r"torchvision.*no gradient to the boxes"):
-            roi_align(feature, boxes, 2, backend="torchvision")
-        fake = torch.zeros(1, 3, 8, 8, device="meta")
-        assert roi_align(fake, boxes.detach().to("meta"), 2, backend="reference").shape == (2, 3, 2, 2)
-
-
-def test_gradient_is_deterministic(device: torch.device) -> None:
-    """The same bits twice, and no refusal in deterministic mode; more boxes than one word of the mask holds."""
-    boxes = torch.cat(
-        [odd_boxes(device), random_boxes(20, height=SIDE, width=SIDE, min_size=4, max_size=30, device=device)]
-    )[None]
-    features = [x.detach()[:1].requires_grad_() for x in pyramid(device, C=3)]
-    torch.use_deterministic_algorithms(True)
-    try:
-        out = multiscale_roi_align(features, boxes, 2, SCALES, canonical_scale=100, backend="triton")
-        weights = torch.randn_like(out)
-        first, second = (torch.autograd.grad(out, features, weights, retain_graph=True) for _ in range(2))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    _, exact = expected = truth(features, boxes, 2, SCALES, canonical_scale=100)
-    for got, want in zip(first, torch.autograd.grad(expected[0], exact, weights.double()), strict=True):
-        assert_close(got, want)
-
-
-# Tracing
-
-
-@pytest.mark.parametrize("chosen", ["reference", "triton", "auto"])
-def test_compiles_whole(device: torch.device, chosen: str) -> None:
-    features = pyramid(device, C=3)
-    boxes = random_boxes(6, height=SIDE, width=SIDE, min_size=4, device=device).view(2, 3, 4)
-    valid = torch.tensor([[True, True, False]] * 2, device=device)
-
-    def run(features: list[Tensor], boxes: Tensor, valid: Tensor) -> Tensor:
-        return multiscale_roi_align(features, boxes, 2, SCALES, valid=valid, backend=chosen)
-
-    out = torch.compile(run, fullgraph=True, backend="aot_eager")(features, boxes, valid)
-    expected = run(features, boxes, valid)
-    assert_close(out, expected)
-    weights = torch.randn_like(out)
-    for got, want in zip(
-        torch.autograd.grad(out, features, weights), torch.autograd.grad(expected, features, weights), strict=True
-    ):
-        assert_close(got, want)
-
-
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("cubic", [None, -0.5], ids=["bilinear", "bicubic"])
-def test_opcheck(device: torch.device, channels_last: bool, cubic: float | None) -> None:
-    features = [
-        torch.randn(1, 3, 8 >> i, 6 >> i, device=device)
-        .contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        .requires_grad_()
-        for i in range(2)
+def whole_boxes(device: torch.device) -> Tensor:
+    """[6, 4] in cells, for 2 x 2 bins: what follows from them is exact in float32, so equal samples stay equal."""
+    rows = [
+        [-6.0, -4.0, 10.0, 8.0],  # beyond all borders: the samples outside come first in some bins, last in others
+        [-2.0, 1.0, 6.0, 3.0],
+        [2.0, 3.0, 6.0, 7.0],
+        [0.5, 0.25, 4.5, 4.25],
+        [3.25, 1.5, 5.25, 3.5],
+        [4.0, 3.0, 12.0, 11.0],
     ]
-    boxes = random_boxes(2, height=16, width=12, min_size=4, device=device)[None]
-    valid = torch.tensor([[True, False]], device=device)
-    torch.library.opcheck(
-        kernels.multiscale_roi_align, (features, boxes, valid, 2, 3, [0.5, 0.25], [64.0], 2, True, cubic)
-    )
-    grad = torch.randn(2, 3, 2, 3, device=device)
-    torch.library.opcheck(
-        kernels_backward.multiscale_roi_align_backward,
-        (grad, boxes, valid, 1, [8, 4], [6, 3], channels_last, [0.5, 0.25], [64.0], 2, True, cubic),
-    )
+    return torch.tensor(rows, device=device)
 
 
-# Mutants: each must turn the parity check red
+def check_first_of_equals(device: torch.device = CPU, grid: Grid = ADAPTIVE) -> None:
+    """The reference against the loops, where nothing is rounded; the mutants' check holds the kernels to it."""
+    feature = few_values(torch.randn(1, 2, 5, 7, device=device))
+    boxes = whole_boxes(device)
+    out = roi_align(feature, boxes[None], 2, 1.0, *grid, **MAX, backend="reference")
+    plain = feature.detach().cpu().requires_grad_()
+    loops = [brute_force(plain[0], box, (2, 2), grid, cubic=None, largest=True) for box in boxes.tolist()]
+    expected = torch.stack(loops)
+    assert torch.equal(out.detach().cpu(), expected.detach())
+    weights = torch.arange(1.0, 1 + out.numel()).view_as(expected)  # another number for each bin
+    (got,) = torch.autograd.grad(out, feature, weights.to(device))
+    assert_close(got.cpu(), torch.autograd.grad(expected, plain, weights)[0].double())
 
 
-def parity(kernels: ModuleType, device: torch.device) -> None:
-    features = pyramid(device, C=5)
-    boxes = odd_boxes(device)[:9].expand(2, -1, -1).contiguous()
-    thresholds = level_thresholds(SCALES, 100.0, 4, "detectron2")
-    expected, exact = truth(features, boxes, (2, 3), SCALES, sampling_ratio=2, canonical_scale=100)
-    check_forward_and_backward(
-        lambda f: kernels.multiscale_roi_align(f, boxes, None, 2, 3, SCALES, thresholds, 2, True, None),
-        features,
-        expected,
-        exact,
-    )
+@pytest.mark.parametrize("grid", [FIXED, ADAPTIVE], ids=["fixed", "adaptive"])
+def test_the_first_of_equals_takes_the_gradient(device: torch.device, grid: Grid) -> None:
+    check_first_of_equals(device, grid)
 
 
-# The module to break.
-FORWARD, BACKWARD, TOUCH, AXIS, BITS = kernels, kernels_backward, kernels_touch, roi_axis, numbers
-MUTANTS = {
-    "tap off by one": (AXIS, "tl.minimum(low + 1, length - 1)", "tl.minimum(low + 2, length - 1)"),
-    "border not clamped": (AXIS, "high = tl.minimum(low + 1, length - 1)", "high = low + 1"),
-    "border excluded": (AXIS, "(at >= -1.0) & (at <= length)", "(at >= 0.0) & (at <= length - 1)"),
-    "wrong level": (pyramid_kernels, "(area >= thresholds[i - 1])", "(area >= 4 * thresholds[i - 1])"),
-    "swapped sizes": (FORWARD, "H = tl.cast(of_level(level, heights,", "H = tl.cast(of_level(level, widths,"),
-    "no half cell": (AXIS, "shift: tl.constexpr = 0.5 if ALIGNED else 0.0", "shift: tl.constexpr = 0.0"),
-    "wrong image": (boxes_kernels, "image = k // boxes_an_image", "image = k * 0"),
-    "non-finite read": (boxes_kernels, "usable = image < num_images", "usable = image < num_images - 1"),
-    "gradient not shared": (BACKWARD, "(weights_y * share)", "(weights_y)"),
-    "gradient to one tap alone": (AXIS, "1.0 - tl.abs(at - cells)", "1.0 * (tl.floor(at) == cells)"),
-    "gradient without the border": (BACKWARD, "(at >= -1.0) & (at <= length)", "(at >= 0.0) & (at <= length)"),
-    "last row of bins left out": (TOUCH, "+ 0.01) + 1.0", "+ 0.01)"),
-    "tiles beside the box left out": (TOUCH, "tl.floor(high) + 1.0", "tl.floor(high) - 1.0"),
-    "boxes of another level": (TOUCH, " & (tile_level[:, None] == level[None, :])", ""),
-    "a box a word": (BITS, "bits ^ lowest", "bits * 0"),
-}  # fmt: skip
+@OUR_BACKENDS
+def test_samples_of_a_constant_are_equal(backend: str, device: torch.device) -> None:
+    """At any coordinates, and for a number that binary has not: the first sample has the whole gradient."""
+    feature = torch.full((1, 1, 6, 6), 0.3, device=device, requires_grad=True)
+    boxes = torch.tensor([[[0.71, 0.33, 5.17, 4.9]]], device=device)
+    out = roi_align(feature, boxes, 1, 1.0, 3, True, **MAX, backend=backend)
+    assert out.item() == feature[0, 0, 0, 0].item()
+    (gradient,) = torch.autograd.grad(out.sum(), feature)
+    # The first sample lies a sixth of the box from its corner: y 0.5917, x 0.9533.
+    expected = torch.tensor([[0.0191, 0.3893], [0.0276, 0.5641]], device=device)
+    assert (gradient[0, 0, :2, :2] - expected).abs().max() < 1e-4
+    assert not gradient[0, 0, 2:].any()
 
 
-def test_parity_is_green(device: torch.device) -> None:
-    parity(kernels, device)
+@OUR_BACKENDS
+@pytest.mark.parametrize("ratio", [2, 0], ids=["fixed", "adaptive"])
+def test_samples_outside_count_as_0(backend: str, device: torch.device, ratio: int) -> None:
+    feature = torch.full((1, 1, 4, 4), -2.0, device=device, requires_grad=True)
+    rows = [[1.0, 1, 3, 3], [2, 2, 12, 3], [2, 2, 3, 12], [-9, 2, 3, 3], [20, 20, 24, 24]]
+    out = roi_align(feature, torch.tensor([rows], device=device), 1, 1.0, ratio, True, **MAX, backend=backend)
+    assert out.flatten().tolist() == [-2, 0, 0, 0, 0]
+    (gradient,) = torch.autograd.grad(out.sum(), feature)
+    assert gradient.sum().item() == 1
 
 
-# One of each module; `make test-slow` breaks the rest.
-FAST = {"wrong level", "swapped sizes", "gradient not shared", "tiles beside the box left out", "a box a word"}
+def test_a_zero_size_box_on_the_border_takes_no_gradient(device: torch.device) -> None:
+    feature = torch.randn(1, 2, 4, 4, device=device, requires_grad=True)
+    box = torch.tensor([[0, 1.0, -0.5, 3.0, -0.5]], device=device)  # its samples are at y = -1
+    out = roi_align(feature, box, 2, 1.0, -1, True, **MAX, backend="triton")
+    assert not torch.autograd.grad(out.sum(), feature)[0].any()
+
+
+@OUR_BACKENDS
+def test_nan_wins(backend: str, device: torch.device) -> None:
+    """As in torch.max, and the first of them; only in the bins that have a sample beside it."""
+    feature = torch.zeros(1, 1, 4, 8, device=device)
+    feature[0, 0, 1, 1], feature[0, 0, 0, 7], feature[0, 0, 2, 1] = math.nan, 5.0, math.nan
+    feature.requires_grad_()
+    boxes = torch.tensor([[[0.5, 0.5, 8.5, 4.5]]], device=device)
+    out = roi_align(feature, boxes, (1, 2), 1.0, 4, True, **MAX, backend=backend)
+    assert out.isnan().flatten().tolist() == [True, False]
+    (gradient,) = torch.autograd.grad(out[..., 0].sum(), feature)
+    # The first is the sample at (0.5, 0.5).
+    assert gradient[0, 0, :2, :2].tolist() == [[0.25, 0.25], [0.25, 0.25]]
+    assert gradient.sum().item() == 1
+
+
+def check_huge_boxes_of_max(run: Callable[..., Tensor], device: torch.device) -> None:
+    """As many samples as float32 counts and more: those outside are 0, all but a few are never looked at."""
+    feature = torch.full((1, 1, 4, 4), -1.0, device=device)
+    rows = [[-1e9, -1e9, 2e9, 2e9], [-3e4, 1.0, 5e4, 2.0], [-3e28, 0.0, 2e10, 3e28], [1e30, 1e30, 2e30, 2e30]]
+    for scale in (1.0, 1e10):  # the second overflows
+        assert not run([feature], torch.tensor([rows], device=device), scale=scale).any()
+
+
+@OUR_BACKENDS
+def test_huge_boxes_of_max(backend: str, device: torch.device) -> None:
+    def run(features: list[Tensor], boxes: Tensor, scale: float) -> Tensor:
+        return KINDS["max"].pool(features, boxes, 1, backend=backend, grid=ADAPTIVE, scale=scale)
+
+    check_huge_boxes_of_max(run, device)
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in MUTANTS]
+    ("ratio", "dtype"),
+    [(2, torch.int8), pytest.param(11, torch.int8, marks=SLOW), (12, torch.int32), (0, torch.int32)],
+    ids=str,
 )
-def test_mutants_turn_parity_red(name: str, device: torch.device, tmp_path: Path) -> None:
-    module, old, new = MUTANTS[name]
-    broken = mutant(module, old, new, tmp_path, seen_from=kernels)
-    with pytest.raises(AssertionError):
-        parity(broken, device)
+def test_the_index_is_kept_only_for_a_gradient(device: torch.device, ratio: int, dtype: torch.dtype) -> None:
+    """A byte where the numbers of all samples fit; the last sample has the largest."""
+    feature = torch.arange(9.0, device=device).view(1, 1, 3, 3)
+    boxes, geometry = torch.tensor([[[0.5, 0.5, 2.5, 2.5]]], device=device), ([1.0], [], ratio, True, None)
+    _, index = kernels_max.multiscale_roi_align_max([feature], boxes[:, :0], None, 2, 2, *geometry, False)
+    _, sample = kernels_max.multiscale_roi_align_max([feature], boxes, None, 1, 1, *geometry, True)
+    assert not index.numel()
+    assert sample.dtype == dtype
+    assert sample.item() == (ratio**2 - 1 if ratio else 65536 + 1)  # of 2 x 2 samples
