@@ -36,110 +36,104 @@ def _look_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         function.cache_clear()
 
 
-def fake_triton(monkeypatch: pytest.MonkeyPatch, folder: Path, version: str = "3.8.0") -> None:
-    """A Triton of that version whose launcher is not built yet."""
-    knobs = SimpleNamespace(build=SimpleNamespace(impl=None), cache=SimpleNamespace(dir=str(folder)))
-    modules = {"triton": SimpleNamespace(__version__=version, knobs=knobs), "triton.language": SimpleNamespace()}
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
+def become(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    *,
+    triton: str | None = "3.8.0",
+    platform: str = "linux",
+    capability: tuple[int, int] | None = None,
+    compiler: str | None = None,
+) -> None:
+    """Make the process believe in another machine, whose PATH is `folder` and whose Triton has built no launcher.
 
-
-def gpu_of(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A GPU")
-    monkeypatch.setattr(torch.version, "hip", None)
-
-
-def no_triton(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setitem(sys.modules, "triton", None)
-
-
-def on(platform: str) -> Any:
-    def break_it(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-        no_triton(monkeypatch, folder)
-        monkeypatch.setattr(sys, "platform", platform)
-
-    return break_it
-
-
-def broken_import(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    (folder / "triton").mkdir()
-    (folder / "triton" / "__init__.py").write_text("raise ImportError('libtriton.so:\\n undefined symbol')")
-    monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.delitem(sys.modules, "triton")
-
-
-def old_triton(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    fake_triton(monkeypatch, folder, "3.5.1")
-
-
-def old_gpu(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    gpu_of(monkeypatch, (7, 5))
-
-
-def no_compiler(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    gpu_of(monkeypatch, (8, 0))
-    fake_triton(monkeypatch, folder)
+    `triton` is a version, None if it is not installed, or "broken". Without `capability` torch sees what it saw.
+    """
+    monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setenv("PATH", str(folder))
     monkeypatch.delenv("CC", raising=False)
+    if compiler:
+        monkeypatch.setenv("CC", compiler)
+    if capability:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A GPU")
+        monkeypatch.setattr(torch.version, "hip", None)
+    knobs = SimpleNamespace(build=SimpleNamespace(impl=None), cache=SimpleNamespace(dir=str(folder)))
+    if triton == "broken":
+        (folder / "triton").mkdir()
+        (folder / "triton" / "__init__.py").write_text("raise ImportError('libtriton.so:\\n undefined symbol')")
+        monkeypatch.syspath_prepend(str(folder))
+        monkeypatch.delitem(sys.modules, "triton")
+    else:
+        fake = SimpleNamespace(__version__=triton, knobs=knobs) if triton else None
+        monkeypatch.setitem(sys.modules, "triton", fake)
+        monkeypatch.setitem(sys.modules, "triton.language", SimpleNamespace())
 
 
-def wrong_compiler(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    no_compiler(monkeypatch, folder)
-    monkeypatch.setenv("CC", "gcc-0")
-
-
-def no_headers(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    for name in ("CPATH", "C_INCLUDE_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    wrong_compiler(monkeypatch, folder)
-    monkeypatch.setenv("CC", sys.executable)  # a program, which is all that is looked for
-    monkeypatch.setattr("sysconfig.get_paths", lambda scheme: {"include": str(folder)})
-
-
-PYTHON = f"python{sys.version_info[0]}.{sys.version_info[1]}"
-FAULTS = [
-    (no_triton, "triton is not installed", "pip install 'triton>=3.6'"),
-    (on("win32"), "triton is not installed: it has no package for Windows", "backend='auto'"),
-    (on("darwin"), "triton is not installed: it has no package for macOS", "backend='auto'"),
-    (broken_import, "its import fails (ImportError: libtriton.so: undefined symbol)", "--force-reinstall triton"),
-    (old_triton, "triton 3.5.1 is older than 3.6", "pip install --upgrade torch torchvision triton"),
-    (old_gpu, "A GPU is sm_75, and Triton needs sm_80", "backend='auto'"),
-    (no_compiler, "no C compiler for Triton's launcher (found neither gcc nor clang)", "apt install gcc, or set CC"),
-    (wrong_compiler, "no C compiler for Triton's launcher (CC='gcc-0' is no program)", "set CC"),
-    (no_headers, "Python.h is missing", f"apt install {PYTHON}-dev"),
+Machine = dict[str, Any]
+NO_TRITON: list[Machine] = [
+    {"triton": None},
+    {"triton": None, "platform": "win32"},
+    {"triton": None, "platform": "darwin"},
+    {"triton": "broken"},
+]
+AMPERE = {"capability": (8, 0)}
+FAULTS: list[tuple[Machine, str, str]] = [
+    (NO_TRITON[0], "triton is not installed", "pip install 'triton>=3.6'"),
+    (NO_TRITON[1], "triton is not installed: it has no package for Windows", "backend='auto'"),
+    (NO_TRITON[2], "triton is not installed: it has no package for macOS", "backend='auto'"),
+    (NO_TRITON[3], "its import fails (ImportError: libtriton.so: undefined symbol)", "--force-reinstall triton"),
+    ({"triton": "3.5.1"}, "triton 3.5.1 is older than 3.6", "pip install --upgrade torch torchvision triton"),
+    ({"capability": (7, 5)}, "A GPU is sm_75, and Triton needs sm_80", "backend='auto'"),
+    (AMPERE, "no C compiler for Triton's launcher (found neither gcc nor clang)", "apt install gcc, or set CC"),
+    (AMPERE | {"compiler": "gcc-0"}, "no C compiler for Triton's launcher (CC='gcc-0' is no program)", "set CC"),
 ]
 
 
-@pytest.mark.parametrize(("break_it", "says", "way_out"), FAULTS)
-def test_a_fault_is_named_with_the_way_out(
-    break_it: Any, says: str, way_out: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def fault() -> str:
+    """The one reason why Triton cannot serve a CUDA tensor, after `auto` and an explicit Triton have told it."""
     backend._warn_once.cache_clear()
-    break_it(monkeypatch, tmp_path)
-    tensor = SimpleNamespace(device=CUDA)
-    (reason,) = backend.triton_reasons(tensor)  # type: ignore[arg-type]
-    assert says in reason
-    assert way_out in reason
+    (reason,) = backend.triton_reasons(SimpleNamespace(device=CUDA))  # type: ignore[arg-type]
     reasons = {"triton": [reason], "reference": []}
     with pytest.raises(ValueError, match="op: backend='triton' cannot serve this call: "):
         backend.resolve("op", "triton", reasons, device=CUDA)
     with pytest.warns(UserWarning, match="op: using the reference backend on CUDA, not triton: "):
         assert backend.resolve("op", "auto", reasons, device=CUDA) == "reference"
+    return reason
+
+
+@pytest.mark.parametrize(("machine", "says", "way_out"), FAULTS, ids=lambda value: str(value)[:40])
+def test_a_fault_is_named_with_the_way_out(
+    machine: Machine, says: str, way_out: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    become(monkeypatch, tmp_path, **machine)
+    reason = fault()
+    assert says in reason
+    assert way_out in reason
+
+
+def test_missing_headers_are_named_with_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("CPATH", "C_INCLUDE_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    become(monkeypatch, tmp_path, **AMPERE, compiler=sys.executable)  # any program is a compiler here
+    monkeypatch.setattr("sysconfig.get_paths", lambda scheme: {"include": str(tmp_path)})
+    reason = fault()
+    assert "Python.h is missing" in reason
+    assert f"apt install python{sys.version_info[0]}.{sys.version_info[1]}-dev" in reason
 
 
 def test_a_whole_machine_has_no_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And a launcher that is built already needs no compiler."""
-    no_compiler(monkeypatch, tmp_path)
+    become(monkeypatch, tmp_path, **AMPERE)
     (tmp_path / "key").mkdir()
     (tmp_path / "key" / "cuda_utils.cpython.so").touch()
     assert backend.triton_reasons(SimpleNamespace(device=CUDA)) == []  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("break_it", [on("win32"), on("darwin"), broken_import])
-def test_auto_serves_without_triton(break_it: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    break_it(monkeypatch, tmp_path)
+@pytest.mark.parametrize("machine", NO_TRITON, ids=str)
+def test_auto_serves_without_triton(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    become(monkeypatch, tmp_path, **machine)
     boxes, scores = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 8]]), torch.tensor([0.5, 0.7])
     assert tmask_kernels.nms(boxes, scores, 0.5).tolist() == [1]
     with pytest.raises(ValueError, match="nms: backend='triton' cannot serve this call: triton is"):
@@ -218,7 +212,7 @@ def test_tested_versions_are_the_rows_of_the_tests() -> None:
 
 def test_an_untested_triton_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for version, note in (("3.6.0", ""), ("3.60.0", " (not tested; tested are 3.6, 3.8)")):
-        fake_triton(monkeypatch, tmp_path, version)
+        become(monkeypatch, tmp_path, triton=version)
         assert machine.triton_version() == f"triton {version}{note}"
 
 

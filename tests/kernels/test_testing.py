@@ -2,37 +2,35 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from tmask_kernels.testing import assert_close, guarded, poisoned_empty, random_boxes
 
 
-def test_assert_close_passes_and_names_the_worst_place() -> None:
-    truth = torch.rand(4, 5, dtype=torch.float64)
-    assert_close(truth.float(), truth)
-    wrong = truth.float()
-    wrong[2, 3] += 0.1
-    with pytest.raises(AssertionError, match=r"at \(2, 3\)"):
-        assert_close(wrong, truth)
+def wrong_at(truth: Tensor, place: tuple[int, ...], value: float) -> Tensor:
+    wrong = truth.clone()
+    wrong[place] = value
+    return wrong
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_assert_close_wants_non_finite_values_in_place(value: float) -> None:
-    truth = torch.zeros(3)
-    truth[1] = value
-    assert_close(truth.clone(), truth)
-    with pytest.raises(AssertionError, match="non-finite"):
-        assert_close(torch.zeros(3), truth)
+TRUTH = torch.linspace(0, 1, 1000).view(40, 25)
 
 
-def test_assert_close_sees_a_small_error_everywhere() -> None:
-    truth = torch.rand(1000, dtype=torch.float64)
-    with pytest.raises(AssertionError, match="rms"):
-        assert_close((truth + 5e-6).float(), truth)
-
-
-def test_assert_close_wants_integers_equal() -> None:
-    with pytest.raises(AssertionError, match="1 of 3 differ"):
-        assert_close(torch.tensor([1, 2, 3]), torch.tensor([1, 2, 4]))
+@pytest.mark.parametrize(
+    ("actual", "expected", "message"),
+    [
+        (wrong_at(TRUTH, (2, 3), 1.1), TRUTH, r"at \(2, 3\)"),
+        (TRUTH, wrong_at(TRUTH, (1, 1), float("nan")), "non-finite"),
+        (TRUTH, wrong_at(TRUTH, (1, 1), float("inf")), "non-finite"),
+        (TRUTH + 5e-6, TRUTH, "rms"),  # small and everywhere
+        (torch.tensor([1, 2, 3]), torch.tensor([1, 2, 4]), "1 of 3 differ"),
+    ],
+    ids=["worst place", "NaN", "inf", "rms", "integers"],
+)
+def test_assert_close_names_what_differs(actual: Tensor, expected: Tensor, message: str) -> None:
+    assert_close(expected.clone(), expected.double() if expected.is_floating_point() else expected)
+    with pytest.raises(AssertionError, match=message):
+        assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool], ids=str)

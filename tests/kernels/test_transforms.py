@@ -4,7 +4,7 @@ A derivative is compared with the plain backward of the same backend, which othe
 by <w, J u> = <J' w, u>. vmap is compared with a loop.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from tmask_kernels import roi_align, roi_pool, sigmoid_focal_loss
 from tmask_kernels.testing import OpSpec, op_specs
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # the interpreter's numpy
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning"),  # torch's own use, for jvp
     pytest.mark.filterwarnings("ignore:.*using the reference backend on CUDA"),
 ]
 
@@ -31,21 +31,28 @@ NMS = ("nms", "batched_nms", "padded_nms", "padded_nms (long segments)", "rpn_pr
 Point = tuple[Tensor, ...]
 
 
+def inputs_of(check: OpSpec, backend: str, device: torch.device) -> dict[str, Tensor]:
+    if backend == "torchvision" and device.type != "cpu":
+        pytest.skip("torchvision's backends serve the CPU")
+    return {k: v.to(device) for k, v in check.make().items()}
+
+
+def function_of(check: OpSpec, backend: str, inputs: dict[str, Tensor], names: Sequence[str]) -> Callable[..., Any]:
+    """The op as a function of the inputs of these names."""
+    return lambda *given: check.call({**inputs, **dict(zip(names, given, strict=True))}, backend)
+
+
 def differentiable(check: OpSpec, backend: str, device: torch.device) -> tuple[Callable[..., Tensor], Point, Point]:
     """The op as a function of what it is differentiable in, a point, and a direction."""
-    inputs = {k: v.to(device) for k, v in check.make().items()}
+    inputs = inputs_of(check, backend, device)
     if backend == "reference":
         inputs = {k: v.double() if k in check.features else v for k, v in inputs.items()}
     names = GRADIENTS[check.name]
-
-    def op(*given: Tensor) -> Tensor:
-        return check.call({**inputs, **dict(zip(names, given, strict=True))}, backend)  # type: ignore[no-any-return]
-
     point = tuple(inputs[name] for name in names)
     direction = tuple(torch.randn_like(p) for p in point)
     if "rois" in names:
         direction[names.index("rois")][:, 0] = 0  # the image's index
-    return op, point, direction
+    return function_of(check, backend, inputs, names), point, direction
 
 
 def pull(op: Callable[..., Tensor], point: Point, upstream: Tensor) -> Point:
@@ -141,8 +148,6 @@ def test_the_reference_is_right(name: str, backend: str, transform: str, device:
     ("name", "backend"), [*((name, "triton") for name in GRADIENTS), *((name, "torchvision") for name in TORCHVISIONS)]
 )
 def test_other_backends_are_refused(name: str, backend: str, transform: str, device: torch.device) -> None:
-    if backend == "torchvision" and device.type != "cpu":
-        pytest.skip("torchvision's backends serve the CPU")
     op, point, direction = differentiable(CHECKS[name], backend, device)
     weights = differentiable(CHECKS[name], "reference", device)[0](*point)  # no kernel runs here
     message = f"{named(CHECKS[name])}: backend='{backend}' .* no rule for .*torch.*backend='reference' can"
@@ -160,13 +165,10 @@ def test_second_derivatives_of_the_reference(name: str, device: torch.device) ->
     *to_point, to_weights = torch.autograd.grad(dot(first, direction), (*leaves, weights), materialize_grads=True)
     along = torch.randn_like(weights)
     torch.testing.assert_close(dot((to_weights,), (along,)), dot(pull(op, point, along), direction))
-    double = [p.dtype == torch.float64 for p in point]
-    if all(double):
+    if all(p.dtype == torch.float64 for p in point):
         step = 1e-5
-        ahead, behind = (
-            pull(op, tuple(p + s * step * d for p, d in zip(point, direction, strict=True)), weights.detach())
-            for s in (1, -1)
-        )
+        moved = [tuple(p + s * d for p, d in zip(point, direction, strict=True)) for s in (step, -step)]
+        ahead, behind = (pull(op, at, weights.detach()) for at in moved)
         difference = tuple((a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True))
         torch.testing.assert_close(dot(tuple(to_point), direction), dot(difference, direction), rtol=1e-4, atol=1e-4)
 
@@ -178,8 +180,6 @@ def test_second_derivatives_of_the_reference(name: str, device: torch.device) ->
 )
 def test_second_derivatives_of_others_are_refused(name: str, backend: str, device: torch.device) -> None:
     """Also where the second derivative is one term of several, which autograd would leave out."""
-    if backend == "torchvision" and device.type != "cpu":
-        pytest.skip("torchvision's backends serve the CPU")
     op, point, direction = differentiable(CHECKS[name], backend, device)
     leaves = tuple(p.clone().requires_grad_() for p in point)
     out = op(*leaves)
@@ -206,15 +206,9 @@ EVERY_PLAIN_OP = pytest.mark.parametrize(
 
 
 def without_derivative(check: OpSpec, backend: str, device: torch.device) -> tuple[Callable[..., Any], Point]:
-    if backend == "torchvision" and device.type != "cpu":
-        pytest.skip("torchvision's backends serve the CPU")
-    inputs = {k: v.to(device) for k, v in check.make().items()}
+    inputs = inputs_of(check, backend, device)
     names = [name for name, value in inputs.items() if value.is_floating_point()]
-
-    def op(*given: Tensor) -> Any:
-        return check.call({**inputs, **dict(zip(names, given, strict=True))}, backend)
-
-    return op, tuple(inputs[name] for name in names)
+    return function_of(check, backend, inputs, names), tuple(inputs[name] for name in names)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
