@@ -1,4 +1,4 @@
-"""Training targets of a mask head: ground-truth bit masks cropped to RoIs. Letters as in reference.py."""
+"""Training targets of a mask head: ground-truth bit masks cropped to RoIs. `reference` defines the letters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...namespace import custom_op
 from ...packed import WORD, check_packed
 from .reference import mask_targets_reference
 
-# Positions in 1 / UNIT pixels and the sum of a row of a bin's samples, up to W + 4 of them, are int32 in the kernel.
+# The kernel holds two numbers as int32: positions in 1 / UNIT pixels, and the sum of up to W + 4 samples in a row.
 MAX_SIDE = 8160
 
 
@@ -25,23 +25,33 @@ def mask_targets(
     image_sizes: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Crop each RoI's ground-truth mask and resample it to size x size.
+    """Crop the ground-truth mask of each RoI and resample it to size x size.
 
-    packed: [N, G, H, ceil(W / 32)] int32, see `pack_masks`. boxes: [N, S, 4] xyxy in pixels of those masks.
-    gt_index: [N, S] int64, row of `packed` in the same image; -1 (as any row that is not there) gives zeros.
-    image_sizes: [N, 2] height and width of each mask without its padding: RoIAlign repeats the last pixel at a
-    border and not the padding's zeros. None means no padding: H and 32 * ceil(W / 32), which are also the most.
-    Returns [N, S, size, size] float32 (float64 for float64 boxes).
+    The op is not differentiable and makes no host synchronisation. Boxes become float32, under autocast too; float64
+    boxes stay float64.
 
-    convention: ``"detectron2"`` RoIAlign with aligned=True and an adaptive grid, then 1 where the mean is >= 0.5, else
-    0; ``"torchvision"`` aligned=False and an adaptive grid, soft values in 0..1. Means agree with
-    `torchvision.ops.roi_align` on the float mask up to float32 rounding, so its mean of exactly 0.5 may fall to either
-    side; those of all backends and devices are the same bits (the README says how, and for which sizes). A RoI with a
-    coordinate that is NaN or infinite or, if aligned, with no area gives zeros.
+    Args:
+        packed: bit masks [N, G, H, ceil(W / 32)] int32, see `pack_masks`.
+        boxes: RoIs [N, S, 4] xyxy in pixels of those masks.
+        gt_index: [N, S] int64, the row of `packed` in the same image. -1, or any row that does not exist, gives zeros.
+        size: side of the targets.
+        convention: "detectron2" is RoIAlign with aligned=True and an adaptive grid, then 1 where the mean is >= 0.5 and
+            0 elsewhere. "torchvision" is RoIAlign with aligned=False and an adaptive grid: means in 0..1.
+        image_sizes: [N, 2] height and width of each mask without its padding. RoIAlign repeats the last pixel of an
+            image at its border, instead of the zeros of the padding. None means no padding: H and 32 * ceil(W / 32),
+            the largest sizes.
+        backend: "triton", "reference", "auto", or None for the default.
 
-    Not differentiable, no sync; boxes become float32, under autocast too, or stay float64. Errors: ValueError for wrong
-    shapes, dtypes, devices, names.
-    Source: He et al., Mask R-CNN, 2017, section 3.
+    Returns:
+        [N, S, size, size] float32, or float64 for float64 boxes. A RoI with a NaN or infinite coordinate gives zeros,
+        and so does an aligned RoI without area. Means are the same bits from all backends on all devices, for the sizes
+        that the README names. They equal `torchvision.ops.roi_align` of the float mask up to float32 rounding, so a
+        mean of exactly 0.5 in torchvision may fall to either side.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or option.
+
+    Source: Mask R-CNN (He et al. 2017), section 3.
     """
     check_packed("mask_targets", packed, "N", "G", "H")
     n, device = packed.shape[0], packed.device
@@ -70,13 +80,13 @@ def _triton_reasons(packed: Tensor, boxes: Tensor) -> list[str]:
     return reasons
 
 
-# One node of a compiled graph: the reference's loop over chunks of RoIs would unroll into thousands.
+# A custom op is one node of a compiled graph. The reference's loop over chunks of RoIs would unroll into thousands.
 @custom_op("mask_targets_reference")
 def _mask_targets(
     packed: Tensor, boxes: Tensor, gt_index: Tensor, size: int, detectron2: bool, image_sizes: Tensor | None
 ) -> Tensor:
     home = packed.device
-    if home.type == "mps":  # it has no float64, which makes the sums exact
+    if home.type == "mps":  # MPS has no float64, which makes the sums exact
         packed, boxes, gt_index = packed.cpu(), boxes.cpu(), gt_index.cpu()
         image_sizes = None if image_sizes is None else image_sizes.cpu()
     with torch.autocast(packed.device.type, enabled=False):

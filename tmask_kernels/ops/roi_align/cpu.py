@@ -1,9 +1,9 @@
-"""RoIAlign on a CPU: torchvision's forward, with a backward that uses matrix products where that is faster.
+"""RoIAlign on a CPU: torchvision's forward, with a backward by matrix products where they are faster.
 
 torchvision's CPU backward adds every tap of every sample on one thread. The mean of samples is separable (see
-`reference`), so the gradient of a feature map is dF = sum over boxes of Wy^T G Wx: two matrix products, on all cores.
-They visit every cell of the map, so they win on small maps and lose on large ones.
-Letters as in `reference`; R boxes of one level.
+`reference`), so the gradient of a feature map is dF = sum over boxes of Wy^T G Wx: two matrix products, which use all
+cores. The products visit every cell of the map. They are faster on small maps and slower on large ones.
+`reference` defines the letters; R is the number of boxes of one level.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ...common.reference import box_sizes, is_finite, no_autocast
 from ...common.roi_geometry import RoIGeometry
 from .reference import CHUNK_ELEMENTS, axis_weights, multiscale_roi_align_reference
 
-# torchvision's CPU op tabulates the taps of all samples of a box; beyond this many a box goes to the reference.
+# torchvision's CPU op tabulates the taps of all samples of a box. The reference takes boxes with more samples.
 MAX_TORCHVISION_SAMPLES = 1 << 20
 
-# The products win while they take fewer multiply-adds than this for each addition of torchvision's backward. Measured
-# on two cores at 256 to 1,024 boxes: about 80 GFLOP/s against 3.5 ns an addition, so 140; kept on the safe side.
+# Multiply-adds that the products may take for each addition of torchvision's backward. Two cores ran the products at
+# about 80 GFLOP/s and took 3.5 ns for an addition, at 256 to 1,024 boxes. The ratio is 140; 100 is on the safe side.
 DENSE_WORK = 100
 
 
@@ -35,7 +35,10 @@ def multiscale_roi_align_cpu(
     output_size: tuple[int, int],
     geometry: RoIGeometry,
 ) -> Tensor:
-    """As `multiscale_roi_align_reference`, one call of torchvision's op a level; rows that give zeros cost nothing."""
+    """Same as `multiscale_roi_align_reference`, with one call of torchvision's op a level.
+
+    Rows that give zeros never reach torchvision's op.
+    """
     boxes = boxes.detach()
     if boxes.dim() == 3:
         images = torch.arange(boxes.shape[0]).repeat_interleave(boxes.shape[1])
@@ -48,10 +51,10 @@ def multiscale_roi_align_cpu(
     sampling_ratio, aligned = geometry.sampling_ratio, geometry.aligned
     all_rows, pooled = [], []
     for level, (feature, scale) in enumerate(zip(features, geometry.scales, strict=True)):
-        feature = feature.to(boxes.dtype)  # its CPU op has no bf16, and fp16 is 17 times slower
-        # torchvision's CPU op reads outside its memory at NaN and infinite boxes, and in a map without cells.
+        feature = feature.to(boxes.dtype)  # torchvision's CPU op has no bf16, and is 17 times slower in fp16
+        # torchvision's CPU op reads outside its memory for NaN and infinite boxes, and in a map without cells.
         here = usable & (levels == level) & is_finite(boxes[:, 1:] * scale)  # [K]
-        rows = here.nonzero()[:, 0]  # the sizes of a call on the CPU may depend on data
+        rows = here.nonzero()[:, 0]  # a CPU may have sizes that depend on data
         outsized = rows if not feature.numel() else rows[:0]
         if feature.numel():
             if sampling_ratio <= 0:
@@ -72,9 +75,9 @@ def multiscale_roi_align_cpu(
 def _split_by_grid(
     boxes: Tensor, rows: Tensor, output_size: tuple[int, int], scale: float, aligned: bool
 ) -> tuple[Tensor, Tensor]:
-    """Of `rows`, those whose adaptive grid torchvision can tabulate, and those whose grid is too large for it.
+    """Split `rows` into boxes whose adaptive grid torchvision can tabulate, and boxes with a larger grid.
 
-    Rows with an empty grid are in neither: they give zeros (torchvision fails on a grid of negative size).
+    Neither part has the rows with an empty grid, which give zeros: torchvision fails on a grid of negative size.
     """
     corners = boxes[rows, 1:] * scale - (0.5 if aligned else 0.0)
     sizes = box_sizes(corners)  # [rows, 2] x, y
@@ -87,7 +90,7 @@ def _split_by_grid(
 
 
 class _RoIAlign(torch.autograd.Function):
-    """RoIAlign of boxes [R, 5] in one level [N, C, H, W], fp32 or fp64: [R, C, PH, PW]."""
+    """RoIAlign [R, C, PH, PW] of boxes [R, 5] on one level [N, C, H, W], fp32 or fp64."""
 
     @staticmethod
     def forward(
@@ -110,8 +113,8 @@ class _RoIAlign(torch.autograd.Function):
         (boxes,) = ctx.saved_tensors
         (height, width), scale, sampling_ratio, aligned = ctx.arguments
         N, C, H, W = ctx.shape
-        samples = sampling_ratio**2 if sampling_ratio > 0 else 1  # of a bin, at least
-        # For one channel and one row of bins: four taps a sample, against the two products.
+        samples = sampling_ratio**2 if sampling_ratio > 0 else 1  # the least number of a bin
+        # Additions and multiply-adds of one channel and one row of bins: four taps a sample, and two products.
         if width * 4 * samples * DENSE_WORK > W * (width + H):
             dense = _dense_gradient(grad, boxes, ctx.shape, scale, sampling_ratio, aligned)
             return dense, None, None, None, None, None
@@ -124,7 +127,7 @@ class _RoIAlign(torch.autograd.Function):
 def _dense_gradient(
     grad: Tensor, boxes: Tensor, shape: tuple[int, int, int, int], scale: float, sampling_ratio: int, aligned: bool
 ) -> Tensor:
-    """dF = sum of Wy^T G Wx over the boxes of an image: grad [R, C, PH, PW], boxes [R, 5] -> [N, C, H, W]."""
+    """Return dF [N, C, H, W] = sum of Wy^T G Wx over the boxes of each image; grad [R, C, PH, PW], boxes [R, 5]."""
     N, C, H, W = shape
     PH, PW = grad.shape[2:]
     corners = boxes[:, 1:] * scale - (0.5 if aligned else 0.0)

@@ -1,4 +1,4 @@
-"""RoIAlign of one feature map or of a pyramid, all levels in one call. Letters as in `reference`."""
+"""RoIAlign of one feature map or of a pyramid, all levels in one call. `reference` defines the letters."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .reference import multiscale_roi_align_reference
 from .reference_max import multiscale_roi_align_max_reference
 
 MAX_TRITON_LEVELS = 5
-# A million samples a bin. Beyond it backends run out of memory or of int32.
+# A million samples a bin. Larger grids exhaust memory or overflow int32 in some backends.
 MAX_SAMPLING_RATIO = 1024
-# The row and the column of the sample that an adaptive grid keeps have 15 and 16 bits, for two samples a cell.
+# Max of an adaptive grid stores a sample's row in 15 bits and its column in 16; a cell has up to two samples an axis.
 MAX_ADAPTIVE_SIDE = 16_000
-# Tiles of 2 x 2 cells, whose numbers float32 must hold.
+# The backward of max numbers tiles of 2 x 2 cells in float32, which holds whole numbers up to 2^24.
 MAX_CELLS_OF_MAX = 2**25
 
 
@@ -40,30 +40,41 @@ def roi_align(
     cubic_coeff: float = -0.5,
     backend: str | None = None,
 ) -> Tensor:
-    """Average samples of a feature map in each bin of each box, or keep the largest: [K, C, PH, PW].
+    """Return the mean, or the largest, of the samples in each bin of each box.
 
-    input [N, C, H, W], fp16, bf16, fp32 or fp64, contiguous or channels_last. boxes, xyxy in image pixels: [K, 5] with
-    the image's index first, a list of N tensors [L, 4], or [N, P, 4] with `valid` [N, P] bool (then K = N * P).
-    spatial_scale: feature cells per pixel. sampling_ratio: samples per bin side, up to 1,024; 0 or less takes ceil(bin
-    size).
-    aligned: shift by half a cell, so that pixel centres meet; without it boxes are at least one cell long.
-    interpolation: a sample is bilinear between its 2 x 2 cells, or bicubic between its 4 x 4 with Keys' coefficient
-    `cubic_coeff`, cells beyond the border taking the border's value; -0.5 reproduces quadratic functions away from the
-    border, -0.75 is that of `torch.nn.functional.grid_sample`.
+    A sample interpolates the feature map at a point of the bin. A sample outside [-1, H] x [-1, W] is 0 and counts in
+    the mean and in the maximum. Boxes and sums are float32, or float64 for float64 input.
 
-    A sample outside [-1, H] x [-1, W] is 0 and counts in the mean. A box that is not valid, has a coordinate that is
-    NaN or infinite, or names an image that does not exist gives zeros and no gradient; the last is a ValueError where
-    it can be seen without a synchronisation (eager mode on the CPU). An aligned box of size 0 or less gives zeros with
-    the adaptive grid; with a fixed one, the value at the point or the mirrored crop.
+    Args:
+        input: features [N, C, H, W]: float16, bfloat16, float32 or float64, contiguous or channels_last.
+        boxes: xyxy in image pixels: [K, 5] with the image's index first, a list of N tensors [L, 4], or [N, P, 4].
+        output_size: number of bins (PH, PW), or one number for both.
+        spatial_scale: feature cells per pixel.
+        sampling_ratio: samples per bin along each axis, up to 1,024. 0 or less means ceil(bin size).
+        aligned: shift boxes by half a cell, so that pixel centres meet. If False, boxes are at least one cell long.
+        valid: bool [N, P], only with boxes [N, P, 4].
+        reduction: "mean", or "max" for the largest sample. NaN is larger than any number.
+        interpolation: "bilinear" between 2 x 2 cells, or "bicubic" between 4 x 4 cells with Keys' kernel. A cell
+            beyond the border has the border's value.
+        cubic_coeff: coefficient of Keys' kernel. -0.5 reproduces quadratic functions away from the border; -0.75 is
+            the coefficient of `torch.nn.functional.grid_sample`.
+        backend: "triton", "torchvision", "reference", "auto", or None for the default.
 
-    Boxes and sums are fp32 (fp64 for fp64 input); the result has the input's dtype and, on CUDA, its memory format.
-    reduction: "max" keeps the largest sample of a bin in place of the mean; a sample outside counts as 0 there too, a
-    NaN wins. Its gradient goes to the cells of that sample, the first of equals; to none where it lies outside.
-    Differentiable in `input` and `boxes`; in the boxes of "max" with backend="reference" alone, which cannot be traced
-    where the grid of "max" is adaptive. Bounds: a sample beyond the border's cell does not move with its box, one
-    exactly on that cell does. Without `aligned` the end of a box of exactly one cell is free.
-    Errors: ValueError for a wrong shape, dtype, device or option. Sources: Mask R-CNN (He et al. 2017), section 3;
-    Cubic convolution interpolation (Keys 1981).
+    Returns:
+        [K, C, PH, PW] in the dtype of `input` and, on CUDA, in its memory format; K = N * P for boxes [N, P, 4]. A box
+        gives zeros and takes no gradient if it is not valid, has a NaN or infinite coordinate, or names an image that
+        does not exist. An aligned box of size 0 or less gives zeros with an adaptive grid; with a fixed grid it gives
+        the value at the point, or the mirrored crop.
+
+        The result is differentiable in `input` and in `boxes`. The gradient of "max" goes to the cells of the largest
+        sample, the first among equals, or nowhere if that sample lies outside. Only backend="reference" differentiates
+        "max" in the boxes. A sample beyond the border's cell does not move with its box; a sample exactly on that cell
+        does. Without `aligned` the end of a box of exactly one cell is free.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or option. On a CPU in eager mode also for an image that does not exist.
+
+    Sources: Mask R-CNN (He et al. 2017), section 3; Cubic convolution interpolation (Keys 1981).
     """
     check_features("roi_align", [input], "input")
     scale = check_number("roi_align", "spatial_scale", spatial_scale, above=0)
@@ -88,13 +99,35 @@ def multiscale_roi_align(
     cubic_coeff: float = -0.5,
     backend: str | None = None,
 ) -> Tensor:
-    """`roi_align` from the pyramid level that fits each box: [K, C, PH, PW].
+    """Apply `roi_align` to each box on the pyramid level that fits the box.
 
-    features: one [N, C, H, W] a level, finest first. spatial_scales: one a level, each half the one before; the first
-    is 2 ** -(finest level), as 1/4 for P2. A box of ``area`` px^2 belongs to level
-    ``floor(canonical_level + log2(sqrt(area) / canonical_scale))``, clamped to those given; `level_convention` says
-    where the epsilon stands: torchvision's 1e-6 outside the logarithm moves boxes just under a boundary up.
-    Everything else as in `roi_align`. Source of the levels: Feature Pyramid Networks (Lin et al. 2017), equation 1.
+    A box of ``area`` px^2 belongs to level ``floor(canonical_level + log2(sqrt(area) / canonical_scale))``, clamped to
+    the given levels.
+
+    Args:
+        features: one [N, C, H, W] a level, finest first.
+        boxes: as in `roi_align`.
+        output_size: as in `roi_align`.
+        spatial_scales: one a level, each half the previous one. The first is 2 ** -(finest level), as 1/4 for P2.
+        valid: as in `roi_align`.
+        sampling_ratio: as in `roi_align`.
+        aligned: as in `roi_align`.
+        canonical_scale: size in pixels of a box that belongs to `canonical_level`.
+        canonical_level: see `canonical_scale`.
+        level_convention: where the formula adds its epsilon. "torchvision" adds 1e-6 to the logarithm, and so moves
+            boxes just under a boundary to the coarser level; "detectron2" adds 1e-8 inside the logarithm.
+        reduction: as in `roi_align`.
+        interpolation: as in `roi_align`.
+        cubic_coeff: as in `roi_align`.
+        backend: as in `roi_align`.
+
+    Returns:
+        [K, C, PH, PW], as `roi_align`.
+
+    Raises:
+        ValueError: as `roi_align`.
+
+    Source of the levels: Feature Pyramid Networks (Lin et al. 2017), equation 1.
     """
     op = "multiscale_roi_align"
     thresholds = level_thresholds(spatial_scales, canonical_scale, canonical_level, level_convention, op=op)
@@ -115,7 +148,7 @@ def _geometry(
     interpolation: str,
     cubic_coeff: float,
 ) -> RoIGeometry:
-    """Check what both functions share of the geometry."""
+    """Check the options of the geometry that both functions have, and return them as one value."""
     sampling_ratio = check_whole(op, "sampling_ratio", sampling_ratio, high=MAX_SAMPLING_RATIO)
     aligned = check_flag(op, "aligned", aligned)
     check_choice(op, "interpolation", interpolation, ("bilinear", "bicubic"))

@@ -1,4 +1,4 @@
-"""RoIPool of one feature map. Letters as in `reference`."""
+"""RoIPool of one feature map. `reference` defines the letters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .reference import listed_boxes, roi_pool_reference
 
 INT32_LIMIT = 2**31
 
-# Cells on either side of 0 that torchvision, which counts them as int32, is asked for: float32 is exact up to here.
+# torchvision counts cells as int32. Boxes with a corner beyond this cell, up to which float32 is exact, go elsewhere.
 MAX_TORCHVISION_CELL = 2.0**23
 
 
@@ -27,22 +27,33 @@ def roi_pool(
     valid: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Take the largest cell of a feature map in each bin of each box: [K, C, PH, PW].
+    """Return the largest cell of the feature map in each bin of each box.
 
-    input [N, C, H, W], fp16, bf16, fp32 or fp64, contiguous or channels_last. boxes, xyxy in image pixels: [K, 5] with
-    the image's index first, a list of N tensors [L, 4], or [N, P, 4] with `valid` [N, P] bool (then K = N * P).
-    spatial_scale: feature cells per pixel.
+    The op rounds the corners of a box to whole cells, halves away from zero. Both corners belong to the box, so a box
+    has at least one cell along each axis. A bin reaches from the floor to the ceiling of its share, so neighbouring
+    bins may share a cell. The op cuts bins at the border of the map. Boxes are float32 for every input, so that all
+    dtypes select the same cells.
 
-    Corners are rounded to whole cells, halves away from zero, and both belong to the box, which has at least one cell
-    along each axis. Bins reach from floor to ceil of their share, so neighbours may share a cell. They are cut at the
-    map's border: a bin with no cell left is 0. NaN cells are passed over; a bin without a cell above -inf is -inf. A
-    box that is not valid, has a coordinate that is NaN or infinite, or names an image that does not exist gives zeros;
-    the last is a ValueError where it can be seen without a synchronisation (eager mode on the CPU).
+    Args:
+        input: features [N, C, H, W]: float16, bfloat16, float32 or float64, contiguous or channels_last.
+        boxes: xyxy in image pixels: [K, 5] with the image's index first, a list of N tensors [L, 4], or [N, P, 4].
+        output_size: number of bins (PH, PW), or one number for both.
+        spatial_scale: feature cells per pixel.
+        valid: bool [N, P], only with boxes [N, P, 4].
+        backend: "triton", "torchvision", "reference", "auto", or None for the default.
 
-    Boxes are fp32 for every input, so that all dtypes take the same cells; the result has the input's dtype and, on
-    CUDA, its memory format. Differentiable in `input`: the gradient goes to the bin's largest cell, the first of equals
-    in row-major order, and is summed in fp32 (fp64 for fp64 input). The boxes are rounded and take none.
-    Errors: ValueError for a wrong shape, dtype, device or option. Source: Fast R-CNN (Girshick 2015), section 2.1.
+    Returns:
+        [K, C, PH, PW] in the dtype of `input` and, on CUDA, in its memory format; K = N * P for boxes [N, P, 4]. A bin
+        without a cell is 0. The op ignores NaN cells; a bin without a cell above -inf is -inf. A box gives zeros if it
+        is not valid, has a NaN or infinite coordinate, or names an image that does not exist.
+
+        The result is differentiable in `input`, not in `boxes`. The gradient of a bin goes to its largest cell, the
+        first among equals in row-major order. Sums of gradients are float32, or float64 for float64 input.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or option. On a CPU in eager mode also for an image that does not exist.
+
+    Source: Fast R-CNN (Girshick 2015), section 2.1.
     """
     size = check_size("roi_pool", "output_size", output_size, or_number=True)
     scale = check_number("roi_pool", "spatial_scale", spatial_scale, above=0)
@@ -68,16 +79,17 @@ def roi_pool(
 def _roi_pool_torchvision(
     feature: Tensor, boxes: Tensor, valid: Tensor | None, size: tuple[int, int], scale: float
 ) -> Tensor:
-    """As `roi_pool_reference`, by torchvision's CPU op with our edges; boxes that give zeros cost nothing."""
+    """Same as `roi_pool_reference`, by torchvision's CPU op. Boxes that give zeros never reach that op."""
     import torchvision  # noqa: F401 - registers the op
 
     images, corners, usable = listed_boxes(boxes, valid, feature.shape[0], scale)
     near = (corners * scale).abs().amax(1) < MAX_TORCHVISION_CELL
     rows, far = (usable & near).nonzero()[:, 0], (usable & ~near).nonzero()[:, 0]
     rois = torch.cat([images[:, None].float(), corners], 1)  # [K, 5]
-    maps = first_derivative_only("roi_pool", "torchvision", feature.float())  # its CPU op has no half precision
+    # torchvision's CPU op has no half precision.
+    maps = first_derivative_only("roi_pool", "torchvision", feature.float())
     values, index = torch.ops.torchvision.roi_pool(maps, rois[rows], scale, *size)
-    # It begins with the lowest finite number, and leaves it where nothing is above.
+    # torchvision's op starts from the lowest finite number and returns it where no cell is larger.
     values = torch.where((index < 0) & (values < 0), -torch.inf, values)
     if len(far):
         values = torch.cat([values, roi_pool_reference(maps, rois[far], None, size, scale)])
