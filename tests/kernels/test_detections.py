@@ -1,30 +1,26 @@
 """detections against torchvision's postprocess_detections, and its own rules."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from torch import Tensor
 from torchvision.models.detection.roi_heads import RoIHeads
 
+from tests.kernels.tools import INF, NAN, assert_same, each_mutant
 from tests.launches import Count, count_call
-from tests.model.sync import count_blocking
 from tests.mutation import mutant
 from tmask_kernels import detections, padded_nms
 from tmask_kernels.backend import interpreter_enabled
+from tmask_kernels.ops.proposals import op
 from tmask_kernels.ops.proposals import reference as proposals
 from tmask_kernels.ops.proposals.kernels import candidates as kernels_candidates
 from tmask_kernels.testing import guarded, poisoned_empty, random_boxes
 
-# The interpreter's numpy warns where padding gives 0 / 0.
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-
-BACKENDS = ["torchvision", "reference", "triton"]
 IMAGE_SIZES = [(96, 120), (75, 128)]
 SETTINGS = {"score_threshold": 0.05, "nms_threshold": 0.5, "max_detections": 60}
 HEAD = (10.0, 10.0, 5.0, 5.0)
 
 
-def inputs(classes: int = 5, count: int = 80, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(classes: int = 5, count: int = 80, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Class logits [2, P, classes + 1], deltas [2, P, 4 * (classes + 1)] and proposals [2, P, 4]."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(2, count, classes + 1, generator=generator) * 2
@@ -38,7 +34,7 @@ def heads(settings) -> RoIHeads:
                     settings["max_detections"])  # fmt: skip
 
 
-def decoded(deltas, rois) -> torch.Tensor:
+def decoded(deltas, rois) -> Tensor:
     """All classes' boxes [2, P, classes + 1, 4]."""
     boxes = heads(SETTINGS).box_coder.decode(deltas.flatten(0, 1), list(rois))
     return boxes.view(2, rois.shape[1], -1, 4)
@@ -52,25 +48,18 @@ def call(logits, boxes, device, backend=None, function=detections, valid=None, *
                     **(SETTINGS | changes))  # fmt: skip
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request, device) -> str:
-    if request.param == "torchvision" and device.type == "cuda":
-        pytest.skip("the torchvision backend serves CPU tensors")
-    return request.param
-
-
 @pytest.mark.parametrize(
     "changes",
     [{}, {"max_detections": 5}, {"max_detections": 500}, {"score_threshold": 0.4, "nms_threshold": 0.2}],
     ids=["plain", "few", "all", "strict"],
 )
 @pytest.mark.parametrize("counts", [(80, 80), (80, 31), (0, 80)], ids=["full", "padded", "empty"])
-def test_equals_torchvision(device, backend, changes, counts):
+def test_equals_torchvision(device, nms_backend, changes, counts):
     logits, deltas, rois = inputs()
     settings = SETTINGS | changes
     valid = torch.arange(80) < torch.tensor(counts)[:, None]
     boxes = decoded(deltas, rois)[:, :, 1:]
-    got_boxes, got_scores, got_labels, got_counts = call(logits, boxes, device, backend, valid=valid, **changes)
+    got_boxes, got_scores, got_labels, got_counts = call(logits, boxes, device, nms_backend, valid=valid, **changes)
     D = settings["max_detections"]
     assert got_boxes.shape == (2, D, 4)
     assert (got_boxes.dtype, got_scores.dtype, got_labels.dtype) == (torch.float32, torch.float32, torch.int64)
@@ -90,100 +79,80 @@ def test_equals_torchvision(device, backend, changes, counts):
         assert not got_labels[n, found:].any()
 
 
-def test_boxes_shared_by_the_classes(device, backend):
+def test_boxes_shared_by_the_classes(device, nms_backend):
     logits, _, rois = inputs()
-    shared = call(logits, rois[:, :, None], device, backend)
-    repeated = call(logits, rois[:, :, None].expand(-1, -1, 5, -1), device, backend)
-    assert all(torch.equal(a, b) for a, b in zip(shared, repeated, strict=True))
+    shared = call(logits, rois[:, :, None], device, nms_backend)
+    repeated = call(logits, rois[:, :, None].expand(-1, -1, 5, -1), device, nms_backend)
+    assert_same(shared, repeated)
 
 
-def test_classes_do_not_suppress_each_other(device, backend):
-    boxes = torch.tensor([[10.0, 10.0, 50.0, 50.0]], device=device).expand(2, 3, 1, 4)
-    scores = torch.tensor([[0.3, 0.6, 0.0], [0.4, 0.5, 0.0], [0.0, 0.0, 0.0]], device=device).expand(2, 3, 3)
-    got = detections(
-        scores, boxes, valid=torch.ones(2, 3, dtype=torch.bool, device=device),
-        image_sizes=torch.tensor(IMAGE_SIZES, device=device), backend=backend, **SETTINGS,
-    )  # fmt: skip
+def run(scores, boxes, device, backend):
+    """The detections of scores [N, P, classes] and boxes [N, P, 1, 4], which are all valid."""
+    scores, boxes = torch.as_tensor(scores, device=device), torch.as_tensor(boxes, device=device)
+    valid = torch.ones(boxes.shape[:2], dtype=torch.bool, device=device)
+    sizes = torch.tensor(IMAGE_SIZES, device=device)[: len(boxes)]
+    return detections(scores, boxes, valid=valid, image_sizes=sizes, backend=backend, **SETTINGS)
+
+
+def test_classes_do_not_suppress_each_other(device, nms_backend):
+    scores = torch.tensor([[0.3, 0.6, 0.0], [0.4, 0.5, 0.0], [0.0, 0.0, 0.0]]).expand(2, 3, 3)
+    got = run(scores, torch.tensor([[10.0, 10.0, 50.0, 50.0]]).expand(2, 3, 1, 4), device, nms_backend)
     assert got[3].tolist() == [2, 2]
     assert got[2][0, :3].tolist() == [1, 0, 0]
     assert torch.equal(got[1][0, :2].cpu(), torch.tensor([0.6, 0.4]))
 
 
-def test_ties_go_by_proposal_then_class(device, backend):
-    boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0], [20.0, 0.0, 29.0, 9.0]], device=device)[None, :, None]
-    got = detections(
-        torch.full((1, 2, 2), 0.5, device=device), boxes, valid=torch.ones(1, 2, dtype=torch.bool, device=device),
-        image_sizes=torch.tensor([[40, 40]], device=device), backend=backend, **SETTINGS,
-    )  # fmt: skip
+def test_ties_go_by_proposal_then_class(device, nms_backend):
+    boxes = [[[[0.0, 0.0, 9.0, 9.0]], [[20.0, 0.0, 29.0, 9.0]]]]
+    got = run([[[0.5] * 2] * 2], boxes, device, nms_backend)
     assert got[2][0, :4].tolist() == [0, 1, 0, 1]
     assert got[0][0, :4, 0].tolist() == [0, 0, 20, 20]
 
 
-def test_what_is_no_detection(device, backend):
+def test_what_is_no_detection(device, nms_backend):
     """A score at the threshold, NaN in a score or a box, a box outside the image or thinner than min_size."""
-    nan = float("nan")
-    rows = [([0, 0, 9, 9], 0.05), ([0, 20, 9, 29], nan), ([0, nan, 9, 9], 0.9), ([200, 0, 210, 9], 0.9),
+    rows = [([0, 0, 9, 9], 0.05), ([0, 20, 9, 29], NAN), ([0, NAN, 9, 9], 0.9), ([200, 0, 210, 9], 0.9),
             ([0, 0, 0.005, 9], 0.9), ([9, 0, 0, 9], 0.9), ([0, 40, 9, 49], 0.9)]  # fmt: skip
-    boxes = torch.tensor([box for box, _ in rows], device=device)[None, :, None]
-    scores = torch.tensor([score for _, score in rows], device=device)[None, :, None]
-    got = detections(
-        scores, boxes, valid=torch.ones(1, 7, dtype=torch.bool, device=device),
-        image_sizes=torch.tensor([[96, 120]], device=device), backend=backend, **SETTINGS,
-    )  # fmt: skip
+    got = run([[[score] for _, score in rows]], [[[box] for box, _ in rows]], device, nms_backend)
     assert got[3].tolist() == [1]
     assert got[0][0, 0].tolist() == [0, 40, 9, 49]
 
 
 @pytest.mark.parametrize(("count", "classes"), [(0, 5), (80, 0), (1, 1)], ids=["no proposals", "no classes", "one"])
-def test_degenerate_sizes(device, backend, count, classes):
-    scores = torch.full((2, count, classes), 0.5, device=device)
-    boxes = torch.tensor([1.0, 1.0, 5.0, 5.0], device=device).expand(2, count, 1, 4)
-    got = detections(
-        scores, boxes, valid=torch.ones(2, count, dtype=torch.bool, device=device),
-        image_sizes=torch.tensor(IMAGE_SIZES, device=device), backend=backend, **SETTINGS,
-    )  # fmt: skip
+def test_degenerate_sizes(device, nms_backend, count, classes):
+    boxes = torch.tensor([1.0, 1.0, 5.0, 5.0]).expand(2, count, 1, 4)
+    got = run(torch.full((2, count, classes), 0.5), boxes, device, nms_backend)
     assert [tuple(t.shape) for t in got] == [(2, 60, 4), (2, 60), (2, 60), (2,)]
     assert got[3].tolist() == [int(count == 1)] * 2
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("(scores > score_threshold)", "(scores >= 0)"),
-        ("& _at_least(boxes, min_size) &", "& _at_least(boxes, 0) &"),
-        ("& valid[..., None]", ""),
-        ("boxes = clip_boxes(boxes.float(), image_sizes)", "boxes = boxes.float()"),
-        ("boxes.expand(N, P, Cls, 4).transpose(1, 2)", "boxes.expand(N, P, Cls, 4)"),
-        ("alive.transpose(1, 2)", "alive"),
-        ("(order % G, order // G) if box_first", "(order // K, order % K) if box_first"),
-        ("ranked = ranked.transpose(1, 2)", "ranked = ranked.flip(1).transpose(1, 2)"),
-        ("F.pad(torch.where(real, segment, 0)", "F.pad(torch.where(real, segment + 1, 0)"),
-    ],
-    ids=["score", "size", "valid", "clip", "class box", "class of valid", "row", "order", "label"],
-)
-def test_a_broken_composition_fails(tmp_path: Path, old, new):
-    broken = mutant(proposals, old, new, tmp_path)
+MUTANTS = {
+    "score": ("(scores > score_threshold)", "(scores >= 0)"),
+    "size": ("& _at_least(boxes, min_size) &", "& _at_least(boxes, 0) &"),
+    "valid": ("& valid[..., None]", ""),
+    "clip": ("boxes = clip_boxes(boxes.float(), image_sizes)", "boxes = boxes.float()"),
+    "class box": ("boxes.expand(N, P, Cls, 4).transpose(1, 2)", "boxes.expand(N, P, Cls, 4)"),
+    "class of valid": ("alive.transpose(1, 2)", "alive"),
+    "row": ("(order % G, order // G) if box_first", "(order // K, order % K) if box_first"),
+    "order": ("ranked = ranked.transpose(1, 2)", "ranked = ranked.flip(1).transpose(1, 2)"),
+    "label": ("F.pad(torch.where(real, segment, 0)", "F.pad(torch.where(real, segment + 1, 0)"),
+}
 
-    def function(scores, boxes, *, backend, valid, image_sizes, nms_threshold, max_detections, **limits):
-        boxes, scores, alive = broken.class_candidates_reference(scores, boxes, valid, image_sizes, **limits)
-        limit = min(max_detections, boxes.shape[1])
-        kept, _ = padded_nms(boxes, scores, nms_threshold, valid=alive, max_output=limit, backend="reference")
-        return broken.select_best_reference(boxes, scores, kept, 2, max_detections, True)
 
+@each_mutant(MUTANTS)
+def test_a_broken_reference_fails(tmp_path, name):
+    broken = mutant(proposals, *MUTANTS[name], tmp_path, seen_from=op)
     logits, deltas, rois = inputs()
     boxes = decoded(deltas, rois)[:, :, 1:]
-    valid = torch.arange(80).expand(2, -1) % 3 > 0
+    options = {"valid": torch.arange(80).expand(2, -1) % 3 > 0, "min_size": 15.0, "max_detections": 200}
     got, expected = (
-        call(logits, boxes, torch.device("cpu"), "reference", f, valid=valid, min_size=15.0, max_detections=200)
-        for f in (function, detections)
+        call(logits, boxes, torch.device("cpu"), "reference", f, **options) for f in (broken.detections, detections)
     )
-    assert not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    with pytest.raises(AssertionError):
+        assert_same(got, expected)
 
 
-# --- candidates by the kernel ----------------------------------------------------------------------------------------
-
-
-def check_candidates(module, device, scores, boxes) -> tuple[torch.Tensor, ...]:
+def check_candidates(module, device, scores, boxes) -> tuple[Tensor, ...]:
     """The kernel's candidates against the reference's, to the bit."""
     valid = torch.arange(2 * scores.shape[1]).view(2, -1) % 3 > 0
     sizes = torch.tensor(IMAGE_SIZES)
@@ -192,19 +161,15 @@ def check_candidates(module, device, scores, boxes) -> tuple[torch.Tensor, ...]:
     with poisoned_empty():
         got = module.class_candidates_fwd(scores, boxes, valid, sizes, **limits)
     expected = proposals.class_candidates_reference(scores, boxes, valid, sizes, **limits)
-    for name, ours, theirs in zip(("boxes", "scores", "valid"), got, expected, strict=True):
-        assert ours.dtype == theirs.dtype
-        assert torch.equal(ours.nan_to_num(nan=-7.0), theirs.nan_to_num(nan=-7.0)), name
+    assert_same(got, expected)
     return got
 
 
-def candidates_input(dtype=torch.float32, count: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+def candidates_input(dtype=torch.float32, count: int = 20) -> tuple[Tensor, Tensor]:
     """Scores [2, P, 3] and boxes [2, P, 3, 4], both without their first column, with NaN and infinities."""
     logits, deltas, rois = inputs(classes=3, count=count)
     scores, boxes = torch.softmax(logits, -1), decoded(deltas, rois)
-    scores[0, 1], boxes[0, 2, :, 1], boxes[0, 4, :, 2], boxes[1, 5, :, 0] = (
-        float(x) for x in ("nan", "nan", "inf", "-inf")
-    )
+    scores[0, 1], boxes[0, 2, :, 1], boxes[0, 4, :, 2], boxes[1, 5, :, 0] = NAN, NAN, INF, -INF
     return guarded(scores.to(dtype))[:, :, 1:], guarded(boxes.to(dtype))[:, :, 1:]
 
 
@@ -236,19 +201,11 @@ BROKEN_CANDIDATES = {
 }
 
 
-@pytest.mark.parametrize("broken", BROKEN_CANDIDATES)
-def test_a_broken_kernel_of_candidates_fails(device, tmp_path: Path, broken):
-    module = mutant(kernels_candidates, *BROKEN_CANDIDATES[broken], tmp_path)
+@each_mutant(BROKEN_CANDIDATES)
+def test_a_broken_kernel_of_candidates_fails(device, tmp_path, name):
+    module = mutant(kernels_candidates, *BROKEN_CANDIDATES[name], tmp_path)
     with pytest.raises((AssertionError, IndexError)):
         check_candidates(module, device, *candidates_input())
-
-
-def test_opcheck(device):
-    scores, boxes = (t.to(device) for t in candidates_input())
-    valid, sizes = torch.ones(2, 20, dtype=torch.bool, device=device), torch.tensor(IMAGE_SIZES, device=device)
-    torch.library.opcheck(
-        kernels_candidates.class_candidates, (scores.nan_to_num(), boxes.nan_to_num(), valid, sizes, 0.3, 1.0)
-    )
 
 
 @pytest.mark.skipif(not interpreter_enabled(), reason="counts through Triton's interpreter")
@@ -261,35 +218,3 @@ def test_few_launches():
     alive = segments[1] > 0
     nms = count_call(lambda: padded_nms(*segments, 0.5, valid=alive, max_output=20, backend="triton"))
     assert whole == Count(ops=nms.ops + 1, kernels=nms.kernels + 3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_scores_compute_in_float32(device, backend, dtype):
-    logits, deltas, rois = inputs(count=20)
-    scores, boxes = torch.softmax(logits, -1)[..., 1:].to(device, dtype), decoded(deltas, rois)[:, :, 1:].to(device)
-    valid, sizes = torch.ones(2, 20, dtype=torch.bool, device=device), torch.tensor(IMAGE_SIZES, device=device)
-    with torch.autocast(device.type, torch.bfloat16):
-        got = detections(scores, boxes, valid=valid, image_sizes=sizes, **SETTINGS, backend=backend)
-    expected = detections(scores.float(), boxes, valid=valid, image_sizes=sizes, **SETTINGS, backend=backend)
-    assert (got[3] > 3).all()
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-
-
-@pytest.mark.parametrize("chosen", ["auto", "triton"])
-def test_compiles_to_one_graph(device, chosen):
-    logits, _, rois = inputs(count=20)
-
-    def whole(logits, boxes):
-        return call(logits, boxes, device, chosen)
-
-    args = logits.to(device), rois[:, :, None].to(device)
-    compiled = torch.compile(whole, fullgraph=True, backend="aot_eager")
-    for got, expected in zip(compiled(*args), whole(*args), strict=True):
-        assert torch.equal(got, expected)
-
-
-def test_nothing_waits(device):
-    logits, _, rois = inputs(count=20)
-    with count_blocking() as found:
-        call(logits, rois[:, :, None], device, "reference")
-    assert not found

@@ -1,12 +1,11 @@
 """Rules of the kernels' source that Triton's interpreter cannot show, read with ast.
 
-Triton finds what a loop carries by comparing values before the loop and after a dry run of its body. Two names that
-share one value before the loop, of which the body gives one to the other, look unchanged: neither is carried, and the
-compiled kernel computes with the first iteration's values. Python, and so the interpreter, carries both.
+A loop carries a name that differs before the loop and after a dry run of its body. Two names that share one value
+before the loop, one of which the body assigns to the other, look unchanged: the compiled kernel computes with the
+values of the first iteration. Python, and so the interpreter, carries both.
 
-A constant stands on the right of an operator beside a tensor. A global `tl.constexpr` on the left is asked first by
-Python. Under Triton's interpreter it wraps the whole tensor as another constant, which Triton 3.8 refuses in the next
-operation. Compiled kernels do not see the difference.
+A constant is the right operand beside a tensor. Python asks the left operand first: a global `tl.constexpr` there wraps
+the whole tensor under the interpreter, and Triton 3.8 refuses the result.
 """
 
 import ast
@@ -104,7 +103,7 @@ def lost_names(source: str) -> list[tuple[int, str, str]]:
 
 
 @EACH_FILE
-def test_loops_carry_all_names(path: Path) -> None:
+def test_loops_carry_all_names(path):
     faults = [
         f"{path.relative_to(ROOT)}:{line}: the loop would not carry {name!r}, which shares the value of {other!r}"
         for line, name, other in lost_names(path.read_text())
@@ -143,11 +142,11 @@ def kernel(p, n):
         ("b = a; a = a * 2", "a, b = b, a * 2", []),
     ],
 )
-def test_what_a_loop_loses(before: str, body: str, lost: list[str]) -> None:
+def test_what_a_loop_loses(before, body, lost):
     assert [name for _, name, _ in lost_names(ROTATION.format(before=before, body=body))] == lost
 
 
-def test_the_old_keypoint_kernel_is_found() -> None:
+def test_the_old_keypoint_kernel_is_found():
     """The fault that this rule is for: decode_keypoints, compiled, was wrong by up to 455 px."""
     path = ROOT / "tmask_kernels/ops/decode_keypoints/kernels.py"
     now, old = "= low0 + 0.0, high0 + 0.0, low0 + 0.0, high0 + 0.0", "= low0, high0, low0, high0"
@@ -156,9 +155,6 @@ def test_the_old_keypoint_kernel_is_found() -> None:
     line = source[: source.index("for patch_y in")].count("\n") + 1
     found = lost_names(source.replace(now, old))
     assert [(at, name) for at, name, _ in found] == [(line, "high0"), (line, "high1"), (line, "low0"), (line, "low1")]
-
-
-# ---- constants
 
 
 def names(*nodes: ast.AST) -> set[str]:
@@ -187,11 +183,11 @@ KNOWN = set().union(*(constants(path.read_text()) for path in KERNEL_FILES))
 
 
 @EACH_FILE
-def test_constants_stand_on_the_right(path: Path) -> None:
+def test_constants_stand_on_the_right(path):
     assert constants_on_the_left(path.read_text(), KNOWN) == [], path
 
 
-def test_the_constants_are_found() -> None:
+def test_the_constants_are_found():
     assert {"_CROWD_COVER", "_UNIT", "PADDING", "BEYOND", "DOT_IN_FP32"} <= KNOWN
 
 
@@ -209,6 +205,6 @@ def test_the_constants_are_found() -> None:
         ("2 * x", []),
     ],
 )
-def test_what_the_rule_finds(line: str, faults: list[str]) -> None:
+def test_what_the_rule_finds(line, faults):
     source, known = f"def kernel(p, x):\n    return {line}\n", constants("C, D = tl.constexpr(1), tl.constexpr(2)")
     assert constants_on_the_left(source, known) == [f"2: {fault}" for fault in faults]

@@ -1,7 +1,6 @@
 """mask_bce against the plain statement: pick the channel, drop the rows, average."""
 
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -9,18 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.kernels.tools import HALVES, LAYOUTS, assert_close_gradient, each_mutant, needs_the_interpreter
 from tests.mutation import mutant
 from tmask_kernels import mask_bce
 from tmask_kernels.common.kernels import numbers
 from tmask_kernels.ops.mask_bce import kernels, reference
 from tmask_kernels.testing import assert_close, guarded, poisoned_empty
-
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-
-
-@pytest.fixture(params=["reference", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def inputs(
@@ -48,8 +41,7 @@ def check(function: Callable[..., Tensor], logits: Tensor, classes: Tensor, targ
         (grad,) = torch.autograd.grad(loss, logits, upstream)
     (want,) = torch.autograd.grad(expected, exact, upstream.double())
     assert grad.dtype == logits.dtype
-    scale = 2.0 ** want.abs().max().log2().floor()  # rounds nothing
-    assert_close((grad.double() / scale).to(logits.dtype), want / scale, name="gradient")
+    assert_close_gradient(grad, want)
     own = F.one_hot(classes.where(valid, 0), logits.shape[1]).bool() & valid[:, None]
     assert (grad[~own] == 0).all()
     assert (grad[own] != 0).all()
@@ -59,59 +51,54 @@ def by(backend: str) -> Callable[..., Tensor]:
     return lambda *args, **kwargs: mask_bce(*args, **kwargs, backend=backend)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equals_torch_on_the_valid_rows_and_channels(
-    backend: str, device: torch.device, dtype: torch.dtype, layout: torch.memory_format
-) -> None:
-    if dtype == torch.float64 and backend == "triton" and device.type == "cuda":
-        pytest.skip("float64 runs in the interpreter only")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES, torch.float64], ids=str)
+def test_equals_torch_on_the_valid_rows_and_channels(backend, device, dtype, layout):
+    if dtype == torch.float64 and backend == "triton":
+        needs_the_interpreter(device)
     logits, *others = inputs(device, dtype=dtype)
     check(by(backend), logits.contiguous(memory_format=layout), *others)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize(
     ("k", "channels", "side"), [(1, 1, 1), (3, 2, 16), (2, 1, 28), (2, 3, 28), (1, 2, 40)], ids=str
 )
-def test_sizes(device: torch.device, k: int, channels: int, side: int, layout: torch.memory_format) -> None:
+def test_sizes(device, k, channels, side, layout):
     """Blocks that end within a channel, channels that end within a block, maps of more than one block."""
     logits, *others = inputs(device, k, channels, side)
     check(by("triton"), logits.contiguous(memory_format=layout), *others)
 
 
-def test_any_strides(backend: str, device: torch.device) -> None:
+@pytest.mark.parametrize("change", ["gaps", "transposed", "expanded", "few"])
+def test_any_strides(backend, device, change):
     """Read where they lie: maps with gaps, columns before rows, targets and flags of all RoIs from one."""
     logits, classes, targets, valid = inputs(device)
-    views = {
-        "gaps": logits.repeat(1, 2, 1, 2)[:, ::2, :, 1::2],
-        "transposed": logits.transpose(2, 3),
-        "expanded": logits[:1].expand_as(logits),
-    }
-    for name, view in views.items():
-        check(
-            by(backend),
-            view,
-            classes,
-            targets.transpose(1, 2) if name == "gaps" else targets[:1].expand(7, 5, 5),
-            valid,
-        )
-    check(by(backend), logits, classes.repeat(2)[::2], targets, valid[:1].expand(7))
+    match change:
+        case "gaps":
+            logits, targets = logits.repeat(1, 2, 1, 2)[:, ::2, :, 1::2], targets.transpose(1, 2)
+        case "transposed":
+            logits, targets = logits.transpose(2, 3), targets[:1].expand(7, 5, 5)
+        case "expanded":
+            logits, targets = logits[:1].expand_as(logits), targets[:1].expand(7, 5, 5)
+        case "few":
+            classes, valid = classes.repeat(2)[::2], valid[:1].expand(7)
+    check(by(backend), logits, classes, targets, valid)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.float64], ids=str)
-def test_targets_of_any_dtype(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+def test_targets_of_any_dtype(backend, device, dtype):
     logits, classes, targets, valid = inputs(device)
     check(by(backend), logits, classes, targets.round().to(dtype), valid)
 
 
-def test_more_rois_than_are_counted_at_a_time(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_rois_than_are_counted_at_a_time(device, monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK_K", 4)
     check(by("triton"), *inputs(device, k=11, side=2))
 
 
 @pytest.mark.parametrize("k", [0, 4], ids=["no roi", "none valid"])
-def test_nothing_valid_gives_zero_with_a_graph(backend: str, device: torch.device, k: int) -> None:
+def test_nothing_valid_gives_zero_with_a_graph(backend, device, k):
     logits, classes, targets, _ = inputs(device, k=k)
     logits.requires_grad_()
     valid = torch.zeros(k, dtype=torch.bool, device=device)
@@ -122,7 +109,7 @@ def test_nothing_valid_gives_zero_with_a_graph(backend: str, device: torch.devic
     assert not gradient.any()
 
 
-def test_rows_that_are_not_valid_may_hold_anything(backend: str, device: torch.device) -> None:
+def test_rows_that_are_not_valid_may_hold_anything(backend, device):
     logits, classes, targets, valid = inputs(device)
     expected = mask_bce(logits, classes, targets, valid=valid, backend=backend)
     logits[~valid], targets[~valid], classes[~valid] = float("nan"), float("inf"), -9
@@ -131,7 +118,7 @@ def test_rows_that_are_not_valid_may_hold_anything(backend: str, device: torch.d
 
 
 @pytest.mark.parametrize("channel", [-1, 4, 2**40])
-def test_a_channel_that_does_not_exist_gives_nan(backend: str, device: torch.device, channel: int) -> None:
+def test_a_channel_that_does_not_exist_gives_nan(backend, device, channel):
     logits, classes, targets, valid = inputs(device)
     classes[3] = channel
     logits.requires_grad_()
@@ -140,12 +127,12 @@ def test_a_channel_that_does_not_exist_gives_nan(backend: str, device: torch.dev
     assert not torch.autograd.grad(loss, logits)[0][3].nan_to_num(0.0).any()
 
 
-def test_extreme_logits_stay_finite(backend: str, device: torch.device) -> None:
+def test_extreme_logits_stay_finite(backend, device):
     logits, classes, targets, valid = inputs(device)
     check(by(backend), logits.sign() * 1e4, classes, targets.clamp(0.1, 0.9), valid)
 
 
-def test_infinite_logits_have_the_limit(backend: str, device: torch.device) -> None:
+def test_infinite_logits_have_the_limit(backend, device):
     logits, classes, targets, valid = inputs(device)
     sides = (2 * targets.round() - 1)[:, None].expand_as(logits)  # of each logit, that of its target
     for sign, value in ((1, 0.0), (-1, torch.inf)):
@@ -157,71 +144,6 @@ def test_infinite_logits_have_the_limit(backend: str, device: torch.device) -> N
         (expected,) = torch.autograd.grad(by(backend)(far, classes, targets.round(), valid=valid), far)
         torch.testing.assert_close(gradient, expected)
         assert bool(gradient.any()) == (value > 0)
-
-
-def test_autocast_changes_nothing(backend: str, device: torch.device) -> None:
-    arguments = inputs(device)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        check(by(backend), *arguments)
-
-
-def test_gives_the_same_bits_again(device: torch.device) -> None:
-    logits, classes, targets, valid = inputs(device, k=30)
-    logits.requires_grad_()
-
-    def run() -> tuple[Tensor, Tensor]:
-        loss = mask_bce(logits, classes, targets, valid=valid, backend="triton")
-        return loss, torch.autograd.grad(loss, logits)[0]
-
-    torch.use_deterministic_algorithms(True)
-    try:
-        first, second = run(), run()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-@pytest.mark.parametrize("chosen", ["reference", "triton"])
-def test_gradcheck(device: torch.device, chosen: str) -> None:
-    if device.type == "cuda" and chosen == "triton":
-        pytest.skip("float64 runs in the interpreter only")
-    logits, *others, valid = inputs(device, k=3, side=2, dtype=torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda x: mask_bce(x, *others, valid=valid, backend=chosen), logits.requires_grad_(), fast_mode=True
-    )
-
-
-def test_compiles_whole(backend: str, device: torch.device) -> None:
-    compiled = torch.compile(mask_bce, fullgraph=True, backend="aot_eager")
-    logits, *others, valid = inputs(device)
-    logits.requires_grad_()
-    got, expected = (f(logits, *others, valid=valid, backend=backend) for f in (compiled, mask_bce))
-    assert_close(got, expected.double())
-    (gradient,), (want,) = (torch.autograd.grad(loss, logits) for loss in (got, expected))
-    assert_close(gradient, want.double())
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_opcheck(device: torch.device, layout: torch.memory_format) -> None:
-    logits, classes, targets, valid = inputs(device, k=3)
-    logits = logits.contiguous(memory_format=layout)
-    torch.library.opcheck(kernels.mask_bce, (logits.requires_grad_(), classes, targets, valid))
-    numbers = torch.tensor(2.0, device=device), torch.tensor([0.1], device=device)
-    torch.library.opcheck(
-        kernels.mask_bce_backward,
-        (*numbers, logits.detach(), classes, targets, valid),
-        test_utils=("test_schema", "test_faketensor"),
-    )
-
-
-def test_triton_has_no_gradient_to_targets() -> None:
-    classes, valid = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.bool)
-    targets = torch.zeros(2, 5, 5, requires_grad=True)
-    with pytest.raises(ValueError, match="gives no gradient to targets"):
-        mask_bce(torch.zeros(2, 3, 5, 5), classes, targets, valid=valid, backend="triton")
-
-
-# Mutants: each must turn the parity check red
 
 
 def parity(module: ModuleType, device: torch.device) -> None:
@@ -270,14 +192,12 @@ MUTANTS = {
 QUICK = ("reference: denominator", "first channel", "channels that end within a run", "channels_last as contiguous")
 
 
-def test_parity_is_green(device: torch.device) -> None:
+def test_parity_is_green(device):
     parity(kernels, device)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MUTANTS]
-)
-def test_mutants_turn_parity_red(name: str, device: torch.device, tmp_path: Path) -> None:
+@each_mutant(MUTANTS, QUICK)
+def test_mutants_turn_parity_red(name, device, tmp_path):
     module, old, new = MUTANTS[name]
     broken = mutant(module, old, new, tmp_path, seen_from=kernels if module is numbers else None)
     with pytest.raises(AssertionError):

@@ -1,9 +1,6 @@
 """match_anchors against torchvision's Matcher, the A x G matrix, hand-made answers; its edges, memory and mutants."""
 
 import functools
-import weakref
-from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -12,33 +9,22 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
 from bench.cases import CASES, MatchCase
-from tests.model.sync import count_blocking
+from tests.kernels.tools import INF, NAN, UNIT, LiveBytes, assert_same, each_mutant
 from tests.mutation import mutant
 from tmask_kernels import AnchorSpec, make_anchors, match_anchors
 from tmask_kernels.ops.match_anchors import kernels, op, reference
 from tmask_kernels.testing import guarded, poisoned_empty, random_boxes
 
-# The interpreter's numpy warns where the rules for NaN and inf are at work.
-pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|All-NaN slice) encountered:RuntimeWarning")
-
 RPN = {"high": 0.7, "low": 0.3, "allow_low_quality": True}
 HEAD = {"high": 0.5, "low": 0.5, "allow_low_quality": False}
 WIDE = {"high": 0.6, "low": 0.05, "allow_low_quality": False}
-NAN, INF = float("nan"), float("inf")
 
 
-@pytest.fixture(params=["reference", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-def scene(count: int = 12, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def scene(count: int = 12, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """A grid of anchors [A, 4], boxes [2, count, 4] of which some repeat, and which are real [2, count]."""
     anchors = make_anchors(AnchorSpec(((16.0,), (48.0,)), (0.5, 1.0, 2.0)), [(10, 13), (4, 4)], (120, 156))
     boxes = torch.stack([random_boxes(count, height=120, width=156, min_size=6, seed=seed + i) for i in range(2)])
@@ -94,12 +80,8 @@ def check(function, device, settings) -> None:
 @pytest.mark.parametrize("allow_low_quality", [False, True], ids=["plain", "low quality"])
 @pytest.mark.parametrize("limits", [(0.7, 0.3), (0.5, 0.5), (0.6, 0.05)], ids=["rpn", "head", "wide"])
 def test_equals_torchvision(device, backend, limits, allow_low_quality):
-    high, low = limits
-    check(
-        functools.partial(match_anchors, backend=backend),
-        device,
-        {"high": high, "low": low, "allow_low_quality": allow_low_quality},
-    )
+    settings = {"high": limits[0], "low": limits[1], "allow_low_quality": allow_low_quality}
+    check(functools.partial(match_anchors, backend=backend), device, settings)
 
 
 def odd_scene(count: int, boxes: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -175,23 +157,10 @@ def test_anchors_of_each_image(device, backend):
     anchors, boxes, valid = (t.to(device) for t in scene())
     anchors = anchors[250:]
     both = torch.stack([anchors, anchors.flip(0)])
-    matches, ious = match_anchors(both, boxes, valid, **RPN, backend=backend)
+    got = match_anchors(both, boxes, valid, **RPN, backend=backend)
     for n in range(2):
         alone = match_anchors(both[n], boxes[n : n + 1], valid[n : n + 1], **RPN, backend=backend)
-        assert torch.equal(matches[n], alone[0][0])
-        assert torch.equal(ious[n], alone[1][0])
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-def test_other_dtypes_and_strides(device, backend, dtype):
-    """Boxes are taken in float32, wherever they lie."""
-    anchors, boxes, valid = (t.to(device) for t in scene())
-    anchors, boxes = anchors[350:].to(dtype), boxes.to(dtype)
-    expected = match_anchors(anchors.float(), boxes.float(), valid, **RPN, backend="reference")
-    strided = anchors.t().contiguous().t(), boxes.permute(2, 1, 0).contiguous().permute(2, 1, 0)
-    matches, ious = match_anchors(*strided, valid.t().contiguous().t(), **RPN, backend=backend)
-    assert torch.equal(matches, expected[0])
-    assert torch.equal(ious, expected[1])
+        assert_same([t[n : n + 1] for t in got], alone)
 
 
 @pytest.mark.parametrize("count", [0, 3], ids=["G0", "padding"])
@@ -205,126 +174,70 @@ def test_without_ground_truth_all_is_background(device, backend, count):
         assert not ious.any()
 
 
-def test_no_anchors_and_no_images(device, backend):
-    anchors, boxes, valid = (t.to(device) for t in scene())
-    matches, ious = match_anchors(torch.empty(0, 4, device=device), boxes, valid, **RPN, backend=backend)
-    assert matches.shape == ious.shape == (2, 0)
-    matches, ious = match_anchors(anchors, boxes[:0], valid[:0], **RPN, backend=backend)
-    assert matches.shape == ious.shape == (0, len(anchors))
+POINT = [5.0, 5.0, 5.0, 5.0]
+FAR, BETWEEN, LOWER = [500.0, 500.0, 510.0, 510.0], [100.0, 100.0, 110.0, 110.0], [0.0, 6.0, 10.0, 16.0]
+HALF, LONG = [0.0, 0.0, 10.0, 5.0], [0.0, 0.0, 10.0, 7.0]
+STRIPES = [[0.0, 0.0, 10.0, 2.0], [0.0, 8.0, 10.0, 10.0], [0.0, 4.0, 10.0, 5.0]]
+# Anchors inside a crowd, outside, of 0.7 of their area inside, of a little more, and one with a box of its own.
+CROWDED = [[10.0, 10.0, 30.0, 20.0], [200.0, 0.0, 220.0, 10.0], [93.0, 0.0, 103.0, 10.0], [92.9, 0.0, 102.9, 10.0]]
+CROWD = [[0.0, 0.0, 100.0, 100.0], UNIT, [0.0, 0.0, 100.0, 100.0]]
+HALVES = [[0.0, 0.0, 5.0, 10.0], [5.0, 0.0, 10.0, 10.0]]
+BAD = {
+    "point": POINT,
+    "NaN": [NAN] * 4,
+    "inverted": [10.0, 10.0, 0.0, 0.0],
+    "inverted on one axis": [10.0, 0.0, 0.0, 10.0],
+    "infinite": [-INF, -INF, INF, INF],
+}
 
 
-UNIT = [0.0, 0.0, 10.0, 10.0]
+def rule(high, low, allow_low_quality=False):
+    return {"high": high, "low": low, "allow_low_quality": allow_low_quality}
 
 
-def one(device, backend, anchors, boxes, crowd=None, **settings):
+# Anchors, boxes, which of them are crowds (None: no such argument), the rule, matches, and IoUs where they matter.
+EDGES = {
+    # The second box gets its best IoU from the first anchor, which itself overlaps the first box more.
+    "low quality keeps the anchor's own": ([UNIT, FAR], [UNIT, LOWER], None, RPN, [0, -1]),
+    "low quality takes every tie": (STRIPES, [UNIT], None, RPN, [0, 0, -1], [0.2, 0.2, 0.1]),
+    # torchvision lets a ground truth that no anchor overlaps take all anchors of IoU 0.
+    "a best of 0 never matches": ([UNIT, UNIT], [FAR], None, RPN, [-1, -1]),
+    "a best of 0 between": ([UNIT, FAR], [BETWEEN], None, RPN, [-1, -1]),
+    "a best of 0 with a limit of 0": ([UNIT], [FAR], None, rule(0.0, 0.0, True), [-2]),
+    "high is inclusive, the first wins": ([HALF], [UNIT, UNIT], None, rule(0.5, 0.3), [0], [0.5]),
+    "low is inclusive": ([HALF], [UNIT], None, rule(0.6, 0.5), [-2]),
+    "below low": ([HALF], [UNIT], None, rule(0.6, 0.51), [-1]),
+    # Limits are rounded to float32, as IoUs are: 7 / 10 reaches 0.7, which float32 has not.
+    "limits in float32": ([LONG], [UNIT], None, rule(0.7, 0.3), [0]),
+    "crowds": ([*CROWDED, UNIT], CROWD, [True, False, True], HEAD, [-2, -1, -1, -2, 1]),
+    "no crowds": ([*CROWDED, UNIT], CROWD, [False] * 3, HEAD, [-1, -1, -1, -1, 1]),
+    "two crowds do not add up": ([UNIT], HALVES, [True, True], HEAD, [-1]),
+    **{
+        # A proposal of zeros beside a ground truth of zeros is 0 / 0, and no NaN hides the overlap of another pair.
+        f"{name} anchor": ([bad, UNIT], [UNIT, POINT], None, HEAD, [-1, 0], [0, 1])
+        for name, bad in BAD.items()
+    },
+    **{f"{name} box": ([bad, UNIT], [bad, UNIT, bad], None, RPN, [-1, 1], [0, 1]) for name, bad in BAD.items()},
+    **{
+        f"{name} anchor, {where} crowd": ([bad, UNIT], [crowd, UNIT], [True, False], HEAD, [-1, 1], [0, 1])
+        for name, bad in BAD.items()
+        if name != "infinite"  # as a crowd it covers everything
+        for where, crowd in (("near", [-50.0, -50.0, 50.0, 50.0]), ("far", [200.0, 200.0, 300.0, 300.0]), ("bad", bad))
+    },
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_edges(device, backend, name):
+    anchors, boxes, crowd, settings, expected, *expected_ious = EDGES[name]
     boxes = torch.tensor([boxes], device=device)
     valid = torch.ones(boxes.shape[:2], dtype=torch.bool, device=device)
-    if crowd is not None:
-        crowd = torch.tensor([crowd], device=device)
-        valid = ~crowd
+    crowd = None if crowd is None else torch.tensor([crowd], device=device)
+    valid = valid if crowd is None else ~crowd
     anchors = torch.tensor(anchors, device=device)
     matches, ious = match_anchors(anchors, boxes, valid, gt_crowd=crowd, backend=backend, **settings)
-    return matches[0].tolist(), ious[0].tolist()
-
-
-def test_low_quality_keeps_the_anchors_own_ground_truth(device, backend):
-    """The second box gets its best IoU from the first anchor, which itself overlaps the first box more."""
-    matches, _ = one(device, backend, [UNIT, [50.0, 50.0, 60.0, 60.0]], [UNIT, [0.0, 6.0, 10.0, 16.0]], **RPN)
-    assert matches == [0, -1]
-
-
-def test_low_quality_takes_every_anchor_that_ties(device, backend):
-    anchors = [[0.0, 0.0, 10.0, 2.0], [0.0, 8.0, 10.0, 10.0], [0.0, 4.0, 10.0, 5.0]]
-    matches, ious = one(device, backend, anchors, [UNIT], **RPN)
-    assert matches == [0, 0, -1]
-    assert ious[0] == ious[1] > ious[2]
-
-
-def test_a_best_of_zero_never_matches(device, backend):
-    """torchvision lets a ground truth that no anchor overlaps take all anchors of IoU 0."""
-    far, between = [500.0, 500.0, 510.0, 510.0], [100.0, 100.0, 110.0, 110.0]
-    assert one(device, backend, [UNIT, UNIT], [far], **RPN)[0] == [-1, -1]
-    assert one(device, backend, [UNIT, far], [between], **RPN)[0] == [-1, -1]
-    assert one(device, backend, [UNIT], [far], high=0.0, low=0.0, allow_low_quality=True)[0] == [-2]
-
-
-def test_bounds_are_inclusive_and_lowest_index_wins(device, backend):
-    half = [0.0, 0.0, 10.0, 5.0]
-    assert one(device, backend, [half], [UNIT, UNIT], high=0.5, low=0.3, allow_low_quality=False) == ([0], [0.5])
-    assert one(device, backend, [half], [UNIT], high=0.6, low=0.5, allow_low_quality=False)[0] == [-2]
-    assert one(device, backend, [half], [UNIT], high=0.6, low=0.51, allow_low_quality=False)[0] == [-1]
-    # Limits are rounded to float32, as IoUs are: 7 / 10 reaches 0.7, which float32 has not.
-    assert one(device, backend, [[0.0, 0.0, 10.0, 7.0]], [UNIT], high=0.7, low=0.3, allow_low_quality=False)[0] == [0]
-
-
-POINT = [5.0, 5.0, 5.0, 5.0]
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [POINT, [NAN] * 4, [10.0, 10.0, 0.0, 0.0], [10.0, 0.0, 0.0, 10.0], [-INF, -INF, INF, INF]],
-    ids=["point", "NaN", "inverted", "inverted on one axis", "infinite"],
-)
-def test_degenerate_anchors_are_background(device, backend, bad):
-    """A proposal of zeros beside a ground truth of zeros gives 0 / 0, which is 0 here."""
-    matches, ious = one(device, backend, [bad, UNIT], [UNIT, POINT], **HEAD)
-    assert matches == [-1, 0]
-    assert ious == [0, 1]
-    # The NaN of one pair must not hide the overlap of another.
-    matches, ious = one(device, backend, [bad, UNIT], [bad, UNIT, bad], **RPN)
-    assert matches == [-1, 1]
-    assert ious == [0, 1]
-    if bad[0] == -INF:
-        return  # as a crowd it covers everything
-    # Nor does a crowd, wherever it is, make one ignored.
-    for crowd in ([-50.0, -50.0, 50.0, 50.0], [200.0, 200.0, 300.0, 300.0], bad):
-        matches, ious = one(device, backend, [bad, UNIT], [crowd, UNIT], crowd=[True, False], **HEAD)
-        assert matches == [-1, 1]
-        assert ious == [0, 1]
-
-
-def test_crowds(device, backend):
-    crowd = [0.0, 0.0, 100.0, 100.0]
-    inside, out = [10.0, 10.0, 30.0, 20.0], [200.0, 0.0, 220.0, 10.0]
-    at, above = [93.0, 0.0, 103.0, 10.0], [92.9, 0.0, 102.9, 10.0]
-    anchors, boxes = [inside, out, at, above, UNIT], [crowd, UNIT, crowd]
-    matches, ious = one(device, backend, anchors, boxes, crowd=[True, False, True], **HEAD)
-    assert matches == [-2, -1, -1, -2, 1], "inside, outside, 0.7 of the area, a little more, matched"
-    assert ious[0] == 0
-    assert one(device, backend, anchors, boxes, crowd=[False, False, False], **HEAD)[0] == [-1, -1, -1, -1, 1]
-
-
-def test_crowds_do_not_add_up(device, backend):
-    """Two crowds cover half of the anchor each."""
-    halves = [[0.0, 0.0, 5.0, 10.0], [5.0, 0.0, 10.0, 10.0]]
-    assert one(device, backend, [UNIT], halves, crowd=[True, True], **HEAD)[0] == [-1]
-
-
-# Memory
-
-
-class PeakBytes(TorchDispatchMode):
-    """The most bytes that were alive at one time of all that was allocated inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-        self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in pytree.tree_leaves(out):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in given and storage not in self.seen:
-                self.seen.add(storage)
-                self.alive += storage.nbytes()
-                self.peak = max(self.peak, self.alive)
-                weakref.finalize(storage, self.free, storage.nbytes())
-        return out
-
-    def free(self, size: int) -> None:
-        self.alive -= size
+    assert matches[0].tolist() == expected
+    assert not expected_ious or ious[0].tolist() == torch.tensor(expected_ious[0]).tolist()
 
 
 def test_memory_of_the_reference_does_not_grow_with_anchors_times_boxes():
@@ -333,9 +246,9 @@ def test_memory_of_the_reference_does_not_grow_with_anchors_times_boxes():
     def peak(count: int) -> int:
         anchors, boxes = torch.rand(20_000, 4), torch.rand(2, count, 4)
         valid = torch.ones(2, count, dtype=torch.bool)
-        with PeakBytes() as bytes_alive:
+        with LiveBytes() as live:
             match_anchors(anchors, boxes, valid, gt_crowd=~valid, **RPN, backend="reference")
-        return bytes_alive.peak
+        return live.peak
 
     few, many = peak(50), peak(150)
     assert few > 2 * 20_000 * 12, "the results alone"
@@ -350,13 +263,10 @@ def test_memory_of_the_kernels_is_the_results_and_a_number_for_each_box(device):
     boxes = torch.empty(case.images, case.gt, 4, device=device)
     valid = torch.empty(case.images, case.gt, dtype=torch.bool, device=device)
     launch = mock.MagicMock()  # indexed by a grid and called
-    with mock.patch.multiple(kernels, _match_kernel=launch, _best_of_gt_kernel=launch), PeakBytes() as bytes_alive:
+    with mock.patch.multiple(kernels, _match_kernel=launch, _best_of_gt_kernel=launch), LiveBytes() as live:
         kernels.match_anchors_fwd(anchors, boxes, valid, valid, 0.7, 0.3, True)
     assert launch.__getitem__.call_count == 2
-    assert bytes_alive.peak == case.images * (12 * case.rpn.anchors + 4 * case.gt)
-
-
-# Mutants: each must turn the battery red
+    assert live.peak == case.images * (12 * case.rpn.anchors + 4 * case.gt)
 
 
 def battery(function, device) -> None:
@@ -366,39 +276,34 @@ def battery(function, device) -> None:
             return function(*(guarded(t.contiguous()) for t in inputs), gt_crowd=crowd, **kwargs)
 
     with mock.patch(f"{__name__}.match_anchors", call):
-        test_bounds_are_inclusive_and_lowest_index_wins(device, None)
-        test_a_best_of_zero_never_matches(device, None)
         test_without_ground_truth_all_is_background(device, None, 3)
-        for bad in ([NAN] * 4, [10.0, 0.0, 0.0, 10.0]):
-            test_degenerate_anchors_are_background(device, None, bad)
-        test_crowds(device, None)
+        for name in EDGES:
+            test_edges(device, None, name)
     check_matrix(function, device, odd_scene(70, 40), ODD_RPN)
     check(function, device, RPN)
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("better = value > best", "better = value >= best"),
-        ("index + rows.start", "index"),
-        ("(best >= high)", "(best > high)"),
-        ("(best < low)", "(best <= low)"),
-        ("== wanted[:, rows, None]", ">= wanted[:, rows, None] * 0.9"),
-        ("torch.where(best_of_gt > 0, best_of_gt, 2.0)", "best_of_gt"),
-        ("real = torch.where(gt_valid[..., None], gt_boxes, 0.0)", "real = gt_boxes"),
-        ("if allow_low_quality:", "if True:"),
-        ("(x2 - x1) * (y2 - y1) + area", "(x2 - x1) * (x2 - x1) + area"),
-        ("height = torch.minimum(ay2, y2)", "height = torch.minimum(ay2, x2)"),
-        (".nan_to_num_(nan=0.0)", ""),
-        ("CROWD_COVER = 0.7", "CROWD_COVER = 0.71"),
-        ("background &= ~_inside_crowd", "background |= _inside_crowd"),
-        ("| ~gt_valid.any(dim=1, keepdim=True)", ""),
-    ],
-    ids=["tie", "chunk", "high", "low", "equality", "best of 0", "valid", "low quality", "area", "axes", "NaN",
-         "cover", "crowd", "no ground truth"],
-)  # fmt: skip
-def test_a_broken_reference_fails(tmp_path: Path, monkeypatch, old, new):
-    broken = mutant(reference, old, new, tmp_path)
+REFERENCE_MUTANTS = {
+    "tie": ("better = value > best", "better = value >= best"),
+    "chunk": ("index + rows.start", "index"),
+    "high": ("(best >= high)", "(best > high)"),
+    "low": ("(best < low)", "(best <= low)"),
+    "equality": ("== wanted[:, rows, None]", ">= wanted[:, rows, None] * 0.9"),
+    "best of 0": ("torch.where(best_of_gt > 0, best_of_gt, 2.0)", "best_of_gt"),
+    "valid": ("real = torch.where(gt_valid[..., None], gt_boxes, 0.0)", "real = gt_boxes"),
+    "low quality": ("if allow_low_quality:", "if True:"),
+    "area": ("(x2 - x1) * (y2 - y1) + area", "(x2 - x1) * (x2 - x1) + area"),
+    "axes": ("height = torch.minimum(ay2, y2)", "height = torch.minimum(ay2, x2)"),
+    "NaN": (".nan_to_num_(nan=0.0)", ""),
+    "cover": ("CROWD_COVER = 0.7", "CROWD_COVER = 0.71"),
+    "crowd": ("background &= ~_inside_crowd", "background |= _inside_crowd"),
+    "no ground truth": ("| ~gt_valid.any(dim=1, keepdim=True)", ""),
+}
+
+
+@each_mutant(REFERENCE_MUTANTS)
+def test_a_broken_reference_fails(tmp_path, monkeypatch, name):
+    broken = mutant(reference, *REFERENCE_MUTANTS[name], tmp_path)
     broken._CHUNK_CPU = 2500
     monkeypatch.setattr(op, "match_anchors_reference", broken.match_anchors_reference)
     with pytest.raises(AssertionError):
@@ -434,10 +339,8 @@ MUTANTS = {
 QUICK = {"last of equals", "high", "best of 0", "bounds of the left", "cover", "no ground truth"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in MUTANTS]
-)
-def test_a_broken_kernel_fails(tmp_path: Path, device, name):
+@each_mutant(MUTANTS, QUICK)
+def test_a_broken_kernel_fails(tmp_path, device, name):
     broken = mutant(kernels, *MUTANTS[name], tmp_path)
 
     def run(anchors, boxes, valid, *, gt_crowd=None, high, low, allow_low_quality):
@@ -446,23 +349,3 @@ def test_a_broken_kernel_fails(tmp_path: Path, device, name):
 
     with pytest.raises(AssertionError):
         battery(run, device)
-
-
-# Tracing and errors
-
-
-def test_opcheck_compile_and_no_waiting(device, backend):
-    anchors, boxes, valid = (t.to(device) for t in scene())
-    anchors = anchors[400:]
-    traced = kernels.match_anchors if backend == "triton" else op._match_anchors_traced
-    torch.library.opcheck(traced, (anchors[None], boxes, valid, ~valid, 0.7, 0.3, True))
-    for crowd in (None, ~valid):
-
-        def whole(anchors, boxes, valid, crowd=crowd):
-            return match_anchors(anchors * 1.0, boxes, valid, gt_crowd=crowd, **RPN, backend=backend)
-
-        with count_blocking() as found:
-            expected = whole(anchors, boxes, valid)
-        assert not found
-        got = torch.compile(whole, fullgraph=True, backend="aot_eager")(anchors, boxes, valid)
-        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

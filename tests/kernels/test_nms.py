@@ -3,7 +3,6 @@
 import functools
 import time
 from collections.abc import Callable
-from pathlib import Path
 from unittest import mock
 
 import hypothesis
@@ -13,10 +12,9 @@ import torchvision
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.model.sync import count_blocking
+from tests.kernels.tools import INF, NAN, UNIT, assert_same, crowded, distinct_scores, each_mutant, slow
 from tests.mutation import mutant
 from tmask_kernels import batched_nms, nms, padded_nms
-from tmask_kernels.common import ragged
 from tmask_kernels.common import reference as common
 from tmask_kernels.ops.nms import op, reference
 from tmask_kernels.ops.nms.kernels import padded as kernels
@@ -30,10 +28,6 @@ STRATEGIES: dict[str, Callable[[SortedBoxes, Tensor, int], tuple[Tensor, Tensor]
     "blocks": functools.partial(padded_nms_blocks, launch=Launch(step=64, tile=64, programs=2)),
 }
 BACKENDS = ["torchvision", "reference", "triton-segments", "triton-blocks"]
-# The interpreter's numpy warns where the rules for NaN and inf are at work.
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-
-NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -44,21 +38,6 @@ def backend(request, device, monkeypatch) -> str:
     if strategy:
         monkeypatch.setattr(kernels, "strategy", lambda S, K: STRATEGIES[strategy])
     return name
-
-
-def crowded(count: int, seed: int = 0) -> torch.Tensor:
-    """Boxes of which NMS at 0.5 keeps about a third, some of them repeated."""
-    boxes = random_boxes(count, height=100, width=120, min_size=15, max_size=60, seed=seed)
-    boxes[count // 2 :: 10] = boxes[: len(boxes[count // 2 :: 10])].clone()
-    return boxes
-
-
-def distinct_scores(*shape: int, seed: int = 0) -> torch.Tensor:
-    count = torch.Size(shape).numel()
-    return (torch.randperm(count, generator=torch.Generator().manual_seed(seed)) / count).view(shape)
-
-
-# --- against torchvision ---------------------------------------------------------------------------------------------
 
 
 def next_to(threshold: float) -> Tensor:
@@ -76,22 +55,21 @@ def next_to(threshold: float) -> Tensor:
 
 
 FEW, ALL = range(2), range(10)
-SHORT = [(count, threshold, FEW) for count in (1, 63, 64, 65) for threshold in (0.2, 0.5, 0.7, 0.8)]
-SLOW = [(count, threshold, ALL) for count in (1, 63, 64, 65, 1000) for threshold in (0.2, 0.5, 0.7, 0.8)]
+THRESHOLDS = (0.2, 0.5, 0.7, 0.8)
+SHORT = [(count, threshold, FEW) for count in (1, 63, 64, 65) for threshold in THRESHOLDS]
+LONG = [slow(count, threshold, ALL) for count in (1, 63, 64, 65, 1000) for threshold in THRESHOLDS]
 
 
 @pytest.mark.parametrize(
     ("count", "threshold", "seeds"),
-    [*SHORT, (1000, 0.5, FEW), *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW)],
+    [*SHORT, (1000, 0.5, FEW), *LONG],
     ids=lambda value: f"{len(value)} seeds" if isinstance(value, range) else str(value),
 )
 def test_padded_nms_equals_torchvision(device, backend, count, threshold, seeds):
     boxes = torch.stack([torch.cat([next_to(threshold), crowded(count, seed)]) for seed in seeds])
     S, K = boxes.shape[:2]
     scores = torch.stack([distinct_scores(K, seed=seed) for seed in seeds])
-    indices, counts = padded_nms(
-        boxes.to(device), scores.to(device), threshold, max_output=K, backend=backend
-    )  # fmt: skip
+    indices, counts = padded_nms(boxes.to(device), scores.to(device), threshold, max_output=K, backend=backend)
     assert indices.shape == (S, K)
     assert indices.dtype == counts.dtype == torch.int64
     for s in range(S):
@@ -103,7 +81,7 @@ def test_padded_nms_equals_torchvision(device, backend, count, threshold, seeds)
     assert counts.max() < K
 
 
-@pytest.mark.parametrize("count", [3000, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [3000, slow(20_000)])
 @pytest.mark.parametrize("chosen", ["reference", "torchvision"])
 def test_long_lists_equal_torchvision(chosen, count):
     boxes = random_boxes(count, height=2000, width=2000, min_size=15, max_size=200)
@@ -113,32 +91,18 @@ def test_long_lists_equal_torchvision(chosen, count):
     assert count / 10 < len(kept) < count
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_other_dtypes_compute_in_float32(device, backend, dtype):
-    boxes, scores = crowded(150).to(dtype), distinct_scores(150).to(dtype)
-    kept = nms(boxes.to(device), scores.to(device), 0.5, backend=backend)
-    order = torch.sort(scores, descending=True, stable=True).indices
-    ramp = torch.arange(150, 0, -1.0)
-    assert kept.tolist() == order[torchvision.ops.nms(boxes[order].float(), ramp, 0.5)].tolist()
-
-
 def test_batched_nms_is_nms_of_each_class(device, backend):
     boxes, scores = crowded(300) - 50, distinct_scores(300)
     classes = torch.randint(-2, 5, (300,), generator=torch.Generator().manual_seed(1))
-    kept = batched_nms(boxes.to(device), scores.to(device), classes.to(device), 0.5, backend=backend).cpu()
+    args = boxes.to(device), scores.to(device), classes.to(device), 0.5
+    kept = batched_nms(*args, backend=backend).cpu()
     expected = [rows[torchvision.ops.nms(boxes[rows], scores[rows], 0.5)]
                 for rows in ((classes == c).nonzero()[:, 0] for c in range(-2, 5))]  # fmt: skip
     assert sorted(kept.tolist()) == sorted(torch.cat(expected).tolist())
     assert (scores[kept].diff() < 0).all()
-    first = batched_nms(
-        boxes.to(device), scores.to(device), classes.to(device), 0.5, max_output=7, backend=backend
-    )  # fmt: skip
-    assert first.tolist() == kept[:7].tolist()
+    assert_same(batched_nms(*args, max_output=7, backend=backend), kept[:7])
 
 
-# --- edges -----------------------------------------------------------------------------------------------------------
-
-UNIT = [0.0, 0.0, 10.0, 10.0]
 EDGES = {
     # boxes, scores, threshold, kept
     "duplicates": ([UNIT, UNIT, UNIT], [0.1, 0.9, 0.5], 0.5, [1]),
@@ -189,21 +153,6 @@ def test_edges(device, backend, edge):
     assert batched_nms(boxes, scores, same, threshold, backend=backend).tolist() == expected
 
 
-def test_classes_do_not_leak_at_negative_coordinates_or_inf(device, backend):
-    """The offset trick puts class 1 over class 0 here, and an inf box turns every offset into inf or NaN."""
-    boxes = torch.tensor([[-9.0, -9.0, 1.0, 1.0], [-11.0, -11.0, -1.0, -1.0], [-9.0, -9.0, 1.0, 1.0], [0, 0, INF, 1.0]])
-    scores, classes = torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([0, 1, 0, 1])
-    kept = batched_nms(boxes.to(device), scores.to(device), classes.to(device), 0.3, backend=backend)
-    assert kept.tolist() == [0, 1, 3]
-
-
-def test_classes_may_be_huge(device, backend):
-    boxes = torch.tensor([UNIT] * 3, device=device)
-    scores = torch.tensor([0.9, 0.8, 0.7], device=device)
-    classes = torch.tensor([2**40, 2**40 + 1, 2**40], device=device)
-    assert batched_nms(boxes, scores, classes, 0.5, backend=backend).tolist() == [0, 1]
-
-
 def test_segments_are_alone_and_have_their_thresholds(device, backend):
     boxes = torch.tensor([UNIT, [0.0, 0.0, 10.0, 6.0]], device=device).expand(3, 2, 4)
     scores = torch.tensor([0.9, 0.1], device=device).expand(3, 2)
@@ -231,10 +180,8 @@ def test_invalid_slots_do_not_exist(device, backend):
 
 @pytest.mark.parametrize("limit", [0, 1, 63, 64, 65, 300])
 def test_max_output_is_the_head_of_the_whole(device, backend, limit):
-    boxes, scores = (
-        random_boxes(200, height=300, width=300, min_size=30, max_size=80).to(device),
-        distinct_scores(200).to(device),
-    )
+    boxes = random_boxes(200, height=300, width=300, min_size=30, max_size=80).to(device)
+    scores = distinct_scores(200).to(device)
     whole = nms(boxes, scores, 0.5, backend=backend)
     assert 65 < len(whole) < 200
     assert nms(boxes, scores, 0.5, max_output=limit, backend=backend).tolist() == whole[:limit].tolist()
@@ -242,19 +189,6 @@ def test_max_output_is_the_head_of_the_whole(device, backend, limit):
     pad = [-1] * max(0, limit - len(whole))
     assert indices[0].tolist() == whole[:limit].tolist() + pad
     assert counts.item() == min(limit, len(whole))
-
-
-def test_strided_inputs(device, backend):
-    """Segments that are columns of a larger tensor, as the classes of one image are."""
-    boxes, scores = crowded(70).to(device), distinct_scores(70, 3).to(device)
-    valid = scores > 0.2
-    groups = [nms(boxes[valid[:, c]], scores[valid[:, c], c], 0.5, backend="reference") for c in range(3)]
-    indices, counts = padded_nms(
-        boxes.flip(1).T.flip(0).T.expand(3, -1, -1), scores.T, 0.5, valid=valid.T, max_output=70, backend=backend
-    )
-    for c in range(3):
-        rows = valid[:, c].nonzero()[:, 0]
-        assert indices[c, : counts[c]].tolist() == rows[groups[c]].tolist()
 
 
 @pytest.mark.parametrize(("segments", "count"), [(0, 5), (3, 0), (0, 0)])
@@ -271,23 +205,22 @@ def test_empty(device, backend, segments, count):
 # --- the reference ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("module", "old", "new"),
-    [
-        (reference, "> thresholds[:, None]", ">= thresholds[:, None]"),
-        (reference, "takes = keep[:, i : i + 1] &", "takes ="),
-        (reference, "& segments.suppresses[:, i : i + 1]", ""),
-        (reference, "if sorted_groups is not None:", "if False:"),
-        (reference, "keep = segments.alive.clone()", "keep = torch.ones_like(segments.alive)"),
-        (common, ".clamp(min=0)\n    height", "\n    height"),
-        (common, "- inter\n", "\n"),
-        (reference, "torch.where(real, -scores, torch.nan)", "torch.where(real, -scores, -torch.inf)"),
-        (reference, "(rank < max_output)", "(rank < max_output - 1)"),
-    ],
-    ids=["tie", "removed removes", "NaN score removes", "groups", "valid", "overlap", "union", "NaN order", "output"],
-)
-def test_a_broken_reference_fails(tmp_path: Path, monkeypatch, module, old, new):
-    broken = mutant(module, old, new, tmp_path, seen_from=reference)
+MUTANTS = {
+    "tie": (reference, "> thresholds[:, None]", ">= thresholds[:, None]"),
+    "removed removes": (reference, "takes = keep[:, i : i + 1] &", "takes ="),
+    "NaN score removes": (reference, "& segments.suppresses[:, i : i + 1]", ""),
+    "groups": (reference, "if sorted_groups is not None:", "if False:"),
+    "valid": (reference, "keep = segments.alive.clone()", "keep = torch.ones_like(segments.alive)"),
+    "overlap": (common, ".clamp(min=0)\n    height", "\n    height"),
+    "union": (common, "- inter\n", "\n"),
+    "NaN order": (reference, "torch.where(real, -scores, torch.nan)", "torch.where(real, -scores, -torch.inf)"),
+    "output": (reference, "(rank < max_output)", "(rank < max_output - 1)"),
+}
+
+
+@each_mutant(MUTANTS)
+def test_a_broken_reference_fails(tmp_path, monkeypatch, name):
+    broken = mutant(*MUTANTS[name], tmp_path, seen_from=reference)
     monkeypatch.setattr(op, "padded_nms_reference", broken.padded_nms_reference)
     cpu = torch.device("cpu")
     with pytest.raises((AssertionError, RuntimeError)):  # noqa: PT012 - any of these checks may be the one that fails
@@ -296,53 +229,6 @@ def test_a_broken_reference_fails(tmp_path: Path, monkeypatch, module, old, new)
         test_max_output_is_the_head_of_the_whole(cpu, "reference", 63)
         for edge in EDGES.values():
             test_edges(cpu, "reference", edge)
-
-
-# --- tracing and synchronisation -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("with_groups", [False, True])
-def test_opcheck(device, with_groups):
-    boxes, scores = crowded(20).expand(2, -1, -1).to(device), distinct_scores(2, 20).to(device)
-    thresholds = torch.tensor([0.5, 0.6], device=device)
-    groups = torch.arange(20, device=device).expand(2, -1) % 3 if with_groups else None
-    for custom in (kernels.padded_nms, op._padded_nms_traced):
-        torch.library.opcheck(custom, (boxes, scores, thresholds, scores > 0.2, groups, 10))
-    torch.library.opcheck(ragged._first_traced, (torch.tensor([3]), [torch.arange(5), torch.rand(5)]))
-
-
-@pytest.mark.parametrize("chosen", ["auto", "reference", "triton"])
-def test_compiles_to_one_graph(device, chosen):
-    def whole(boxes, scores):
-        return padded_nms(boxes * 2, scores, 0.5, valid=scores > 0.1, max_output=20, backend=chosen)
-
-    args = crowded(40).expand(2, -1, -1).to(device), distinct_scores(2, 40).to(device)
-    compiled = torch.compile(whole, fullgraph=True, backend="aot_eager")
-    for got, expected in zip(compiled(*args), whole(*args), strict=True):
-        assert torch.equal(got, expected)
-
-
-def test_ragged_ones_compile_where_dynamic_shapes_are_allowed(device):
-    def whole(boxes, scores):
-        return boxes[nms(boxes, scores, 0.5)]
-
-    args = crowded(40).to(device), distinct_scores(40).to(device)
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        got = torch.compile(whole, fullgraph=True, backend="aot_eager")(*args)
-    assert torch.equal(got, whole(*args))
-
-
-def test_reference_never_waits_and_ragged_ones_wait_once(device):
-    boxes, scores = crowded(30).to(device), distinct_scores(30).to(device)
-    with count_blocking() as found:
-        padded_nms(boxes[None], scores[None], 0.5, valid=scores[None] > 0.1, max_output=9, backend="reference")
-    assert not found
-    with count_blocking() as found:
-        nms(boxes, scores, 0.5, backend="reference")
-    assert found["_local_scalar_dense"] == 1
-
-
-# --- properties ------------------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -366,10 +252,8 @@ def check_properties(device: torch.device, strategy: str, scene: tuple[Tensor, T
         with mock.patch.object(kernels, "strategy", return_value=chosen):
             name = "triton" if strategy in STRATEGIES else strategy
             given = [None if t is None else t.to(device) for t in (boxes, scores, valid)]
-            indices, counts = padded_nms(
-                given[0], given[1], threshold, valid=given[2], max_output=K, backend=name
-            )  # fmt: skip
-        return indices.cpu(), counts.cpu()
+            found = padded_nms(given[0], given[1], threshold, valid=given[2], max_output=K, backend=name)
+        return found[0].cpu(), found[1].cpu()
 
     indices, counts = run(boxes, scores)
     is_kept = torch.zeros(S, K + 1, dtype=torch.bool).scatter(1, indices % (K + 1), True)[:, :K]  # -1 goes to the end
@@ -387,36 +271,19 @@ def check_properties(device: torch.device, strategy: str, scene: tuple[Tensor, T
     assert torch.where(moved < 0, -1, order[moved]).equal(indices)
 
 
-def examples(count: int) -> hypothesis.settings:
-    fixtures = hypothesis.HealthCheck.function_scoped_fixture
-    return hypothesis.settings(max_examples=count, deadline=None, suppress_health_check=[fixtures])
+@pytest.mark.parametrize(
+    ("strategy", "examples"),
+    [("torchvision", 40), ("reference", 40), *((s, 2) for s in STRATEGIES), *(slow(s, 50) for s in STRATEGIES)],
+)
+def test_properties(device, strategy, examples):
+    where = device if strategy in STRATEGIES else torch.device("cpu")
 
+    @hypothesis.settings(max_examples=examples)
+    @hypothesis.given(scene=scenes())
+    def check(scene):
+        check_properties(where, strategy, scene)
 
-@pytest.mark.parametrize("strategy", ["torchvision", "reference"])
-@hypothesis.given(scene=scenes())
-@examples(40)
-def test_properties_on_the_cpu(strategy: str, scene: tuple[Tensor, Tensor, float]) -> None:
-    check_properties(torch.device("cpu"), strategy, scene)
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@hypothesis.given(scene=scenes())
-@examples(2)
-def test_properties_of_the_kernels(device: torch.device, strategy: str, scene: tuple[Tensor, Tensor, float]) -> None:
-    check_properties(device, strategy, scene)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@hypothesis.given(scene=scenes())
-@examples(50)
-def test_properties_of_the_kernels_at_length(
-    device: torch.device, strategy: str, scene: tuple[Tensor, Tensor, float]
-) -> None:
-    check_properties(device, strategy, scene)
-
-
-# --- many classes, and the time of a CPU -----------------------------------------------------------------------------
+    check()
 
 
 def many_classes(classes: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -431,14 +298,12 @@ def many_classes(classes: int) -> tuple[Tensor, Tensor, Tensor]:
     return boxes, torch.linspace(1, 0, len(boxes)), idxs
 
 
-@pytest.mark.parametrize("classes", [90, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("classes", [90, slow(20_000)])
 def test_classes_are_alone_however_many(device, backend, classes):
     boxes, scores, idxs = many_classes(classes)
     if backend == "triton" and device.type == "cpu" and classes > 90:
-        pytest.skip("20,000 boxes are too many for the interpreter: classes far apart stand for them")
-    if backend == "triton":
-        idxs = idxs * (20_000 // classes)
-    kept = batched_nms(boxes.to(device), scores.to(device), idxs.to(device), 0.5, backend=backend)
+        pytest.skip("20,000 boxes are too many for the interpreter")
+    kept = batched_nms(boxes.to(device), scores.to(device), idxs.to(device) * 2**33, 0.5, backend=backend)
     assert sorted(kept.tolist()) == [*range(classes), len(boxes) - 1]
 
 
@@ -456,10 +321,8 @@ def test_segments_are_alone_however_many(device):
 
 @pytest.mark.slow
 def test_auto_on_a_cpu_takes_at_most_twice_torchvisions_time():
-    """20 segments x 1,000 boxes, segment by segment. The best of several turns, so that a busy machine does not decide;
-    what is measured is about 1.1 times, and the bound twice."""
-    boxes = torch.stack([crowded(1000, seed) for seed in range(20)])
-    scores = distinct_scores(20, 1000)
+    """20 segments x 1,000 boxes. The best of 15 turns, so that a busy machine does not decide; measured: 1.1 times."""
+    boxes, scores = torch.stack([crowded(1000, seed) for seed in range(20)]), distinct_scores(20, 1000)
 
     def theirs() -> list[Tensor]:
         return [torchvision.ops.nms(b, s, 0.5) for b, s in zip(boxes, scores, strict=True)]
@@ -474,5 +337,3 @@ def test_auto_on_a_cpu_takes_at_most_twice_torchvisions_time():
             call()
             best[call] = min(best[call], time.process_time() - start)
     assert best[ours] <= 2 * best[theirs], best.values()
-    for s, kept in enumerate(theirs()):
-        assert ours()[0][s, : len(kept)].equal(kept)

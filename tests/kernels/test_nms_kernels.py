@@ -2,17 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.kernels.test_nms import NAN, UNIT, crowded, distinct_scores
+from tests.kernels.tools import NAN, UNIT, LiveBytes, assert_same, crowded, distinct_scores, each_mutant
 from tests.launches import counting
 from tests.model.sync import count_blocking
 from tests.mutation import mutant
@@ -25,8 +21,6 @@ from tmask_kernels.ops.nms.kernels import sort as kernels_sort
 from tmask_kernels.ops.nms.kernels.blocks import LAUNCH, Launch, padded_nms_blocks
 from tmask_kernels.testing import guarded, poisoned_empty, random_boxes
 
-# The interpreter's numpy warns where the rules for NaN and inf are at work.
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 interpreted = pytest.mark.skipif(not interpreter_enabled(), reason="counts through Triton's interpreter")
 
 # Several steps, chunks and splits in a hundred boxes.
@@ -59,13 +53,13 @@ def check_padded(function: Function, device: torch.device) -> None:
     tied = torch.tensor([UNIT, [0.0, 0.0, 10.0, 5.0]]).repeat_interleave(70, 0) + 0.0
     tied[:, [0, 2]] += (torch.arange(140) % 70)[:, None] * 20.0
     repeated = tied[:70].repeat(2, 1)
-    cases = [  # name, boxes, threshold, max_output without groups, boxes with a score
-        ("tied", torch.stack([tied, tied.view(2, 70, 4).transpose(0, 1).reshape(140, 4)]), 0.5, 150, 131),
-        ("crowded", torch.stack([crowded(170), crowded(170, seed=1)]), 0.5, 40, 161),
-        ("without scores", torch.stack([repeated, repeated + 1]), 0.5, 150, 3),
-        ("chain", torch.stack([chain, chain.flip(0)]), 0.4, 150, 141),
+    cases = [  # boxes, threshold, max_output without groups, boxes with a score
+        (torch.stack([tied, tied.view(2, 70, 4).transpose(0, 1).reshape(140, 4)]), 0.5, 150, 131),
+        (torch.stack([crowded(170), crowded(170, seed=1)]), 0.5, 40, 161),
+        (torch.stack([repeated, repeated + 1]), 0.5, 150, 3),
+        (torch.stack([chain, chain.flip(0)]), 0.4, 150, 141),
     ]
-    for name, boxes, threshold, most, scored in cases:
+    for boxes, threshold, most, scored in cases:
         count = boxes.shape[1]
         scores = torch.linspace(1, 0, count).expand(2, count).clone()
         scores[:, scored:] = NAN
@@ -76,19 +70,17 @@ def check_padded(function: Function, device: torch.device) -> None:
             args = [boxes, scores, torch.tensor([threshold, threshold]), valid, group]
             given = [None if a is None else guarded(a.to(device)) for a in args]
             with poisoned_empty():
-                indices, counts = function(*given, limit)
+                got = function(*given, limit)
             args = [None if a is None else a.cpu() for a in given]
-            expected, expected_counts = reference.padded_nms_reference(*args, limit)
-            assert indices.cpu().equal(expected), name
-            assert counts.cpu().equal(expected_counts), name
+            assert_same(got, reference.padded_nms_reference(*args, limit))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
-def test_strategies_equal_the_reference_behind_guard_bands(strategy: Function, device: torch.device) -> None:
+def test_strategies_equal_the_reference_behind_guard_bands(strategy, device):
     check_padded(strategy, device)
 
 
-# What is broken, and the two texts. Those of `SLOW` are left to `make test-slow`, beside like ones that are not.
+# What is broken, and the two texts. What `QUICK` lacks is left to `make test-slow`, beside like ones that are not.
 SEGMENT_MUTANTS = {
     "tie with list": ("over = iou > threshold\n", "over = iou >= threshold\n"),
     "tie in block": ("over = (iou > threshold) &", "over = (iou >= threshold) &"),
@@ -137,60 +129,41 @@ SORT_MUTANTS = {
 }
 SLOW = {"list step", "block step", "tiles of the list", "list end", "removed", "group with list", "group in block",
         "neighbour", "past the end", "one round", "count", "step end"}  # fmt: skip
+TABLES = {
+    "segments": (kernels, SEGMENT_MUTANTS),
+    "blocks": (kernels_blocks, BLOCK_MUTANTS),
+    "sort": (kernels_sort, SORT_MUTANTS),
+}
+MUTANTS = {f"{part}: {name}": (m, *texts) for part, (m, table) in TABLES.items() for name, texts in table.items()}
 
 
-def named(mutants: dict[str, tuple[str, str]]) -> pytest.MarkDecorator:
-    """Parametrise a test ``(old, new)``."""
-    rows = [pytest.param(*texts, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, texts in mutants.items()]
-    return pytest.mark.parametrize(("old", "new"), rows)
-
-
-@named(SEGMENT_MUTANTS)
-def test_broken_segments_fail(device: torch.device, tmp_path: Path, old: str, new: str) -> None:
-    broken: Any = mutant(kernels, old, new, tmp_path)
+@each_mutant(MUTANTS, [name for name in MUTANTS if name.split(": ")[1] not in SLOW])
+def test_a_broken_kernel_fails(device, tmp_path, name):
+    module, old, new = MUTANTS[name]
+    broken = mutant(module, old, new, tmp_path, seen_from=kernels)
+    strategy = broken.padded_nms_segments
+    if module is kernels_blocks:
+        strategy = functools.partial(broken.padded_nms_blocks, launch=SMALL)
     with pytest.raises(AssertionError):
-        check_padded(sorting(broken.padded_nms_segments), device)
+        check_padded(sorting(strategy, broken.sort_boxes), device)
 
 
-@named(BLOCK_MUTANTS)
-def test_broken_blocks_fail(device: torch.device, tmp_path: Path, old: str, new: str) -> None:
-    broken: Any = mutant(kernels_blocks, old, new, tmp_path)
-    with pytest.raises(AssertionError):
-        check_padded(sorting(functools.partial(broken.padded_nms_blocks, launch=SMALL)), device)
+def test_the_strategy_follows_from_the_shape():
+    for S, K in [(10, 2000), (1, 1000), (1, 1_000_000)]:  # the first are levels of two images
+        assert kernels.strategy(S, K) is kernels.padded_nms_blocks, (S, K)
+    for S, K in [(1, 100), (80, 1000), (20_000, 1000)]:  # the second are classes
+        assert kernels.strategy(S, K) is kernels.padded_nms_segments, (S, K)
 
 
-@named(SORT_MUTANTS)
-def test_a_broken_gather_fails(device: torch.device, tmp_path: Path, old: str, new: str) -> None:
-    broken: Any = mutant(kernels_sort, old, new, tmp_path, seen_from=kernels)
-    with pytest.raises(AssertionError):
-        check_padded(sorting(broken.padded_nms_segments, broken.sort_boxes), device)
-
-
-# --- launches, waits, memory -----------------------------------------------------------------------------------------
-
-
-def test_the_strategy_follows_from_the_shape() -> None:
-    few_and_long, many_or_short = kernels.padded_nms_blocks, kernels.padded_nms_segments
-    for S, K, expected in [
-        (10, 2000, few_and_long),  # levels of two images
-        (1, 1000, few_and_long),
-        (1, 1_000_000, few_and_long),
-        (1, 100, many_or_short),
-        (80, 1000, many_or_short),  # classes
-        (20_000, 1000, many_or_short),
-    ]:
-        assert kernels.strategy(S, K) is expected, (S, K)
-
-
-def test_the_launch_as_it_is_equals_the_reference(device: torch.device) -> None:
+def test_the_launch_as_it_is_equals_the_reference(device):
     """In its first step only; what follows, `test_several_steps_of_the_launch_as_it_is` does slowly."""
-    boxes, scores = crowded(150).to(device), distinct_scores(150).to(device)
-    assert nms(boxes, scores, 0.5, backend="triton").tolist() == nms(boxes, scores, 0.5, backend="reference").tolist()
+    args = crowded(150).to(device), distinct_scores(150).to(device), 0.5
+    assert_same(nms(*args, backend="triton"), nms(*args, backend="reference"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("grouped", [False, True])
-def test_several_steps_of_the_launch_as_it_is(device: torch.device, grouped: bool) -> None:
+def test_several_steps_of_the_launch_as_it_is(device, grouped):
     count = 2 * LAUNCH.step + 30
     boxes, scores = random_boxes(count, height=900, width=900, min_size=20, max_size=90), distinct_scores(count)
     classes = torch.arange(count) % (3 if grouped else 1)
@@ -206,7 +179,7 @@ def test_several_steps_of_the_launch_as_it_is(device: torch.device, grouped: boo
     ("S", "K", "steps"),
     [(80, 300, 1), (1, 200, 1), (3, LAUNCH.step, 1), (1, LAUNCH.step + 1, 2), (1, 100_000, 98)],
 )
-def test_launches_follow_from_the_shape_and_nothing_waits(S: int, K: int, steps: int, grouped: bool) -> None:
+def test_launches_follow_from_the_shape_and_nothing_waits(S, K, steps, grouped):
     args = torch.rand(S, K, 4), torch.rand(S, K), torch.full((S,), 0.5), torch.rand(S, K) > 0.1
     groups = torch.ones(S, K, dtype=torch.int64) if grouped else None
     with counting() as found, count_blocking() as waits:
@@ -225,39 +198,19 @@ def later_states(module: Any, limit: int, device: torch.device) -> Tensor:
     return segments.state[0, SMALL.step :]
 
 
-def test_steps_behind_max_output_touch_nothing(device: torch.device) -> None:
+def test_steps_behind_max_output_touch_nothing(device):
     assert not later_states(kernels_blocks, 3, device).any()
     assert later_states(kernels_blocks, 2, device).all()
 
 
-def test_a_step_too_many_is_seen(device: torch.device, tmp_path: Path) -> None:
+def test_a_step_too_many_is_seen(device, tmp_path):
     broken = mutant(kernels_blocks, "if total < M:", "if total <= M:", tmp_path)
     assert not later_states(broken, 2, device).all()
 
 
-class LiveBytes(TorchDispatchMode):
-    """`peak`: the most bytes that tensors made inside the block held at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        self.storages = {key: row for key, row in self.storages.items() if not row[0].expired()}
-        for tensor in pytree.tree_leaves(out):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in given:
-                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
-        return out
-
-
 @interpreted
 @pytest.mark.parametrize("K", [10_000, 100_000, 1_000_000])
-def test_memory_is_linear(K: int) -> None:
+def test_memory_is_linear(K):
     """By the formula of the README, and under a tenth of a matrix of K^2 bits."""
     args = torch.rand(1, K, 4), torch.rand(1, K), torch.full((1,), 0.5), None, None, K
     with LiveBytes() as live, counting():

@@ -1,7 +1,6 @@
 """paste_masks against torchvision's paste, detectron2's grid_sample rule, and pycocotools' run lengths."""
 
 import functools
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
+from tests.kernels.tools import HALVES, NAN, each_mutant
 from tests.mutation import mutant
 from tmask_kernels import paste_masks, unpack_masks
 from tmask_kernels.ops.paste_masks import reference, rle
-from tmask_kernels.testing import TOLERANCES, Tolerance, assert_close, random_boxes
+from tmask_kernels.testing import Tolerance, assert_close, random_boxes
 
 CONVENTIONS = ["detectron2", "torchvision"]
 SIZES = [(61, 45), (1, 40), (40, 1), (96, 64)]
@@ -30,18 +30,16 @@ def inputs(height: int, width: int, *, side: int = 28, count: int = 24, seed: in
     """Random probability masks [K, M, M] and boxes [K, 4], some of which touch, leave or lie outside the image."""
     generator = torch.Generator().manual_seed(seed)
     boxes = random_boxes(count, height=height, width=width, min_size=min(2.0, height, width), seed=seed)
-    awkward = torch.tensor(
-        [
-            [0, 0, width, height],
-            [-6.3, -4.2, width * 0.5, height * 0.4],
-            [width - 3.2, height - 7.9, width + 20.0, height + 1.0],
-            [width + 50.0, 3.0, width + 70.0, 9.0],
-            [-90.0, -80.0, width + 90.0, height + 70.0],
-            [3.2, -5.0, 7.7, height + 5.0],  # full height: runs go on from column to column
-            [0.3, 0.3, 1.1, 0.9],
-        ]
-    )
-    boxes = torch.cat([boxes, awkward])
+    awkward = [
+        [0, 0, width, height],
+        [-6.3, -4.2, width * 0.5, height * 0.4],
+        [width - 3.2, height - 7.9, width + 20.0, height + 1.0],
+        [width + 50.0, 3.0, width + 70.0, 9.0],
+        [-90.0, -80.0, width + 90.0, height + 70.0],
+        [3.2, -5.0, 7.7, height + 5.0],  # full height: runs go on from column to column
+        [0.3, 0.3, 1.1, 0.9],
+    ]
+    boxes = torch.cat([boxes, torch.tensor(awkward)])
     masks = torch.rand(len(boxes), side, side, generator=generator)
     masks[-2] = 1.0
     return masks, boxes
@@ -79,36 +77,35 @@ def check_probability(device, function, convention, size, side=28):
 @pytest.mark.parametrize("side", [1, 7, 28], ids=lambda m: f"side{m}")
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_probabilities_equal_the_original(device, convention, side, size):
-    def function(*args, **kwargs):
-        return paste_masks(*args, output="probability", **kwargs)
-
-    check_probability(device, function, convention, size, side)
+    check_probability(device, functools.partial(paste_masks, output="probability"), convention, size, side)
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "convention"),
-    [
-        ("pixel + 0.5 - low", "pixel - low", "detectron2"),
-        ("_divide(side, extent) - 0.5", "_divide(side - 1, extent)", "detectron2"),
-        ("first, last = (centre - half).trunc(), ", "first, last = (centre - half).floor(), ", "torchvision"),
-        ("last - first + 1", "last - first", "torchvision"),
-        ("((side + 2) / side)", "1", "torchvision"),
-        ("- 1.5", "- 0.5", "torchvision"),
-        ("& (pixel <= last)", "& (pixel < last)", "torchvision"),
-        ("first + 1, first)", "first, first)", "detectron2"),
-        ("coordinate - cell", "cell - coordinate + 1", "detectron2"),
-        ("F.pad(masks, (1, 1, 1, 1))", "F.pad(masks[None], (1, 1, 1, 1), mode='replicate')[0]", "detectron2"),
-    ],
-    ids=["centre", "corners", "floor", "end", "growth", "ring", "last pixel", "one cell", "weights", "border"],
-)
-def test_a_broken_reference_fails(tmp_path: Path, old, new, convention):
+MUTANTS = {
+    "centre": ("pixel + 0.5 - low", "pixel - low", "detectron2"),
+    "corners": ("_divide(side, extent) - 0.5", "_divide(side - 1, extent)", "detectron2"),
+    "floor": ("first, last = (centre - half).trunc(), ", "first, last = (centre - half).floor(), ", "torchvision"),
+    "end": ("last - first + 1", "last - first", "torchvision"),
+    "growth": ("((side + 2) / side)", "1", "torchvision"),
+    "ring": ("- 1.5", "- 0.5", "torchvision"),
+    "last pixel": ("& (pixel <= last)", "& (pixel < last)", "torchvision"),
+    "one cell": ("first + 1, first)", "first, first)", "detectron2"),
+    "weights": ("coordinate - cell", "cell - coordinate + 1", "detectron2"),
+    "border": (
+        "F.pad(masks, (1, 1, 1, 1))",
+        "F.pad(masks[None], (1, 1, 1, 1), mode='replicate')[0]",
+        "detectron2",
+    ),
+}
+
+
+@each_mutant(MUTANTS)
+def test_a_broken_reference_fails(tmp_path, name):
+    old, new, convention = MUTANTS[name]
     broken = mutant(reference, old, new, tmp_path).paste_masks_reference
-
-    def function(masks, boxes, size, *, convention):
-        return broken(masks, boxes, size, 0.5, "probability", convention=convention)
-
     with pytest.raises(AssertionError):
-        check_probability(torch.device("cpu"), function, convention, (61, 45))
+        check_probability(
+            torch.device("cpu"), functools.partial(broken, threshold=0.5, output="probability"), convention, (61, 45)
+        )
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
@@ -148,32 +145,6 @@ def test_chunks_do_not_change_the_result(device, monkeypatch, chunk):
     assert paste(output="rle") == runs
 
 
-@pytest.mark.parametrize(
-    "bits",
-    [
-        np.zeros((5, 7)),
-        np.ones((5, 7)),
-        np.eye(40),
-        np.pad(np.ones((3, 3)), 30),
-        np.indices((9, 9)).sum(0) % 2,
-        1 - np.indices((9, 9)).sum(0) % 2,
-        np.pad(np.ones((1, 1)), ((999, 0), (1200, 0))),
-        np.pad(np.ones((1000, 3)), ((0, 0), (17, 500))),
-    ],
-    ids=["empty", "full", "diagonal", "block", "board", "inverse board", "last pixel", "full columns"],
-)
-def test_run_lengths_of_shapes_with_long_and_short_runs(coco_mask, bits):
-    """The coder alone, mask after mask in one chunk: the strings are pycocotools'."""
-    height, width = bits.shape
-    several = np.stack([bits, np.zeros_like(bits), bits[::-1], bits[:, ::-1]]).astype(bool)
-    columns = torch.from_numpy(several.transpose(0, 2, 1).copy())
-    nothing = np.zeros(len(several), dtype=np.int64)
-    runs = rle._runs(columns, nothing, nothing, height)
-    strings = rle.strings(*rle._counts(*runs, len(several), height * width))
-    theirs = coco_mask.encode(np.asfortranarray(several.transpose(1, 2, 0).astype(np.uint8)))
-    assert strings == [item["counts"].decode() for item in theirs]
-
-
 def test_logits_pass_through_the_sigmoid_first(device):
     masks, boxes = (t.to(device) for t in inputs(30, 30))
     logits = torch.logit(masks.clamp(0.01, 0.99))
@@ -182,7 +153,7 @@ def test_logits_pass_through_the_sigmoid_first(device):
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64], ids=str)
 def test_every_dtype_computes_in_float32_at_least(device, dtype, convention):
     masks, boxes = inputs(30, 30)
     masks = masks.to(dtype)
@@ -194,38 +165,11 @@ def test_every_dtype_computes_in_float32_at_least(device, dtype, convention):
 
 @pytest.mark.parametrize("output", ["probability", "bool", "packed", "rle"])
 @pytest.mark.parametrize("convention", CONVENTIONS)
-def test_no_instances_and_boxes_without_a_pixel(device, output, convention):
-    none = paste_masks(
-        torch.zeros(0, 28, 28, device=device), torch.zeros(0, 4, device=device), (9, 40), output=output,
-        convention=convention,
-    )  # fmt: skip
-    assert len(none) == 0
-    nan = float("nan")
-    boxes = torch.tensor([[nan, 1, 5, 5], [90.0, 90, 99, 99], [7.0, 7, 2, 2]], device=device)
+def test_boxes_without_a_pixel(device, output, convention):
+    boxes = torch.tensor([[NAN, 1, 5, 5], [90.0, 90, 99, 99], [7.0, 7, 2, 2]], device=device)
     out = paste_masks(torch.ones(3, 28, 28, device=device), boxes, (9, 40), output=output, convention=convention)
     if output == "rle":
         # One run of zeros over 9 * 40 pixels: 360 is 8 + 32 * 11, so "X;" in groups of five bits.
         assert out == [{"size": [9, 40], "counts": "X;"}] * 3
     else:
         assert not out.any()
-
-
-@pytest.mark.parametrize("output", ["probability", "bool", "packed"])
-def test_custom_op_is_sound_and_traces(device, output):
-    masks, boxes = (t.to(device) for t in inputs(20, 33, count=3))
-    torch.library.opcheck(torch.ops.tmask.paste_masks_reference, (masks, boxes, 20, 33, 0.5, output, "detectron2"))
-    compiled = torch.compile(
-        lambda m, b: paste_masks(m, b, (20, 33), output=output), fullgraph=True, backend="aot_eager"
-    )
-    assert torch.equal(compiled(masks, boxes), paste_masks(masks, boxes, (20, 33), output=output))
-
-
-def test_works_under_inference_mode_on_tensors_with_a_graph(device):
-    masks, boxes = (t.to(device).requires_grad_() for t in inputs(20, 33, count=3))
-    assert not paste_masks(masks, boxes, (20, 33), output="probability").requires_grad
-    with torch.inference_mode():
-        paste_masks(masks, boxes, (20, 33), output="rle")
-
-
-def test_tolerance_of_these_tests_is_no_looser_than_half_precision():
-    assert ROUNDING.max < TOLERANCES[torch.float16].max

@@ -1,16 +1,13 @@
 """The best of what NMS kept, by the kernels as by the reference: order, ties, padding."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
+from tests.kernels.tools import INF, NAN, assert_same, each_mutant
 from tests.mutation import mutant
 from tmask_kernels.ops.proposals.kernels import select as kernels_select
 from tmask_kernels.ops.proposals.reference import select_best_reference
 from tmask_kernels.testing import guarded, poisoned_empty
-
-NAN, INF = float("nan"), float("inf")
 
 
 def inputs(images: int = 2, segments: int = 3, count: int = 9, kept: int = 5, seed: int = 0):
@@ -31,25 +28,24 @@ def check(module, device, boxes, scores, kept, images: int, limit: int) -> None:
             got = module.select_best_fwd(boxes, scores, kept, images, limit, box_first)
         expected = select_best_reference(boxes, scores, kept, images, limit, box_first)
         assert [t.dtype for t in got] == [torch.float32, torch.float32, torch.int64, torch.int64]
-        for name, ours, theirs in zip(("boxes", "scores", "segments", "counts"), got, expected, strict=True):
-            assert torch.equal(ours, theirs), name
+        assert_same(got, expected)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "limit"),
-    [
-        ({}, 7),
-        ({}, 1),
-        ({}, 40),
-        ({"images": 1, "segments": 2, "count": 400, "kept": 300}, 200),
-        ({"images": 0}, 5),
-        ({"segments": 0}, 5),
-        ({"kept": 0}, 5),
-        ({"count": 0, "kept": 0}, 5),
-    ],
-    ids=["plain", "one", "more than there are", "blocks", "no images", "no segments", "no outputs", "no boxes"],
-)
-def test_equals_the_reference(device, sizes, limit):
+SIZES = {
+    "plain": ({}, 7),
+    "one": ({}, 1),
+    "more than there are": ({}, 40),
+    "blocks": ({"images": 1, "segments": 2, "count": 400, "kept": 300}, 200),
+    "no images": ({"images": 0}, 5),
+    "no segments": ({"segments": 0}, 5),
+    "no outputs": ({"kept": 0}, 5),
+    "no boxes": ({"count": 0, "kept": 0}, 5),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_equals_the_reference(device, name):
+    sizes, limit = SIZES[name]
     check(kernels_select, device, *inputs(**sizes), sizes.get("images", 2), limit)
 
 
@@ -93,18 +89,12 @@ BROKEN = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-@pytest.mark.parametrize("broken", BROKEN)
-def test_a_broken_kernel_fails(device, tmp_path: Path, broken):
-    module = mutant(kernels_select, *BROKEN[broken], tmp_path)
+@each_mutant(BROKEN)
+def test_a_broken_kernel_fails(device, tmp_path, name):
+    module = mutant(kernels_select, *BROKEN[name], tmp_path)
     boxes, scores, kept = inputs()
     kept[:3] = -1
     scores[3, :4] = torch.tensor([-0.0, 1.0, 0.0, -1.0])
     kept[3] = torch.tensor([1, 0, 2, 3, -1])
     with pytest.raises((AssertionError, IndexError)):
         check(module, device, boxes, scores, kept, 2, 20)
-
-
-def test_opcheck(device):
-    given = (t.to(device) for t in inputs())
-    torch.library.opcheck(kernels_select.select_best, (*given, 2, 7, True))

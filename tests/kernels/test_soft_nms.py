@@ -1,32 +1,21 @@
 """soft_nms: hand-made answers, a plain loop in Python, edges one by one, mutants."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.test_nms import INF, NAN, UNIT, crowded, distinct_scores
-from tests.model.sync import count_blocking
+from tests.kernels.tools import INF, NAN, UNIT, crowded, distinct_scores, each_mutant
 from tests.mutation import mutant
 from tmask_kernels import nms, soft_nms
 from tmask_kernels.ops.soft_nms import kernels as kernels_soft
-from tmask_kernels.ops.soft_nms import op
 from tmask_kernels.ops.soft_nms import reference as soft_reference
 from tmask_kernels.testing import guarded, poisoned_empty
 
-# The interpreter's numpy warns where the rules for NaN and inf are at work.
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-
 HALF = [0.0, 0.0, 10.0, 5.0]  # IoU 0.5 with UNIT
 FAR = [50.0, 0.0, 60.0, 10.0]
-
-
-@pytest.fixture(params=["reference", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def loop(
@@ -55,16 +44,12 @@ def loop(
 
 @pytest.mark.parametrize("method", ["linear", "gaussian"])
 @pytest.mark.parametrize("settings", [(0.3, 0.5, 1e-3), (0.0, 0.1, 0.0), (0.6, 3.0, 0.2)], ids=str)
-def test_equals_the_loop(
-    method: Any, settings: tuple[float, float, float], backend: str, device: torch.device, monkeypatch: Any
-) -> None:
+def test_equals_the_loop(method, settings, backend, device, monkeypatch):
     monkeypatch.setattr(kernels_soft, "BLOCK", 32)
     iou_threshold, sigma, score_threshold = settings
     boxes, scores = crowded(40), distinct_scores(40)
-    indices, taken = soft_nms(
-        boxes.to(device), scores.to(device), method=method, iou_threshold=iou_threshold, sigma=sigma,
-        score_threshold=score_threshold, backend=backend,
-    )  # fmt: skip
+    options = {"iou_threshold": iou_threshold, "sigma": sigma, "score_threshold": score_threshold}
+    indices, taken = soft_nms(boxes.to(device), scores.to(device), method=method, **options, backend=backend)
     expected, expected_scores = loop(boxes, scores, method, *settings)
     assert indices.dtype == torch.int64
     assert taken.dtype == torch.float32
@@ -76,7 +61,7 @@ def test_equals_the_loop(
     assert len(indices) == len(taken) == len(expected) or score_threshold == 0
 
 
-EDGES: dict[str, tuple[list[list[float]], list[float], list[int], list[float]]] = {
+EDGES = {
     # boxes, scores, taken at a threshold of 0.5 and a score of 0.05 by linear decay, their new scores
     "lowered by IoU": ([UNIT, HALF, FAR], [0.75, 0.5, 0.25], [0, 1, 2], [0.75, 0.5, 0.25]),  # a tie with 0.5
     "over the threshold": ([UNIT, [0.0, 0.0, 10.0, 7.5], FAR], [0.75, 0.5, 0.25], [0, 2, 1], [0.75, 0.25, 0.125]),
@@ -93,16 +78,16 @@ EDGES: dict[str, tuple[list[list[float]], list[float], list[int], list[float]]] 
     "all inf": ([[-INF, -INF, INF, INF]] * 2, [0.75, 0.5], [0, 1], [0.75, 0.5]),
     "zero area": ([[5.0, 5.0, 5.0, 5.0]] * 2, [0.75, 0.5], [0, 1], [0.75, 0.5]),
     "inverted": ([[10.0, 10.0, 0.0, 0.0]] * 2 + [UNIT], [0.75, 0.5, 0.25], [0, 1, 2], [0.75, 0.5, 0.25]),
+    "one that is lowered lowers with its own": (
+        [[0.0, 0.0, 16.0, 1.0], [0.0, 0.0, 12.0, 1.0], FAR], [1.0, 0.5, 0.25], [0, 2, 1], [1.0, 0.25, 0.125],
+    ),
     "negative coordinates": ([[-20.0, -20.0, -10.0, -10.0], [-20.0, -20.0, -10.0, -12.5]], [0.75, 0.5], [0, 1],
                              [0.75, 0.125]),
 }  # fmt: skip
-EDGES["one that is lowered lowers with its own"] = (
-    [[0.0, 0.0, 16.0, 1.0], [0.0, 0.0, 12.0, 1.0], FAR], [1.0, 0.5, 0.25], [0, 2, 1], [1.0, 0.25, 0.125],
-)  # fmt: skip
 
 
 @pytest.mark.parametrize("edge", EDGES.values(), ids=EDGES.keys())
-def test_edges(edge: tuple[Any, Any, Any, Any], backend: str, device: torch.device) -> None:
+def test_edges(edge, backend, device):
     boxes, scores, indices, taken = edge
     args = torch.tensor(boxes, device=device), torch.tensor(scores, device=device)
     got = soft_nms(*args, iou_threshold=0.5, score_threshold=0.0625, backend=backend)
@@ -110,43 +95,22 @@ def test_edges(edge: tuple[Any, Any, Any, Any], backend: str, device: torch.devi
     assert got[1].tolist() == taken
 
 
-def test_gaussian_lowers_below_the_threshold_too(backend: str, device: torch.device) -> None:
+def test_gaussian_lowers_below_the_threshold_too(backend, device):
     args = torch.tensor([UNIT, HALF], device=device), torch.tensor([0.75, 0.5], device=device)
     _, taken = soft_nms(*args, method="gaussian", sigma=0.5, iou_threshold=1.0, backend=backend)
     torch.testing.assert_close(taken.cpu(), torch.tensor([0.75, 0.5 * math.exp(-0.5)]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_other_dtypes_compute_in_float32(dtype: torch.dtype, backend: str, device: torch.device) -> None:
-    boxes, scores = crowded(40).to(device, dtype), distinct_scores(40).to(device, dtype)
-    got = soft_nms(boxes, scores, backend=backend)
-    expected = soft_nms(boxes.float(), scores.float(), backend="reference")
-    assert got[0].equal(expected[0])
-    assert got[1].equal(expected[1])
-
-
-@pytest.mark.parametrize("method", ["linear", "gaussian"])
-def test_empty(method: Any, backend: str, device: torch.device) -> None:
-    indices, taken = soft_nms(
-        torch.empty(0, 4, device=device), torch.empty(0, device=device), method=method, backend=backend
-    )
-    assert (indices.tolist(), taken.tolist()) == ([], [])
-
-
-def test_begins_with_the_best_and_keeps_what_nms_keeps(backend: str, device: torch.device) -> None:
+def test_begins_with_the_best_and_keeps_what_nms_keeps(backend, device):
     """Boxes that nothing overlaps by more than the threshold keep their scores."""
     boxes, scores = crowded(60).to(device), (distinct_scores(60) + 0.01).to(device)
     kept = nms(boxes, scores, 0.0, backend="reference")
-    alone = torch.stack([(soft_reference.box_iou(boxes[i], boxes) > 0).sum() == 1 for i in kept])
+    alone = [i for i in kept if (soft_reference.box_iou(boxes[i], boxes) > 0).sum() == 1]
     indices, taken = soft_nms(boxes, scores, iou_threshold=0.0, score_threshold=0.0, backend=backend)
     assert indices[0] == scores.argmax()
     assert (taken.diff() <= 0).all()
     assert sorted(indices.tolist()) == list(range(60))
-    for i in kept[alone]:
-        assert taken[indices == i] == scores[i]
-
-
-# --- the kernel ------------------------------------------------------------------------------------------------------
+    assert all(taken[indices == i] == scores[i] for i in alone)
 
 
 def check_soft(module: Any, device: torch.device) -> None:
@@ -169,58 +133,27 @@ def check_soft(module: Any, device: torch.device) -> None:
             assert got[1].equal(expected[1])
 
 
-def test_kernel_equals_reference_behind_guard_bands(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_equals_reference_behind_guard_bands(device, monkeypatch):
     monkeypatch.setattr(kernels_soft, "BLOCK", 32)
     check_soft(kernels_soft, device)
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("iou > iou_threshold", "iou >= iou_threshold"),
-        ("1.0 - iou, 1.0)", "iou, 1.0)"),
-        ("iou * iou", "iou"),
-        ("top > best_score", "top >= best_score"),
-        ("tl.min(tl.where(score == top, rows, K), axis=0)", "tl.max(tl.where(score == top, rows, 0), axis=0)"),
-        ("(rows == last) | ", ""),
-        ("best_score >= score_threshold", "best_score > score_threshold"),
-        ("mask=mask, other=-float", "mask=mask, other=float"),
-        ("count += running.to(tl.int32)", "count += 1"),
-    ],
-    ids=["tie", "decay", "gaussian", "block", "index", "taken", "score", "end", "count"],
-)
-def test_a_broken_kernel_fails(
-    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str
-) -> None:
-    broken = mutant(kernels_soft, old, new, tmp_path)
+MUTANTS = {
+    "tie": ("iou > iou_threshold", "iou >= iou_threshold"),
+    "decay": ("1.0 - iou, 1.0)", "iou, 1.0)"),
+    "gaussian": ("iou * iou", "iou"),
+    "block": ("top > best_score", "top >= best_score"),
+    "index": ("tl.min(tl.where(score == top, rows, K), axis=0)", "tl.max(tl.where(score == top, rows, 0), axis=0)"),
+    "taken": ("(rows == last) | ", ""),
+    "score": ("best_score >= score_threshold", "best_score > score_threshold"),
+    "end": ("mask=mask, other=-float", "mask=mask, other=float"),
+    "count": ("count += running.to(tl.int32)", "count += 1"),
+}
+
+
+@each_mutant(MUTANTS)
+def test_a_broken_kernel_fails(device, tmp_path, monkeypatch, name):
+    broken = mutant(kernels_soft, *MUTANTS[name], tmp_path)
     monkeypatch.setattr(broken, "BLOCK", 32)
     with pytest.raises(AssertionError):
         check_soft(broken, device)
-
-
-# --- tracing, waits, errors ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("gaussian", [False, True])
-def test_opcheck(device: torch.device, gaussian: bool) -> None:
-    args = crowded(12).to(device), distinct_scores(12).to(device), gaussian, 0.3, 0.5, 0.1
-    for custom in (kernels_soft.soft_nms, op._soft_nms_traced):
-        torch.library.opcheck(custom, args)
-
-
-def test_compiles_where_dynamic_shapes_are_allowed(backend: str, device: torch.device) -> None:
-    def whole(boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        indices, taken = soft_nms(boxes * 2, scores, backend=backend)
-        return boxes[indices] * taken[:, None], taken
-
-    args = crowded(20).to(device), distinct_scores(20).to(device)
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        got = torch.compile(whole, fullgraph=True, backend="aot_eager")(*args)
-    for ours, expected in zip(got, whole(*args), strict=True):
-        assert ours.equal(expected)
-
-
-def test_waits_once(device: torch.device) -> None:
-    with count_blocking() as found:
-        soft_nms(crowded(12).to(device), distinct_scores(12).to(device), backend="reference")
-    assert found == {"_local_scalar_dense": 1, "Tensor.__int__": 1}

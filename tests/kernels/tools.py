@@ -1,0 +1,111 @@
+"""What the tests of several ops share: odd numbers and boxes, tables of mutants, comparisons."""
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tmask_kernels.testing import assert_close, random_boxes
+
+NAN, INF = math.nan, math.inf
+UNIT = [0.0, 0.0, 10.0, 10.0]
+HALVES = [torch.float16, torch.bfloat16]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def each_mutant(mutants: Mapping[str, Any], quick: Collection[str] | None = None) -> pytest.MarkDecorator:
+    """Parametrise a test by ``name`` of a mutant. `quick`: those that `make test` runs too, by default all."""
+    slow = set() if quick is None else set(mutants) - set(quick)
+    rows = [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in mutants]
+    return pytest.mark.parametrize("name", rows)
+
+
+def slow(*values: Any) -> Any:
+    """A row of parameters that `make test` leaves out."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def needs_the_interpreter(device: torch.device) -> None:
+    """Skip on a GPU, where kernels take no float64."""
+    if device.type == "cuda":
+        pytest.skip("float64 runs in the interpreter only")
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors of a nested result, in order."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def assert_same(got: Any, expected: Any) -> None:
+    """Nested results are equal in shape, dtype and every bit; any NaN equals any other."""
+    ours, theirs = pytree.tree_leaves(got), pytree.tree_leaves(expected)
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if isinstance(b, Tensor):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype), i
+            torch.testing.assert_close(a.cpu(), b.cpu(), rtol=0, atol=0, equal_nan=True)
+        else:
+            assert a == b, i
+
+
+def assert_close_gradient(gradient: Tensor, expected: Tensor) -> None:
+    """As `assert_close`, both scaled by the power of two that lifts the largest value above 1: that rounds nothing."""
+    scale = 2.0 ** expected.abs().max().log2().floor()
+    assert_close((gradient.double() / scale).to(gradient.dtype), expected / scale, name="gradient")
+
+
+def crowded(count: int, seed: int = 0) -> Tensor:
+    """Boxes [count, 4] of which NMS at 0.5 keeps about a third; some of them repeat."""
+    boxes = random_boxes(count, height=100, width=120, min_size=15, max_size=60, seed=seed)
+    boxes[count // 2 :: 10] = boxes[: len(boxes[count // 2 :: 10])].clone()
+    return boxes
+
+
+def distinct_scores(*shape: int, seed: int = 0) -> Tensor:
+    count = torch.Size(shape).numel()
+    return (torch.randperm(count, generator=torch.Generator().manual_seed(seed)) / count).view(shape)
+
+
+class LiveBytes(TorchDispatchMode):
+    """`peak`: the most bytes that tensors made inside the block held at one time, on any device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tensors((args, kwargs))}
+        self.storages = {key: row for key, row in self.storages.items() if not row[0].expired()}
+        for tensor in tensors(out):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given:
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
+        return out
+
+
+def run_patterns(side: int, a: int, b: int, c: int) -> Tensor:
+    """Masks [11, side, side] bool with runs of every kind; a, b and c are places below `side`."""
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    low, high = min(a, b), max(a, b)
+    bits = [
+        x < 0,
+        x >= 0,
+        (y == a) & (x == b),
+        x == a,
+        y == a,  # for the last row: every column ends with a one, the next begins with a zero
+        (y == 0) | (y == side - 1),
+        (x >= low) & (x <= high),  # full columns are one run
+        (y >= low) & (x >= c),
+        (y <= a) & (x <= b),
+        (y + x) % (c + 1) == 0,
+        (y + x * (a + 1)) % 2 == 1,
+    ]
+    return torch.stack(bits)
