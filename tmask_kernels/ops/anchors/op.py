@@ -1,4 +1,4 @@
-"""Anchors: the boxes that the RPN's outputs are relative to. Letters: A anchors of all levels, B of one cell."""
+"""Anchors: the boxes that the outputs of the RPN are relative to. Letters: A anchors of all levels."""
 
 from __future__ import annotations
 
@@ -18,10 +18,19 @@ def make_anchors(
     *,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """All anchors of an image: [A, 4] xyxy float32; by level, then y, x, ratio, size.
+    """Return all anchors of an image. Anchors may reach beyond the image.
 
-    feature_sizes: (height, width) of each level's map. image_size: (height, width) of the padded image. Anchors may
-    reach outside the image. Errors: ValueError if there are not as many feature sizes as levels.
+    Args:
+        spec: sizes, aspect ratios and strides.
+        feature_sizes: (height, width) of the map of each level.
+        image_size: (height, width) of the padded image.
+        device: where the anchors are made.
+
+    Returns:
+        [A, 4] float32, xyxy; ordered by level, then y, x, aspect ratio, size.
+
+    Raises:
+        ValueError: `feature_sizes` does not have one entry a level, or an argument has a wrong type.
     """
     check_spec("make_anchors", spec)
     expected = f"{len(spec.sizes)} (height, width), one a level (AnchorSpec.sizes)"
@@ -42,6 +51,6 @@ def make_anchors(
 
 
 def check_spec(op: str, spec: AnchorSpec) -> None:
-    """That `spec` is one. Errors: ValueError."""
+    """Check that `spec` is an AnchorSpec. Raises ValueError."""
     if not isinstance(spec, AnchorSpec):
         raise wrong(op, "spec", "an AnchorSpec", spec)

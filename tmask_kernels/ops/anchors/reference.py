@@ -1,4 +1,4 @@
-"""What an anchor is, and how one is computed from its index: a program that needs a few never stores the rest."""
+"""What an anchor is, and how to compute an anchor from its index, so that no caller stores all anchors."""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ from ...common.checks import check_flag, check_list, check_number, check_numbers
 
 @dataclass(frozen=True)
 class AnchorSpec:
-    """Shapes and places of the anchors; a convention is data.
+    """Shapes and places of the anchors. Lists are kept as tuples.
 
-    sizes: for each level, square roots of areas in pixels. aspect_ratios: height / width, of all levels. strides: for
-    each level, pixels a cell; None: image side // grid side for each axis, as torchvision has it (800 // 13 = 61).
-    offset: place of the anchor's centre inside its cell, in cells. rounded: half sides rounded to whole pixels, half to
-    even, as torchvision has it. Lists are kept as tuples. Errors: ValueError for empty or non-positive values.
+    Attributes:
+        sizes: for each level, square roots of areas in pixels.
+        aspect_ratios: height / width, the same for all levels.
+        strides: for each level, pixels a cell. None: image side // map side for each axis, as torchvision (800 // 13 =
+            61).
+        offset: place of the centre of an anchor inside its cell, in cells.
+        rounded: rounds half sides to whole pixels, half to even, as torchvision.
+
+    Raises:
+        ValueError: a value is empty or not positive.
     """
 
     sizes: tuple[tuple[float, ...], ...]
@@ -62,14 +68,14 @@ class AnchorSpec:
         object.__setattr__(self, "half_sides", half_sides)
 
     def anchors_per_cell(self) -> tuple[int, ...]:
-        """For each level the number B of anchors of one cell."""
+        """Return the number of anchors of one cell, for each level."""
         return tuple(len(level) for level in self.half_sides)
 
 
 def level_strides(
     spec: AnchorSpec, feature_sizes: Sequence[tuple[int, int]], image_size: tuple[int, int]
 ) -> list[tuple[int, int]]:
-    """For each level, pixels a cell along y and x."""
+    """Return pixels a cell along y and x, for each level."""
     if spec.strides is not None:
         return [(stride, stride) for stride in spec.strides]
     # An empty map has no anchors, so its stride does not matter.
@@ -77,7 +83,7 @@ def level_strides(
 
 
 def anchors_at(spec: AnchorSpec, level: int, index: Tensor, width: int, stride: tuple[int, int]) -> Tensor:
-    """The anchors [..., 4] whose indices within a level are index [...] int64; `width` of the level's map in cells."""
+    """Return the anchors [..., 4] of indices [...] int64 within a level, whose map is `width` cells wide."""
     half = spec.half_sides[level]
     cell = index // len(half)  # [...]
     which = index % len(half)  # [...]
@@ -89,7 +95,7 @@ def anchors_at(spec: AnchorSpec, level: int, index: Tensor, width: int, stride: 
 
 
 def _choose(index: Tensor, values: Sequence[float]) -> Tensor:
-    """values[index], without a table on the device: copying one there would stop a CUDA graph capture."""
+    """Return values[index] without a table on the device: copying a table would stop the capture of a CUDA graph."""
     chosen = torch.full(index.shape, values[0], dtype=torch.float32, device=index.device)
     for i, value in enumerate(values[1:], start=1):
         chosen = torch.where(index == i, value, chosen)
@@ -97,7 +103,7 @@ def _choose(index: Tensor, values: Sequence[float]) -> Tensor:
 
 
 def _half_sides(size: float, ratio: float, rounded: bool) -> tuple[float, float]:
-    """Half width and half height of the anchor with area size^2, every step in float32."""
+    """Return half width and half height of the anchor with area size^2, computed in float32."""
     root = _float32(math.sqrt(_float32(ratio)))
     width = _float32(_float32(1 / root) * _float32(size)) / 2
     height = _float32(root * _float32(size)) / 2
@@ -105,5 +111,5 @@ def _half_sides(size: float, ratio: float, rounded: bool) -> tuple[float, float]
 
 
 def _float32(value: float) -> float:
-    """`value` rounded to float32. Of one +, *, / or square root done in double this is exactly the float32 result."""
+    """Round `value` to float32. For one +, *, / or square root in double this equals the float32 result."""
     return float(struct.unpack("f", struct.pack("f", value))[0])

@@ -18,12 +18,23 @@ SCALE_CLAMP = math.log(1000 / 16)  # a 16-pixel anchor grows to 1,000 pixels at 
 def encode_boxes(
     boxes: Tensor, anchors: Tensor, weights: Weights = (1.0, 1.0, 1.0, 1.0), *, backend: str | None = None
 ) -> Tensor:
-    """Deltas (dx, dy, dw, dh) [..., 4] float32 that take anchors [..., 4] to boxes [..., 4] (broadcast).
+    """Return the deltas (dx, dy, dw, dh) that take anchors to boxes.
 
-    A pair in which a side is not over 0, as in padding, gives zeros (torchvision: NaN or inf). float64 boxes give
-    float64, though Triton takes the weights in float32. What is encoded is a target of training, so Triton has no
-    backward and refuses inputs that need a gradient; the reference is differentiable.
-    Errors: ValueError for a last dimension other than 4 or several devices. Source: R-CNN (2014), appendix C.
+    Args:
+        boxes: [..., 4] float, xyxy.
+        anchors: [..., 4] float, xyxy; broadcasts with `boxes`.
+        weights: four numbers above 0 that multiply dx, dy, dw and dh.
+        backend: triton or reference. Triton has no backward and refuses inputs that need a gradient, since deltas are
+            targets of training. The reference is differentiable.
+
+    Returns:
+        [..., 4] float32; float64 for float64 boxes (Triton still takes the weights in float32). A pair in which a side
+        is not above 0, such as padding, gives zeros; torchvision gives NaN or inf.
+
+    Raises:
+        ValueError: a last dimension is not 4, or the tensors are on several devices.
+
+    Source: R-CNN (2014), appendix C.
     """
     check_tensor("encode_boxes", "boxes", boxes, ("...", 4), "float")
     _check_pair("encode_boxes", "boxes", boxes, anchors)
@@ -49,14 +60,24 @@ def decode_boxes(
     image_size: Sequence[int] | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Boxes [..., 4] float32 at deltas [..., 4] from anchors [..., 4] (broadcast); the inverse of `encode_boxes`.
+    """Return the boxes at given deltas from anchors; the inverse of `encode_boxes`.
 
-    dw and dh are clamped from above only, at `scale_clamp`. With image_size, (height, width) or a tensor [N, 2] for
-    boxes [N, ..., 4], coordinates are clipped to the image, after which infinite dx or dy give finite boxes. A NaN
-    delta, or an infinite one times a side of 0, gives the box 0, 0, 0, 0. float64 deltas give float64, though Triton
-    takes weights and scale_clamp in float32. Differentiable in the deltas (in the anchors too by the reference); a
-    clipped coordinate or clamped scale has gradient 0; one that equals its bound is neither, and passes its gradient.
-    Errors: ValueError for a last dimension other than 4, an image_size that does not fit, or several devices.
+    Args:
+        deltas: [..., 4] float: dx, dy, dw, dh.
+        anchors: [..., 4] float, xyxy; broadcasts with `deltas`.
+        weights: four numbers above 0, as of `encode_boxes`.
+        scale_clamp: the largest dw and dh. There is no lower bound.
+        image_size: (height, width), or a tensor [N, 2] for boxes [N, ..., 4]: clips the boxes to the image. Clipping
+            makes boxes of an infinite dx or dy finite. None: no clipping.
+        backend: triton or reference. Only the reference gives a gradient to the anchors.
+
+    Returns:
+        [..., 4] float32; float64 for float64 deltas (Triton still takes weights and scale_clamp in float32). A NaN
+        delta, or an infinite delta times a side of 0, gives the box 0, 0, 0, 0. A clipped coordinate and a clamped
+        scale have gradient 0. A value equal to its bound passes its gradient.
+
+    Raises:
+        ValueError: a last dimension is not 4, `image_size` does not fit, or the tensors are on several devices.
     """
     check_tensor("decode_boxes", "deltas", deltas, ("...", 4), "float")
     shape = _check_pair("decode_boxes", "deltas", deltas, anchors)
@@ -83,7 +104,7 @@ def _choose(name: str, backend: str | None, reasons: list[str], tensor: Tensor) 
 
 
 def _coding_reasons(coded: Tensor, anchors: Tensor) -> list[str]:
-    """Why the coding kernels cannot serve boxes or deltas `coded`."""
+    """Return why the kernels cannot serve `coded`, the boxes or the deltas."""
     reasons = triton_reasons(coded, anchors)
     if coded.dtype == torch.float64 and coded.is_cuda:
         reasons.append("float64 runs in the interpreter only")
@@ -97,7 +118,7 @@ def _double_or_float(tensor: Tensor) -> torch.dtype:
 def _split_image_size(
     image_size: Sequence[int] | Tensor | None, shape: Sequence[int], device: torch.device
 ) -> tuple[tuple[int, int] | None, Tensor | None]:
-    """One size (height, width) for boxes of `shape` [..., 4], or sizes [N, 2] for [N, ..., 4]."""
+    """Return one size (height, width), or the sizes [N, 2] for boxes of `shape` [N, ..., 4]."""
     if isinstance(image_size, Tensor):
         if len(shape) < 2:
             raise wrong("decode_boxes", "image_size", "(height, width) for a single box", image_size)
@@ -107,7 +128,7 @@ def _split_image_size(
 
 
 def _check_pair(name: str, argument: str, coded: Tensor, anchors: Tensor) -> torch.Size:
-    """Check `anchors` beside `coded`, the tensor of `argument`; the shape that both broadcast to."""
+    """Check `anchors` beside `coded`, the tensor of `argument`; return the shape that both broadcast to."""
     check_tensor(name, "anchors", anchors, ("...", 4), "float", device=coded.device)
     try:
         return torch.broadcast_shapes(coded.shape, anchors.shape)

@@ -1,7 +1,7 @@
-"""Box coding as its definition reads: a box relative to an anchor, and back.
+"""Box coding written as its definition: a box relative to an anchor, and back.
 
-Deltas are (dx, dy, dw, dh): the centre's shift in anchor sides and the logarithm of the ratio of sides, each times a
-weight. Source: R-CNN (Girshick et al. 2014), appendix C.
+Deltas are (dx, dy, dw, dh): the shift of the centre in anchor sides, and the logarithm of the ratio of the sides. Each
+is multiplied by a weight. Source: R-CNN (Girshick et al. 2014), appendix C.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Weights = Sequence[float]  # of dx, dy, dw, dh
 
 
 def encode_boxes_reference(boxes: Tensor, anchors: Tensor, weights: Weights) -> Tensor:
-    """Deltas [..., 4] that take anchors [..., 4] to boxes [..., 4]; zeros where a side of either is not over 0."""
+    """Return deltas [..., 4] that take anchors [..., 4] to boxes [..., 4]; zeros where a side is not above 0."""
     wx, wy, ww, wh = weights
     ax, ay, aw, ah = centre_size(anchors)
     bx, by, bw, bh = centre_size(boxes)
@@ -34,7 +34,7 @@ def decode_boxes_reference(
     scale_clamp: float,
     image_size: tuple[int, int] | Tensor | None,
 ) -> Tensor:
-    """Boxes [..., 4] at deltas [..., 4] from anchors [..., 4]; clipped to `image_size`; zeros instead of NaN."""
+    """Return boxes [..., 4] at deltas [..., 4] from anchors [..., 4]; clipped to `image_size`; zeros for NaN."""
     wx, wy, ww, wh = weights
     ax, ay, aw, ah = centre_size(anchors)
     bad = torch.isnan(deltas).any(-1, keepdim=True)  # [..., 1]
@@ -51,7 +51,7 @@ def decode_boxes_reference(
 
 
 def centre_size(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Centre x, centre y, width and height [...] of boxes [..., 4]."""
+    """Return centre x, centre y, width and height [...] of boxes [..., 4]."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     width, height = x2 - x1, y2 - y1
     return x1 + 0.5 * width, y1 + 0.5 * height, width, height

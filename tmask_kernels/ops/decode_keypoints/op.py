@@ -16,23 +16,29 @@ MAX_COLUMNS = 1023  # of a heat map in the kernel, which holds a row of it in re
 def decode_keypoints(
     heatmaps: Tensor, boxes: Tensor, valid: Tensor | None = None, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Resize each heat map to its box and find its largest pixel: xy [N, D, K, 2] and scores [N, D, K].
+    """Resize each heat map to its box and find the largest pixel. Not differentiable.
 
-    heatmaps [N, D, K, H, W]: logits, fp16, bf16, fp32 or fp64, of K keypoints of each of D boxes an image. boxes
-    [N, D, 4]: xyxy in pixels. valid [N, D] bool: which slots hold a box; None: all.
+    A box of w x h pixels, each side at least 1, has a grid of ceil(w) x ceil(h) pixels. The map is resized to the grid
+    as by `F.interpolate(mode="bicubic", align_corners=False)`. The keypoint is the centre of the largest pixel; among
+    equal pixels the first in row-major order.
 
-    A box w x h, sides of at least 1, has a grid of ceil(w) x ceil(h) pixels, to which the map is resized as by
-    `F.interpolate(mode="bicubic", align_corners=False)`. xy is the centre of the largest pixel, (i + 0.5) w / ceil(w) +
-    x1 in x, float32; of equal pixels the first in row-major order. scores are the values there, float32 (float64 for
-    float64 maps). Both are what torchvision's `heatmaps_to_keypoints` gives. detectron2's score is relative to the
-    map's softmax: ``(scores - heatmaps.flatten(3).logsumexp(3)).exp()``.
+    Args:
+        heatmaps: [N, D, K, H, W] logits, float16, bfloat16, float32 or float64: K keypoints of each of D boxes.
+        boxes: [N, D, 4], xyxy in pixels.
+        valid: [N, D] bool, the slots that hold a box. None: all slots.
+        backend: triton, or reference, which serves float64 maps and then waits for the device.
 
-    A side of more than 16,384 pixels has a grid of so many, each larger than a pixel. A box that is not valid or that
-    has a coordinate or side that is NaN or infinite gives zeros. A map with a cell that is NaN, infinite or beyond 1e37
-    gives xy 0 and the score NaN.
+    Returns:
+        xy [N, D, K, 2] float32, in x (i + 0.5) w / ceil(w) + x1; and scores [N, D, K], the values there, float32
+        (float64 for float64 maps). torchvision's `heatmaps_to_keypoints` returns the same. detectron2's score is
+        relative to the softmax of the map: ``(scores - heatmaps.flatten(3).logsumexp(3)).exp()``. A side above 16,384
+        pixels has a grid of 16,384 larger pixels. A box that is not valid, or has a coordinate or side that is NaN or
+        infinite, gives zeros. A map with a cell that is NaN, infinite or beyond 1e37 gives xy 0 and the score NaN.
 
-    Not differentiable. On CUDA it makes no synchronisation, except float64 maps, which the reference serves. Errors:
-    ValueError for a wrong shape, dtype or device. Sources: He et al., Mask R-CNN, 2017, section 5; Keys, 1981.
+    Raises:
+        ValueError: a shape, dtype or device is wrong.
+
+    Sources: He et al., Mask R-CNN, 2017, section 5; Keys, 1981.
     """
     hint = " with H, W >= 1"
     check_tensor("decode_keypoints", "heatmaps", heatmaps, ("N", "D", "K", "H", "W"), "float", hint=hint)

@@ -1,8 +1,8 @@
-"""Keypoint decoding in plain PyTorch: the whole map resized to its box, instance by instance, and its arg-max.
+"""Keypoint decoding in plain PyTorch: resize each whole map to its box and take the largest pixel.
 
-Letters: N images, D boxes an image, J = N * D instances, K keypoints of an instance, H W cells of a heat map, GH GW
-pixels of a box's grid.
-Sources: He et al., Mask R-CNN (2017), section 5; Keys, Cubic convolution interpolation (1981).
+Letters: N images, D boxes of an image, J = N * D instances, K keypoints of an instance, H W cells of a heat map, GH GW
+pixels of the grid of a box. Sources: He et al., Mask R-CNN (2017), section 5; Keys, Cubic convolution interpolation
+(1981).
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ def decode_keypoints_reference(heatmaps: Tensor, boxes: Tensor, valid: Tensor | 
 
 
 def pixel_grids(boxes: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Corner x1 y1 of each box and its sides, of at least one pixel, float32, and the pixels of its grid: [J, 2] each.
+    """Return corner x1 y1 and sides of each box, float32, and the pixels of its grid: [J, 2] each.
 
-    The grid of a box that is not valid or whose corners or sides are not finite is 0 x 0.
+    A side is at least one pixel. The grid of a box that is not valid, or has a corner or side that is not finite, is 0
+    x 0.
     """
     boxes = boxes.flatten(0, 1)
     low, high = boxes.split(2, 1)
@@ -57,9 +58,8 @@ def pixel_grids(boxes: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Te
 
 
 def arg_max(maps: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """The largest value of maps [K, H, W] resized to rows x columns, and its place y * columns + x: [K], int64 [K].
-
-    Of equal values it is the first in row-major order.
+    """Resize maps [K, H, W] to rows x columns; return the largest values [K] and their places y * columns + x, int64
+    [K].
     """
     along_x = interpolate(maps, 2, *taps(columns, maps.shape[2], maps))  # [K, H, columns]
     cells, weights = taps(rows, maps.shape[1], maps)

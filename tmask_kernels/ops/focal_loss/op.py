@@ -1,4 +1,4 @@
-"""Focal loss on sigmoid logits, and on softmax logits."""
+"""Focal loss on sigmoid logits and on softmax logits."""
 
 from __future__ import annotations
 
@@ -20,19 +20,28 @@ def sigmoid_focal_loss(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Cross-entropy that easy examples hardly enter: alpha_t (1 - p_t)^gamma CE(x, t).
+    """Cross-entropy with a small weight for easy examples: alpha_t (1 - p_t)^gamma CE(x, t).
 
-    inputs: logits x of any shape, floating point. targets: same shape, t in 0..1 (soft ones too), any dtype.
-    p = sigmoid(x), p_t = p t + (1 - p)(1 - t), alpha_t = alpha t + (1 - alpha)(1 - t).
-    alpha: weight of the positives in 0..1; below 0 turns the weighting off. gamma: at least 0; 0 is binary
-    cross-entropy. reduction: ``"none"`` (shape and dtype of `inputs`), ``"mean"`` or ``"sum"`` (scalar, float32 at
-    least; the mean of nothing is 0).
+    p = sigmoid(x), p_t = p t + (1 - p)(1 - t) and alpha_t = alpha t + (1 - alpha)(1 - t). The loss is computed in
+    float32 (float64 for float64 logits).
 
-    Computed in float32 (float64 for float64 logits), finite with finite gradients for logits up to 1e4 in magnitude. An
-    infinite logit on the side of its target gives 0 and the gradient 0; on the other side, infinity and the gradient of
-    cross-entropy (PyTorch's `binary_cross_entropy_with_logits` gives NaN).
-    A sum is taken in a fixed order. Differentiable in the logits, once by Triton; in the targets by the reference.
-    Errors: ValueError for wrong shapes, dtypes, devices, names, alpha > 1, gamma < 0.
+    Args:
+        inputs: logits x of any shape, float.
+        targets: t in 0..1, the shape of `inputs`, any dtype. Soft targets are allowed.
+        alpha: weight of the positives in 0..1. Below 0: no weights.
+        gamma: at least 0. 0 is binary cross-entropy.
+        reduction: none, mean or sum.
+        backend: triton or reference. Triton differentiates once, in the logits only.
+
+    Returns:
+        For none, the shape and dtype of `inputs`. For mean and sum a scalar, float32 at least, summed in a fixed order;
+        the mean of no element is 0. Loss and gradient are finite for logits up to 1e4 in magnitude. An infinite logit
+        on the side of its target has loss and gradient 0; on the other side it has an infinite loss and the gradient of
+        cross-entropy (PyTorch's `binary_cross_entropy_with_logits` gives NaN).
+
+    Raises:
+        ValueError: a shape, dtype, device or name is wrong, alpha > 1, or gamma < 0.
+
     Source: Lin et al., Focal Loss for Dense Object Detection, 2017; signature and values of
     `torchvision.ops.sigmoid_focal_loss`.
     """
@@ -65,20 +74,31 @@ def softmax_focal_loss(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Softmax cross-entropy that easy examples hardly enter: -alpha_t (1 - p_y)^gamma log p_y.
+    """Softmax cross-entropy with a small weight for easy examples: -alpha_t (1 - p_y)^gamma log p_y.
 
-    inputs: logits [..., C] of at least two classes, floating point. labels: [...] int64, the class y of each row; 0 is
-    the background. p = softmax(inputs). alpha: weight of the foreground in 0..1, the background's is 1 - alpha; below
-    0, the default, turns it off: it is meant for a flood of negatives, which a sampler of RoIs has stemmed already.
-    gamma: at least 0; 0 is cross-entropy. reduction: ``"none"`` (shape of `labels`, dtype of `inputs`), ``"mean"``
-    (over rows; of nothing 0) or ``"sum"`` (scalar, float32 at least).
+    p = softmax(inputs), and y is the label. The loss is computed in float32 (float64 for float64 logits) and is
+    differentiable in the logits.
 
-    Computed in float32 (float64 for float64 logits), finite with finite gradients for logits up to 1e4 in magnitude. A
-    logit of -inf masks a class, as in `torch.nn.functional.cross_entropy`: it takes no part in the softmax and gets the
-    gradient 0. A row whose own class is masked has an infinite loss; one whose classes all are, NaN.
-    Differentiable in the logits. Errors: ValueError for wrong shapes, dtypes, devices, names, alpha > 1, gamma < 0.
-    Source: Lin et al., Focal Loss for Dense Object Detection, 2017, equation 5, with the softmax of the own class for
-    p_t (the paper leaves it at the remark that the loss extends to many classes).
+    Args:
+        inputs: logits [..., C] of at least two classes, float.
+        labels: [...] int64, the class y of each row. 0 is the background.
+        alpha: weight of the foreground in 0..1; the background has 1 - alpha. Below 0, the default: no weights. Weights
+            are for a flood of negatives; a sampler of RoIs has removed most negatives already.
+        gamma: at least 0. 0 is cross-entropy.
+        reduction: none, mean (over rows; of no row 0) or sum.
+        backend: triton or reference.
+
+    Returns:
+        For none, the shape of `labels` and the dtype of `inputs`. For mean and sum a scalar, float32 at least. Loss and
+        gradient are finite for logits up to 1e4 in magnitude. A logit of -inf removes its class from the softmax and
+        has gradient 0, as in `torch.nn.functional.cross_entropy`. A row whose own class is removed has an infinite
+        loss; a row without classes has NaN.
+
+    Raises:
+        ValueError: a shape, dtype, device or name is wrong, alpha > 1, or gamma < 0.
+
+    Source: Lin et al., Focal Loss for Dense Object Detection, 2017, equation 5, with the softmax of the own class as
+    p_t.
     """
     check_tensor("softmax_focal_loss", "inputs", inputs, ("...", "C"), "float")
     if inputs.shape[-1] < 2:
@@ -100,7 +120,7 @@ def softmax_focal_loss(
 
 
 def _check_options(op: str, alpha: float, gamma: float, reduction: str) -> tuple[float, float]:
-    """Alpha and gamma as floats."""
+    """Return alpha and gamma as floats."""
     alpha = check_number(op, "alpha", alpha, high=1, expected="a number in 0..1, or below 0 for no weighting")
     gamma = check_number(op, "gamma", gamma, 0)
     check_choice(op, "reduction", reduction, ("none", "mean", "sum"))

@@ -9,7 +9,7 @@ from ...common.reference import binary_cross_entropy
 
 
 def sigmoid_focal_loss_reference(inputs: Tensor, targets: Tensor, alpha: float, gamma: float) -> Tensor:
-    """See `op.sigmoid_focal_loss`, before the reduction; any shape, float32 or float64."""
+    """See `op.sigmoid_focal_loss`, before the reduction. Any shape, float32 or float64."""
     loss = binary_cross_entropy(inputs, targets)
     if gamma != 0:
         # 1 - p_t, from sigmoid(-x) where 1 - sigmoid(x) would round to 0.

@@ -14,17 +14,25 @@ INT32_LIMIT = 2**31 - 4096  # and a block beyond
 
 
 def mask_bce(logits: Tensor, classes: Tensor, targets: Tensor, *, valid: Tensor, backend: str | None = None) -> Tensor:
-    """Binary cross-entropy of each RoI's own channel, mean over the pixels of the valid RoIs.
+    """Binary cross-entropy of each RoI's own mask channel, averaged over the pixels of the valid RoIs.
 
-    logits: [K, C, M, M] floating point. classes: [K] int64, the channel of each RoI, 0..C-1 (all 0 for class-agnostic
-    masks); whatever stands in rows that are not valid is not read. targets: [K, M, M], 0..1, any dtype. valid: [K]
-    bool. Any strides. Returns a scalar, float32 (float64 for float64 logits); 0 with a graph when no RoI is valid, NaN
-    when a valid one names a channel that does not exist.
+    Args:
+        logits: [K, C, M, M] float, any strides.
+        classes: [K] int64, the channel of each RoI in 0..C-1 (all 0 for class-agnostic masks). Rows that are not valid
+            are not read.
+        targets: [K, M, M] of any dtype, values in 0..1.
+        valid: [K] bool.
+        backend: triton or reference. Triton differentiates once, in the logits only.
 
-    An infinite logit on the side of its target adds 0, with gradient 0; on the other side the loss is infinite
-    (PyTorch's `binary_cross_entropy_with_logits` gives NaN). Differentiable in the logits, once by Triton; other
-    channels and rows that are not valid get a gradient of exactly 0. Summed in a fixed order, without a
-    synchronisation. Errors: ValueError for wrong shapes, dtypes and devices.
+    Returns:
+        A scalar, float32 (float64 for float64 logits), summed in a fixed order. 0 with a graph if no RoI is valid. NaN
+        if a valid RoI names a channel that does not exist. An infinite logit on the side of its target adds 0 and has
+        gradient 0; on the other side the loss is infinite (PyTorch's `binary_cross_entropy_with_logits` gives NaN).
+        Other channels and rows that are not valid have a gradient of exactly 0.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong.
+
     Source: He et al., Mask R-CNN, 2017, section 3.
     """
     check_tensor("mask_bce", "logits", logits, ("K", "C", "M", "M"), "float")

@@ -1,4 +1,4 @@
-"""Mask loss in plain PyTorch. Letters: K RoIs, C mask channels, M mask side."""
+"""The mask loss in plain PyTorch. Letters: K RoIs, C mask channels, M mask side."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...common.reference import binary_cross_entropy
 
 
 def mask_bce_reference(logits: Tensor, classes: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-    """See `op.mask_bce`. [K, C, M, M], [K], [K, M, M], [K] -> scalar."""
+    """See `op.mask_bce`: [K, C, M, M], [K], [K, M, M], [K] -> scalar."""
     side = logits.shape[-1]
     known = (classes >= 0) & (classes < logits.shape[1])
     channel = torch.where(valid & known, classes, 0)[:, None, None, None].expand(-1, 1, side, side)  # [K, 1, M, M]

@@ -1,4 +1,4 @@
-"""Matching anchors or proposals to ground truth. Letters: N images, A anchors, G ground-truth boxes (padded)."""
+"""Match anchors or proposals to ground truth. Letters: N images, A anchors, G ground-truth boxes (padded)."""
 
 from __future__ import annotations
 
@@ -22,17 +22,30 @@ def match_anchors(
     allow_low_quality: bool,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """For each anchor its ground truth: matches [N, A] int64 and its best IoU [N, A] float32 (0 without any).
+    """Find the ground-truth box of each anchor. Not differentiable; float32; no host synchronisation.
 
-    anchors [A, 4], or [N, A, 4] if each image has its own; gt_boxes [N, G, 4]; gt_valid [N, G] bool marks real boxes;
-    gt_crowd [N, G] bool marks crowd regions, which are not valid. A match is the index of the ground truth of highest
-    IoU, the lowest of equals, if that IoU is at least `high`; -1, background, if it is under `low` or there is no
-    ground truth; else -2, ignored. With allow_low_quality every anchor that reaches the best IoU of some ground truth
-    is matched too, to its own best ground truth. A best of 0 never matches (torchvision lets it). An unmatched anchor
-    with over 0.7 of its area inside one crowd is ignored. An IoU of 0 / 0 is 0. Float32; not differentiable; memory
-    O(N (A + G)); no host synchronisation.
+    An anchor matches the valid box of highest IoU (the lowest index among equals) if that IoU is at least `high`. With
+    `allow_low_quality`, an anchor that reaches the best IoU of any ground-truth box also matches its own best box. An
+    IoU of 0 never matches; torchvision lets it match. An unmatched anchor with more than 0.7 of its area inside one
+    crowd region is ignored. An IoU of 0 / 0 counts as 0.
 
-    Errors: ValueError for shapes or dtypes that do not fit, or unless 0 <= low <= high <= 1.
+    Args:
+        anchors: [A, 4], or [N, A, 4] if each image has its own, xyxy.
+        gt_boxes: [N, G, 4], xyxy.
+        gt_valid: [N, G] bool, the real boxes.
+        gt_crowd: [N, G] bool, the crowd regions, which are not valid boxes. None: no crowd rule.
+        high: lowest IoU of a match.
+        low: an anchor whose best IoU is below it is background.
+        allow_low_quality: whether the best anchors of each ground-truth box match too.
+        backend: triton or reference. Both need O(N (A + G)) memory.
+
+    Returns:
+        matches [N, A] int64: the index of the box, -1 for background (also without ground truth), -2 for ignored; and
+        the best IoU [N, A] float32, 0 without ground truth.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or not 0 <= low <= high <= 1.
+
     Source: Faster R-CNN (Ren et al. 2015), section 3.1.2.
     """
     _check(anchors, gt_boxes, gt_valid, gt_crowd)

@@ -1,7 +1,8 @@
-"""Matching anchors to ground truth. Letters: N images, A anchors, G ground-truth boxes (padded), g of them at a time.
+"""Match anchors to ground truth, written as its definition. Letters: N images, A anchors, G ground-truth boxes
+(padded), g boxes of one chunk.
 
-Two passes over the ground truth, since the best IoU that a box gets is known only after all anchors; the second
-recomputes every IoU by the same operations, so equal means bit-equal. Memory O(N (A + G)).
+The function passes over the ground truth twice, because the best IoU of a box is known only after all anchors. The
+second pass computes each IoU by the same operations, so equal IoUs have equal bits. Memory is O(N (A + G)).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def match_anchors_reference(
     low: float,
     allow_low_quality: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Matches [N, A] int64 and IoUs [N, A] float32 of anchors [N or 1, A, 4] float32; see `match_anchors`."""
+    """Return matches [N, A] int64 and IoUs [N, A] float32; see `match_anchors`. Anchors are [N or 1, A, 4] float32."""
     N, G = gt_valid.shape
     A = anchors.shape[1]
     columns = anchors.transpose(1, 2).contiguous()  # [N or 1, 4, A]
@@ -62,7 +63,7 @@ def match_anchors_reference(
 
 
 def _inside_crowd(columns: Tensor, crowds: Tensor) -> Tensor:
-    """Which anchors have over CROWD_COVER of their area inside one of crowds [N, G, 4]: [N, A] bool."""
+    """Return which anchors have more than CROWD_COVER of their area inside one of crowds [N, G, 4]: [N, A]."""
     area = _area(columns)  # [N or 1, A]
     covered = torch.zeros(len(crowds), columns.shape[2], dtype=torch.bool, device=columns.device)
     for rows in _chunks(covered.numel(), crowds.shape[1], columns.device):
@@ -73,14 +74,14 @@ def _inside_crowd(columns: Tensor, crowds: Tensor) -> Tensor:
 
 
 def _chunks(per_box: int, count: int, device: torch.device) -> Iterator[slice]:
-    """Slices of the ground truth, `per_box` elements each box, by shape alone."""
+    """Yield slices of the ground truth. A box has `per_box` elements; the slices depend on shapes alone."""
     step = max(1, (_CHUNK_CPU if device.type == "cpu" else _CHUNK_GPU) // max(per_box, 1))
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
 
 
 def _iou(columns: Tensor, boxes: Tensor) -> Tensor:
-    """IoU [N, g, A] of anchors [N or 1, 4, A] and boxes [N, g, 4]; 0 where it is 0 / 0."""
+    """Return the IoU [N, g, A] of anchors [N or 1, 4, A] and boxes [N, g, 4]; 0 for 0 / 0."""
     area = _area(columns)  # [N or 1, A]
     x1, y1, x2, y2 = boxes[..., None].unbind(2)  # [N, g, 1] each
     inter = _intersection(columns, boxes)
@@ -90,12 +91,12 @@ def _iou(columns: Tensor, boxes: Tensor) -> Tensor:
 
 
 def _area(columns: Tensor) -> Tensor:
-    """Areas [N or 1, A] of anchors [N or 1, 4, A]."""
+    """Return areas [N or 1, A] of anchors [N or 1, 4, A]."""
     return (columns[:, 2] - columns[:, 0]) * (columns[:, 3] - columns[:, 1])
 
 
 def _intersection(columns: Tensor, boxes: Tensor) -> Tensor:
-    """Area of the overlap [N, g, A]. In place, since the traffic of temporaries is the cost on a CPU."""
+    """Return the area of the overlap [N, g, A]. In place: on a CPU, temporaries cost the most."""
     ax1, ay1, ax2, ay2 = columns[:, :, None].unbind(1)  # [N or 1, 1, A] each
     x1, y1, x2, y2 = boxes[..., None].unbind(2)  # [N, g, 1] each
     width = torch.minimum(ax2, x2)

@@ -1,4 +1,4 @@
-"""NMS on the CPU by torchvision's kernel, with our rules where its own differ. Letters as in `op`."""
+"""NMS on the CPU by torchvision's kernel, corrected where its rules differ from ours. Letters as in `op`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from .reference import SortedSegments, sort_segments
 def padded_nms_torchvision(
     boxes: Tensor, scores: Tensor, thresholds: Tensor, valid: Tensor | None, groups: Tensor | None, max_output: int
 ) -> tuple[Tensor, Tensor]:
-    """torchvision's CPU kernel on the valid rows of one segment after another. CPU only, so reading values is free."""
+    """Run torchvision's CPU kernel on the valid rows of each segment in turn.
+
+    Arguments and results are those of `padded_nms_reference`, on the CPU. The loop reads values, which is free there.
+    """
     segments = sort_segments(boxes, scores, valid)
     S, K = scores.shape
     ramp = torch.arange(K, 0, -1, dtype=torch.float32)  # [K] scores of boxes that are already sorted
@@ -35,7 +38,7 @@ def padded_nms_torchvision(
 
 
 def _keep_torchvision(boxes: Tensor, ramp: Tensor, group: Tensor | None, threshold: float) -> Tensor:
-    """Positions that survive among sorted boxes [n, 4], rising."""
+    """Return the rising positions of the boxes [n, 4], already sorted, that survive."""
     import torchvision  # noqa: F401 - registers the op; its Python function may be ours by now
 
     n = len(boxes)
@@ -49,7 +52,7 @@ def _keep_torchvision(boxes: Tensor, ramp: Tensor, group: Tensor | None, thresho
 
 
 def _unordered_kept(segments: SortedSegments, s: int, kept: Tensor, group: Tensor | None, threshold: float) -> Tensor:
-    """Boxes of segment s whose score is NaN and that no kept box removes."""
+    """Return the boxes of segment s with a NaN score that no kept box removes."""
     rows = (segments.alive[s] & ~segments.suppresses[s]).nonzero()[:, 0]  # [n]
     over = box_iou(segments.boxes[s, rows, None], segments.boxes[s, kept]) > threshold  # [n, kept]
     if group is not None:

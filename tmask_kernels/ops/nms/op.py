@@ -1,10 +1,15 @@
-"""Non-maximum suppression. Letters: S segments, K boxes of a segment, M outputs of a segment.
+"""Non-maximum suppression (NMS). Letters: S segments, K boxes of a segment, M outputs of a segment.
 
-Rules of all functions here, whatever the backend: boxes are taken by falling score, ties by rising index; a kept box
-removes a later one if their IoU, computed in float32 by IEEE division, is strictly over the threshold (rounded to
-float32). The sides of the overlap are clamped at 0, areas are not, and nothing adds 1 to a side. A NaN score sorts last
-and removes nothing. A box with a NaN or infinite coordinate, without area or inverted neither removes nor is removed.
-None is differentiable.
+All functions and all backends follow the same rules:
+
+- Boxes are taken by falling score. Equal scores are taken by rising index. A NaN score sorts last.
+- A kept box removes every later box whose IoU with it is above the threshold. An IoU equal to the threshold keeps both.
+- IoU and threshold are float32, with IEEE division. The sides of the overlap are clamped at 0; the areas are not. No
+  side gets `+ 1`.
+- A box with a NaN score removes no other box. A box with a NaN or infinite coordinate, without area, or inverted,
+  neither removes a box nor is removed.
+
+No function is differentiable.
 """
 
 from __future__ import annotations
@@ -30,13 +35,23 @@ def padded_nms(
     max_output: int,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """NMS of many segments at once, with outputs of fixed shape and no host synchronisation.
+    """NMS of many segments at once. The output has a fixed shape, and the host never waits for the device.
 
-    boxes [S, K, 4] xyxy, scores [S, K], iou_threshold in 0..1 or one a segment [S] (not checked), valid [S, K] bool
-    (None: every slot holds a box). Gives indices [S, max_output] int64 into K, by falling score and padded with -1, and
-    counts [S] int64. Backends: triton; torchvision's CPU kernel a segment; reference.
+    Args:
+        boxes: [S, K, 4] float, xyxy.
+        scores: [S, K] float.
+        iou_threshold: a number in 0..1, or a tensor [S] with one threshold a segment. The values of a tensor are not
+            checked.
+        valid: [S, K] bool, the slots that hold a box. None: all slots.
+        max_output: M, the largest number of boxes that a segment keeps.
+        backend: triton, reference, or torchvision (its CPU kernel, segment by segment).
 
-    Errors: ValueError for a wrong shape or dtype, or a threshold outside 0..1.
+    Returns:
+        indices [S, M] int64 into K, by falling score, padded with -1; and counts [S] int64.
+
+    Raises:
+        ValueError: a shape or dtype is wrong, or the threshold is outside 0..1.
+
     Source: the greedy algorithm of Felzenszwalb et al. 2010, section 7.2.
     """
     check_scored_boxes("padded_nms", boxes, scores, ("S", "K"))
@@ -54,10 +69,20 @@ def nms(
     max_output: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """NMS of one list: boxes [K, 4] xyxy, scores [K] -> int64 [kept], by falling score, at most `max_output`.
+    """NMS of one list of boxes. The host waits once, for the length of the output.
 
-    Without boxes every dtype is taken, as by torchvision. The output is ragged, so the host waits once. Errors: as
-    `padded_nms`, and for tensors on the meta device.
+    Args:
+        boxes: [K, 4] float, xyxy. An empty tensor may have any dtype, as torchvision allows.
+        scores: [K] float.
+        iou_threshold: a number in 0..1.
+        max_output: the largest number of boxes to keep. None: no limit.
+        backend: as of `padded_nms`.
+
+    Returns:
+        Indices [kept] int64, by falling score.
+
+    Raises:
+        ValueError: as of `padded_nms`, and for tensors on the meta device.
     """
     check_no_transform("nms", RAGGED)
     boxes, scores = _any_if_empty(boxes, width=4), _any_if_empty(scores)
@@ -77,11 +102,24 @@ def batched_nms(
     max_output: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """NMS in which two boxes meet only if their entries of `idxs` [K] (a class, a level) are equal.
+    """NMS in which two boxes compete only if their entries of `idxs` are equal. The host waits once.
 
-    boxes [K, 4] xyxy, scores [K] -> int64 [kept], by falling score, at most `max_output` in all. Entries are compared
-    as integers: no coordinate offsets, which leak between classes at negative coordinates. Without boxes every dtype is
-    taken, as by torchvision. The host waits once. Errors: as `nms`.
+    The entries are compared as integers. Shifting the coordinates of each class, as torchvision does, mixes classes at
+    negative coordinates.
+
+    Args:
+        boxes: [K, 4] float, xyxy. An empty tensor may have any dtype, as torchvision allows.
+        scores: [K] float.
+        idxs: [K] integer, for example the class or the pyramid level of each box.
+        iou_threshold: a number in 0..1.
+        max_output: the largest number of boxes to keep in all. None: no limit.
+        backend: as of `padded_nms`.
+
+    Returns:
+        Indices [kept] int64, by falling score.
+
+    Raises:
+        ValueError: as of `nms`.
     """
     check_no_transform("batched_nms", RAGGED)
     boxes, scores = _any_if_empty(boxes, width=4), _any_if_empty(scores)
@@ -136,7 +174,7 @@ def _(
 
 
 def backend_reasons(boxes: Tensor) -> dict[str, list[str]]:
-    """For each backend why it cannot serve these boxes."""
+    """Map each backend to the reasons why it cannot serve these boxes."""
     return {"triton": triton_reasons(boxes), "reference": [], "torchvision": _torchvision_reasons(boxes)}
 
 
@@ -153,7 +191,7 @@ def _torchvision_reasons(boxes: Tensor) -> list[str]:
 
 
 def _thresholds(name: str, iou_threshold: float | Tensor, boxes: Tensor) -> Tensor:
-    """One float32 threshold a segment: [S]."""
+    """Return one float32 threshold a segment: [S]."""
     S = boxes.shape[0]
     if isinstance(iou_threshold, Tensor):
         shape = iou_threshold.shape and (S,)  # or no axis
@@ -167,7 +205,10 @@ def _thresholds(name: str, iou_threshold: float | Tensor, boxes: Tensor) -> Tens
 def _any_if_empty(
     tensor: Tensor, kind: str = "float", dtype: torch.dtype = torch.float32, width: int | None = None
 ) -> Tensor:
-    """`tensor`; if it has no row, in a dtype of `kind`, and ``torch.tensor([])`` as no rows of `width`."""
+    """Return `tensor`, or an empty tensor that the checks accept if `tensor` has no rows.
+
+    An empty tensor of a dtype outside `kind` becomes one of `dtype`. ``torch.tensor([])`` becomes 0 rows of `width`.
+    """
     if isinstance(tensor, Tensor) and tensor.ndim > 0:
         # Ask for the dtype first: in a traced graph the question for the length would be a guard.
         if tensor.dtype not in DTYPES[kind] and len(tensor) == 0:

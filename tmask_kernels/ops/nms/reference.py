@@ -1,7 +1,7 @@
-"""Non-maximum suppression as its definition reads. Letters: S segments, K boxes of a segment, M outputs of a segment.
+"""Non-maximum suppression written as its definition. Letters: S segments, K boxes of a segment, M outputs of a segment.
 
-A segment is a list of boxes that compete with each other: one level of one image, or one class of one image. Boxes of
-different segments never meet.
+A segment is a list of boxes that compete with each other, such as one level or one class of one image. Boxes of
+different segments never compete.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from ...common.reference import box_iou
 
 
 class SortedSegments(NamedTuple):
-    """Boxes by falling score, ties by rising index, then those whose score is NaN and, anywhere among these, invalid
-    ones."""
+    """The boxes of each segment, sorted.
+
+    Boxes with a score come first, by falling score, equal scores by rising index. Boxes with a NaN score and invalid
+    slots follow in any order.
+    """
 
     order: Tensor  # [S, K] int64: position in the caller's tensors
     boxes: Tensor  # [S, K, 4] float32
@@ -25,7 +28,9 @@ class SortedSegments(NamedTuple):
 
 
 def sort_order(scores: Tensor, valid: Tensor | None) -> Tensor:
-    """Positions [S, K] int64 by falling score, ties by rising index; NaN and what is not `valid` stands last."""
+    """Return positions [S, K] int64 by falling score, equal scores by rising index; NaN scores and invalid slots come
+    last.
+    """
     real = ~torch.isnan(scores)  # [S, K]
     if valid is not None:
         real = real & valid
@@ -46,11 +51,18 @@ def sort_segments(boxes: Tensor, scores: Tensor, valid: Tensor | None) -> Sorted
 def padded_nms_reference(
     boxes: Tensor, scores: Tensor, thresholds: Tensor, valid: Tensor | None, groups: Tensor | None, max_output: int
 ) -> tuple[Tensor, Tensor]:
-    """Greedy NMS: take the boxes by falling score; a box that is still alive removes every later one it overlaps.
+    """Greedy NMS, one row of IoUs at a time.
 
-    boxes [S, K, 4], scores [S, K], thresholds [S] float32, valid [S, K] bool or None, groups [S, K] integer or None:
-    with groups, two boxes meet only if their groups are equal. Gives indices [S, max_output] int64, padded with -1, and
-    counts [S] int64. One IoU row at a time: O(S K) memory. No host synchronisation.
+    Args:
+        boxes: [S, K, 4].
+        scores: [S, K].
+        thresholds: [S] float32.
+        valid: [S, K] bool, or None.
+        groups: [S, K] integer, or None. Two boxes compete only if their groups are equal.
+        max_output: M.
+
+    Returns:
+        indices [S, M] int64, padded with -1, and counts [S] int64. Needs O(S K) memory and no host synchronisation.
     """
     segments = sort_segments(boxes, scores, valid)
     sorted_boxes = segments.boxes  # [S, K, 4]
@@ -66,9 +78,15 @@ def padded_nms_reference(
 
 
 def first_kept(keep: Tensor, order: Tensor, max_output: int) -> tuple[Tensor, Tensor]:
-    """The first `max_output` kept entries of each row of `order`: indices [S, max_output] (-1 pads), counts [S].
+    """Return the first `max_output` kept entries of each row of `order`.
 
-    keep [S, K] bool and order [S, K] int64 are by falling score.
+    Args:
+        keep: [S, K] bool, by falling score.
+        order: [S, K] int64, by falling score.
+        max_output: M.
+
+    Returns:
+        indices [S, M], padded with -1, and counts [S].
     """
     S, K = keep.shape
     rank = keep.cumsum(1) - 1  # [S, K]

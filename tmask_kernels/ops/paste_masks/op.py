@@ -82,25 +82,33 @@ def paste_masks(
     convention: str = "detectron2",
     backend: str | None = None,
 ) -> Tensor | list[dict[str, Any]]:
-    """Resample each box's M x M mask to the image's pixels.
+    """Resample each M x M mask to the pixels of the image inside its box. Not differentiable.
 
-    masks: [K, M, M] floating point, probabilities, or logits (then the sigmoid comes first, before interpolation); or
-    bool, the probabilities 0 and 1 in float32. boxes: [K, 4] xyxy in pixels of the image; they may reach beyond it.
-    image_size: (H, W). threshold: in (0, 1].
+    The convention ``"detectron2"`` samples at pixel centres, counts cells beyond the mask as 0, and is inside where
+    value >= threshold; a box without area, or inverted, has no pixel. The convention ``"torchvision"`` grows the mask
+    by a ring of zeros, cuts the grown box to integers, resizes the mask
+    (`torchvision.models.detection.roi_heads.paste_masks_in_image`), and is inside where value > threshold. Values agree
+    with the originals up to float32 rounding; all backends agree bit for bit. A box with a NaN or infinite corner has
+    no pixel.
 
-    output: ``"probability"`` [K, H, W] float32 (float64 for float64 masks), 0 outside the box; ``"bool"`` [K, H, W];
-    ``"packed"`` [K, H, ceil(W / 32)] int32, as `pack_masks` of the bools; ``"rle"`` a list of K dicts
-    ``{"size": [H, W], "counts": str}``, COCO's compressed run lengths, which `pycocotools.mask.decode` turns into the
-    bools. The dense outputs need no sync; ``rle`` reads from the device (twice, by Triton) and does not trace.
+    Args:
+        masks: [K, M, M] float, probabilities or logits; or bool, the probabilities 0 and 1 in float32.
+        boxes: [K, 4], xyxy in pixels of the image. A box may reach beyond the image.
+        image_size: (H, W).
+        logits: whether `masks` are logits. The sigmoid is applied before interpolation.
+        threshold: in (0, 1].
+        output: probability, bool, packed or rle.
+        convention: detectron2 or torchvision.
+        backend: triton or reference.
 
-    convention: ``"detectron2"`` samples at pixel centres, zeros beyond the mask, inside where value >= threshold; a box
-    with no area (or inverted) has no pixel. ``"torchvision"`` grows the mask by a ring of zeros, cuts the grown box to
-    integers and resizes (`torchvision.models.detection.roi_heads.paste_masks_in_image`), inside where
-    value > threshold, the comparison of its examples. Values agree with theirs up to float32 rounding, and those of all
-    backends bit for bit. A box with a NaN or an infinite corner has no pixel.
+    Returns:
+        ``"probability"``: [K, H, W] float32 (float64 for float64 masks), 0 outside the box. ``"bool"``: [K, H, W].
+        ``"packed"``: [K, H, ceil(W / 32)] int32, as `pack_masks` of the bools. ``"rle"``: K dicts ``{"size": [H, W],
+        "counts": str}``, COCO's compressed run lengths of the bools, as `pycocotools.mask.encode` writes them; it waits
+        for the device (twice with Triton) and does not trace. The other outputs never wait.
 
-    Not differentiable; computed in float32 or float64 under autocast too. Errors: ValueError for wrong shapes, dtypes,
-    names and thresholds.
+    Raises:
+        ValueError: a shape, dtype, name or threshold is wrong.
     """
     _check_masks("paste_masks", masks, boxes, ("K",), logits)
     threshold = _check_options("paste_masks", masks, threshold, output, convention)
@@ -133,13 +141,22 @@ def paste_masks_batched(
     convention: str = "detectron2",
     backend: str | None = None,
 ) -> Sequence[Tensor | list[dict[str, Any]]]:
-    """`paste_masks` of N padded images of their own sizes: a list of its results, bit for bit.
+    """Call `paste_masks` for N padded images of their own sizes; the results are equal bit for bit.
 
-    masks: [N, D, M, M], boxes: [N, D, 4], of which the first ``counts[n]`` of image n are pasted into (H, W) =
-    ``image_sizes[n]``. counts: whole numbers in 0..D; a tensor on a device is read, which is a wait.
+    ``"rle"`` takes as many launches and waits for N images as for one (with Triton three and two). Other outputs take
+    one launch an image and no wait. The arguments that are not listed are those of `paste_masks`.
 
-    ``rle`` takes as many launches and waits for N images as for one (Triton: three and two). A dense output is one
-    launch an image, without a wait. Other arguments and errors: as of `paste_masks`; counts beyond D are a ValueError.
+    Args:
+        masks: [N, D, M, M].
+        boxes: [N, D, 4].
+        counts: how many masks of each image to paste, whole numbers in 0..D. Reading a tensor on a device is a wait.
+        image_sizes: (H, W) of each image.
+
+    Returns:
+        A list of the N results.
+
+    Raises:
+        ValueError: as of `paste_masks`, or a count is beyond D.
     """
     op = "paste_masks_batched"
     _check_masks(op, masks, boxes, ("N", "D"), logits)
@@ -165,7 +182,7 @@ def _runs(
     threshold: float,
     convention: str,
 ) -> list[list[dict[str, Any]]]:
-    """COCO's run lengths of the first masks of N images, by Triton. [N, D, M, M], [N, D, 4]"""
+    """Return COCO's run lengths of the first masks of N images, by Triton: masks [N, D, M, M], boxes [N, D, 4]."""
     from .kernels.runs import paste_runs
     from .rle import strings
 
@@ -182,7 +199,7 @@ def _choose(op: str, masks: Tensor, boxes: Tensor, image_size: tuple[int, int], 
 
 
 def _prepare(masks: Tensor, boxes: Tensor, logits: bool, chosen: str) -> tuple[Tensor, Tensor]:
-    """Probabilities of the masks, and boxes, in the precision that the backend reads."""
+    """Return the probabilities of the masks, and the boxes, in the precision that the backend reads."""
     masks, boxes = masks.detach(), boxes.detach().to(torch.promote_types(boxes.dtype, torch.float32))
     if masks.dtype == torch.bool:
         masks = masks.float()
@@ -209,7 +226,7 @@ def _check_masks(op: str, masks: Tensor, boxes: Tensor, letters: tuple[str, ...]
 
 
 def _check_options(op: str, masks: Tensor, threshold: float, output: str, convention: str) -> float:
-    """The threshold as a float."""
+    """Check the options; return the threshold as a float."""
     check_choice(op, "output", output, ("probability", "bool", "packed", "rle"))
     if output == "rle":
         check_no_transform(op, "output='rle' reads values on the host", vmap_alone=False)
@@ -219,7 +236,7 @@ def _check_options(op: str, masks: Tensor, threshold: float, output: str, conven
 
 
 def _counts(op: str, counts: Tensor | Sequence[int], N: int, D: int) -> list[int]:
-    """The N counts, in 0..D, as ints."""
+    """Return the N counts, in 0..D, as ints."""
     if isinstance(counts, Tensor):
         check_tensor(op, "counts", counts, (N,), "integer")
         check_values(op, "counts", counts)

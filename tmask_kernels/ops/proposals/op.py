@@ -1,8 +1,8 @@
-"""RPN proposals and detections. Letters: N images, A anchors, P proposals, Cls foreground classes, D detections,
-H W sides of a map.
+"""RPN proposals and detections. Letters: N images, A anchors of a cell, P proposals, Cls foreground classes, D
+detections, H W sides of a map.
 
-Boxes are xyxy in continuous pixels, float32, whatever the dtype of the maps. Order everywhere: score falling, then
-index rising. Nothing here waits for the device.
+Boxes are xyxy in continuous pixels, float32, whatever the dtype of the maps. Everything is ordered by falling score,
+then by rising index. No function waits for the device.
 """
 
 from __future__ import annotations
@@ -35,14 +35,32 @@ def rpn_proposals(
     score_threshold: float,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The RPN's proposals: boxes [N, P, 4], probabilities [N, P] float32, counts [N] int64; P = post_nms_top_n.
+    """Turn the maps of the RPN into proposals. No gradient passes.
 
-    objectness: logits [N, A, H, W] of each level, any float dtype and layout; deltas: [N, 4A, H, W], anchor by anchor.
-    image_sizes [N, 2]: height and width of each image inside the padding; padded_size: (height, width) with it, which
-    decides the stride if the spec has none. Each level gives its pre_nms_top_n best logits, decoded, clipped to the
-    image, without those with a side under min_size, a probability under score_threshold, or NaN; they go through NMS
-    by level, and the best P of the image remain, zeros behind them. No gradient passes.
-    Errors: ValueError for levels that do not fit the spec or one another. Source: Faster R-CNN (Ren et al. 2015).
+    Each level keeps its `pre_nms_top_n` best logits, decodes their boxes and clips them to the image. The function
+    drops boxes with a side under `min_size`, a probability under `score_threshold`, or NaN. NMS runs level by level.
+    Each image keeps its best P boxes.
+
+    Args:
+        objectness: logits [N, A, H, W] of each level, any float dtype and layout.
+        deltas: [N, 4A, H, W] of each level, anchor by anchor.
+        image_sizes: [N, 2], height and width of each image without padding.
+        spec: the anchors.
+        padded_size: (height, width) with padding. It decides the strides if `spec` has none.
+        pre_nms_top_n: logits that a level keeps before NMS.
+        post_nms_top_n: P.
+        nms_threshold: IoU in 0..1.
+        min_size: smallest side in pixels.
+        score_threshold: lowest probability.
+        backend: triton, torchvision (its NMS on the CPU) or reference.
+
+    Returns:
+        boxes [N, P, 4], probabilities [N, P] float32 and counts [N] int64. Zeros follow the last proposal.
+
+    Raises:
+        ValueError: the levels do not fit `spec` or one another.
+
+    Source: Faster R-CNN (Ren et al. 2015).
     """
     check_no_transform("rpn_proposals", "it takes a batch of images itself")
     objectness, deltas = _check_levels(objectness, deltas, image_sizes, spec)
@@ -87,13 +105,28 @@ def detections(
     min_size: float = 0.01,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The final detections: boxes [N, D, 4], scores [N, D] float32, labels [N, D] int64, counts [N] int64.
+    """Select the final detections. No gradient passes.
 
-    class_scores [N, P, Cls]: probabilities of the foreground classes only; a label is the column, 0..Cls-1. boxes
-    [N, P, Cls, 4], or [N, P, 1, 4] if all classes share them. valid [N, P] bool. image_sizes [N, 2]: height, width.
-    Boxes are clipped to the image; those scoring over score_threshold with no side under min_size go through NMS by
-    class, and the best D = max_detections of the image remain, zeros behind them. No gradient passes.
-    Errors: ValueError for shapes that do not fit.
+    The function clips boxes to the image and drops boxes that do not score above `score_threshold` or have a side under
+    `min_size`. NMS runs class by class. Each image keeps its best D boxes.
+
+    Args:
+        class_scores: [N, P, Cls] probabilities of the foreground classes.
+        boxes: [N, P, Cls, 4], or [N, P, 1, 4] if all classes share a box.
+        valid: [N, P] bool, the slots that hold a proposal.
+        image_sizes: [N, 2], height and width of each image.
+        score_threshold: a detection scores above it.
+        nms_threshold: IoU in 0..1.
+        max_detections: D.
+        min_size: smallest side in pixels.
+        backend: as of `rpn_proposals`.
+
+    Returns:
+        boxes [N, D, 4], scores [N, D] float32, labels [N, D] int64 and counts [N] int64. A label is a column of
+        `class_scores`. Zeros follow the last detection.
+
+    Raises:
+        ValueError: the shapes do not fit.
     """
     _check_detections(class_scores, boxes, valid, image_sizes)
     class_scores, boxes = class_scores.detach(), boxes.detach()  # no_grad keeps tangents
@@ -124,7 +157,7 @@ def _suppress_and_select(
     box_first: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """NMS of the candidates' segments, then the best `limit` of each image, as `select_best_reference` gives them."""
+    """Run NMS on the segments of the candidates, then `select_best_reference` or its kernel."""
     boxes, scores, valid = candidates  # [S, K, 4], [S, K], [S, K]
     most = min(limit, boxes.shape[1])
     kept, _ = padded_nms(boxes, scores, nms_threshold, valid=valid, max_output=most, backend=backend)
@@ -138,7 +171,7 @@ def _suppress_and_select(
 def _check_levels(
     objectness: Sequence[Tensor], deltas: Sequence[Tensor], image_sizes: Tensor, spec: AnchorSpec
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Check the maps of all levels; both as lists."""
+    """Check the maps of all levels and return them as lists."""
     check_spec("rpn_proposals", spec)
     expected = f"{len(spec.sizes)} levels (AnchorSpec.sizes) of tensors [N, A, H, W]"
     objectness = check_list("rpn_proposals", "objectness", objectness, expected, len(spec.sizes))

@@ -1,11 +1,13 @@
-"""From the RPN's maps to proposals, and from class scores to detections, as their definitions read.
+"""From the maps of the RPN to proposals, and from class scores to detections, written as their definitions.
 
-Three steps with fixed shapes and no host synchronisation: candidates by segment, NMS of the segments, the best of each
-image. The first and the last stand here; `kernels/candidates.py` and `kernels/select.py` are their kernels.
-Letters: N images, A anchors of a cell, H W side lengths of a map, L levels, P proposals, Cls foreground classes, S
-segments (a level or a class of an image), G of one image, K candidates of a segment, M of them that NMS kept, D rows
-taken of an image. Order everywhere: score falling, then index rising. All arithmetic is float32 whatever the inputs'
-dtype.
+There are three steps of fixed shapes, without host synchronisation: the candidates of each segment, NMS of the
+segments, and the best of each image. This file has the first and the last step; their kernels are
+`kernels/candidates.py` and `kernels/select.py`. Everything is ordered by falling score, then by rising index. All
+arithmetic is float32.
+
+Letters: N images, A anchors of a cell, H W sides of a map, L levels, P proposals, Cls foreground classes, S segments (a
+level or a class of an image), G segments of one image, K candidates of a segment, M candidates that NMS kept in a
+segment, D rows that an image keeps.
 """
 
 from __future__ import annotations
@@ -32,11 +34,22 @@ def rpn_candidates_reference(
     min_size: float,
     score_threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best `top_n` of each level: boxes [N * L, K, 4], probabilities [N * L, K], valid [N * L, K] bool.
+    """Return the best `top_n` anchors of each level, decoded and clipped.
 
-    objectness [N, A, H, W] and deltas [N, 4A, H, W] a level, image_sizes [N, 2], strides (y, x) a level. A level with
-    fewer than K anchors has zeros behind them. Valid are candidates without NaN, with no side under min_size and a
-    probability of at least score_threshold.
+    Args:
+        objectness: [N, A, H, W] of each level.
+        deltas: [N, 4A, H, W] of each level.
+        image_sizes: [N, 2].
+        spec: the anchors.
+        strides: (y, x) of each level.
+        top_n: candidates of a level.
+        scale_clamp: as of `decode_boxes`.
+        min_size: smallest side of a valid candidate.
+        score_threshold: lowest probability of a valid candidate.
+
+    Returns:
+        boxes [N * L, K, 4], probabilities [N * L, K] and valid [N * L, K] bool. Zeros follow the anchors of a level
+        that has fewer than K. A candidate with NaN is not valid.
     """
     most = max(min(top_n, x.shape[1:].numel()) for x in objectness)  # K
     boxes, scores, valid = [], [], []
@@ -60,7 +73,7 @@ def rpn_candidates_reference(
 def _level_best(
     logits: Tensor, deltas: Tensor, spec: AnchorSpec, level: int, stride: tuple[int, int], top_n: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best k of one level: logits [N, k], deltas [N, k, 4] and anchors [N, k, 4]."""
+    """Return the best k of one level: logits [N, k], deltas [N, k, 4] and anchors [N, k, 4]."""
     N, A, _, W = logits.shape
     flat = logits.permute(0, 2, 3, 1).flatten(1)  # [N, H * W * A]
     index = top_indices(flat, min(top_n, flat.shape[1]))  # [N, k]
@@ -81,10 +94,18 @@ def class_candidates_reference(
     score_threshold: float,
     min_size: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Every proposal once a class: boxes [N * Cls, P, 4] clipped to their image, scores and valid [N * Cls, P].
+    """Return each proposal once for each class.
 
-    class_scores [N, P, Cls], boxes [N, P, Cls or 1, 4], valid [N, P], image_sizes [N, 2]. Valid are those of a valid
-    proposal that score over score_threshold and have no side under min_size.
+    Args:
+        class_scores: [N, P, Cls].
+        boxes: [N, P, Cls or 1, 4].
+        valid: [N, P].
+        image_sizes: [N, 2].
+        score_threshold: a valid candidate scores above it.
+        min_size: smallest side of a valid candidate.
+
+    Returns:
+        boxes [N * Cls, P, 4] clipped to their image, scores and valid [N * Cls, P].
     """
     N, P, Cls = class_scores.shape
     scores = class_scores.float()
@@ -100,11 +121,18 @@ def class_candidates_reference(
 def select_best_reference(
     boxes: Tensor, scores: Tensor, kept: Tensor, images: int, limit: int, box_first: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of each of N = `images` the best D = `limit` that NMS kept: boxes [N, D, 4], scores, segments [N, D], counts [N].
+    """Return the best boxes of each image among those that NMS kept.
 
-    boxes [S, K, 4], scores [S, K]; kept [S, M] indexes K, -1 names none. A row comes with its segment 0..G-1 of the
-    image; zeros behind the last. Among equal scores the index decides: segment, then box, or with `box_first` box,
-    then segment.
+    Args:
+        boxes: [S, K, 4].
+        scores: [S, K].
+        kept: [S, M] indices into K; -1 is padding.
+        images: N.
+        limit: D.
+        box_first: orders equal scores by box, then segment; else by segment, then box.
+
+    Returns:
+        boxes [N, D, 4], scores [N, D], segments [N, D] in 0..G-1 and counts [N]. Zeros follow the last box.
     """
     S, K = scores.shape
     G = S // max(images, 1)
@@ -128,10 +156,11 @@ def select_best_reference(
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:
-    """Indices [N, k] of the k largest of scores [N, M], by falling score, ties by rising index, NaN last (behind -inf).
+    """Return indices [N, k] of the k largest of scores [N, M], by falling score, then rising index; NaN is last.
 
-    `torch.topk` promises no order among ties, and half-precision logits tie often; so it is given integers that are
-    all different: the score's bits, made to rise with the score, above the index counted from the end.
+    `torch.topk` promises no order among equal scores, and half-precision logits are often equal. So the function sorts
+    integers that all differ: the bits of the score, changed to rise with the score, above the index counted from the
+    end.
     """
     M = scores.shape[1]
     values = scores.float() + 0.0  # adding 0 turns -0 into 0
@@ -143,11 +172,11 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
 
 
 def _at_least(boxes: Tensor, min_size: float) -> Tensor:
-    """Whether both sides of boxes [..., 4] have min_size: [...]; false for NaN."""
+    """Return whether both sides of boxes [..., 4] are at least `min_size`: [...]; false for NaN."""
     return ((boxes[..., 2:] - boxes[..., :2]) >= min_size).all(-1)
 
 
 def _mark(kept: Tensor, length: int) -> Tensor:
-    """Mask [S, length] of the positions that kept [S, M] names; -1 names none."""
+    """Return a mask [S, length] of the positions in kept [S, M]; -1 marks no position."""
     marks = torch.zeros(kept.shape[0], length + 1, dtype=torch.bool, device=kept.device)
     return marks.scatter(1, torch.where(kept < 0, length, kept), True)[:, :length]

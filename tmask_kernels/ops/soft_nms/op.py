@@ -1,4 +1,4 @@
-"""Soft-NMS: overlapping boxes are not removed, their scores are lowered. Letters: K boxes."""
+"""Soft-NMS lowers the scores of overlapping boxes in place of removing the boxes. Letters: K boxes."""
 
 from __future__ import annotations
 
@@ -25,16 +25,29 @@ def soft_nms(
     score_threshold: float = 1e-3,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Take boxes by falling score; each lowers the scores of those that are left by its IoU with them.
+    """Take boxes by falling score; each box that is taken lowers the scores of the remaining boxes by its IoU with
+    them.
 
-    boxes [K, 4] xyxy, scores [K] -> indices int64 [n], new scores float32 [n], both falling by new score. A score is
-    multiplied by 1 - IoU where the IoU is strictly over `iou_threshold` ("linear"), or by exp(-IoU^2 / sigma)
-    ("gaussian"). Taking ends at `score_threshold`: less is dropped, and so is NaN. Equal scores are taken by rising
-    index; boxes that neither remove nor are removed in `nms` neither lower nor are lowered. The host waits once, for n.
+    The linear method multiplies a score by 1 - IoU if the IoU is above `iou_threshold`. The gaussian method multiplies
+    each score by exp(-IoU^2 / sigma). Equal scores are taken by rising index. A box that neither removes boxes nor is
+    removed in `nms` neither lowers scores nor has its score lowered. The host waits once, for the length of the output.
 
-    Errors: ValueError for a wrong shape, dtype or method, an iou_threshold outside 0..1, a sigma that is not positive,
-    a score_threshold that is negative. Backends: triton, one program: for up to some thousand boxes; reference.
-    Source: Bodla et al. 2017, equations 2 and 3, with its threshold strict.
+    Args:
+        boxes: [K, 4] float, xyxy.
+        scores: [K] float.
+        method: linear or gaussian.
+        iou_threshold: a number in 0..1, for the linear method.
+        sigma: above 0, for the gaussian method.
+        score_threshold: at least 0. Boxes whose lowered score is below it, or NaN, are dropped.
+        backend: triton (one program, for up to some thousand boxes) or reference.
+
+    Returns:
+        indices [n] int64 and lowered scores [n] float32, both by falling lowered score.
+
+    Raises:
+        ValueError: a shape, dtype, method or number is wrong.
+
+    Source: Bodla et al. 2017, equations 2 and 3, with a strict threshold.
     """
     check_no_transform("soft_nms", RAGGED)
     check_scored_boxes("soft_nms", boxes, scores, ("K",))

@@ -1,4 +1,4 @@
-"""Soft-NMS as its definition reads. Letters: K boxes."""
+"""Soft-NMS written as its definition. Letters: K boxes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ from ...common.reference import box_iou
 def soft_nms_reference(
     boxes: Tensor, scores: Tensor, gaussian: bool, iou_threshold: float, sigma: float, score_threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Take the best box that is left, then lower the scores of all that are left by their IoU with it; and so on.
+    """Take the best remaining box and lower the scores of the others by their IoU with it, K times.
 
-    boxes [K, 4], scores [K] -> indices [K] int64 in the order they were taken, their scores then [K] float32, and the
-    count [1] int64 of those that reach `score_threshold`; what follows these is -1 and 0. No host synchronisation.
+    Args:
+        boxes: [K, 4].
+        scores: [K].
+        gaussian: whether the decay is gaussian; else it is linear.
+        iou_threshold: of the linear decay.
+        sigma: of the gaussian decay.
+        score_threshold: the lowest score that counts.
+
+    Returns:
+        indices [K] int64 in the order of taking, their lowered scores [K] float32, and count [1] int64, the number of
+        scores of at least `score_threshold`. Entries behind the count are -1 and 0. No host synchronisation.
     """
     K, device = len(scores), boxes.device
     boxes, left = boxes.float(), scores.float()  # [K, 4], [K]
