@@ -28,19 +28,3 @@ def spill_kernel(out_ptr, in_ptr, SIDE: tl.constexpr):
     offsets = tl.arange(0, SIDE)[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
     tile = tl.load(in_ptr + offsets)
     tl.store(out_ptr + offsets, tile * tl.trans(tile))
-
-
-@triton.jit
-def loop_kernel(out_ptr, in_ptr, rows, cols, BLOCK: tl.constexpr):
-    """Loads before, in and inside two nested loops."""
-    offsets = tl.arange(0, BLOCK)
-    total = tl.load(in_ptr + offsets)
-    row = tl.program_id(0) * 0
-    while row < rows:
-        scale = tl.load(in_ptr + row * BLOCK + offsets)
-        col = tl.program_id(0) * 0
-        while col < cols:
-            total += scale * tl.load(in_ptr + (row + col) * BLOCK + offsets)
-            col += 1
-        row += 1
-    tl.store(out_ptr + offsets, total)

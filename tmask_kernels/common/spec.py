@@ -1,11 +1,11 @@
-"""The cases that an op's `example.py` gives to `tmask validate`, the GPU tests and the tests of all ops."""
+"""The cases of an op, which its `example.py` lists for `tmask validate`, the compile budgets and the tests."""
 
 from __future__ import annotations
 
 import importlib.util
 import pkgutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,10 +17,14 @@ Inputs = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class OpSpec:
-    """A small seeded case of an op: `make` gives its inputs, `call(inputs, backend)` its outputs.
+    """A seeded case of an op: `make` returns its inputs, `call(inputs, backend)` its outputs.
 
-    `make` works on the CPU in float32, so that every backend, dtype and machine sees the same numbers. Sizes are odd
-    and small: Triton's interpreter runs one program after another. Outputs are a tensor, a tuple or a list.
+    `make` works on the CPU in float32, so that every backend, dtype and machine sees the same numbers. Outputs are a
+    tensor, a tuple or a list. An `example.py` lists such cases twice:
+
+    - `SPECS` are computed. Their sizes are odd and small: Triton's interpreter runs one program after another.
+    - `BUDGETS` are compiled, never computed: a row of docs/compile-budgets.md for each kernel variant that they launch.
+      They have the channels, bins and levels of a detector, and as few boxes and cells as possible.
     """
 
     name: str  # the public function, and in brackets what sets this case apart
@@ -29,16 +33,18 @@ class OpSpec:
     features: tuple[str, ...] = ()  # inputs that take the dtype under test, and are float64 in the truth
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     gradients: tuple[str, ...] = ()  # inputs that take gradients
+    # Of BUDGETS: kernel to "load", "store" or "load store", the accesses that must be 512 bytes a warp.
+    wide: Mapping[str, str] = field(default_factory=dict)
 
 
-def op_specs() -> tuple[OpSpec, ...]:
-    """Return the SPECS of every op folder that has an `example.py`, sorted by folder."""
+def op_specs(which: str = "SPECS") -> tuple[OpSpec, ...]:
+    """Return the SPECS, or the BUDGETS, of every op folder that has an `example.py`, sorted by folder."""
     from .. import ops
 
     found: list[OpSpec] = []
     for folder in pkgutil.iter_modules(ops.__path__, f"{ops.__name__}."):
         if importlib.util.find_spec(f"{folder.name}.example"):
-            found += importlib.import_module(f"{folder.name}.example").SPECS
+            found += getattr(importlib.import_module(f"{folder.name}.example"), which, ())
     return tuple(found)
 
 

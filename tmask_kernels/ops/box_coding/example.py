@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...common.spec import Inputs, OpSpec, normal, square_boxes
@@ -21,6 +22,10 @@ def _decode_boxes(x: Inputs, backend: str) -> Tensor:
     return decode_boxes(x["deltas"], x["anchors"], image_size=(90, 80), backend=backend)
 
 
+def _decode_into_images(x: Inputs, backend: str) -> Tensor:
+    return decode_boxes(x["deltas"], x["anchors"], image_size=torch.tensor([[90, 80], [70, 80]]), backend=backend)
+
+
 SPECS = (
     OpSpec(name="encode_boxes", make=_coding_inputs, call=_encode_boxes, features=("boxes", "anchors")),
     OpSpec(
@@ -28,6 +33,18 @@ SPECS = (
         make=_coding_inputs,
         call=_decode_boxes,
         features=("deltas", "anchors"),
+        gradients=("deltas",),
+    ),
+)
+
+BUDGETS = (
+    SPECS[0],
+    OpSpec(
+        name="decode_boxes",
+        make=_coding_inputs,
+        call=_decode_into_images,
+        features=("deltas",),
+        dtypes=(torch.float32, torch.bfloat16),
         gradients=("deltas",),
     ),
 )

@@ -20,6 +20,17 @@ def _decode_keypoints(x: Inputs, backend: str) -> tuple[Tensor, Tensor]:
     return decode_keypoints(x["heatmaps"], x["boxes"], x["valid"], backend=backend)
 
 
+def _detector_inputs() -> Inputs:
+    """The 17 keypoints of COCO in maps of 56 x 56 cells."""
+    return {"heatmaps": normal(2, 3, 17, 56, 56), "boxes": torch.rand(2, 3, 4), "valid": torch.ones(2, 3) > 0}
+
+
+def _channels_last_inputs() -> Inputs:
+    inputs = _detector_inputs()
+    maps = inputs["heatmaps"].flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    return {**inputs, "heatmaps": maps.view(2, 3, 17, 56, 56)}
+
+
 SPECS = (
     OpSpec(
         name="decode_keypoints",
@@ -27,5 +38,23 @@ SPECS = (
         call=_decode_keypoints,
         features=("heatmaps",),
         dtypes=FEATURE_DTYPES,
+    ),
+)
+
+BUDGETS = (
+    OpSpec(
+        name="decode_keypoints (contiguous)",
+        make=_detector_inputs,
+        call=_decode_keypoints,
+        features=("heatmaps",),
+        dtypes=FEATURE_DTYPES,
+        wide={"_decode_keypoints_kernel": "load"},
+    ),
+    OpSpec(
+        name="decode_keypoints (channels_last)",
+        make=_channels_last_inputs,
+        call=_decode_keypoints,
+        features=("heatmaps",),
+        dtypes=(torch.bfloat16,),
     ),
 )

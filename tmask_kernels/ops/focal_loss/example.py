@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,8 +18,13 @@ def focal_inputs() -> Inputs:
     return {"logits": 4 * normal(53, 7), "targets": (uniform(53, 7) < 0.2).float()}
 
 
-def _sigmoid_focal_loss(x: Inputs, backend: str) -> Tensor:
-    return sigmoid_focal_loss(x["logits"], x["targets"], backend=backend)
+def _bool_inputs() -> Inputs:
+    x = focal_inputs()
+    return {**x, "targets": x["targets"] > 0}
+
+
+def _sigmoid_focal_loss(x: Inputs, backend: str, **settings: Any) -> Tensor:
+    return sigmoid_focal_loss(x["logits"], x["targets"], backend=backend, **settings)
 
 
 def _softmax_focal_inputs() -> Inputs:
@@ -43,4 +52,33 @@ SPECS = (
         dtypes=FEATURE_DTYPES,
         gradients=("logits",),
     ),
+)
+
+
+def _budget(
+    name: str,
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
+    *,
+    make: Callable[[], Inputs] = focal_inputs,
+    features: tuple[str, ...] = ("logits",),
+    reduction: str = "sum",
+    gamma: float = 2.0,
+) -> OpSpec:
+    return OpSpec(
+        name=f"sigmoid_focal_loss ({name})",
+        make=make,
+        call=partial(_sigmoid_focal_loss, reduction=reduction, gamma=gamma),
+        features=features,
+        dtypes=tuple(dtypes),
+        gradients=("logits",),
+        wide={"_focal_fwd_kernel": "load" if reduction == "sum" else "load store", "_focal_bwd_kernel": "load store"},
+    )
+
+
+BUDGETS = (
+    _budget("sum", FEATURE_DTYPES, features=("logits", "targets")),
+    _budget("sum, fp32 targets"),
+    _budget("sum, bool targets", make=_bool_inputs),
+    _budget("sum, any gamma", features=("logits", "targets"), gamma=1.5),
+    _budget("none", features=("logits", "targets"), reduction="none"),
 )

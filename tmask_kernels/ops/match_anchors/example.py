@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -15,17 +17,27 @@ def _match_inputs() -> Inputs:
     return {"anchors": square_boxes(150, 100.0, min_size=8.0), "gt": gt, "valid": kind == 0, "crowd": kind == 1}
 
 
-def _match_anchors(x: Inputs, backend: str) -> tuple[Tensor, ...]:
+def _match_anchors(x: Inputs, backend: str, crowds: bool = True, low_quality: bool = True) -> tuple[Tensor, ...]:
     return match_anchors(
         x["anchors"],
         x["gt"],
         x["valid"],
-        gt_crowd=x["crowd"],
+        gt_crowd=x["crowd"] if crowds else None,
         high=0.6,
         low=0.3,
-        allow_low_quality=True,
+        allow_low_quality=low_quality,
         backend=backend,
     )
 
 
 SPECS = (OpSpec(name="match_anchors", make=_match_inputs, call=_match_anchors),)
+
+BUDGETS = (
+    OpSpec(name="match_anchors (crowds)", make=_match_inputs, call=_match_anchors),
+    OpSpec(name="match_anchors", make=_match_inputs, call=partial(_match_anchors, crowds=False)),
+    OpSpec(
+        name="match_anchors (no low quality)",
+        make=_match_inputs,
+        call=partial(_match_anchors, crowds=False, low_quality=False),
+    ),
+)

@@ -20,7 +20,8 @@ def _padded_nms(x: Inputs, backend: str) -> tuple[Tensor, ...]:
 
 
 def _long_nms_inputs() -> Inputs:
-    return {"boxes": square_boxes(300, 100.0, min_size=12.0).view(2, 150, 4), "scores": uniform(2, 150)}
+    boxes = square_boxes(300, 100.0, min_size=12.0).view(2, 150, 4)
+    return {"boxes": boxes, "scores": uniform(2, 150), "classes": torch.arange(150) % 3}
 
 
 def _long_nms(x: Inputs, backend: str) -> tuple[Tensor, ...]:
@@ -41,3 +42,5 @@ SPECS = (
     OpSpec(name="padded_nms", make=_nms_inputs, call=_padded_nms),
     OpSpec(name="padded_nms (long segments)", make=_long_nms_inputs, call=_long_nms),
 )
+
+BUDGETS = (*SPECS, OpSpec(name="batched_nms (long segments)", make=_long_nms_inputs, call=_batched_nms))

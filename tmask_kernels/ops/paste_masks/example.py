@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...common.spec import Inputs, OpSpec, uniform
+from ...common.spec import FEATURE_DTYPES, Inputs, OpSpec, uniform
 from .op import paste_masks, paste_masks_batched
 
 
@@ -16,9 +16,9 @@ def _paste_inputs() -> Inputs:
     return {"masks": uniform(3, 28, 28), "boxes": boxes}
 
 
-def _paste(output: str) -> Callable[[Inputs, str], Any]:
+def _paste(output: str, convention: str = "detectron2", width: int = 41) -> Callable[[Inputs, str], Any]:
     def call(x: Inputs, backend: str) -> Any:
-        return paste_masks(x["masks"], x["boxes"], (13, 41), output=output, backend=backend)
+        return paste_masks(x["masks"], x["boxes"], (13, width), output=output, convention=convention, backend=backend)
 
     return call
 
@@ -44,4 +44,24 @@ SPECS = (
     OpSpec(name="paste_masks (rle)", make=_paste_inputs, call=_paste("rle")),
     OpSpec(name="paste_masks_batched (bool)", make=_paste_batch_inputs, call=_paste_batch("bool")),
     OpSpec(name="paste_masks_batched (rle)", make=_paste_batch_inputs, call=_paste_batch("rle")),
+)
+
+BUDGETS = tuple(
+    OpSpec(
+        name=f"paste_masks ({output}, {convention})",
+        make=_paste_inputs,
+        call=_paste(output, convention, width=161),  # a row of four words of bits and more, as in a detector
+        features=("masks",),
+        dtypes=dtypes,
+        wide={} if output == "rle" else {"_paste_kernel": "store"},
+    )
+    for output, convention, dtypes in (
+        ("bool", "detectron2", FEATURE_DTYPES[:2]),
+        ("bool", "torchvision", FEATURE_DTYPES[:1]),
+        ("packed", "detectron2", FEATURE_DTYPES[:1]),
+        ("packed", "torchvision", FEATURE_DTYPES[:1]),
+        ("probability", "detectron2", FEATURE_DTYPES[::2]),
+        ("rle", "detectron2", FEATURE_DTYPES[::2]),
+        ("rle", "torchvision", FEATURE_DTYPES[:1]),
+    )
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -23,12 +25,12 @@ def _proposal_inputs() -> Inputs:
     }
 
 
-def _rpn_proposals(x: Inputs, backend: str) -> tuple[Tensor, ...]:
+def _rpn_proposals(x: Inputs, backend: str, anchors: AnchorSpec = ANCHORS) -> tuple[Tensor, ...]:
     return rpn_proposals(
-        [x["logits3"], x["logits4"]],
-        [x["deltas3"], x["deltas4"]],
+        [x[name] for name in x if name.startswith("logits")],
+        [x[name] for name in x if name.startswith("deltas")],
         x["sizes"],
-        ANCHORS,
+        anchors,
         padded_size=(72, 88),
         pre_nms_top_n=60,
         post_nms_top_n=40,
@@ -39,16 +41,29 @@ def _rpn_proposals(x: Inputs, backend: str) -> tuple[Tensor, ...]:
     )
 
 
+PYRAMID = AnchorSpec(
+    sizes=((32.0,), (64.0,), (128.0,), (256.0,), (512.0,)), aspect_ratios=(0.5, 1.0, 2.0), strides=(4, 8, 16, 32, 64)
+)
+
+
+def _pyramid_inputs() -> Inputs:
+    """The five levels of a detector."""
+    sizes = [(18, 22), (9, 11), (5, 6), (3, 3), (2, 2)]
+    logits = {f"logits{i}": normal(2, 3, *size) for i, size in enumerate(sizes)}
+    deltas = {f"deltas{i}": normal(2, 12, *size) for i, size in enumerate(sizes)}
+    return {**logits, **deltas, "sizes": torch.tensor([[70, 85], [64, 60]])}
+
+
 def _detection_inputs() -> Inputs:
     boxes = torch.stack([square_boxes(20 * 3, 60.0, seed=s, min_size=12.0).view(20, 3, 4) for s in (5, 6)])
     valid = torch.arange(20)[None].expand(2, 20) < torch.tensor([[20], [13]])
     return {"scores": uniform(2, 20, 3), "boxes": boxes, "valid": valid, "sizes": torch.tensor([[60, 60], [50, 55]])}
 
 
-def _detections(x: Inputs, backend: str) -> tuple[Tensor, ...]:
+def _detections(x: Inputs, backend: str, first: int = 0) -> tuple[Tensor, ...]:
     return detections(
-        x["scores"],
-        x["boxes"],
+        x["scores"][..., first:],
+        x["boxes"][:, :, first:],
         valid=x["valid"],
         image_sizes=x["sizes"],
         score_threshold=0.1,
@@ -61,4 +76,21 @@ def _detections(x: Inputs, backend: str) -> tuple[Tensor, ...]:
 SPECS = (
     OpSpec(name="rpn_proposals", make=_proposal_inputs, call=_rpn_proposals, features=MAPS, dtypes=FEATURE_DTYPES),
     OpSpec(name="detections", make=_detection_inputs, call=_detections),
+)
+
+BUDGETS = (
+    OpSpec(
+        name="rpn_proposals",
+        make=_pyramid_inputs,
+        call=partial(_rpn_proposals, anchors=PYRAMID),
+        features=tuple(f"{kind}{level}" for kind in ("logits", "deltas") for level in range(5)),
+        dtypes=FEATURE_DTYPES[:2],
+    ),
+    OpSpec(
+        name="detections",
+        make=_detection_inputs,
+        call=partial(_detections, first=1),  # the scores are a softmax without its first column
+        features=("scores",),
+        dtypes=FEATURE_DTYPES[:2],
+    ),
 )
