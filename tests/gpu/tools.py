@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bench.graph import captured
+from tmask_kernels.testing import Tolerance, assert_close
 
 MEBIBYTE = 2**20
 
@@ -43,6 +44,16 @@ def assert_same_bits(got: Any, expected: Any) -> None:
         assert a.shape == b.shape
         assert torch.equal(a.nan_to_num(), b.nan_to_num()), f"{int((a != b).sum())} of {a.numel()} differ"
         assert torch.equal(a.isnan(), b.isnan())
+
+
+def random_like(out: Tensor) -> Tensor:
+    return torch.randn(out.shape, device=out.device, generator=torch.Generator(out.device).manual_seed(2)).to(out.dtype)
+
+
+def assert_gradients_close(got: Tensor, want: Tensor, *, tolerance: Tolerance | None = None) -> None:
+    """Both divided by the power of two that brings the largest above 1; that rounds nothing."""
+    scale = 2.0 ** want.abs().max().log2().floor() if want.any() else 1.0
+    assert_close((got.double() / scale).to(got.dtype), want / scale, name="gradient", tolerance=tolerance)
 
 
 def recorded(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:

@@ -33,6 +33,7 @@ class OpSpec:
     features: tuple[str, ...] = ()  # inputs that take the dtype under test, and are float64 in the truth
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     gradients: tuple[str, ...] = ()  # inputs that take gradients
+    ragged: bool = False  # the length of the result depends on values: the host waits for the device
     # Of BUDGETS: kernel to "load", "store" or "load store", the accesses that must be 512 bytes a warp.
     wide: Mapping[str, str] = field(default_factory=dict)
 

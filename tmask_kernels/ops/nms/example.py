@@ -37,8 +37,8 @@ def _batched_nms(x: Inputs, backend: str) -> Tensor:
 
 
 SPECS = (
-    OpSpec(name="nms", make=_nms_inputs, call=_nms),
-    OpSpec(name="batched_nms", make=_nms_inputs, call=_batched_nms),
+    OpSpec(name="nms", make=_nms_inputs, call=_nms, ragged=True),
+    OpSpec(name="batched_nms", make=_nms_inputs, call=_batched_nms, ragged=True),
     OpSpec(name="padded_nms", make=_nms_inputs, call=_padded_nms),
     OpSpec(name="padded_nms (long segments)", make=_long_nms_inputs, call=_long_nms),
 )

@@ -41,9 +41,9 @@ SPECS = (
     OpSpec(name="paste_masks (probability)", make=_paste_inputs, call=_paste("probability"), features=("masks",)),
     OpSpec(name="paste_masks (bool)", make=_paste_inputs, call=_paste("bool")),
     OpSpec(name="paste_masks (packed)", make=_paste_inputs, call=_paste("packed")),
-    OpSpec(name="paste_masks (rle)", make=_paste_inputs, call=_paste("rle")),
+    OpSpec(name="paste_masks (rle)", make=_paste_inputs, call=_paste("rle"), ragged=True),
     OpSpec(name="paste_masks_batched (bool)", make=_paste_batch_inputs, call=_paste_batch("bool")),
-    OpSpec(name="paste_masks_batched (rle)", make=_paste_batch_inputs, call=_paste_batch("rle")),
+    OpSpec(name="paste_masks_batched (rle)", make=_paste_batch_inputs, call=_paste_batch("rle"), ragged=True),
 )
 
 BUDGETS = tuple(

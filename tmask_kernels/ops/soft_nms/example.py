@@ -18,7 +18,7 @@ def _soft_nms(x: Inputs, backend: str, method: str = "linear") -> tuple[Tensor, 
     return soft_nms(x["boxes"], x["scores"], method=method, backend=backend)
 
 
-SPECS = (OpSpec(name="soft_nms", make=_soft_nms_inputs, call=_soft_nms),)
+SPECS = (OpSpec(name="soft_nms", make=_soft_nms_inputs, call=_soft_nms, ragged=True),)
 
 BUDGETS = tuple(
     OpSpec(name=f"soft_nms ({method})", make=_soft_nms_inputs, call=partial(_soft_nms, method=method))
