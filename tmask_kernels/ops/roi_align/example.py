@@ -156,8 +156,9 @@ WIDE = {
     "_max_gather_kernel": "load store",
 }
 FP32, BF16, FP16 = FEATURE_DTYPES
-NCHW = {"layout": torch.contiguous_format}
-CUBIC, MAX = {"interpolation": "bicubic"}, {"reduction": "max", "gradients": LEVELS}
+NCHW: dict[str, Any] = {"layout": torch.contiguous_format}
+CUBIC: dict[str, Any] = {"interpolation": "bicubic"}
+MAX: dict[str, Any] = {"reduction": "max", "gradients": LEVELS}
 
 BUDGETS = (
     _budget("7x7, channels_last", BF16, FP16, FP32),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -14,8 +15,8 @@ def _soft_nms_inputs() -> Inputs:
     return {"boxes": square_boxes(70, 60.0, min_size=12.0), "scores": uniform(70)}
 
 
-def _soft_nms(x: Inputs, backend: str, method: str = "linear") -> tuple[Tensor, ...]:
-    return soft_nms(x["boxes"], x["scores"], method=method, backend=backend)
+def _soft_nms(x: Inputs, backend: str, **settings: Any) -> tuple[Tensor, ...]:
+    return soft_nms(x["boxes"], x["scores"], backend=backend, **settings)
 
 
 SPECS = (OpSpec(name="soft_nms", make=_soft_nms_inputs, call=_soft_nms, ragged=True),)
