@@ -41,12 +41,12 @@ FULL_TOLERANCES = TOLERANCES | {torch.float32: Tolerance(**FULL_SIZE_FP32)}
 RPN = {"high": 0.7, "low": 0.3, "allow_low_quality": True}
 HEAD = {"high": 0.5, "low": 0.5, "allow_low_quality": False}
 
-ROIS, MASK_ROIS, BICUBIC, LARGEST = "W1", "W2", "W3-bicubic", "W3-max"
-ONE_MAP, ADAPTIVE, POOL = "W4-ratio2", "W4-ratio0", "W4-pool"
-NMS = ("W5", "W6", "W7-1k", "W7-10k", "W7-10k-dense", "W7-100k")
-LEVELS, LIST, MEDIUM, LONG_LIST, MILLION = "W5", "W7-1k", "W7-10k", "W7-100k", "W7-1M"
-PROPOSALS, ANCHORS, KEYPOINTS, MASKS, MASKS_OF_DETECTRON2 = "W8", "W9", "W14", "W10", "W10-detectron2"
-FOCAL, FOCAL_HEAD, MASK_LOSS = "W11", "W11-head", "W13-masks"
+ROIS, MASK_ROIS, BICUBIC, LARGEST = "roi-align-box-head", "roi-align-mask-head", "roi-align-bicubic", "roi-align-max"
+ONE_MAP, ADAPTIVE, POOL = "roi-align-map", "roi-align-map-adaptive", "roi-pool-map"
+NMS = ("nms-rpn", "nms-classes", "nms-1k", "nms-10k", "nms-10k-dense", "nms-100k")
+LEVELS, LIST, MEDIUM, LONG_LIST, MILLION = "nms-rpn", "nms-1k", "nms-10k", "nms-100k", "nms-1m"
+PROPOSALS, ANCHORS, KEYPOINTS, MASKS, MASKS_OF_DETECTRON2 = "proposals-rpn", "match-anchors", "keypoints", "paste-masks", "paste-masks-detectron2"
+FOCAL, FOCAL_HEAD, MASK_LOSS = "focal-rpn", "focal-box-head", "mask-loss"
 
 
 def case_of(name: str, full: bool) -> Any:
