@@ -7,10 +7,30 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 Entry = tuple[int, int, int, int]  # tag, type, count, value or its place
 Pixels = Any  # [H, W, bands]
+
+# What a viewer does with the stored pixels at each EXIF orientation.
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a),
+}
+
+
+def encoded(pixels: Pixels, kind: str = "PNG", **how: Any) -> bytes:
+    """A file of `pixels` as Pillow writes it, of another `kind` if asked."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **how)
+    return file.getvalue()
 
 
 def tiff(pixels: Pixels = None, *, order: str = "<", pages: Sequence[dict[str, Any]] = (), **page: Any) -> bytes:
@@ -75,28 +95,25 @@ def _page(
 
 
 def exif(orientation: int | None = None, more: Sequence[Entry] = ()) -> bytes:
-    """EXIF data of these entries, whose IFD is at 8; at 200 stands the pair -1, 0 and at 208 the pair 0, 0."""
+    """EXIF data of these entries; their IFD starts at 8, the pair -1, 0 is at 200 and the pair 0, 0 at 208."""
     turn = [] if orientation is None else [(0x112, 3, 1, orientation)]
     return b"II*\0" + _ifd(8, [struct.pack("<HHII", *entry) for entry in sorted([*turn, *more])])
 
 
 def with_exif(pixels: Pixels, suffix: str, orientation: int | None = None, more: Sequence[Entry] = ()) -> bytes:
     """A file of RGB `pixels` with that EXIF data; in a TIFF the tags of the image are among them."""
-    file = io.BytesIO()
     kind = Image.registered_extensions()[f".{suffix}"]
     if kind != "TIFF":
-        Image.fromarray(pixels).save(file, kind, exif=b"Exif\0\0" + exif(orientation, more))
-        return file.getvalue()
+        return encoded(pixels, kind, exif=b"Exif\0\0" + exif(orientation, more))
     own = {(0x112, 3, 1, orientation or 1), *more}
-    strip = {273: 400, 259: 1, 284: 1}
     height, width, _ = pixels.shape
-    numbers = {256: width, 257: height, 262: 2, 277: 3, 278: height, 279: pixels.size, **strip}
+    numbers = {256: width, 257: height, 262: 2, 277: 3, 278: height, 279: pixels.size, 273: 400, 259: 1, 284: 1}
     entries = own | {(tag, 4, 1, value) for tag, value in numbers.items()} | {(258, 3, 3, 216)}
     packed = [struct.pack("<HHII", *entry) for entry in sorted(entries)]
     return (b"II*\0" + _ifd(8, packed)).ljust(400, b"\0") + pixels.tobytes()
 
 
 def _ifd(at: int, entries: Sequence[bytes]) -> bytes:
-    """An IFD after a head of 4 bytes, with the values that stand at 200, 208 and 216 of the file."""
+    """An IFD after a head of 4 bytes, and the values at 200, 208 and 216 of the file."""
     ifd = struct.pack("<IH", at, len(entries)) + b"".join(entries) + struct.pack("<I", 0)
     return ifd.ljust(196, b"\0") + struct.pack("<iiii", -1, 0, 0, 0) + struct.pack("<HHH", 8, 8, 8)

@@ -10,11 +10,14 @@ from tmask.data.categories import match_categories
 from tmask.data.coco import CocoDataset
 
 FILE = Path("val.json")
-TRAIN = [{"id": 1, "name": "disc"}, {"id": 2, "name": "ring"}, {"id": 5, "name": "bar"}]
 
 
-def pairs(categories: list[dict[str, Any]]) -> list[tuple[int, str]]:
-    return [(item["id"], item["name"]) for item in categories]
+def named(*classes: tuple[int, str]) -> list[dict[str, Any]]:
+    return [{"id": number, "name": name} for number, name in classes]
+
+
+TRAIN = named((1, "disc"), (2, "ring"), (5, "bar"))
+TWICE = named((1, "disc"), (2, "disc"))
 
 
 @pytest.mark.parametrize(
@@ -22,11 +25,11 @@ def pairs(categories: list[dict[str, Any]]) -> list[tuple[int, str]]:
     [
         (TRAIN, [1, 2, 5]),
         (TRAIN[::-1], [1, 2, 5]),
-        ([{"id": 12, "name": "bar"}, {"id": 5, "name": "disc"}, {"id": 0, "name": "ring"}], [5, 0, 12]),
-        ([{"id": 1, "name": "disc"}, {"id": 5, "name": "bar"}], [1, 2, 5]),
-        ([{"id": 2, "name": "disc"}, {"id": 1, "name": "bar"}], [2, 3, 1]),  # 2 is taken
-        ([{"id": 2, "name": "disc"}], [2, 3, 5]),
-        ([{"id": 2, "name": " disc "}, {"id": 5, "name": "never seen"}], [2, 6, 7]),
+        (named((12, "bar"), (5, "disc"), (0, "ring")), [5, 0, 12]),
+        (named((1, "disc"), (5, "bar")), [1, 2, 5]),
+        (named((2, "disc"), (1, "bar")), [2, 3, 1]),  # 2 is taken
+        (named((2, "disc")), [2, 3, 5]),
+        (named((2, " disc "), (5, "never seen")), [2, 6, 7]),
     ],
     ids=["same", "order", "ids", "one missing", "its id taken", "two missing", "unused"],
 )
@@ -38,19 +41,17 @@ def test_names_decide(own: list[dict[str, Any]], expected: list[int]) -> None:
 
 
 def test_unicode_forms_of_a_name_are_one() -> None:
-    matched = match_categories([{"id": 1, "name": "caf\u00e9"}], [{"id": 4, "name": "cafe\u0301"}], {4}, FILE)
+    matched = match_categories(named((1, "caf\u00e9")), named((4, "cafe\u0301")), {4}, FILE)
     assert [item["id"] for item in matched] == [4]
 
 
 def test_a_class_that_training_lacks_is_an_error_with_the_nearest() -> None:
-    own = [*TRAIN, {"id": 9, "name": "Ring"}]
+    own = [*TRAIN, *named((9, "Ring"))]
     expected = r"^val.json: categories: expected those of training, 'ring'\?, got 'Ring' \(id 9\)$"
     with pytest.raises(ValueError, match=expected):
         match_categories(TRAIN, own, {1, 9}, FILE)
-    assert pairs(match_categories(TRAIN, own, {1}, FILE)) == pairs(TRAIN)  # no annotation has it
-
-
-TWICE = [{"id": 1, "name": "disc"}, {"id": 2, "name": "disc"}]
+    matched = match_categories(TRAIN, own, {1}, FILE)  # no annotation has it
+    assert named(*[(item["id"], item["name"]) for item in matched]) == TRAIN
 
 
 def test_where_names_occur_twice_all_must_be_the_same() -> None:
@@ -58,7 +59,7 @@ def test_where_names_occur_twice_all_must_be_the_same() -> None:
     for own, message in (
         (TWICE[::-1], r"where label 1 is \(1, 'disc'\), got \(2, 'disc'\)"),
         (TWICE[:1], r"where label 2 is \(2, 'disc'\), got None"),
-        ([*TWICE, {"id": 3, "name": "bar"}], r"where label 3 is None, got \(3, 'bar'\)"),
+        ([*TWICE, *named((3, "bar"))], r"where label 3 is None, got \(3, 'bar'\)"),
     ):
         with pytest.raises(ValueError, match="categories: expected those of training, " + message):
             match_categories(TWICE, own, {1, 2}, FILE)
@@ -67,9 +68,9 @@ def test_where_names_occur_twice_all_must_be_the_same() -> None:
 def test_targets_and_results_go_by_the_labels_of_training(write: Any, content: dict[str, Any]) -> None:
     """The fixture has 5 plane and 90 brush: labels 1 and 2, as training has them 3 and 1."""
     dataset = CocoDataset(*write(content))
-    assert dataset[0][1]["labels"].tolist() == [2, 1, 1]
-    dataset.use_labels([{"id": 1, "name": "brush"}, {"id": 2, "name": "saw"}, {"id": 3, "name": "plane"}])
-    assert torch.equal(dataset[0][1]["labels"], torch.tensor([1, 3, 3]))
+    assert dataset[0][1]["labels"].tolist() == [2, 1, 2]
+    dataset.use_labels(named((1, "brush"), (2, "saw"), (3, "plane")))
+    assert torch.equal(dataset[0][1]["labels"], torch.tensor([1, 3, 1]))
     # Results keep the ids of the file they are of.
     assert dataset.category_ids == [90, 2, 5]
     assert dataset.num_classes == 4

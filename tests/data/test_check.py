@@ -19,7 +19,7 @@ CUT, SIZE, EMPTY, GONE = "image file is truncated", "expected 64x64 pixels", "em
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Twelve images, of which four are bad: the pixels of one, the headers of two, and one is missing."""
+    """Twelve images. Four are bad: one in its pixels, two in their headers, and one is missing."""
     images, _ = write_shapes(tmp_path, num_images=12, seed=1, size=64)
     files = sorted(images.iterdir())
     files[1].write_bytes(files[1].read_bytes()[:-30])

@@ -1,9 +1,7 @@
-"""Images that are there under another name than the file's: taken where one file alone can be meant, else shown."""
+"""Images under another name than the annotation file's: taken if one file alone can be meant, else shown."""
 
-import json
 import re
 import unicodedata
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data.conftest import coco, told, write_coco
 from tmask.data.coco import CocoDataset
 from tmask.engine.predict import image_records
 
@@ -19,26 +18,20 @@ from tmask.engine.predict import image_records
 def opened(tmp_path: Path) -> Any:
     """Open a data set whose folder has the files `there`, and whose images have the names `named`."""
 
-    def opened(there: list[str], named: list[str] | list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    def opened(there: list[str], named: list[str], **fields: Any) -> tuple[list[str], list[str]]:
         for name in there:
             path = tmp_path / "images" / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"") if path.suffix == ".txt" else Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(
-                path
-            )
-        fields = [{"file_name": name} if isinstance(name, str) else name for name in named]
-        content = {
-            "images": [{"id": i, "width": 6, "height": 4, **item} for i, item in enumerate(fields, 1)],
-            "categories": [{"id": 1, "name": "disc"}],
-            "annotations": [],
-        }
-        (tmp_path / "a.json").write_text(json.dumps(content))
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            dataset = CocoDataset(tmp_path / "images", tmp_path / "a.json")
+            Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(path) if path.suffix != ".txt" else path.touch()
+        content = coco([(name, 6, 4) for name in named])
+        first = content["images"][0] | fields
+        content["images"][0] = {name: value for name, value in first.items() if value != "left out"}
+        write_coco(tmp_path, content)
+        with told() as messages:
+            dataset = CocoDataset(tmp_path / "images", tmp_path / "file.json")
         paths = [dataset.image_path(i).relative_to(tmp_path / "images").as_posix() for i in range(len(dataset))]
         assert all(dataset[i][0].shape == (3, 4, 6) for i in range(len(dataset)))
-        return paths, [str(item.message) for item in caught if item.category is UserWarning]
+        return paths, messages
 
     return opened
 
@@ -71,26 +64,30 @@ OTHER_NAMES = {
 
 
 @pytest.mark.parametrize(("there", "named"), OTHER_NAMES.values(), ids=OTHER_NAMES)
-def test_it_is_taken_with_a_warning(opened: Any, tmp_path: Path, there: str, named: str) -> None:
-    paths, told = opened([there, "other.png", "1.txt"], ["other.png", named])
+def test_it_is_taken_with_a_warning_and_prediction_finds_its_id(
+    opened: Any, tmp_path: Path, there: str, named: str
+) -> None:
+    paths, messages = opened([there, "other.png", "1.txt"], ["other.png", named])
     assert paths == ["other.png", there]
     expected = f"1 of 2 images are there under another name, first {named!r}: {there} (image id 2)"
-    assert told == [f"{tmp_path / 'a.json'}: {expected}"]
+    assert messages == [f"{tmp_path / 'file.json'}: {expected}"]
+    expected = f"1 of 2 images are in it under another name, first {there}: {named!r} (image id 2)"
+    with pytest.warns(UserWarning, match=re.escape(expected)):
+        records = image_records(tmp_path / "file.json", [there, "other.png"])
+    assert {name: record["id"] for name, record in records.items()} == {there: 2, "other.png": 1}
 
 
 def test_names_as_they_are_give_no_warning(opened: Any) -> None:
-    assert opened(["a/1.png", "b/1.png", "1.png"], ["a/1.png", "1.png", "b/1.png"]) == (
-        ["a/1.png", "1.png", "b/1.png"],
-        [],
-    )
+    names = ["a/1.png", "1.png", "b/1.png"]
+    assert opened(sorted(names), names) == (names, [])
 
 
 @pytest.mark.parametrize("there", ["397133.jpg", "val2017/397133.jpg"])
 def test_lvis_names_an_image_by_its_url(opened: Any, tmp_path: Path, there: str) -> None:
     lvis = {"coco_url": "http://images.cocodataset.org/val2017/397133.jpg", "neg_category_ids": [3], "license": None}
-    for record in (lvis, {**lvis, "file_name": None}):
-        assert opened([there], [record]) == ([there], [])
-    assert image_records(tmp_path / "a.json", ["397133.jpg"])["397133.jpg"]["id"] == 1
+    for name in (None, "left out"):
+        assert opened([there], [""], **lvis, file_name=name) == ([there], [])
+    assert image_records(tmp_path / "file.json", ["397133.jpg"])["397133.jpg"]["id"] == 1
 
 
 NOT_SURE = {
@@ -111,8 +108,7 @@ def test_what_may_be_another_image_is_shown_and_not_taken(
 ) -> None:
     with pytest.raises(ValueError, match="images_folder") as error:
         opened(there, named)
-    file, folder = tmp_path / "a.json", tmp_path / "images"
-    none = f"images_folder: none of the 1 images of {file} is in {folder}"
+    none = f"images_folder: none of the 1 images of {tmp_path / 'file.json'} is in {tmp_path / 'images'}"
     assert str(error.value) == f"{none}, first {named[0]} (image id 1){hint}"
 
 
@@ -128,22 +124,13 @@ def test_a_file_that_is_like_the_name_but_another_image_s_is_no_hint(opened: Any
 
 
 def test_images_of_one_file_are_counted_in_a_warning(opened: Any, tmp_path: Path) -> None:
-    paths, told = opened(["1.png", "2.png"], ["1.png", "2.png", "1.png", "1.png"])
+    paths, messages = opened(["1.png", "2.png"], ["1.png", "2.png", "1.png", "1.png"])
     assert paths == ["1.png", "2.png", "1.png", "1.png"]
     expected = "2 of 4 images have the file of another image, first 1.png (image ids 1 and 3)"
-    assert told == [f"{tmp_path / 'a.json'}: {expected}: the annotations of one are missing in the other"]
-
-
-@pytest.mark.parametrize(("there", "named"), OTHER_NAMES.values(), ids=OTHER_NAMES)
-def test_prediction_finds_the_ids_of_other_names(opened: Any, tmp_path: Path, there: str, named: str) -> None:
-    opened([there, "other.png"], [named, "other.png"])
-    expected = f"1 of 2 images are in it under another name, first {there}: {named!r} (image id 1)"
-    with pytest.warns(UserWarning, match=re.escape(expected)):
-        records = image_records(tmp_path / "a.json", [there, "other.png"])
-    assert {name: record["id"] for name, record in records.items()} == {there: 1, "other.png": 2}
+    assert messages == [f"{tmp_path / 'file.json'}: {expected}: the annotations of one are missing in the other"]
 
 
 def test_prediction_takes_no_file_for_one_of_two_images(opened: Any, tmp_path: Path) -> None:
     opened(["a/1.png", "b/1.png"], ["a/1.png", "b/1.png"])
     with pytest.raises(ValueError, match=r"1 of 1 images are not in it: 1.png"):
-        image_records(tmp_path / "a.json", ["1.png"])
+        image_records(tmp_path / "file.json", ["1.png"])

@@ -1,10 +1,11 @@
 """Classes with masks and classes of boxes alone: the splits, and what a data set shows of each."""
 
-import contextlib
 import dataclasses
+from typing import Any
 
 import pytest
 
+from tests.data.conftest import CONTENT, polygon, told
 from tmask.config import DataConfig
 from tmask.data.coco import CocoDataset
 from tmask.data.mask_classes import mask_category_ids
@@ -46,7 +47,7 @@ def test_random_splits() -> None:
 
 @pytest.mark.parametrize("chosen", ["brush", "90", " brush ", "brush,90"])
 def test_names_and_ids(chosen: str) -> None:
-    assert mask_category_ids(chosen, [{"id": 90, "name": "brush"}, {"id": 5, "name": "plane"}]) == {90}
+    assert mask_category_ids(chosen, CONTENT["categories"]) == {90}
 
 
 @pytest.mark.parametrize(("chosen", "ids"), [("1,2", {2, 3}), ("0", {1}), ("10", {10}), ("9,10", {10})])
@@ -68,7 +69,7 @@ def test_a_number_that_is_a_name_is_no_id(chosen: str, ids: set[int]) -> None:
 )
 def test_what_is_refused(chosen: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"^mask_classes: {message}"):
-        mask_category_ids(chosen, [{"id": 90, "name": "brush"}, {"id": 5, "name": "plane"}])
+        mask_category_ids(chosen, CONTENT["categories"])
 
 
 @pytest.mark.parametrize("chosen", ["voc", "non_voc"])
@@ -77,10 +78,17 @@ def test_vocs_classes_alone_are_no_split(chosen: str) -> None:
         mask_category_ids(chosen, EIGHTY[5:7])
 
 
-def test_a_split_leaves_out_the_masks_of_the_others(write, content) -> None:
+@pytest.fixture
+def masked(content: dict[str, Any]) -> dict[str, Any]:
+    """The file with a mask of every annotation; the last one is of a plane."""
+    content["annotations"][2]["category_id"] = 5
     for item in content["annotations"]:
-        item["segmentation"] = [[1, 1, 9, 1, 9, 9]]
-    whole, part = CocoDataset(*write(content)), CocoDataset(*write(content), mask_classes="plane")
+        item["segmentation"] = polygon(*item["bbox"])
+    return content
+
+
+def test_a_split_leaves_out_the_masks_of_the_others(write, masked) -> None:
+    whole, part = CocoDataset(*write(masked)), CocoDataset(*write(masked), mask_classes="plane")
     assert (whole.boxes_only, part.boxes_only) == (frozenset(), {90})
     everything, target = whole[0][1], part[0][1]
     assert everything["has_mask"].tolist() == [True, True, True]
@@ -93,50 +101,42 @@ def test_a_split_leaves_out_the_masks_of_the_others(write, content) -> None:
     assert all("segmentation" in item for item in part.coco.dataset["annotations"]), "what is evaluated keeps them"
 
 
-# Run lengths of no pixel, as numbers and compressed.
-NO_PIXEL = {"runs": [200], "empty run": [200, 0], "compressed": "X6"}
+FAULTS: dict[str, dict[str, Any]] = {
+    "without": {"segmentation": None},
+    "empty": {"segmentation": []},
+    "crowd": {"iscrowd": 1},
+    "outside": {"bbox": [500, 500, 5, 5]},
+    "runs of no pixel": {"segmentation": {"size": [10, 20], "counts": [200]}},
+    "an empty run": {"segmentation": {"size": [10, 20], "counts": [200, 0]}},
+    "compressed": {"segmentation": {"size": [10, 20], "counts": "X6"}},
+}
 
 
 @pytest.mark.parametrize("chosen", ["plane", "brush,5"], ids=["alone", "beside one with masks"])
-@pytest.mark.parametrize("fault", ["without", "empty", "crowd", "outside", *NO_PIXEL])
-def test_classes_without_a_mask_are_refused(write, content, fault: str, chosen: str) -> None:
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_classes_without_a_mask_are_refused(write, masked, fault: dict[str, Any], chosen: str) -> None:
     """They would train a mask head that learns nothing, and without a word."""
-    for item in content["annotations"]:
-        item["segmentation"] = [[1, 1, 9, 1, 9, 9]]
-    planes = [item for item in content["annotations"] if item["category_id"] == 5]
-    folder, file = write(content)
-    paths = {
-        f"{split}_{kind}": str(p)
-        for split in ("train", "val")
-        for kind, p in [("images", folder), ("annotations", file)]
-    }
-    data = DataConfig(**paths, mask_classes=chosen)
+    images, file = map(str, write(masked))
+    data = DataConfig(train_images=images, train_annotations=file, mask_classes=chosen)
     assert open_dataset(data, "train").mask_counts[5] == 1
-    for item in planes:
-        if fault == "without":
-            del item["segmentation"]
-        elif fault == "empty":
-            item["segmentation"] = []
-        elif fault == "crowd":
-            item["iscrowd"] = 1
-        elif fault in NO_PIXEL:
-            item["segmentation"] = {"size": [10, 20], "counts": NO_PIXEL[fault]}
-        else:
-            item["bbox"] = [500, 500, 5, 5]
-    write(content)
-    with pytest.warns() if fault in ("empty", "outside") else contextlib.nullcontext():
-        expected = rf": expected masks of each of mask_classes '{chosen}' to train on, got none of plane \(id 5\)$"
+    for item in masked["annotations"][1:]:
+        item.update(fault)
+    write(masked)
+    expected = rf": expected masks of each of mask_classes '{chosen}' to train on, got none of plane \(id 5\)$"
+    with told():  # some faults have a warning of their own: test_summary.py
         with pytest.raises(ValueError, match=expected):
             open_dataset(data, "train")
-        open_dataset(data, "val")  # masks of all classes are evaluated
+        both = dataclasses.replace(data, val_images=images, val_annotations=file)
+        open_dataset(both, "val")  # masks of all classes are evaluated
 
 
 def test_of_a_split_one_class_with_masks_is_enough(write, content) -> None:
     """A part of COCO need not have masks of every class."""
     content["categories"] += [{"id": 91, "name": "person"}, {"id": 92, "name": "dog"}]
     content["annotations"][0]["category_id"] = 91
-    folder, file = write(content)
-    data = DataConfig(train_images=str(folder), train_annotations=str(file))
+    del content["annotations"][2]
+    images, file = map(str, write(content))
+    data = DataConfig(train_images=images, train_annotations=file)
     for split in ("voc", "random:4:0"):
         assert open_dataset(dataclasses.replace(data, mask_classes=split), "train").mask_counts == {91: 1}
     expected = r": expected a mask of mask_classes 'non_voc' to train on, got none$"

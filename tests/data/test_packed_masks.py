@@ -1,6 +1,6 @@
-"""Masks as bits from the file to the batch: those of the byte masks, bit for bit, in less memory than theirs."""
+"""Packed masks from the file to the batch equal byte masks bit for bit, and need less memory."""
 
-import json
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
+from torchvision.transforms.v2.functional._utils import _KERNEL_REGISTRY
+from torchvision.tv_tensors import Mask
 
 from tests.allocations import peak_allocated
-from tests.data.conftest import polygon
+from tests.data.conftest import coco, polygon, write_coco
+from tests.model.conftest import TRANSFORM
 from tmask.data.coco import CocoDataset
-from tmask.data.loader import make_loader
-from tmask.data.shapes import write_shapes
 from tmask.data.transforms import JointTransform, PackedMasks, train_transforms
 from tmask.model import transform
 from tmask.model.transform import ImageTransform
@@ -27,16 +29,11 @@ ALL = {"hflip": 0.5, "vflip": 0.5, "min_crop": 0.5, "min_sizes": (40, 50, 64)}
 
 
 def image_transform(side: int) -> ImageTransform:
-    return ImageTransform(
-        num_classes=9, min_size=side, max_size=1344, image_mean=(0.5,) * 3, image_std=(0.25,) * 3,  # type: ignore[arg-type]
-        size_divisible=32, antialias=True, mask_resize="bilinear", keep_crowds=True,
-    )  # fmt: skip
+    return dataclasses.replace(TRANSFORM, min_size=side, max_size=1344)
 
 
 def crowded(folder: Path, count: int, height: int, width: int) -> tuple[Path, Path]:
     """One image with `count` polygons, run lengths and compressed run lengths in turn."""
-    from pycocotools import mask as coco_mask
-
     (folder / "images").mkdir(parents=True)
     Image.new("RGB", (width, height), (9, 60, 200)).save(folder / "images" / "0.png")
     annotations = []
@@ -48,15 +45,8 @@ def crowded(folder: Path, count: int, height: int, width: int) -> tuple[Path, Pa
             form = {"size": [height, width], "counts": np.diff(edges, prepend=0).tolist()}
         elif k % 3 == 2:
             form = {"size": [height, width], "counts": run["counts"].decode()}
-        annotations.append({"id": k + 1, "image_id": 1, "category_id": 1, "bbox": [x * 3, y * 3, w, h]})
-        annotations[-1] |= {"segmentation": form, "iscrowd": 0, "area": 1}
-    content = {
-        "images": [{"id": 1, "file_name": "0.png", "width": width, "height": height}],
-        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
-        "annotations": annotations,
-    }
-    (folder / "file.json").write_text(json.dumps(content))
-    return folder / "images", folder / "file.json"
+        annotations.append({"bbox": [x * 3, y * 3, w, h], "segmentation": form})
+    return write_coco(folder, coco([("0.png", width, height)], annotations))
 
 
 @pytest.fixture
@@ -112,24 +102,6 @@ def test_chunks_do_not_show(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert whole.masks.flatten(2).any(2).all()  # type: ignore[union-attr]
 
 
-@pytest.mark.usefixtures("few_at_once")
-def test_the_loader_gives_the_same_batches(tmp_path: Path) -> None:
-    shapes = write_shapes(tmp_path, num_images=4, seed=5, size=64)
-    loaders = [
-        make_loader(
-            CocoDataset(*shapes, transforms=train_transforms(**ALL), packed_masks=packed), image_transform(64),
-            batch_size=2, shuffle=True, seed=4,
-        )
-        for packed in (True, False)
-    ]  # fmt: skip
-    for packed, dense in zip(*loaders, strict=True):
-        assert packed.image_ids == dense.image_ids
-        assert torch.equal(packed.images.tensor, dense.images.tensor)
-        assert torch.equal(packed.targets.boxes, dense.targets.boxes)
-        assert torch.equal(packed.targets.masks, dense.targets.masks)
-        assert packed.targets.masks.any()
-
-
 @pytest.mark.parametrize(
     ("count", "height", "width", "resident"),
     [(250, 256, 256, 2_048_000), pytest.param(100, 800, 1344, 13_440_000, marks=pytest.mark.slow)],
@@ -178,9 +150,6 @@ def test_other_transforms_move_bits_as_they_move_bytes(name: str) -> None:
 
 def test_no_transform_passes_packed_masks_by() -> None:
     """Whatever has a rule for torchvision's masks needs one for ours: without, v2 leaves them as they are."""
-    from torchvision.transforms.v2.functional._utils import _KERNEL_REGISTRY
-    from torchvision.tv_tensors import Mask
-
     moving = {function for function, known in _KERNEL_REGISTRY.items() if Mask in known}
     ours = {function for function, known in _KERNEL_REGISTRY.items() if PackedMasks in known}
     assert {function.__name__ for function in moving - ours} <= {"get_size", "to_dtype", "five_crop", "ten_crop"}

@@ -17,23 +17,6 @@ def item():
     return image, {"image_id": 4, "boxes": boxes, "labels": torch.tensor([1, 2]), "masks": masks}
 
 
-@pytest.mark.parametrize(("hflip", "vflip", "dims"), [(1, 0, [2]), (0, 1, [1]), (1, 1, [1, 2]), (0, 0, [])], ids=str)
-def test_flips_move_image_boxes_and_masks_together(hflip, vflip, dims):
-    image, target = item()
-    before = target["boxes"].clone()
-    flipped, out = train_transforms(hflip, vflip)(image, target)
-    assert torch.equal(flipped, image.flip(dims))
-    assert torch.equal(out["masks"], target["masks"].flip(dims))
-    for mask, (x1, y1, x2, y2) in zip(out["masks"], out["boxes"].int().tolist(), strict=True):
-        assert mask[y1:y2, x1:x2].all()
-        assert mask.sum() == (x2 - x1) * (y2 - y1)
-    assert out["image_id"] == 4
-    assert torch.equal(out["labels"], target["labels"])
-    assert torch.equal(target["boxes"], before)
-    for value in (flipped, out["boxes"], out["masks"]):
-        assert type(value) is torch.Tensor
-
-
 def test_boxes_of_torchvision_s_other_formats_move_as_plain_ones_do():
     image, target = item()
     expected = train_transforms(1, 0)(image, target)[1]["boxes"]
@@ -45,9 +28,9 @@ def test_boxes_of_torchvision_s_other_formats_move_as_plain_ones_do():
 
 def test_probability_is_kept():
     image, target = item()
-    flips = train_transforms(0.3, 0.0)
-    share = sum(not torch.equal(flips(image, target)[0], image) for _ in range(400)) / 400
-    assert 0.22 < share < 0.38
+    flips = pickle.loads(pickle.dumps(train_transforms(0.3, 0.0)))  # as for a loader's workers
+    moved = [flips(image, target)[0] for _ in range(400)]
+    assert 0.22 < sum(torch.equal(one, image.flip(2)) for one in moved) / 400 < 0.38
 
 
 @pytest.mark.parametrize("least", [1.0, 0.4])
@@ -65,21 +48,10 @@ def test_boxes_alone_move_as_those_that_masks_fill(least):
         assert found.keys() == bare.keys()
         assert all(torch.equal(found[name], expected[name]) for name in ("boxes", "labels"))
         counts.add(len(found["boxes"]))
+        none = transforms(image, {"boxes": target["boxes"][:0], "masks": target["masks"][:0]})[1]
+        assert none["boxes"].shape == (0, 4)
+        assert none["masks"].shape[0] == 0
     assert counts == ({0, 1, 2} if least < 1 else {2})
-
-
-def test_no_instances():
-    image, target = item()
-    target = {"boxes": target["boxes"][:0], "masks": target["masks"][:0]}
-    _, out = train_transforms(1, 1)(image, target)
-    assert out["boxes"].shape == (0, 4)
-    assert out["masks"].shape == (0, 9, 14)
-
-
-def test_pickles():
-    image, target = item()
-    flips = pickle.loads(pickle.dumps(train_transforms(1, 0)))
-    assert torch.equal(flips(image, target)[0], image.flip(2))
 
 
 @pytest.mark.parametrize(("hflip", "vflip"), [(1.1, 0), (0, -0.1)])

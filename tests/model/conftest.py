@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 import tmask
+from tmask.model.transform import ImageTransform
 from tmask.structures import ImageBatch, Targets
 
 SMALL = {
@@ -32,6 +33,10 @@ NECKS: dict[str, dict[str, Any]] = {
     "c5": {"neck": "c5", "anchor_sizes": ONE_LEVEL},
 }  # fmt: skip
 KEYPOINTS = {"names": ("nose", "left_ear", "right_ear"), "head_channels": 16, "head_layers": 1}
+TRANSFORM = ImageTransform(
+    num_classes=99, min_size=64, max_size=96, image_mean=(0.5, 0.5, 0.5), image_std=(0.25, 0.25, 0.25),
+    size_divisible=32, antialias=True, mask_resize="bilinear", keep_crowds=True,
+)  # fmt: skip
 SPOTS = ((0.25, 2.0), (0.5, 1.0), (0.75, 0.0))  # part of the way through the box, visibility
 
 
