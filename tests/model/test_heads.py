@@ -1,4 +1,4 @@
-"""The heads: shapes, and the mask head against the layers it is defined by."""
+"""The heads: against the layers that define them, published sizes and initial weights."""
 
 from collections.abc import Iterable
 
@@ -8,8 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import tmask
+from tests.model.conftest import small
 from tmask.model.box_head import BoxHead
+from tmask.model.keypoint_head import KeypointHead
+from tmask.model.mask_fusion import MaskFusion
 from tmask.model.mask_head import MaskHead, MLPMaskHead
+from tmask.model.mask_transfer import MaskTransfer
 from tmask_kernels.testing import assert_close
 
 
@@ -28,12 +32,26 @@ def test_mask_head_equals_its_layers(num_rois: int, side: int) -> None:
     actual = head(x)
     assert actual.shape == (num_rois, 4, 2 * side, 2 * side)
     assert_close(actual, expected)
-    upstream = torch.randn_like(actual)
-    inputs = [x, *head.parameters()]
-    for a, e in zip(
-        torch.autograd.grad(actual, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
-    ):
+    upstream, inputs = torch.randn_like(actual), [x, *head.parameters()]
+    gradients = (torch.autograd.grad(value, inputs, upstream) for value in (actual, expected))
+    for a, e in zip(*gradients, strict=True):
         assert_close(a, e)
+
+
+@pytest.mark.parametrize("num_rois", [0, 3])
+def test_keypoint_head_equals_its_layers(num_rois: int) -> None:
+    head = KeypointHead(in_channels=6, channels=5, num_layers=2, num_keypoints=4).double()
+    x = torch.randn(num_rois, 6, 14, 14, dtype=torch.float64)
+    expected = x
+    for conv in head.convs:
+        expected = F.relu(F.conv2d(expected, conv.weight, conv.bias, padding=1))
+    expected = F.conv_transpose2d(expected, head.deconv.weight, head.deconv.bias, stride=2, padding=1)
+    assert expected.shape[-2:] == (28, 28)
+    expected = F.interpolate(expected.float(), scale_factor=2, mode="bilinear", align_corners=False)
+    actual = head(x)
+    assert actual.shape == (num_rois, 4, 56, 56)
+    assert actual.dtype == torch.float32
+    assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("num_rois", [0, 1, 5])
@@ -90,24 +108,38 @@ def test_published_sizes_of_box_and_keypoint_head_and_samples() -> None:
     assert (model.roi_heads.batch_size, model.roi_heads.positive_fraction) == (512, 0.25)
 
 
-def test_mask_heads_begin_as_published() -> None:
+def test_heads_begin_as_published() -> None:
     """Convolutions by MSRA's normal distribution of fan_out, fully connected layers as the box head's, by fan_in.
 
-    Predictors N(0, 0.001), no biases.
+    Predictors N(0, 0.001), that of one channel too: Hu et al. 2018 found that MSRA's diverge there. No biases.
     """
     fcn = MaskHead(in_channels=32, channels=64, num_layers=2, num_masks=40)
     mlp = MLPMaskHead(in_channels=32, pool_size=7, hidden=128, num_layers=2, num_masks=20)
+    keypoints = KeypointHead(in_channels=64, channels=128, num_layers=2, num_keypoints=17)
+    transfer = MaskTransfer(
+        features=256, channels=64, inputs="cls_box", num_layers=3, activation="relu", stop_grad=True
+    )
+    fusion = MaskFusion(channels=2, size=14, num_layers=2)
+    agnostic = small(mask_class_agnostic=True, mask_head_channels=4096, mask_head_layers=0).roi_heads.mask_head
+    assert agnostic.predictor.weight.shape == (1, 4096, 1, 1)
     stds = [(conv.weight, (2 / (9 * 64)) ** 0.5) for conv in fcn.convs]
     stds += [(fcn.deconv.weight, (2 / (4 * 64)) ** 0.5), (fcn.predictor.weight, 0.001)]
-    stds.append((mlp.predictor.weight, 0.001))
+    stds += [(mlp.predictor.weight, 0.001), (agnostic.predictor.weight, 0.001)]
+    # Of a transposed convolution torch counts in_channels x kernel as fan-out.
+    stds += [(conv.weight, (2 / (9 * 128)) ** 0.5) for conv in keypoints.convs]
+    stds += [(keypoints.deconv.weight, (2 / (16 * 128)) ** 0.5)]
+    stds += [(layer.weight, (2 / 64) ** 0.5) for layer in transfer.layers[::2]]
+    stds += [(fusion.layers[1].weight, 0.001)]
     for weight, std in stds:
         assert 0.95 < weight.std().item() / std < 1.05
         assert weight.abs().max() > 2.8 * std, "normal, not uniform"
-    for fc in mlp.fcs:
+        assert weight.mean().abs() < 0.1 * std
+    for fc in (*mlp.fcs, fusion.layers[0]):
         bound = (3 / fc.in_features) ** 0.5
         assert 0.99 * bound < fc.weight.abs().max() <= bound, "uniform"
         assert fc.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
-    assert not any(p.any() for head in (fcn, mlp) for name, p in head.named_parameters() if name.endswith("bias"))
+    heads = (fcn, mlp, keypoints, transfer, fusion, agnostic)
+    assert not any(p.any() for head in heads for name, p in head.named_parameters() if name.endswith("bias"))
 
 
 def test_box_head_shapes_and_initial_near_uniform_classes() -> None:

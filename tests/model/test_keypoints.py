@@ -1,7 +1,5 @@
 """The keypoint branch: each part against its definition, torchvision's loss and its own inverse."""
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,45 +7,15 @@ from torch import Tensor
 from torchvision.models.detection.roi_heads import heatmaps_to_keypoints, keypointrcnn_loss
 
 import tmask
-from tests.model.conftest import KEYPOINTS, SMALL, SPOTS, images_and_targets
-from tests.model.sync import count_blocking
+from tests.model.conftest import KEYPOINTS, SPOTS, detected, images_and_targets, losses_of, padded, small
 from tmask.model.keypoint_branch import KeypointBranch, encode_keypoints
-from tmask.model.keypoint_head import KeypointHead
 from tmask.model.postprocess import to_list
-from tmask.structures import Detections, ImageBatch, SampledRois, Targets
-from tmask_kernels import decode_keypoints, use_backend
+from tmask.structures import Detections, SampledRois, Targets
+from tmask_kernels import decode_keypoints
 from tmask_kernels.testing import assert_close
-
-Batch = tuple[ImageBatch, Targets]
 
 SIDE = 56
 BOX = torch.tensor([10.0, 20.0, 66.0, 132.0])  # a cell is 1 x 2 pixels
-
-
-@pytest.mark.parametrize("num_rois", [0, 3])
-def test_head_equals_its_layers(num_rois: int) -> None:
-    head = KeypointHead(in_channels=6, channels=5, num_layers=2, num_keypoints=4).double()
-    x = torch.randn(num_rois, 6, 14, 14, dtype=torch.float64)
-    expected = x
-    for conv in head.convs:
-        expected = F.relu(F.conv2d(expected, conv.weight, conv.bias, padding=1))
-    expected = F.conv_transpose2d(expected, head.deconv.weight, head.deconv.bias, stride=2, padding=1)
-    assert expected.shape[-2:] == (28, 28)
-    expected = F.interpolate(expected.float(), scale_factor=2, mode="bilinear", align_corners=False)
-    actual = head(x)
-    assert actual.shape == (num_rois, 4, SIDE, SIDE)
-    assert actual.dtype == torch.float32
-    assert_close(actual, expected)
-
-
-def test_head_begins_as_published() -> None:
-    torch.manual_seed(0)
-    head = KeypointHead(in_channels=64, channels=128, num_layers=2, num_keypoints=17)
-    # He's normal by fan-out; of a transposed convolution torch counts in_channels x kernel as such.
-    for layer, fan_out in ((head.convs[0], 128 * 9), (head.convs[1], 128 * 9), (head.deconv, 128 * 16)):
-        assert layer.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
-        assert not layer.bias.any()
-
 
 # x, y, visibility; the cell (x, y) in BOX, None where there is none.
 CELLS = {
@@ -76,7 +44,7 @@ def test_encoding(case: str) -> None:
     assert cell.tolist() == [0 if expected is None else expected[1] * SIDE + expected[0]]
 
 
-def test_a_point_just_inside_the_far_edges_has_the_last_cell() -> None:
+def test_a_point_just_inside_the_far_edges_has_the_last_cell_and_an_empty_box_has_none() -> None:
     """(x - x1) * 56 / w rounds to 56 there."""
     box = torch.tensor([20.4, 9.4, 62.2, 64.0])
     xy = torch.nextafter(box[2:], torch.tensor(0.0))
@@ -84,9 +52,6 @@ def test_a_point_just_inside_the_far_edges_has_the_last_cell() -> None:
     cell, valid = encode_keypoints(torch.cat([xy, torch.ones(1)])[None], box, SIDE)
     assert valid.all()
     assert cell.item() == SIDE * SIDE - 1
-
-
-def test_an_empty_box_has_no_cells() -> None:
     for box in (torch.zeros(4), torch.tensor([5.0, 5.0, 5.0, 9.0])):
         cell, valid = encode_keypoints(torch.tensor([[box[0], box[1], 2.0]]), box, SIDE)
         assert not valid.any()
@@ -98,20 +63,6 @@ def boxes_of(sides: list[list[list[float]]]) -> Tensor:
     far = torch.tensor(sides)
     corner = 7.25 * torch.arange(1.0, 1 + far.numel()).view(far.shape) - 20
     return torch.cat([corner, corner + far], dim=2)
-
-
-def test_decoding_an_encoded_point_is_off_by_half_a_cell_at_most() -> None:
-    """Of cells that have a pixel at their centre; those at the border: tests/kernels/test_decode_keypoints.py."""
-    boxes = boxes_of([[[56, 168], [168, 280], [280, 56]]])
-    sides = boxes[..., None, 2:] - boxes[..., None, :2]  # [1, 3, 1, 2]
-    cell = torch.stack([torch.arange(54), 37 * torch.arange(54) % 54], dim=1) + 1  # every row and column but the outer
-    part = torch.tensor([0.0, 0.5, 0.999]).repeat(18)[:, None]  # where in the cell
-    xy = boxes[..., None, :2] + sides * (cell + part) / SIDE
-    cells, valid = encode_keypoints(torch.cat([xy, torch.ones(1, 3, 54, 1)], dim=-1), boxes, SIDE)
-    assert valid.all()
-    maps = 10.0 * F.one_hot(cells, SIDE * SIDE).float().unflatten(-1, (SIDE, SIDE))
-    decoded, _ = decode_keypoints(maps, boxes, torch.ones(1, 3, dtype=torch.bool))
-    assert ((decoded - xy).abs() * SIDE / sides).max() <= 0.5 + 1e-3
 
 
 def test_in_any_box_an_encoded_point_comes_back_to_half_a_cell_and_half_a_pixel() -> None:
@@ -201,16 +152,6 @@ def test_loss_and_its_gradient_are_those_of_valid_keypoints_of_positives(compact
     assert torch.equal(asked.flatten(), valid.any(1))
 
 
-def test_rois_without_a_visible_keypoint_are_not_computed() -> None:
-    rois, targets = rois_and_targets([[True, True], [True, True]])
-    assert targets.keypoints is not None
-    keypoints = targets.keypoints.clone()
-    keypoints[1, ..., 2] = 0
-    _, asked = loss_of(torch.zeros(4, 5, SIDE, SIDE), rois, targets._replace(keypoints=keypoints), compact=False)
-    assert asked[0].any()
-    assert not asked[1].any()
-
-
 @pytest.mark.parametrize("compact", [False, True])
 def test_no_valid_keypoint_gives_zero_with_a_graph(compact: bool) -> None:
     rois, targets = rois_and_targets([[False, False], [False, False]])
@@ -227,8 +168,8 @@ def test_targets_without_keypoints_are_refused() -> None:
         loss_of(torch.zeros(2, 5, SIDE, SIDE), rois, targets._replace(keypoints=None), compact=False)
 
 
-def test_transform_moves_keypoints_as_boxes(keypoint_batch: Batch) -> None:
-    targets = keypoint_batch[1]
+def test_transform_moves_keypoints_as_boxes_and_lets_missing_ones_be_unknown(keypoint_model: tmask.MaskRCNN) -> None:
+    _, targets = padded(keypoint_model)
     assert targets.keypoints is not None
     low, high = targets.boxes[..., :2], targets.boxes[..., 2:]
     for i, (part, visibility) in enumerate(SPOTS):
@@ -236,102 +177,46 @@ def test_transform_moves_keypoints_as_boxes(keypoint_batch: Batch) -> None:
         assert_close(xy, low + part * (high - low))
         assert (v[..., 0][targets.valid] == visibility).all()
     assert not targets.keypoints[1, 1].any()  # padding
+    _, targets = keypoint_model.transform(*images_and_targets())
+    assert targets is not None
+    assert targets.keypoints is not None
+    assert targets.keypoints.shape == (2, 2, 3, 3)
+    assert not targets.keypoints[..., 2].any()
 
 
-def test_images_without_keypoints_have_unknown_ones(keypoint_model: tmask.MaskRCNN) -> None:
-    images, targets = images_and_targets()
-    _, packed = keypoint_model.transform(images, targets)
-    assert packed is not None
-    assert packed.keypoints is not None
-    assert packed.keypoints.shape == (2, 2, 3, 3)
-    assert not packed.keypoints[..., 2].any()
+def test_the_loss_reaches_its_head_and_the_backbone(keypoint_model: tmask.MaskRCNN) -> None:
+    parameters = dict(keypoint_model.named_parameters())
+    names = [name for name in parameters if "keypoint_head" in name] + ["backbone.conv1.weight"]
+    assert len(names) == 5
+    loss = losses_of(keypoint_model)["loss_keypoint"]
+    assert all(gradient.any() for gradient in torch.autograd.grad(loss, [parameters[name] for name in names]))
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("old", "new", "message"),
     [
-        (lambda k: k[:, :2], r"targets\[0\]\['keypoints'\]: expected shape \(2, 3, 3\), got \(2, 2, 3\)"),
-        (lambda k: k.where(k != 5, torch.nan), r"targets\[0\]\['keypoints'\]\[1, 0\]: expected finite x, y and a vis"),
-        (lambda k: k.where(k != 5, -1.0), None),  # outside the image is fine
-        (
-            lambda k: k.where(k != 2, -1.0),
-            r"targets\[0\]\['keypoints'\]\[0, 0\]: expected finite x, y and a vis",
-        ),
+        (9.0, torch.nan, r"targets\[0\]\['keypoints'\]\[0, 0\]: expected finite x, y and a vis"),
+        (2.0, -1.0, r"targets\[0\]\['keypoints'\]\[0, 0\]: expected finite x, y and a vis"),
     ],
-    ids=["count", "nan", "outside", "visibility"],
+    ids=["nan", "visibility"],
 )
-def test_impossible_keypoints_are_named(change: Any, message: str | None, keypoint_model: tmask.MaskRCNN) -> None:
+def test_impossible_keypoints_are_named(old: float, new: float, message: str, keypoint_model: tmask.MaskRCNN) -> None:
     images, targets = images_and_targets()
-    targets[0]["keypoints"] = change(torch.tensor([[[9.0, 9.0, 2.0]] * 3, [[9.0, 5.0, 0.0]] * 3]))
-    if message is None:
-        keypoint_model.transform(images, targets)
-        return
+    keypoints = torch.tensor([[[9.0, 9.0, 2.0]] * 3, [[9.0, 5.0, 0.0]] * 3])
+    targets[0]["keypoints"] = keypoints.where(keypoints != old, new)
     with pytest.raises(ValueError, match=message):
         keypoint_model.transform(images, targets)
-
-
-def total(losses: Any) -> Tensor:
-    return torch.stack(list(losses.values())).sum()
-
-
-def test_the_loss_is_one_of_the_models_and_reaches_head_and_backbone(
-    keypoint_model: tmask.MaskRCNN, keypoint_batch: Batch
-) -> None:
-    model, batch = keypoint_model, keypoint_batch
-    model.loss_weights = tmask.build_model(model.config, loss_keypoint=0.5).loss_weights
-    torch.manual_seed(1)
-    losses = model.forward_padded(*batch)
-    assert isinstance(losses, dict)
-    parameters = dict(model.named_parameters())
-    names = [name for name in parameters if "keypoint_head" in name] + ["backbone.conv1.weight"]
-    assert len(names) == 5
-    gradients = torch.autograd.grad(losses["loss_keypoint"], [parameters[name] for name in names])
-    assert all(gradient.any() for gradient in gradients)
-    model.loss_weights["loss_keypoint"] = 1.0
-    torch.manual_seed(1)
-    unweighted = model.forward_padded(*batch)
-    assert isinstance(unweighted, dict)
-    assert losses["loss_keypoint"].item() == pytest.approx(0.5 * unweighted["loss_keypoint"].item())
-
-
-def test_compact_changes_nothing(keypoint_model: tmask.MaskRCNN, keypoint_batch: Batch) -> None:
-    model, batch = keypoint_model, keypoint_batch
-    model.eval()  # the norms' statistics stay
-    with torch.no_grad():
-        whole, few = (model.forward_padded(batch[0], compact=compact).keypoints for compact in (False, True))
-        losses = []
-        for compact in (False, True):
-            torch.manual_seed(1)
-            losses.append(model.forward_padded(*batch, compact=compact)["loss_keypoint"].item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    # The place of a maximum may move where a map is nearly flat, its value does not.
-    assert_close(few[..., 2], whole[..., 2])
-    assert few.any()
-
-
-def test_losses_never_wait_for_the_host(keypoint_model: tmask.MaskRCNN, keypoint_batch: Batch) -> None:
-    """Inference: tests/model/test_sync_free.py, since the reference of the decoding reads the boxes' sizes."""
-    with use_backend("reference"), count_blocking() as found:
-        total(keypoint_model.forward_padded(*keypoint_batch)).backward()
-    assert not found
-
-
-def test_bf16_features_give_float32_keypoints_and_losses(keypoint_model: tmask.MaskRCNN, keypoint_batch: Batch) -> None:
-    model, batch = keypoint_model, keypoint_batch
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = model.forward_padded(*batch)
-        total(losses).backward()
-        with torch.no_grad():
-            found = model.eval().forward_padded(batch[0])
-    assert losses["loss_keypoint"].dtype == torch.float32
-    assert losses["loss_keypoint"].isfinite()
-    assert found.keypoints.dtype == torch.float32
+    targets[0]["keypoints"] = keypoints[:, :2]
+    with pytest.raises(ValueError, match=r"targets\[0\]\['keypoints'\]: expected shape \(2, 3, 3\), got \(2, 2, 3\)"):
+        keypoint_model.transform(images, targets)
+    targets[0]["keypoints"] = keypoints.where(keypoints != 5, -1.0)  # outside the image is fine
+    keypoint_model.transform(images, targets)
 
 
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("pool_size", [7, 14])
 def test_the_built_branch_finds_what_was_encoded_for_its_head(pool_size: int, compact: bool) -> None:
-    heads = tmask.build_model("tiny", **SMALL, keypoints=KEYPOINTS | {"pool_size": pool_size}).roi_heads
+    heads = small(keypoints=KEYPOINTS | {"pool_size": pool_size}).roi_heads
     side = heads.keypoint_head(torch.zeros(1, 16, pool_size, pool_size)).shape[-1]
     boxes = boxes_of((side * torch.tensor([[[1.0, 3], [5, 1]], [[3, 5], [5, 3]]])).tolist())
     sides = boxes[..., None, 2:] - boxes[..., None, :2]  # [2, 2, 1, 2]
@@ -350,14 +235,11 @@ def test_the_built_branch_finds_what_was_encoded_for_its_head(pool_size: int, co
     assert_close(found[valid][..., 2], scores[valid.flatten()].double())
 
 
-def test_keypoints_of_the_model_are_those_of_its_detections(
-    keypoint_model: tmask.MaskRCNN, keypoint_batch: Batch
-) -> None:
+def test_keypoints_of_the_model_are_those_of_its_detections(keypoint_model: tmask.MaskRCNN) -> None:
     peak = torch.zeros(3, SIDE, SIDE)
     peak[range(3), (10, 20, 30), (40, 15, 25)] = 1
     keypoint_model.roi_heads.keypoint_head.register_forward_hook(lambda head, x, out: peak.expand_as(out))
-    with torch.no_grad():
-        found = keypoint_model.eval().forward_padded(keypoint_batch[0])
+    found = detected(keypoint_model)
     expected, _ = decode_keypoints(peak.expand(2, 10, -1, -1, -1), found.boxes, found.valid())
     assert len(found.boxes[found.valid()].unique(dim=0)) > 10
     assert torch.equal(found.keypoints[..., :2], expected)
@@ -372,18 +254,3 @@ def test_results_are_in_original_pixels_and_padding_is_dropped() -> None:
     assert result["keypoints"].tolist() == [[[40, 15, 1], [44, 15, 1]]]
     assert result["keypoints_scores"].tolist() == [[7.5, -1.0]]
     assert result["boxes"].tolist() == [[20, 10, 60, 20]]
-
-
-def test_a_model_learns_where_keypoints_are(keypoint_model: tmask.MaskRCNN, keypoint_batch: Batch) -> None:
-    model, batch = keypoint_model, keypoint_batch
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    history = []
-    for _ in range(6):
-        losses = model.forward_padded(*batch, compact=True)
-        assert isinstance(losses, dict)
-        optimizer.zero_grad()
-        total(losses).backward()
-        optimizer.step()
-        history.append(losses["loss_keypoint"].item())
-    assert history[0] > 7.5  # about log(3136) for heat maps that know nothing
-    assert min(history[-3:]) < 0.6 * history[0], history

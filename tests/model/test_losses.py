@@ -1,4 +1,4 @@
-"""The losses that the config names are the ones executed, on the right anchors and RoIs, with the right divisor."""
+"""The model executes the losses that its config names, on the right anchors and RoIs, with the right divisor."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +12,11 @@ from torch import Tensor
 
 import tmask
 from tests.graph import recorded
-from tests.model.conftest import NECKS, SMALL, images_and_targets
-from tests.model.sync import count_blocking
-from tmask.model import losses, roi_heads
+from tests.model.conftest import NECKS, detected, losses_of, small
+from tmask.model import losses, roi_heads, rpn
 from tmask.model.losses import FAR_NEGATIVE, Focal, box_losses, rpn_losses
 from tmask.model.predictions import class_probabilities
-from tmask.structures import ImageBatch, Targets
-from tmask_kernels import decode_boxes, sigmoid_focal_loss, use_backend
+from tmask_kernels import decode_boxes, sigmoid_focal_loss
 from tmask_kernels.testing import assert_close, random_boxes
 
 NAMES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg")
@@ -41,24 +39,18 @@ THEIRS = {
     "ciou": torchvision.ops.complete_box_iou_loss,
 }
 FOCAL = Focal(alpha=0.25, gamma=2.0, prior=0.01)
+WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 # Alpha and gamma: the op's defaults, others, and those that leave cross-entropy.
 PARAMETERS = [(0.25, 2.0), (0.7, 0.5), (-1.0, 0.0)]
 
 
 def build(neck: str = "fpn", **chosen: Any) -> tmask.MaskRCNN:
-    torch.manual_seed(0)
-    return tmask.build_model("tiny", num_classes=4, losses=chosen, **SMALL | NECKS[neck])
-
-
-def training_losses(model: tmask.MaskRCNN) -> dict[str, Tensor]:
-    images, targets = model.transform(*images_and_targets())
-    torch.manual_seed(1)  # the draws
-    return model.train().forward_padded(images, targets)
+    return small(**NECKS[neck], losses=chosen)
 
 
 @contextmanager
 def tripled(where: Any, name: str) -> Iterator[list[Any]]:
-    """Inside the block a function gives three times what it gives. Yields the first argument of each call."""
+    """Triples the results of a function inside the block. Yields the first argument of each call."""
     real, seen = getattr(where, name), []
 
     def thrice(first: Any, *args: Any, **kwargs: Any) -> Any:
@@ -74,24 +66,20 @@ def tripled(where: Any, name: str) -> Iterator[list[Any]]:
     ("chosen", "where", "function", "loss"), CHOICES, ids=[f"{c or 'default'}-{f}" for c, _, f, _ in CHOICES]
 )
 def test_the_chosen_loss_is_the_one_executed(chosen: dict[str, str], where: Any, function: str, loss: str) -> None:
-    """Tripling the chosen function triples its loss and no other, and moves nothing of the model without the choice."""
+    """Tripling the chosen function triples its loss and no other. The default model does not call the function."""
     model = build(**chosen)
-    plain = training_losses(model)
+    plain = losses_of(model)
     with tripled(where, function) as seen:
-        changed = training_losses(model)
+        changed = losses_of(model)
         calls = list(seen)
-        default = training_losses(build())
+        default = losses_of(build())
     assert plain[loss] > 0
-    for name in plain:
-        # The mask loss is binary cross-entropy too on a CPU.
-        if name in NAMES:
-            assert_close(changed[name], plain[name].double() * (3 if name == loss else 1), name=name)
-    assert torch.isfinite(torch.stack(list(plain.values()))).all()
+    for name in NAMES:  # the mask loss is binary cross-entropy too on a CPU
+        assert_close(changed[name], plain[name].double() * (3 if name == loss else 1), name=name)
     if function == "iou_loss":
         assert calls == list(chosen.values())
     if chosen:
-        unchanged = training_losses(build())
-        assert all(torch.equal(default[name], unchanged[name]) for name in unchanged)
+        assert all(torch.equal(default[name], value) for name, value in losses_of(build()).items())
 
 
 def test_a_chosen_loss_replaces_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +90,7 @@ def test_a_chosen_loss_replaces_the_default(monkeypatch: pytest.MonkeyPatch) -> 
     model.rpn.sampler = refuse
     for name in ("cross_entropy", "smooth_l1_loss"):
         monkeypatch.setattr(F, name, refuse)
-    sum(training_losses(model).values()).backward()
+    sum(losses_of(model).values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -150,21 +138,20 @@ def test_far_negatives_have_no_loss_and_no_gradient() -> None:
 
 def test_focal_objectness_learns_from_every_anchor_but_the_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the model: the gradient of each logit says whether its anchor took part."""
-    model, seen = build(rpn_objectness="focal"), {}
+    model, seen = build(rpn_objectness="focal"), []
 
     def watch(logits: Tensor, *args: Any, **kwargs: Any) -> Any:
         logits.retain_grad()
-        seen.update(logits=logits, positive=args[3], valid=args[4])
+        seen.extend((logits, *args))
         return rpn_losses(logits, *args, **kwargs)
 
-    monkeypatch.setattr("tmask.model.rpn.rpn_losses", watch)
-    training_losses(model)["loss_objectness"].backward()
-    gradient = seen["logits"].grad
-    assert seen["valid"].shape == gradient.shape
-    assert seen["valid"].sum() > 10 * model.rpn.batch_size
-    assert not seen["valid"].all()
-    assert seen["positive"].any()
-    assert torch.equal(gradient != 0, seen["valid"])
+    monkeypatch.setattr(rpn, "rpn_losses", watch)
+    losses_of(model)["loss_objectness"].backward()
+    logits, _, _, _, positive, valid = seen
+    assert valid.sum() > 10 * model.rpn.batch_size
+    assert not valid.all()
+    assert positive.any()
+    assert torch.equal(logits.grad != 0, valid)
 
 
 # Box head
@@ -184,14 +171,11 @@ def head_inputs(columns: int = 4) -> dict[str, Tensor]:
     }
 
 
-WEIGHTS = (10.0, 10.0, 5.0, 5.0)
-
-
 @pytest.mark.parametrize(("alpha", "gamma"), PARAMETERS)
 def test_sigmoid_focal_has_no_background_and_divides_by_positives(alpha: float, gamma: float) -> None:
     x, focal = head_inputs(columns=3), Focal(alpha=alpha, gamma=gamma, prior=0.01)
     loss, _ = box_losses(**x, class_loss="sigmoid_focal", focal=focal, box_loss="smooth_l1", weights=WEIGHTS)
-    hot = torch.tensor([[1, 0, 0], [0, 0, 1], [0, 0, 0], [0, 0, 0], [0, 1, 0.0]])
+    hot = F.one_hot(x["labels"][0, :5], 4)[:, 1:].float()
     expected = torchvision.ops.sigmoid_focal_loss(x["class_logits"][0, :5], hot, alpha, gamma, "sum") / 3
     assert_close(loss, expected.double())
     assert not torch.autograd.grad(loss, x["class_logits"])[0][0, 5].any()
@@ -199,16 +183,17 @@ def test_sigmoid_focal_has_no_background_and_divides_by_positives(alpha: float, 
 
 def test_softmax_focal_is_a_mean_over_sampled_rois() -> None:
     x = head_inputs()
-    loss, _ = box_losses(**x, class_loss="softmax_focal", focal=FOCAL, box_loss="smooth_l1", weights=WEIGHTS)
+
+    def loss_of(kind: losses.ClassLoss, focal: Focal | None) -> Tensor:
+        return box_losses(**x, class_loss=kind, focal=focal, box_loss="smooth_l1", weights=WEIGHTS)[0]
+
     p = x["class_logits"][0, :5].softmax(-1)[torch.arange(5), x["labels"][0, :5]]
-    assert_close(loss, (-((1 - p) ** 2) * p.log()).mean().double())
-    entropy = Focal(alpha=-1, gamma=0, prior=0.01)
-    plain, _ = box_losses(**x, class_loss="softmax", focal=None, box_loss="smooth_l1", weights=WEIGHTS)
-    same, _ = box_losses(**x, class_loss="softmax_focal", focal=entropy, box_loss="smooth_l1", weights=WEIGHTS)
-    assert_close(same, plain.double())
+    assert_close(loss_of("softmax_focal", FOCAL), (-((1 - p) ** 2) * p.log()).mean().double())
+    entropy = loss_of("softmax_focal", Focal(alpha=-1, gamma=0, prior=0.01))
+    assert_close(entropy, loss_of("softmax", None).double())
 
 
-@pytest.mark.parametrize("kind", ["giou", "diou", "ciou"])
+@pytest.mark.parametrize("kind", THEIRS)
 def test_box_losses_are_torchvisions_of_the_decoded_boxes(kind: str) -> None:
     x = head_inputs()
     x["rois"][0, 5] = 0  # an empty slot
@@ -245,40 +230,19 @@ def test_no_positives_give_finite_losses_with_a_graph() -> None:
 # From the config
 
 
-@pytest.mark.parametrize(("alpha", "gamma"), PARAMETERS[1:])
-def test_alpha_and_gamma_of_the_config_reach_both_sigmoid_losses(
-    alpha: float, gamma: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Alpha -1 and gamma 0 leave binary cross-entropy over the number of positives."""
-    model = build(rpn_objectness="focal", classifier="sigmoid_focal", focal_alpha=alpha, focal_gamma=gamma)
-    seen: dict[str, tuple[Tensor, ...]] = {}
+def test_focal_settings_of_the_config_reach_both_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Focal] = []
+    for module, real in ((rpn, rpn_losses), (roi_heads, box_losses)):
 
-    def watch_rpn(*args: Any, **kwargs: Any) -> Any:
-        logits, _, _, _, positive, valid = args
-        seen["loss_objectness"] = logits[valid], positive[valid].float(), positive.sum()
-        return rpn_losses(*args, **kwargs)
+        def watch(*args: Any, real: Any = real, **kwargs: Any) -> Any:
+            seen.append(kwargs["focal"])
+            return real(*args, **kwargs)
 
-    def watch_box(*args: Any, **kwargs: Any) -> Any:
-        logits, _, labels, _, _, positive, valid = args
-        seen["loss_classifier"] = logits[valid], F.one_hot(labels, 4)[valid][:, 1:].float(), positive.sum()
-        return box_losses(*args, **kwargs)
-
-    monkeypatch.setattr("tmask.model.rpn.rpn_losses", watch_rpn)
-    monkeypatch.setattr(roi_heads, "box_losses", watch_box)
-    found = training_losses(model)
-    for name in ("loss_objectness", "loss_classifier"):
-        logits, targets, positives = seen[name]
-        entropy = F.binary_cross_entropy_with_logits(logits.double(), targets.double(), reduction="none")
-        weight = 1.0 if alpha < 0 else torch.where(targets > 0, alpha, 1 - alpha)
-        assert positives > 0
-        expected = (weight * (1 - (-entropy).exp()) ** gamma * entropy).sum() / positives
-        assert_close(found[name], expected, name=name)
-
-
-def test_a_softmax_focal_loss_of_gamma_0_is_cross_entropy() -> None:
-    plain, same = training_losses(build()), training_losses(build(classifier="softmax_focal", focal_gamma=0.0))
-    for name in plain:
-        assert_close(same[name], plain[name].double(), name=name)
+        monkeypatch.setattr(module, real.__name__, watch)
+    settings = {"alpha": 0.7, "gamma": 0.5, "prior": 0.02}
+    chosen = {f"focal_{name}": value for name, value in settings.items()}
+    losses_of(build(rpn_objectness="focal", classifier="sigmoid_focal", **chosen))
+    assert seen == [Focal(**settings)] * 2
 
 
 # Prior and inference
@@ -311,9 +275,7 @@ def test_scores_are_of_the_activation_that_was_trained(
         return real(scores, *args, **kwargs)
 
     monkeypatch.setattr(roi_heads, "detections", detections)
-    images, _ = model.transform(images_and_targets()[0], None)
-    with torch.no_grad():
-        found = model.forward_padded(images)
+    found = detected(model)
     logits = seen["logits"].double()
     expected = logits.sigmoid() if classifier == "sigmoid_focal" else logits.softmax(-1)[:, 1:]
     assert_close(seen["scores"].flatten(0, 1), expected)
@@ -322,14 +284,14 @@ def test_scores_are_of_the_activation_that_was_trained(
     assert class_probabilities(seen["logits"], classifier).shape[-1] == 3
 
 
-@pytest.mark.parametrize("kind", [pytest.param("giou", marks=pytest.mark.slow), "ciou"])
-def test_losses_compile_whole(kind: str) -> None:
+def test_losses_compile_whole() -> None:
+    """In the model: test_compile.py."""
     x, y = rpn_inputs(), head_inputs(columns=3)
 
     def run() -> list[Tensor]:
         return [
-            *rpn_losses(**x, focal=FOCAL, box_loss=kind),
-            *box_losses(**y, class_loss="sigmoid_focal", focal=FOCAL, box_loss=kind, weights=WEIGHTS),
+            *rpn_losses(**x, focal=FOCAL, box_loss="ciou"),
+            *box_losses(**y, class_loss="sigmoid_focal", focal=FOCAL, box_loss="ciou", weights=WEIGHTS),
         ]
 
     torch.compiler.reset()
@@ -337,34 +299,9 @@ def test_losses_compile_whole(kind: str) -> None:
         assert_close(got, expected.double())
 
 
-@pytest.mark.parametrize(("classifier", "box"), [("sigmoid_focal", "ciou"), ("softmax_focal", "diou")])
-def test_the_model_trains_without_waiting(classifier: str, box: str, batch: tuple[ImageBatch, Targets]) -> None:
-    model = build(rpn_objectness="focal", rpn_box="giou", classifier=classifier, box=box)
-    with use_backend("reference"), count_blocking() as found:
-        losses = model.forward_padded(*batch)
-        torch.stack(list(losses.values())).sum().backward()  # type: ignore[union-attr]
-        with torch.no_grad():
-            model.eval().forward_padded(batch[0])
-    assert not found
-
-
-def test_it_learns() -> None:
-    """A few steps of everything focal bring its losses down."""
-    model = build(rpn_objectness="focal", rpn_box="giou", classifier="sigmoid_focal", box="ciou").train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    totals = []
-    for _ in range(12):
-        loss = sum(training_losses(model).values())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        totals.append(loss.item())
-    assert totals[-1] < 0.6 * totals[0]
-
-
-@pytest.mark.parametrize("kind", ["giou", "diou", "ciou"])
-def test_iou_losses_are_torchvisions_wherever_boxes_lie(kind: str) -> None:
-    """Apart, touching, one in the other, equal: values and gradients."""
+@pytest.mark.parametrize("kind", THEIRS)
+def test_iou_losses_are_torchvisions_wherever_boxes_lie(kind: losses.BoxLoss) -> None:
+    """Apart, touching, one in the other, equal: values and gradients, which are finite of boxes without area too."""
     boxes = random_boxes(60, height=40, width=40, min_size=2, max_size=25).double()
     target = random_boxes(60, height=40, width=40, min_size=2, max_size=25, seed=1).double()
     boxes[0] = target[0]
@@ -374,19 +311,10 @@ def test_iou_losses_are_torchvisions_wherever_boxes_lie(kind: str) -> None:
     assert_close(got, expected)
     (gradient,), (want,) = (torch.autograd.grad(loss[1:].sum(), boxes) for loss in (got, expected))
     assert_close(gradient, want)
-
-
-@pytest.mark.parametrize("kind", ["giou", "diou", "ciou"])
-def test_iou_losses_ask_no_values(kind: losses.BoxLoss) -> None:
-    """The gradient of a product over a dimension would, on a device alone: its zeros are counted on the host."""
-    boxes = torch.rand(3, 4, requires_grad=True)
-    names = recorded(losses.iou_loss(kind, boxes, torch.rand(3, 4)))
+    # The gradient of a product over a dimension would ask for values: its zeros are counted on the host.
+    names = recorded(got)
     assert "MulBackward0" in names
     assert not {name for name in names if name.startswith("Prod")}
-
-
-@pytest.mark.parametrize("kind", ["giou", "diou", "ciou"])
-def test_boxes_without_area_have_a_finite_gradient(kind: losses.BoxLoss) -> None:
     flat = torch.tensor([[0.0, 5, 10, 5], [5, 0, 5, 10], [5, 5, 5, 5]], requires_grad=True)
     loss = losses.iou_loss(kind, flat, torch.tensor([[0.0, 0, 10, 10]]).expand(3, 4))
     (gradient,) = torch.autograd.grad(loss.sum(), flat)
@@ -411,11 +339,13 @@ def test_the_gradient_of_giou_at_ties(box: list[float], expected: list[float]) -
     torch.testing.assert_close(gradient, torch.tensor([expected]), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("box", ["smooth_l1", "giou", "diou", "ciou"])
-@pytest.mark.parametrize("classifier", ["softmax", "sigmoid_focal", "softmax_focal"])
+@pytest.mark.parametrize(
+    ("box", "classifier"),
+    [("smooth_l1", "softmax"), ("giou", "sigmoid_focal"), ("diou", "softmax_focal"), ("ciou", "sigmoid_focal")],
+)
 def test_no_loss_hands_a_gradient_to_torchs_clamp(box: str, classifier: str) -> None:
-    """What it gives at a bound depends on the version of torch."""
+    """The gradient of torch.clamp at a bound depends on the version of torch."""
     model = build(rpn_box=box, box=box, classifier=classifier, rpn_objectness="focal")
-    nodes = recorded(*training_losses(model).values())
+    nodes = recorded(*losses_of(model).values())
     assert "ConvolutionBackward0" in nodes
     assert not {node for node in nodes if "Clamp" in node}

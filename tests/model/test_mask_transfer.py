@@ -1,7 +1,6 @@
 """Mask^X R-CNN against its definition: the transfer of weights, the fusion, and what learns from which loss."""
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tmask
-from tests.model.conftest import SMALL, images_and_targets
-from tests.model.sync import count_blocking
+from tests.model.conftest import SMALL, Batch, detected, losses_of, padded, small
 from tests.mutation import mutant
 from tmask.model import mask_transfer
 from tmask.model.mask_fusion import MaskFusion
 from tmask.model.mask_head import MaskHead
 from tmask.model.mask_transfer import MaskTransfer
-from tmask.structures import ImageBatch, Targets
-from tmask_kernels import use_backend
 from tmask_kernels.testing import assert_close
-
-WIDTHS = {"cls": 1024, "box": 4096, "cls_box": 5120}
-
-
-def transfer(features: int = 3, channels: int = 6, **settings: Any) -> MaskTransfer:
-    defaults = {"inputs": "cls_box", "num_layers": 2, "activation": "leaky_relu", "stop_grad": True}
-    torch.manual_seed(0)
-    return MaskTransfer(features=features, channels=channels, **defaults | settings)
 
 
 def weights_of_boxes(num_classes: int = 5, features: int = 3) -> tuple[Tensor, Tensor]:
@@ -37,25 +25,6 @@ def weights_of_boxes(num_classes: int = 5, features: int = 3) -> tuple[Tensor, T
     classifier = torch.randn(num_classes, features, generator=generator, dtype=torch.float64)
     regressor = torch.randn(4 * num_classes, features, generator=generator, dtype=torch.float64)
     return classifier.requires_grad_(), regressor.requires_grad_()
-
-
-@pytest.mark.parametrize("inputs", WIDTHS)
-@pytest.mark.parametrize("num_layers", [1, 2, 3])
-def test_widths(inputs: str, num_layers: int) -> None:
-    with torch.device("meta"):
-        function = transfer(1024, 256, inputs=inputs, num_layers=num_layers)
-        out = function(torch.empty(81, 1024), torch.empty(324, 1024))
-    linear = [layer for layer in function.layers if isinstance(layer, torch.nn.Linear)]
-    expected = [WIDTHS[inputs]] + [256] * num_layers
-    assert [(layer.in_features, layer.out_features) for layer in linear] == list(itertools.pairwise(expected))
-    assert out.shape == (81, 256)
-
-
-def test_initial_weights() -> None:
-    for layer in transfer(256, 64, num_layers=3).layers[::2]:
-        assert layer.weight.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.05)
-        assert abs(layer.weight.mean().item()) < 0.01
-        assert not layer.bias.any()
 
 
 def by_definition(function: MaskTransfer, inputs: str, slope: float, classifier: Tensor, regressor: Tensor) -> Tensor:
@@ -87,7 +56,7 @@ def check_definition(module: Any, inputs: str, num_layers: int, activation: str)
     assert_close(shuffled, expected[order])
 
 
-@pytest.mark.parametrize("inputs", WIDTHS)
+@pytest.mark.parametrize("inputs", ["cls", "box", "cls_box"])
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 @pytest.mark.parametrize("activation", ["leaky_relu", "relu"])
 def test_equals_its_definition(inputs: str, num_layers: int, activation: str) -> None:
@@ -115,12 +84,16 @@ def test_mutants_are_found(old: str, new: str, tmp_path: Path) -> None:
 
 # The whole model.
 
-STRICT: dict[str, Any] = {"mask_transfer": {}, **SMALL}
-
 
 def build(**settings: Any) -> tmask.MaskRCNN:
-    torch.manual_seed(0)
-    return tmask.build_model("tiny", num_classes=4, **{**STRICT, **settings})
+    return small(**{"mask_transfer": {}, **settings})
+
+
+def batch_of(model: tmask.MaskRCNN, boxes_only: tuple[int, ...] = ()) -> Batch:
+    """The first image has objects of classes 1 and 2, the second of class 1. Those of `boxes_only` have no mask."""
+    images, targets = padded(model)
+    has_mask = targets.has_mask & ~torch.isin(targets.labels, torch.tensor(boxes_only))
+    return images, targets._replace(has_mask=has_mask)
 
 
 def test_every_option_reaches_the_model() -> None:
@@ -142,21 +115,8 @@ def test_every_option_reaches_the_model() -> None:
             assert described() == (expected, True), "the published choice is the default"
 
 
-def padded(model: tmask.MaskRCNN, boxes_only: tuple[int, ...] = ()) -> tuple[ImageBatch, Targets]:
-    """The first image has objects of classes 1 and 2, the second of class 1. Those of `boxes_only` have no mask."""
-    images, targets = images_and_targets()
-    for target in targets:
-        target["has_mask"] = torch.tensor([label not in boxes_only for label in target["labels"].tolist()])
-    batch, padded_targets = model.transform(images, targets)
-    assert padded_targets is not None
-    return batch, padded_targets
-
-
-def mask_loss(model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]) -> Tensor:
-    torch.manual_seed(3)  # the sampler draws
-    losses = model.forward_padded(*batch)
-    assert isinstance(losses, dict)
-    return losses["loss_mask"]
+def mask_loss(model: tmask.MaskRCNN, batch: Batch | None = None) -> Tensor:
+    return losses_of(model, batch)["loss_mask"]
 
 
 BOX_HEAD = ("roi_heads.box_head.classifier.weight", "roi_heads.box_head.regressor.weight")
@@ -174,7 +134,7 @@ BOX_HEAD = ("roi_heads.box_head.classifier.weight", "roi_heads.box_head.regresso
 )
 def test_what_learns_from_the_mask_loss(settings: dict[str, Any], learns: set[str]) -> None:
     model = build(mask_transfer=settings)
-    mask_loss(model, padded(model)).backward()
+    mask_loss(model).backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert ({*BOX_HEAD} & moved) == learns
     assert not any(name.startswith("roi_heads.box_head.") for name in moved - {*BOX_HEAD})
@@ -184,15 +144,8 @@ def test_what_learns_from_the_mask_loss(settings: dict[str, Any], learns: set[st
     assert {"backbone.conv1.weight", "fpn.output.0.weight"} <= moved
 
 
-def test_the_box_losses_still_reach_the_box_head() -> None:
-    model = build()
-    losses = model.forward_padded(*padded(model))
-    (losses["loss_classifier"] + losses["loss_box_reg"]).backward()
-    assert all(model.get_parameter(name).grad.any() for name in BOX_HEAD)
-
-
 def captured(model: tmask.MaskRCNN) -> list[Tensor]:
-    """The kernels [C, O] that the transfer gives from now on, with their gradients."""
+    """Collects the kernels [C, O] that the transfer returns from now on, with their gradients."""
     seen: list[Tensor] = []
 
     def keep(module: torch.nn.Module, args: object, out: Tensor) -> None:
@@ -205,11 +158,11 @@ def captured(model: tmask.MaskRCNN) -> list[Tensor]:
 
 
 def test_classes_without_masks_stay_out_of_the_loss() -> None:
-    """Not one RoI of theirs: neither their kernel nor their ground truth's pixels enter, and they do with masks."""
+    """Neither the kernel of such a class nor the pixels of its ground truth change the loss. With masks they do."""
     model = build()
     model.rpn.post_nms_top_n = type(model.rpn.post_nms_top_n)(1, 1)  # the ground truth is what is positive
     seen = captured(model)
-    everything, without = padded(model), padded(model, boxes_only=(2,))
+    everything, without = padded(model), batch_of(model, boxes_only=(2,))
     mask_loss(model, everything).backward()
     assert [bool(row.any()) for row in seen[-1].grad] == [False, True, True, False]
     loss = mask_loss(model, without)
@@ -224,7 +177,7 @@ def test_classes_without_masks_stay_out_of_the_loss() -> None:
 @pytest.mark.parametrize("boxes_only", [(1,), (1, 2, 3)], ids=["of one image", "at all"])
 def test_images_without_any_mask(boxes_only: tuple[int, ...]) -> None:
     model = build()
-    loss = mask_loss(model, padded(model, boxes_only))
+    loss = mask_loss(model, batch_of(model, boxes_only))
     loss.backward()
     assert loss.isfinite()
     assert (loss == 0) == (boxes_only == (1, 2, 3))
@@ -232,15 +185,9 @@ def test_images_without_any_mask(boxes_only: tuple[int, ...]) -> None:
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
-@torch.no_grad()
-def predicted(model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]) -> Any:
-    with use_backend("reference"):
-        return model.eval().forward_padded(batch[0])
-
-
 def test_masks_follow_the_box_head() -> None:
-    """They are made of its present weights: after an update, and after a checkpoint is loaded."""
-    model, other = build(), tmask.build_model("tiny", num_classes=4, **STRICT)
+    """The transfer reads the present weights of the box head: after an update, and after a checkpoint is loaded."""
+    model, other = build(), tmask.build_model("tiny", num_classes=4, **SMALL, mask_transfer={})
     x = torch.rand(2, 16, 14, 14)
 
     def logits(model: tmask.MaskRCNN) -> Tensor:
@@ -264,7 +211,7 @@ def test_a_detection_gets_the_mask_of_its_class() -> None:
         torch.nn.init.zeros_(weight)
     torch.nn.init.constant_(linear.weight[:, 0], 10.0)
     torch.nn.init.ones_(deconv.bias)
-    found = predicted(model, padded(model))
+    found = detected(model)
     assert {1, 2, 3} <= {*found.labels.flatten().tolist()}
     of_class = (16 * 10 * model.roi_heads.box_head.classifier.weight[:, 0]).double().sigmoid()
     expected = torch.where(found.valid(), of_class[found.labels], 0.0)[..., None, None]
@@ -291,15 +238,6 @@ def test_parameters_of_the_fusion(num_layers: int, count: int) -> None:
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_initial_weights_of_the_fusion(num_layers: int) -> None:
-    fusion = MaskFusion(channels=2, size=14, num_layers=num_layers)
-    assert fusion.layers[-1].weight.std().item() == pytest.approx(0.001, rel=0.02)
-    assert not any(layer.bias.any() for layer in fusion.layers)
-    if num_layers == 2:
-        assert fusion.layers[0].weight.std().item() == pytest.approx((2 * 14 * 14) ** -0.5, rel=0.02)
-
-
-@pytest.mark.parametrize("num_layers", [1, 2])
 def test_the_fusion_is_added_to_every_class(num_layers: int) -> None:
     """One mask, of the deconvolution's output: rows of pixels, then of their 2 x 2 outputs, then channels."""
     fusion = MaskFusion(channels=5, size=6, num_layers=num_layers).double()
@@ -322,108 +260,3 @@ def test_the_fusion_is_added_to_every_class(num_layers: int) -> None:
     for got, want in zip(*gradients, strict=True):
         assert_close(got, want)
     assert head(x[:0]).shape == (0, 4, 6, 6)
-
-
-@pytest.mark.parametrize("num_layers", [1, 2])
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"mask_transfer": None}, {"mask_transfer": None, "mask_class_agnostic": True}],
-    ids=["transfer", "own predictors", "class-agnostic"],
-)
-def test_the_fusion_learns_and_comes_before_the_sigmoid(settings: dict[str, Any], num_layers: int) -> None:
-    model = build(mask_fusion_layers=num_layers, mask_pool_size=7, **settings)
-    batch = padded(model)
-    fusion = [*model.roi_heads.mask_head.fusion.parameters()]
-    assert len(fusion) == 2 * num_layers
-    assert all(gradient.any() for gradient in torch.autograd.grad(mask_loss(model, batch), fusion))
-    torch.nn.init.constant_(model.roi_heads.mask_head.fusion.layers[-1].bias, 30.0)
-    found = predicted(model, batch)
-    assert found.valid().any()
-    assert (found.masks[found.valid()] > 0.99).all()
-    assert (found.masks <= 1).all()
-
-
-# Every mode, and the model's promises in it.
-
-MODES: dict[str, dict[str, Any]] = {
-    "cls_box": {},
-    "box and fusion": {
-        "mask_transfer": {"inputs": "box", "activation": "relu"},
-        "mask_fusion_layers": 2,
-        "mask_pool_size": 7,
-    },
-}
-SLOW_MODES: dict[str, dict[str, Any]] = {
-    "cls": {"mask_transfer": {"inputs": "cls", "layers": 1}},
-    "without stop_grad": {"mask_transfer": {"layers": 3, "stop_grad": False}},
-    "fusion": {"mask_fusion_layers": 1},
-    "own predictors and fusion": {"mask_transfer": None, "mask_fusion_layers": 1},
-    "class-agnostic and fusion": {"mask_transfer": None, "mask_class_agnostic": True, "mask_fusion_layers": 1},
-    "sigmoid_focal": {"losses": {"classifier": "sigmoid_focal"}},
-    "c4": {
-        "neck": "c4",
-        "norm": "gn",
-        "anchor_sizes": ((12.0, 24.0, 48.0),),
-        "mask_pool_size": 7,
-        "mask_head_channels": 32,
-        "mask_head_layers": 0,
-        "mask_fusion_layers": 1,
-    },
-}
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [pytest.param(settings, id=name) for name, settings in MODES.items()]
-    + [pytest.param(settings, id=name, marks=pytest.mark.slow) for name, settings in SLOW_MODES.items()],
-)
-def test_trains_and_predicts(settings: dict[str, Any]) -> None:
-    model = build(**settings)
-    batch = padded(model, boxes_only=(2,))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
-    losses = []
-    for _ in range(3):
-        optimizer.zero_grad()
-        torch.manual_seed(3)
-        found = model.forward_padded(*batch, compact=True)
-        torch.stack(list(found.values())).sum().backward()
-        optimizer.step()
-        losses.append(found["loss_mask"].item())
-    assert losses[-1] < losses[0]
-    results = model.eval()(images_and_targets()[0])
-    assert all(len(result["masks"]) == len(result["boxes"]) > 0 for result in results)
-
-
-@pytest.mark.parametrize("mode", ["train", "inference"])
-def test_never_waits(mode: str) -> None:
-    model = build(mask_fusion_layers=2, mask_pool_size=7)
-    batch = padded(model, boxes_only=(2,))
-    with use_backend("reference"), count_blocking() as found:
-        if mode == "train":
-            mask_loss(model, batch).backward()
-        else:
-            predicted(model, batch)
-    assert not found
-
-
-def compiled(model: tmask.MaskRCNN, backend: str) -> Callable[..., Any]:
-    return torch.compile(model.forward_padded, fullgraph=True, backend=backend, dynamic=False)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["train", "inference"])
-def test_compiles_to_one_graph(mode: str) -> None:
-    model = build(mask_fusion_layers=1)
-    batch = padded(model, boxes_only=(2,))
-    with use_backend("reference"):
-        if mode == "inference":
-            with torch.no_grad():
-                traced = compiled(model.eval(), "eager")(batch[0])
-            assert_close(traced.masks, predicted(model, batch).masks)
-            return
-        eager = mask_loss(model, batch)
-        torch.manual_seed(3)
-        traced = compiled(model, "aot_eager")(*batch)["loss_mask"]
-        traced.backward()
-    assert_close(traced, eager)
-    assert all(p.grad is not None for p in model.roi_heads.mask_transfer.parameters())

@@ -1,6 +1,5 @@
-"""Each norm layer: where it stands, that the model learns with it, and what it leaves alone."""
+"""Each norm layer: its places in the model, that the model learns with it, and the weights that stay."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import tmask
-from tests.model.conftest import SMALL, images_and_targets
+from tests.model.conftest import losses_of, padded, small, total
 from tmask.model.backbone import ResNet
 from tmask.model.fpn import FPN
 from tmask.model.mask_head import MaskHead
@@ -21,8 +20,7 @@ MEAN = "backbone.layer4.0.bn1.running_mean"
 
 
 def model_of(norm: str, **settings: Any) -> tmask.MaskRCNN:
-    torch.manual_seed(0)
-    return tmask.build_model("tiny", num_classes=4, norm=norm, **SMALL | WIDE | settings)
+    return small(norm=norm, **WIDE | settings)
 
 
 @pytest.mark.parametrize("norm", LAYERS)
@@ -30,27 +28,22 @@ def model_of(norm: str, **settings: Any) -> tmask.MaskRCNN:
 def test_every_norm_trains(norm: str) -> None:
     """One batch, one sample of it: the loss falls, all moves but the stem, which is frozen, and frozen statistics."""
     model = model_of(norm, trainable_layers=4, min_size=48, max_size=64)
-    batch = model.transform(*images_and_targets())
+    batch = padded(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02, momentum=0.9)
     losses = []
     for _ in range(5):
-        torch.manual_seed(1)
-        loss = torch.stack(list(model.forward_padded(*batch).values())).sum()  # type: ignore[union-attr]
+        loss = total(losses_of(model, batch))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss.detach()))
+        losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0], losses
-    after = model.state_dict()
-    still = {name for name in before if torch.equal(before[name], after[name])}
+    still = {name for name, value in model.state_dict().items() if torch.equal(before[name], value)}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert not still & trained
     assert {name for name, p in model.named_parameters() if not p.requires_grad} <= still
-    if norm == "gn":
-        assert MEAN not in before
-    else:
-        assert (MEAN in still) == (norm == "frozen_bn")
+    assert (MEAN in before, MEAN in still) == (norm != "gn", norm == "frozen_bn")
 
 
 @pytest.mark.parametrize("norm", LAYERS)
@@ -89,13 +82,6 @@ def test_group_norm_of_fpn_and_mask_head_is_behind_each_convolution() -> None:
     torch.testing.assert_close(seen[2], head.convs[1](seen[1].relu()))
 
 
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def test_sync_bn_of_one_process_is_bn() -> None:
     x = torch.rand(2, 3, 64, 64)
     results = []
@@ -112,11 +98,15 @@ def test_sync_bn_of_one_process_is_bn() -> None:
     assert all(torch.equal(bn[2][name], sync[2][name]) for name in bn[2])
 
 
-def test_sync_bn_of_processes_on_a_cpu_says_what_it_needs(one_process: None) -> None:
-    backbone = ResNet("resnet10", norm="sync_bn")
-    with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on GPU"):
-        backbone(torch.rand(2, 3, 64, 64))
-    backbone.eval()(torch.rand(2, 3, 64, 64))
+def test_sync_bn_of_processes_on_a_cpu_says_what_it_needs() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        backbone = ResNet("resnet10", norm="sync_bn")
+        with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on GPU"):
+            backbone(torch.rand(2, 3, 64, 64))
+        backbone.eval()(torch.rand(2, 3, 64, 64))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_group_norm_asks_nothing_of_a_width_that_it_does_not_stand_behind() -> None:

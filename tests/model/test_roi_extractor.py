@@ -1,4 +1,4 @@
-"""Each RoI extractor of a config: it is the one that the model runs, it trains, and nothing waits for the host."""
+"""The model runs the RoI extractor that its config names."""
 
 from typing import Any
 
@@ -7,11 +7,8 @@ import torch
 import torchvision
 from torch import Tensor
 
-import tmask
-from tests.model.conftest import SMALL
-from tests.model.sync import count_blocking
-from tmask.structures import Detections, ImageBatch, Targets
-from tmask_kernels import multiscale_roi_align, use_backend
+from tests.model.conftest import small, watched
+from tmask_kernels import multiscale_roi_align
 from tmask_kernels.testing import random_boxes
 
 SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
@@ -25,11 +22,6 @@ EXTRACTORS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "max": ({"reduction": "max", "sampling_ratio": 2}, {"reduction": "max", "sampling_ratio": 2}),
     "roi_pool": ({"op": "roi_pool"}, None),
 }
-
-
-def model_of(name: str, **settings: Any) -> tmask.MaskRCNN:
-    torch.manual_seed(0)
-    return tmask.build_model("tiny", num_classes=4, roi_extractor=EXTRACTORS[name][0], **SMALL, **settings)
 
 
 def pooled_by_hand(name: str, features: list[Tensor], boxes: Tensor, valid: Tensor, size: int) -> Tensor:
@@ -56,7 +48,7 @@ def test_extractor_is_the_op_of_the_config(name: str) -> None:
     boxes[0, 0] = torch.tensor([3.0, 5.0, 630.0, 600.0])  # of the coarsest level
     valid = torch.ones(2, 8, dtype=torch.bool)
     valid[1, 5:] = False
-    out = model_of(name).roi_heads.extractor(features, boxes, valid, 3)
+    out = small(roi_extractor=EXTRACTORS[name][0]).roi_heads.extractor(features, boxes, valid, 3)
     expected = pooled_by_hand(name, features, boxes, valid, 3)
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
     assert not out.view(2, 8, -1)[1, 5:].any()
@@ -71,14 +63,8 @@ def test_extractor_is_the_op_of_the_config(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXTRACTORS)
-def test_both_heads_get_what_the_extractor_reads(name: str, batch: tuple[ImageBatch, Targets]) -> None:
-    model, seen = model_of(name).eval(), {}
-    parts = {"fpn": model.fpn, "rpn": model.rpn, "box": model.roi_heads.box_head, "mask": model.roi_heads.mask_head}
-    for part, module in parts.items():
-        module.register_forward_hook(lambda _, inputs, output, part=part: seen.update({part: (inputs, output)}))
-    with torch.no_grad():
-        found = model.forward_padded(batch[0])
-    assert isinstance(found, Detections)
+def test_both_heads_get_what_the_extractor_reads(name: str) -> None:
+    seen, found = watched(small(roi_extractor=EXTRACTORS[name][0]))
     features, (proposals, _) = list(seen["fpn"][1])[:-1], seen["rpn"][1]
     expected = pooled_by_hand(name, features, proposals.boxes, proposals.valid(), 7)
     torch.testing.assert_close(seen["box"][0][0], expected, rtol=1e-5, atol=1e-5)
@@ -88,26 +74,12 @@ def test_both_heads_get_what_the_extractor_reads(name: str, batch: tuple[ImageBa
     assert found.counts.sum() > 0
 
 
-@pytest.mark.parametrize("name", ["bicubic", "max", "roi_pool"])
-def test_every_extractor_trains_without_waiting(name: str, batch: tuple[ImageBatch, Targets]) -> None:
-    model = model_of(name)
-    with use_backend("reference"), count_blocking() as found:
-        losses = model.forward_padded(*batch)
-        torch.stack(list(losses.values())).sum().backward()  # type: ignore[union-attr]
-        with torch.no_grad():
-            model.eval().forward_padded(batch[0])
-    assert not found
-    for key, parameter in model.named_parameters():
-        assert parameter.grad is not None, key
-        assert parameter.grad.isfinite().all(), key
-    for part in (model.backbone, model.fpn, model.roi_heads.box_head, model.roi_heads.mask_head):
-        assert all(p.grad.any() for p in part.parameters() if p.dim() > 1)
-
-
 def test_convention_decides_what_is_not_set() -> None:
-    for convention, expected in (("detectron2", (True, 0)), ("torchvision", (False, 2))):
-        extractor = model_of("bicubic", convention=convention).roi_heads.extractor
+    for convention, own, expected in (
+        ("detectron2", {"interpolation": "bicubic"}, (True, 0)),
+        ("torchvision", {"interpolation": "bicubic"}, (False, 2)),
+        ("detectron2", {"aligned": False}, (False, 0)),
+    ):
+        extractor = small(convention=convention, roi_extractor=own).roi_heads.extractor
         assert (extractor.aligned, extractor.sampling_ratio) == expected
         assert extractor.level_convention == convention
-    extractor = model_of("unaligned", convention="detectron2").roi_heads.extractor
-    assert (extractor.aligned, extractor.sampling_ratio) == (False, 0)

@@ -13,11 +13,11 @@ from triton.runtime.interpreter import GridExecutor
 
 import tmask
 import tmask_kernels
-from tests.model.conftest import KEYPOINTS, SMALL, images_and_targets
+from tests.model.conftest import KEYPOINTS, Batch, detected, losses_of, padded, small, total
 from tests.model.sync import count_blocking
 from tmask.model import rpn
 from tmask.model.postprocess import to_list
-from tmask.structures import Detections, ImageBatch, Targets
+from tmask.structures import Detections
 from tmask_kernels.backend import resolve, use_backend
 
 OPS = [  # those with a choice of backends
@@ -27,14 +27,11 @@ OPS = [  # those with a choice of backends
 ]
 
 
-def run(mode: str, model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]) -> None:
+def run(mode: str, model: tmask.MaskRCNN, batch: Batch) -> None:
     if mode == "inference":
-        with torch.no_grad():
-            model.eval().forward_padded(batch[0])
-        return
-    losses = model.forward_padded(*batch)
-    assert isinstance(losses, dict)
-    torch.stack(list(losses.values())).sum().backward()
+        detected(model, batch)
+    else:
+        total(losses_of(model, batch)).backward()
 
 
 @contextlib.contextmanager
@@ -62,23 +59,15 @@ def triton_where_there_is_a_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[
     yield used
 
 
-# ``auto`` on a CPU takes torchvision's ragged ops, so it is not what is tested here.
-@pytest.mark.parametrize("mode", ["train", "inference"])
-def test_reference_backend(mode: str, small_model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets]) -> None:
-    with use_backend("reference"), count_blocking() as found:
-        run(mode, small_model, batch)
-    assert not found
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU see tests/gpu/test_model.py")
 @pytest.mark.parametrize("mode", ["train", "inference"])
-def test_triton_backend(mode: str, keypoint_batch: tuple[ImageBatch, Targets], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_backend(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few RoIs of few bins: the interpreter runs a program for each row of each."""
     counts = {"rpn_post_nms_top_n_train": 8, "rpn_post_nms_top_n_test": 8, "box_batch_size": 8, "max_detections": 3}
-    sides = {"box_pool_size": 2, "mask_pool_size": 2, "keypoints": {**KEYPOINTS, "pool_size": 2}}
-    model = tmask.build_model("tiny", num_classes=4, **{**SMALL, **counts, **sides})
+    model = small(**counts, box_pool_size=2, mask_pool_size=2, keypoints={**KEYPOINTS, "pool_size": 2})
+    batch = padded(model)
     with triton_where_there_is_a_kernel(monkeypatch) as used, count_blocking() as found:
-        run(mode, model, keypoint_batch)
+        run(mode, model, batch)
     assert not found
     assert used >= {"multiscale_roi_align", "mask_targets" if mode == "train" else "decode_keypoints"}
 
@@ -87,20 +76,17 @@ def test_triton_backend(mode: str, keypoint_batch: tuple[ImageBatch, Targets], m
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU see tests/gpu/test_model.py")
 @pytest.mark.parametrize(("mode", "op"), [("train", "roi_align"), ("inference", "roi_pool")])
 def test_triton_backend_of_a_single_level(mode: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    model = tmask.build_model(
-        "tiny_c5", num_classes=4, **SMALL, roi_extractor={"op": op}, anchor_sizes=((16.0, 32.0, 64.0),)
-    )
-    batch = model.transform(*images_and_targets())
+    model = small("tiny_c5", roi_extractor={"op": op}, anchor_sizes=((16.0, 32.0, 64.0),))
+    batch = padded(model)
     with triton_where_there_is_a_kernel(monkeypatch) as used, count_blocking() as found:
-        run(mode, model, batch)  # type: ignore[arg-type]
+        run(mode, model, batch)
     assert not found
     assert ("roi_pool" if op == "roi_pool" else "multiscale_roi_align") in used
 
 
 @pytest.mark.parametrize("mode", ["train", "inference"])
 def test_an_item_in_the_model_is_found(
-    mode: str, small_model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets], monkeypatch: pytest.MonkeyPatch
+    mode: str, small_model: tmask.MaskRCNN, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = rpn.rpn_proposals
 
@@ -116,7 +102,7 @@ def test_an_item_in_the_model_is_found(
 
 
 def test_an_item_in_a_custom_op_is_found(
-    small_model: tmask.MaskRCNN, batch: tuple[ImageBatch, Targets], monkeypatch: pytest.MonkeyPatch
+    small_model: tmask.MaskRCNN, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     definition = torch._library.custom_ops.OPDEFS["tmask::mask_targets_reference"]
     real = definition._init_fn
@@ -132,24 +118,18 @@ def test_an_item_in_a_custom_op_is_found(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU see tests/gpu/test_model.py")
-@pytest.mark.parametrize("masks", ["rle", "bool"])
-def test_results_of_a_batch_wait_as_often_as_those_of_an_image(masks: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    boxes = torch.rand(3, 2, 4, generator=generator) * 5
+@pytest.mark.parametrize(("masks", "more"), [("rle", {"Tensor.cpu": 2, "Tensor.numpy": 2}), ("bool", {})])
+def test_results_of_a_batch_wait_as_often_as_those_of_an_image(masks: str, more: dict[str, int]) -> None:
+    boxes = torch.rand(3, 2, 4) * 5
     boxes[..., 2:] += boxes[..., :2]
-    whole = Detections(
-        boxes, torch.rand(3, 2), torch.ones(3, 2, dtype=torch.int64), torch.tensor([2, 1, 2]), torch.rand(3, 2, 4, 4)
-    )
-    found, image_sizes, sizes = [], torch.tensor([[8, 9]] * 3), [(8, 9), (4, 6), (9, 5)]
+    labels, counts = torch.ones(3, 2, dtype=torch.int64), torch.tensor([2, 1, 2])
+    whole = Detections(boxes, torch.rand(3, 2), labels, counts, torch.rand(3, 2, 4, 4))
     for n in (1, 3):
         part = Detections(*(value[:n] for value in whole[:5] if value is not None))
         with use_backend("triton"), count_blocking() as waits:
-            results = to_list(part, image_sizes[:n], sizes[:n], masks=masks)
+            results = to_list(part, torch.tensor([[8, 9]] * n), [(8, 9), (4, 6), (9, 5)][:n], masks=masks)
         assert [len(result["masks"]) for result in results] == [2, 1, 2][:n]
-        found.append(waits)
-    assert (
-        found[0] == found[1] == {"Tensor.tolist": 1} | ({"Tensor.cpu": 2, "Tensor.numpy": 2} if masks == "rle" else {})
-    )
+        assert waits == {"Tensor.tolist": 1} | more
 
 
 READS: dict[str, Callable[[Tensor], object]] = {
@@ -167,24 +147,17 @@ READS: dict[str, Callable[[Tensor], object]] = {
 }
 
 
-@pytest.mark.parametrize("read", READS.values(), ids=READS)
-def test_the_counter_sees(read: Callable[[Tensor], object]) -> None:
-    x = torch.rand(9)
-    with count_blocking() as found:
-        read(x)
-    assert sum(found.values()) >= 1
-
-
 @pytest.mark.parametrize("name", READS)
-def test_the_counter_sees_it_inside_a_custom_op(name: str) -> None:
+def test_the_counter_sees_it_also_inside_a_custom_op(name: str) -> None:
     @torch.library.custom_op(f"tmask_hidden::{name.replace(' ', '_')}", mutates_args=())
     def hidden(x: Tensor) -> Tensor:
         READS[name](x)
         return x + 1
 
-    with count_blocking() as found:
-        hidden(torch.rand(9))
-    assert sum(found.values()) >= 1
+    for read in (READS[name], hidden):
+        with count_blocking() as found:
+            read(torch.rand(9))
+        assert sum(found.values()) >= 1
 
 
 def test_the_counter_lets_static_ops_pass() -> None:
