@@ -1,4 +1,4 @@
-"""Files of weights as users have them: each is read, or named for what it is in one line; none runs code."""
+"""Users' files of weights: each is read, or an error of one line says what the file is; none runs code."""
 
 import argparse
 import collections
@@ -120,16 +120,18 @@ def test_weights_are_unwrapped(form: str) -> None:
 
 def test_several_models_are_not_guessed_among() -> None:
     found = {"state_dict": weights(prefix="student.") | weights(prefix="teacher.")}
-    message = (
-        "expected the weights of one model, got 2, under 'state_dict.student.', 'state_dict.teacher.'; save one alone"
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    names = "'state_dict.student.', 'state_dict.teacher.'"
+    message = re.escape(f"expected the weights of one model, got 2, under {names}; save one alone") + "$"
+    with pytest.raises(ValueError, match=f"^{message}"):
         bare_weights(found, LANDMARK)
-    with pytest.raises(ValueError, match=f"^state_dict: {re.escape(message)}$"):
+    with pytest.raises(ValueError, match=f"^state_dict: {message}"):
         tmask.load_torchvision(found)
 
 
-def zipped(**members: bytes) -> Callable[[Path], None]:
+Write = Callable[[Path], object]
+
+
+def zipped(**members: bytes) -> Write:
     def write(path: Path) -> None:
         with zipfile.ZipFile(path, "w") as archive:
             for name, data in members.items():
@@ -144,119 +146,95 @@ def tarred(path: Path) -> None:
         archive.add(path.parent / "b.txt", "b.txt")
 
 
-def torch_saved(content: Any, **how: Any) -> Callable[[Path], None]:
+def saved(content: Any, **how: Any) -> Write:
     return lambda path: torch.save(content, path, **how)
 
 
-def bytes_of(data: bytes) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(data) and None
+def data(content: bytes) -> Write:
+    return lambda path: path.write_bytes(content)
+
+
+def pickled(content: Any, **how: Any) -> Write:
+    return data(pickle.dumps(content, **how))
 
 
 def exported(path: Path) -> None:
     torch.export.save(torch.export.export(Net(), (torch.rand(1, 2),)), str(path))
 
 
-def cut(path: Path) -> None:
-    torch.save(weights(), path)
-    path.write_bytes(path.read_bytes()[:-10])
+def cut(write: Write, end: int) -> Write:
+    """The file without its last bytes."""
+    return lambda path: (write(path), path.write_bytes(path.read_bytes()[:end]))
 
 
-def cut_old(path: Path) -> None:
-    torch.save(weights() | {"args": argparse.Namespace()}, path, _use_new_zipfile_serialization=False)
-    path.write_bytes(path.read_bytes()[:300])
-
-
-def cut_safetensors(path: Path) -> None:
-    save_file(weights(), path)
-    path.write_bytes(path.read_bytes()[:-3])
-
-
+OLD: Any = {"_use_new_zipfile_serialization": False}
+ZERO, ARGS = torch.zeros(1), argparse.Namespace()
 D2 = {"backbone.bottom_up.stem.conv1.weight": np.zeros(1, np.float32)}
-NOT_READ = "which is not read, as it could run code; save the weights alone: "
-FILES: dict[str, tuple[str, Callable[[Path], None], str]] = {
-    "a model": ("a.pth", torch_saved(Net()), r"a pickle of \S*\.Net and \d+ more classes, " + NOT_READ),
-    "a model, before PyTorch 1.6": (
-        *("a.pth", torch_saved(Net(), _use_new_zipfile_serialization=False)),
-        r"a pickle of \S*\.Net, " + NOT_READ,
-    ),
-    "a model in a dict": ("a.pt", torch_saved({"model": Net(), "epoch": 3}), r"a pickle of \S*\.Net and"),
-    "a model beside its optimiser": (
-        *("a.pt", torch_saved({"net": Net(), "optimizer": {"state": {0: {"step": torch.zeros(1)}}}})),
-        r"a pickle of \S*\.Net and",
-    ),
+D2_TRAINER = {"model": {"proposal_generator.rpn_head.conv.weight": ZERO}, "iteration": 3}
+MMDET = {"meta": {"mmdet_version": "3"}, "state_dict": {"rpn_head.rpn_conv.weight": ZERO}}
+ONNX = b"\x08\x08\x12\x07pytorch\x1a\x052.4.0:\x00"
+OF_NET = r"a pickle of \S*\.Net"
+NOT_READ = ", which is not read, as it could run code; save the weights alone: "
+DAMAGED = "a truncated or damaged file"
+RESNET = "weights of a ResNet without a detector: give them as model.backbone_weights"
+FILES: dict[str, tuple[str, Write, str]] = {
+    "a model": ("a.pth", saved(Net()), OF_NET + r" and \d+ more classes" + NOT_READ),
+    "a model, before PyTorch 1.6": ("a.pth", saved(Net(), **OLD), OF_NET + NOT_READ),
+    "a model in a dict": ("a.pt", saved({"model": Net(), "epoch": 3}), OF_NET + " and"),
+    "a model beside its optimiser": ("a.pt", saved({"net": Net(), "optimizer": {"state": {0: ZERO}}}), OF_NET + " and"),
     "other names beside arguments": (
-        *("a.pth", torch_saved({"model": {"a.b": torch.zeros(1)}, "args": argparse.Namespace()})),
+        "a.pth",
+        saved({"model": {"a.b": ZERO}, "args": ARGS}),
         "1 other names, first 'a.b'",
     ),
-    "a model, pickled": ("a.pkl", bytes_of(pickle.dumps(Net())), r"a pickle of \S*test_state_dict\.Net, "),
-    "code": ("a.pth", torch_saved({"format": Evil()}), "a pickle of builtins.exec, "),
-    "code, pickled": ("a.pth", bytes_of(pickle.dumps(Evil())), "a pickle of "),
-    "another pickle protocol": (
-        "a.pth",
-        torch_saved(weights(), pickle_protocol=4),
-        "a file of pickle protocol 4: save it ",
+    "a model, pickled": ("a.pkl", pickled(Net()), r"a pickle of \S*test_state_dict\.Net, "),
+    "code": ("a.pth", saved({"format": Evil()}), "a pickle of builtins.exec, "),
+    "code, pickled": ("a.pth", pickled(Evil()), "a pickle of "),
+    "another protocol": ("a.pth", saved(weights(), pickle_protocol=4), "a file of pickle protocol 4: save it "),
+    "a list": ("a.pth", saved([1]), "a list"),
+    "nothing": ("a.pth", saved({}), "nothing"),
+    "other names": ("a.pth", saved({"a": ZERO, "b": ZERO}), "2 other names, first 'a'"),
+    "a ResNet": ("a.pth", saved({"model": {"layer1.0.conv1.weight": ZERO}, "args": ARGS}), RESNET),
+    "detectron2's zoo": (
+        "a.pkl",
+        pickled({"model": D2, "__author__": "Detectron2 Model Zoo"}),
+        "weights of detectron2, ",
     ),
-    "a list": ("a.pth", torch_saved([1]), "a list"),
-    "nothing": ("a.pth", torch_saved({}), "nothing"),
-    "other names": ("a.pth", torch_saved({"a": torch.zeros(1), "b": torch.zeros(1)}), "2 other names, first 'a'"),
-    "a ResNet": (
-        *("a.pth", torch_saved({"model": {"layer1.0.conv1.weight": torch.zeros(1)}, "args": argparse.Namespace()})),
-        "weights of a ResNet without a detector: give them as model.backbone_weights",
+    "detectron2's, protocol 2": (
+        "a.pkl",
+        pickled({"model": D2}, protocol=2),
+        "weights of detectron2, which are not read",
     ),
-    "detectron2's model zoo": (
-        *("a.pkl", bytes_of(pickle.dumps({"model": D2, "__author__": "Detectron2 Model Zoo"}))),
-        "weights of detectron2, which are not read yet",
-    ),
-    "detectron2's model zoo, protocol 2": (
-        *("a.pkl", bytes_of(pickle.dumps({"model": D2}, protocol=2))),
-        "weights of detectron2, which are not read yet",
-    ),
-    "detectron2's trainer": (
-        *("a.pth", torch_saved({"model": {"proposal_generator.rpn_head.conv.weight": torch.zeros(1)}, "iteration": 3})),
-        "weights of detectron2, which are not read yet",
-    ),
-    "mmdetection": (
-        "a.pth",
-        torch_saved({"meta": {"mmdet_version": "3"}, "state_dict": {"rpn_head.rpn_conv.weight": torch.zeros(1)}}),
-        "weights of mmdetection, which are not read yet",
-    ),
-    "Detectron": (
-        *("a.pkl", bytes_of(pickle.dumps({"blobs": {"conv_rpn_fpn2_w": np.zeros(1)}}, protocol=2))),
-        "weights of Detectron, which are not read yet",
-    ),
+    "detectron2's trainer": ("a.pth", saved(D2_TRAINER), "weights of detectron2, which are not read yet"),
+    "mmdetection": ("a.pth", saved(MMDET), "weights of mmdetection, which are not read yet"),
+    "Detectron": ("a.pkl", pickled({"blobs": {"conv_rpn_fpn2_w": np.zeros(1)}}, protocol=2), "weights of Detectron, "),
     "TorchScript": ("a.pt", lambda path: torch.jit.script(Net()).save(str(path)), "a TorchScript program, "),
     "torch.export": ("a.pt2", exported, "a program of torch.export, "),
-    "ONNX": ("a.onnx", bytes_of(b"\x08\x08\x12\x07pytorch\x1a\x052.4.0:\x00"), "an ONNX model, "),
-    "ONNX under another name": ("a.pth", bytes_of(b"\x08\x08\x12\x07pytorch\x1a\x052.4.0:\x00"), "an ONNX model, "),
-    "Keras": ("mask_rcnn_coco.h5", bytes_of(b"\x89HDF\r\n\x1a\n" + bytes(99)), "an HDF5 file, such as Keras's .h5, "),
+    "ONNX": ("a.onnx", data(ONNX), "an ONNX model, "),
+    "ONNX under another name": ("a.pth", data(ONNX), "an ONNX model, "),
+    "Keras": ("mask_rcnn_coco.h5", data(b"\x89HDF\r\n\x1a\n" + bytes(99)), "an HDF5 file, such as Keras's .h5, "),
     "Keras 3": ("a.keras", zipped(**{"model.weights.h5": b"", "config.json": b"{}"}), "a model of Keras, "),
-    "TensorFlow": ("model.ckpt-9.data-00000-of-00001", bytes_of(bytes(99)), "a file of TensorFlow, "),
-    "TensorFlow's index": ("model.ckpt.index", bytes_of(b"\x00\x01\x08"), "a file of TensorFlow, "),
-    "TensorFlow's graph": ("frozen_inference_graph.pb", bytes_of(b"\n\x1c\n"), "a file of TensorFlow, "),
-    "TensorFlow Lite": ("a.tflite", bytes_of(b"\x1c\x00\x00\x00TFL3" + bytes(99)), "a model of TensorFlow Lite, "),
+    "TensorFlow": ("model.ckpt-9.data-00000-of-00001", data(bytes(99)), "a file of TensorFlow, "),
+    "TensorFlow's index": ("model.ckpt.index", data(b"\x00\x01\x08"), "a file of TensorFlow, "),
+    "TensorFlow's graph": ("frozen_inference_graph.pb", data(b"\n\x1c\n"), "a file of TensorFlow, "),
+    "TensorFlow Lite": ("a.tflite", data(b"\x1c\x00\x00\x00TFL3" + bytes(99)), "a model of TensorFlow Lite, "),
     "NumPy, several": ("a.npz", lambda path: np.savez(path, a=np.zeros(1)), "arrays of NumPy, which are not read"),
     "NumPy": ("a.npy", lambda path: np.save(path, np.zeros(1)), "an array of NumPy, "),
-    "a page": ("a.pth", bytes_of(b"\n<!DOCTYPE html><html>404</html>"), "a page of HTML or XML, which servers give"),
-    "Git LFS": ("a.pth", bytes_of(b"version https://git-lfs.github.com/spec/v1\noid sha256:"), "a Git LFS pointer "),
-    "JSON": ("a.json", bytes_of(json.dumps({"info": {"a": 1}}).encode()), 'a text that begins \'{"info": {"a": 1}}\''),
-    "text": ("a.pt", bytes_of("größer\n".encode() * 999), "a text that begins 'größer'"),
+    "a page": ("a.pth", data(b"\n<!DOCTYPE html><html>404</html>"), "a page of HTML or XML, which servers give"),
+    "Git LFS": ("a.pth", data(b"version https://git-lfs.github.com/spec/v1\noid sha256:"), "a Git LFS pointer "),
+    "JSON": ("a.json", data(json.dumps({"info": {"a": 1}}).encode()), 'a text that begins \'{"info": {"a": 1}}\''),
+    "text": ("a.pt", data("größer\n".encode() * 999), "a text that begins 'größer'"),
     "an archive": ("a.pth", zipped(**{"run/a.pth": b"a"}), "a zip archive, first of it 'run/a.pth': unpack it"),
     "a tar archive": ("a.pth.tar", tarred, "a packed archive: unpack it"),
-    "gzip": ("a.pth.gz", bytes_of(b"\x1f\x8b\x08" + bytes(99)), "a packed archive: unpack it"),
-    "an empty file": ("a.pth", bytes_of(b""), "an empty file"),
-    "zeros": ("a.pth", bytes_of(bytes(9999)), "a truncated or damaged file"),
-    "truncated": ("a.pth", cut, "a truncated or damaged file"),
-    "truncated, before PyTorch 1.6": ("a.pth", cut_old, "a truncated or damaged file"),
-    "truncated safetensors": ("a.safetensors", cut_safetensors, "a truncated or damaged file"),
-    "truncated pickle": ("a.pkl", bytes_of(pickle.dumps({"model": D2})[:-9]), "a truncated or damaged file"),
-    "safetensors of others": (
-        *("a.safetensors", lambda path: save_file({"a": torch.zeros(1)}, path)),
-        "1 other names, first 'a'",
-    ),
-    "a header's length of safetensors that is none": (
-        *("a.safetensors", bytes_of(struct.pack("<Q", 999) + b"{}")),
-        "a truncated or damaged file",
-    ),
+    "gzip": ("a.pth.gz", data(b"\x1f\x8b\x08" + bytes(99)), "a packed archive: unpack it"),
+    "an empty file": ("a.pth", data(b""), "an empty file"),
+    "zeros": ("a.pth", data(bytes(9999)), DAMAGED),
+    "truncated": ("a.pth", cut(saved(weights()), -10), DAMAGED),
+    "truncated, before PyTorch 1.6": ("a.pth", cut(saved(weights() | {"args": ARGS}, **OLD), 300), DAMAGED),
+    "truncated safetensors": ("a.safetensors", cut(lambda path: save_file(weights(), path), -3), DAMAGED),
+    "truncated pickle": ("a.pkl", cut(pickled({"model": D2}), -9), DAMAGED),
+    "safetensors of others": ("a.safetensors", lambda path: save_file({"a": ZERO}, path), "1 other names, first 'a'"),
+    "a length of safetensors that is none": ("a.safetensors", data(struct.pack("<Q", 999) + b"{}"), DAMAGED),
 }
 
 
