@@ -45,7 +45,8 @@ ROIS, MASK_ROIS, BICUBIC, LARGEST = "roi-align-box-head", "roi-align-mask-head",
 ONE_MAP, ADAPTIVE, POOL = "roi-align-map", "roi-align-map-adaptive", "roi-pool-map"
 NMS = ("nms-rpn", "nms-classes", "nms-1k", "nms-10k", "nms-10k-dense", "nms-100k")
 LEVELS, LIST, MEDIUM, LONG_LIST, MILLION = "nms-rpn", "nms-1k", "nms-10k", "nms-100k", "nms-1m"
-PROPOSALS, ANCHORS, KEYPOINTS, MASKS, MASKS_OF_DETECTRON2 = "proposals-rpn", "match-anchors", "keypoints", "paste-masks", "paste-masks-detectron2"
+PROPOSALS, ANCHORS, KEYPOINTS = "proposals-rpn", "match-anchors", "keypoints"
+MASKS, MASKS_OF_DETECTRON2 = "paste-masks", "paste-masks-detectron2"
 FOCAL, FOCAL_HEAD, MASK_LOSS = "focal-rpn", "focal-box-head", "mask-loss"
 
 
