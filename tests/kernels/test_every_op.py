@@ -53,7 +53,6 @@ SPECS += [
     dataclasses.replace(BY_NAME[name], name=call.__name__, call=call) for name, calls in MORE.items() for call in calls
 ]
 NMS = ("nms", "batched_nms", "padded_nms", "rpn_proposals", "detections")
-RAGGED = ("nms", "batched_nms", "soft_nms")
 RUN_LENGTHS = ("paste_masks (rle)", "paste_masks_batched (rle)")
 # Cases that take the first image, and that name the sizes of three.
 OF_SOME_IMAGES = ("nms", "batched_nms", "paste_masks_batched (bool)", "paste_masks_batched (rle)")
@@ -175,7 +174,7 @@ def test_compiles_whole(spec, backend, device):
     whole = dataclasses.replace(
         spec, call=torch.compile(lambda x, b: spec.call(x, b), fullgraph=True, backend="aot_eager")
     )
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=spec.name in RAGGED):
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=spec.ragged):
         got = forward_and_backward(whole, given, backend)
     torch.testing.assert_close(tensors(got), tensors(results(spec.name, backend, device)), equal_nan=True)
 
@@ -217,4 +216,4 @@ def test_nothing_waits(spec, backend, device):
     given = leaves(spec, spec.make(), device)
     with count_blocking() as found:
         spec.call(given, backend)
-    assert found == ({"_local_scalar_dense": 1, "Tensor.__int__": 1} if spec.name in RAGGED else {})
+    assert found == ({"_local_scalar_dense": 1, "Tensor.__int__": 1} if spec.ragged else {})
