@@ -131,7 +131,7 @@ def _mask_boxes(items: Sequence[dict[str, Any]], sides: dict[int, tuple[int, int
 
 
 def _fill_boxes(items: Sequence[dict[str, Any]], masks: Array) -> Array:
-    """Give the annotations without a box, or with one of zeros alone, that of their mask. [K] bool: which have it."""
+    """Replace missing boxes and boxes of zeros by the box of the mask. Return which were replaced, bool [K]."""
     filled = np.zeros(len(items), dtype=bool)
     for row, item in enumerate(items):
         if any(item.get("bbox", ())):

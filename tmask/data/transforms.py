@@ -72,7 +72,7 @@ class JointTransform:
     transform: Callable[[Any, Any], Any]
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
-        """[3, H, W] and a target as of `tmask.data.coco.CocoDataset`."""
+        """Transform an image [3, H, W] and its target, as `tmask.data.coco.CocoDataset` returns them."""
         height, width = image.shape[-2:]
         masks = target.get("masks")
         wrapped = dict(target)
@@ -95,7 +95,7 @@ class JointTransform:
 
 @dataclass(frozen=True)
 class RandomHorizontalFlip:
-    """v2's, which also swaps keypoints: a mirror turns a left hand into a right one.
+    """v2's flip that also swaps keypoints: a mirror turns a left hand into a right one.
 
     After a flip keypoint i is the one that was ``flip_order[i]``; with an empty order all keep their numbers.
     """
@@ -187,7 +187,7 @@ def train_transforms(
 
 
 def _boxes_of(masks: Tensor) -> Tensor:
-    """The box of each mask's pixels, xyxy float32 [G, 4]; zeros for a mask without a pixel."""
+    """Return the box of each mask's pixels, xyxy float32 [G, 4]; zeros for a mask without a pixel."""
     plain = masks.as_subclass(Tensor)
     width = masks.width if isinstance(masks, PackedMasks) else plain.shape[2]
     boxes = torch.zeros(len(plain), 4)

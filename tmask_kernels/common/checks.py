@@ -39,12 +39,12 @@ _SHOWN = 100  # characters of a value
 
 
 def wrong(op: str, name: str, expected: str, value: Any) -> ValueError:
-    """The error to raise for `value` as the argument `name` of `op`."""
+    """Return the error to raise for `value` as the argument `name` of `op`."""
     return ValueError(f"{op}: {name}: expected {expected}, got {describe(value)}")
 
 
 def describe(value: Any) -> str:
-    """`value` in one short line. Of tensors and arrays only dtype and shape: their elements may lie on a device."""
+    """Return `value` in one short line. Tensors show dtype and shape alone: their elements may lie on a device."""
     if isinstance(value, Tensor):
         layout = "" if value.layout == torch.strided else f" {value.layout}"
         return f"{value.dtype} {list(value.shape)}{layout}"
@@ -70,9 +70,19 @@ def check_tensor(
     device: torch.device | None = None,
     hint: str = "",
 ) -> None:
-    """That `value` is a dense tensor of `shape`, of a dtype in ``DTYPES[dtype]`` and on `device` if one is given.
+    """Check that `value` is a dense tensor of `shape`, of a dtype in ``DTYPES[dtype]`` and, if given, on `device`.
 
-    A letter in `shape` is any length; "..." as its first item is any number of axes. `hint` follows what is expected.
+    Args:
+        op: the public function, for the message, as in every check here.
+        name: the argument's name.
+        value: what the caller passed.
+        shape: an axis each: its length, or a letter for any length. "..." as the first item is any number of axes.
+        dtype: a key of `DTYPES`.
+        device: the device of the other tensors; None means any.
+        hint: text that the message adds to the expected shape.
+
+    Raises:
+        ValueError: `value` is something else.
     """
     if isinstance(value, Tensor):
         head = 1 if shape and shape[0] == "..." else 0
@@ -92,7 +102,7 @@ def check_tensor(
 
 
 def check_values(op: str, name: str, value: Tensor) -> None:
-    """That a tensor has values, which a meta tensor lacks: for a result whose length depends on them."""
+    """Check that a tensor has values; a meta tensor has none. For results whose length depends on values."""
     if value.device.type == "meta":
         raise ValueError(f"{op}: {name}: expected a tensor with values, got one on the device meta")
 
@@ -107,16 +117,16 @@ def check_number(
     above: float | None = None,
     expected: str = "",
 ) -> float:
-    """`value` as a float: a finite number of at least `low`, at most `high` and greater than `above`.
+    """Return `value` as a float. It must be finite, at least `low`, at most `high` and greater than `above`.
 
-    `expected` replaces the words that these bounds give.
+    `expected` replaces the message's own words for these bounds. An infinite `high` allows `value` to be infinite.
     """
     # numpy's floats would be compared in their own precision; an int may be beyond any float.
     number = float(value) if isinstance(value, Real) and hasattr(value, "dtype") else value
     if (
         isinstance(number, _NUMBER)
         and not isinstance(number, bool)
-        and (-_FINITE <= number <= _FINITE or number == high)  # which may be infinite
+        and (-_FINITE <= number <= _FINITE or number == high)  # `high` may be infinite
         and (low is None or number >= low)
         and (high is None or number <= high)
         and (above is None or number > above)
@@ -126,7 +136,7 @@ def check_number(
 
 
 def check_whole(op: str, name: str, value: Any, low: int | None = None, high: int = _INT64) -> int:
-    """`value` as an int: a whole number in `low` .. `high`. No float is one, not even 7.0."""
+    """Return `value` as an int in `low` .. `high`. A float is an error, even 7.0."""
     if (
         isinstance(value, _WHOLE)
         and not isinstance(value, bool)
@@ -139,7 +149,7 @@ def check_whole(op: str, name: str, value: Any, low: int | None = None, high: in
 
 
 def check_size(op: str, name: str, value: Any, low: int = 1, *, or_number: bool = False) -> tuple[int, int]:
-    """`value` as (height, width) of at least `low`, whole numbers; with `or_number` one number may stand for both."""
+    """Return `value` as (height, width), ints of at least `low`. `or_number` allows one number for both sides."""
     pair = value
     if or_number and not isinstance(value, Sequence):
         pair = (value, value)
@@ -147,13 +157,13 @@ def check_size(op: str, name: str, value: Any, low: int = 1, *, or_number: bool 
         try:
             return check_whole(op, name, pair[0], low), check_whole(op, name, pair[1], low)
         except ValueError:
-            pass  # the whole value tells more
+            pass  # the message below shows the whole value, not one side
     number = "a whole number or " if or_number else ""
     raise wrong(op, name, f"{number}(height, width), whole numbers of at least {low}", value)
 
 
 def check_flag(op: str, name: str, value: Any) -> bool:
-    """`value` as a bool: True or False, also numpy's."""
+    """Return `value` as a bool: True or False, also numpy's."""
     if _is_flag(value):
         return bool(value)
     raise wrong(op, name, "True or False", value)
@@ -165,13 +175,13 @@ def _is_flag(value: Any) -> bool:
 
 
 def check_choice(op: str, name: str, value: Any, known: Sequence[str]) -> None:
-    """That `value` is one of the words `known`."""
+    """Check that `value` is one of the words `known`."""
     if not isinstance(value, str) or value not in known:
         raise wrong(op, name, f"one of {', '.join(known)}", value)
 
 
 def check_list(op: str, name: str, value: Any, expected: str, length: int | None = None) -> list[Any]:
-    """`value` as a list: a sequence, of `length` items if it is given; neither text nor a tensor, array or mapping."""
+    """Return a sequence as a list, of `length` items if given. Text, a tensor, an array or a mapping is an error."""
     if not isinstance(value, Sequence) or isinstance(value, str) or (length is not None and len(value) != length):
         way_out = f", such as list({name}.values())" if isinstance(value, Mapping) else ""
         raise wrong(op, name, expected + way_out, value)
@@ -179,7 +189,7 @@ def check_list(op: str, name: str, value: Any, expected: str, length: int | None
 
 
 def check_numbers(op: str, name: str, value: Any, length: int | None = None, *, above: float) -> list[float]:
-    """`value` as a list of `length` finite numbers, or of one or more, each greater than `above`."""
+    """Return `value` as a list of finite numbers greater than `above`: `length` of them, or at least one."""
     expected = f"{'one or more' if length is None else length} finite numbers above {above:g}"
     items = check_list(op, name, value, expected, length)
     if not items:
@@ -188,7 +198,7 @@ def check_numbers(op: str, name: str, value: Any, length: int | None = None, *, 
 
 
 def _bounded(noun: str, low: float | None, high: float | None, above: float | None) -> str:
-    """A number within bounds, in words."""
+    """Return the bounds of a number in words."""
     if above is not None:
         return f"a {noun} in ({above:g}, {high:g}]" if high is not None else f"a finite {noun} above {above:g}"
     if low is not None:

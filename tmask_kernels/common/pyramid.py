@@ -27,11 +27,18 @@ def pyramid_levels(
     canonical_level: int = 4,
     level_convention: str = "detectron2",
 ) -> Tensor:
-    """Index of the level that `multiscale_roi_align` pools each box [..., 4] from: int64 [...], 0 the finest.
+    """Return the index of the level that `multiscale_roi_align` pools each box from.
 
-    The arguments are those of `multiscale_roi_align`; areas are fp32, as there of features that are not fp64. A box
-    whose area is NaN or negative is of level 0. No host synchronisation.
-    Errors: ValueError for impossible scales and an unknown convention.
+    Args:
+        boxes: [..., 4] xyxy in image pixels. Areas are float32, as in `multiscale_roi_align` of features that are not
+            float64.
+        spatial_scales, canonical_scale, canonical_level, level_convention: those of `multiscale_roi_align`.
+
+    Returns:
+        int64 [...], 0 for the finest level. A NaN or negative area gives 0. No host synchronisation.
+
+    Raises:
+        ValueError: scales that no pyramid has, or an unknown convention.
     """
     op = "pyramid_levels"
     check_tensor(op, "boxes", boxes, ("...", 4))
@@ -47,9 +54,13 @@ def level_thresholds(
     *,
     op: str = "multiscale_roi_align",
 ) -> list[float]:
-    """Area in px^2 from which a box leaves level i for level i + 1. Comparing areas needs no logarithm.
+    """Return for each level but the last the area in px^2 from which a box belongs to the next level.
 
-    sqrt(area) / canonical_scale * factor >= 2 ** (level - canonical_level), squared. Errors: ValueError.
+    The definition, sqrt(area) / canonical_scale * factor >= 2 ** (level - canonical_level), is squared, so that
+    comparing areas needs no logarithm.
+
+    Raises:
+        ValueError: scales that no pyramid has, or an unknown convention.
     """
     check_choice(op, "level_convention", convention, tuple(LEVEL_FACTOR))
     canonical_scale = check_number(op, "canonical_scale", canonical_scale, above=0)
@@ -72,7 +83,7 @@ def level_thresholds(
 
 
 def box_levels(boxes: Tensor, level_thresholds: Sequence[float]) -> Tensor:
-    """Level index of boxes [..., 4], int64 [...]: how many thresholds the area reaches. Inverted boxes: level 0."""
+    """Return the level index of boxes [..., 4], int64 [...]: the number of thresholds that the area reaches."""
     sides = box_sizes(boxes.detach())
     area = sides[..., 0] * sides[..., 1]
     level = torch.zeros_like(area, dtype=torch.int64)
