@@ -156,17 +156,17 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
 
     @property
     def num_classes(self) -> int:
-        """Number of categories and background."""
+        """The number of categories, plus one for the background."""
         return len(self.categories) + 1
 
     @property
     def num_instances(self) -> int:
-        """Number of annotations to learn from: all that are not left out and no crowd."""
+        """The number of annotations to learn from: those that are neither left out nor crowds."""
         return sum(not item["iscrowd"] for items in self._annotations for item in items)
 
     @property
     def mask_counts(self) -> dict[int, int]:
-        """Number of them whose mask is used, of each category id that has any."""
+        """Maps a category id to its number of instances with a usable mask."""
         return Counter(
             item["category_id"]
             for items in self._annotations
@@ -177,9 +177,10 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         )
 
     def use_labels(self, categories: Sequence[dict[str, Any]]) -> None:
-        """Number the labels as `categories`, those of training, do: `match_categories` says how they are matched.
+        """Number the labels as in training: `match_categories` matches the file with `categories`, those of training.
 
-        Errors: ValueError for categories that do not match.
+        Raises:
+            ValueError: the categories do not match.
         """
         used = {item["category_id"] for item in self.coco.anns.values()}
         self.categories = match_categories(categories, self.categories, used, self.annotation_file)
@@ -191,11 +192,11 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         return len(self.images)
 
     def image_path(self, i: int) -> Path:
-        """The file of image i."""
+        """Return the file of image i."""
         return self.images_folder / self._found.get(i, self.images[i]["file_name"])
 
     def aspect_ratio(self, i: int) -> float:
-        """Width / height of image i, without reading it."""
+        """Return width / height of image i without reading the image."""
         return float(self.images[i]["width"] / self.images[i]["height"])
 
     def __getitem__(self, i: int) -> tuple[Tensor, Target]:
@@ -224,7 +225,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         return (image, target) if self.transforms is None else self.transforms(image, target)
 
     def check_size(self, i: int, height: int, width: int, orientation: int) -> None:
-        """Raise BadImageError unless image i, of an EXIF `orientation`, is read with the size that the file says."""
+        """Raise BadImageError unless image i, read with its EXIF `orientation`, has the size of the annotation file."""
         record = self.images[i]
         if (height, width) == (record["height"], record["width"]):
             return
@@ -254,7 +255,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     def _sort_annotations(
         self, annotations: Sequence[dict[str, Any]]
     ) -> tuple[list[list[dict[str, Any]]], list[np.ndarray[Any, np.dtype[np.float32]]]]:
-        """The annotations of each image that have a box inside it, and those boxes, clipped: [G, 4] each."""
+        """Return each image's annotations with a box inside the image, and the clipped boxes, [G, 4] an image."""
         row = {record["id"]: i for i, record in enumerate(self.images)}
         kept: list[list[dict[str, Any]]] = [[] for _ in self.images]
         boxes: list[list[tuple[float, ...]]] = [[] for _ in self.images]
@@ -278,7 +279,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         return kept, [np.array(item, dtype=np.float32).reshape(-1, 4) for item in boxes]
 
     def _keypoints(self, annotations: Sequence[dict[str, Any]]) -> Tensor:
-        """[G, Kp, 3]; all unknown where an annotation has none."""
+        """Return keypoints [G, Kp, 3]; an annotation without keypoints gets unknown ones."""
         count = len(self.keypoint_names)
         rows = [item.get("keypoints") or [0] * (3 * count) for item in annotations]
         keypoints = torch.tensor(rows, dtype=torch.float32).reshape(-1, count, 3)

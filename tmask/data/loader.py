@@ -37,7 +37,7 @@ class Batch:
     original_sizes: list[tuple[int, int]]  # height, width before the resize
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory; DataLoader calls it."""
+        """Return the same batch in page-locked memory. DataLoader calls this."""
         images = ImageBatch(*(tensor.pin_memory() for tensor in self.images))
         pinned = {name: tensor.pin_memory() for name, tensor in self.targets._asdict().items() if tensor is not None}
         targets = self.targets._replace(**pinned)
@@ -45,12 +45,12 @@ class Batch:
 
 
 class DetectionData(Protocol):
-    """What a loader needs of a data set; `tmask.data.coco.CocoDataset` has it."""
+    """The methods that a loader needs of a data set, such as `tmask.data.coco.CocoDataset`."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, i: int) -> Item: ...
     def aspect_ratio(self, i: int) -> float:
-        """Width / height of image i, without reading it."""
+        """Return width / height of image i without reading the image."""
 
 
 class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -89,16 +89,17 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         self.groups = [0] * length if aspect_ratios is None else [int(ratio >= 1) for ratio in aspect_ratios]
 
     def set_epoch(self, epoch: int, *, start: int = 0) -> None:
-        """Choose the order that the next iteration gives, and how many of its batches are left out as already used.
+        """Set the epoch of the next iteration, and skip its first `start` batches, which are used already.
 
-        Errors: ValueError for a `start` beyond the end of the epoch.
+        Raises:
+            ValueError: `start` is beyond the end of the epoch.
         """
         if not 0 <= start <= len(self):
             raise ValueError(f"start: expected in 0..{len(self)}, the batches of an epoch, got {start}")
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
+        """Return the number of batches of a whole epoch."""
         groups = [group for i, group in enumerate(self.groups) if i not in self.left_out]
         if self.drop_last:
             return len(groups) // self.batch_size
@@ -110,7 +111,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
             yield [(i, _mix(self.seed, epoch, i)) for i in batch]
 
     def batches(self, epoch: int) -> list[list[int]]:
-        """The indices of each batch of `epoch`, in order."""
+        """Return the indices of each batch of `epoch`, in order."""
         order = list(range(self.length))
         if self.shuffle:
             generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
@@ -174,7 +175,7 @@ def make_loader(
 
 
 class _BatchMaker(Dataset[Batch]):
-    """Batches by the (index, seed) of their items: random transforms of an item depend on its seed alone."""
+    """Makes a batch from the (index, seed) of its items. Random transforms of an item depend on its seed alone."""
 
     def __init__(self, dataset: DetectionData, transform: BatchTransform) -> None:
         self.dataset, self.transform = dataset, transform
@@ -211,7 +212,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 class _Loader(DataLoader[Batch]):
-    """Raises the errors of its workers here as they were there; torch would give their tracebacks for a message."""
+    """Raises a worker's error unchanged; torch would make the message of the worker's traceback."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         return map(_batch_or_error, super().__iter__())
@@ -219,7 +220,7 @@ class _Loader(DataLoader[Batch]):
 
 @dataclass(frozen=True)
 class _Failure:
-    """What a worker gives in place of a batch."""
+    """A worker's error, which the worker returns in place of a batch."""
 
     error: Exception
 
@@ -228,7 +229,7 @@ class _Failure:
         error.add_note(f"In a worker of the loader:\n{traceback.format_exc()}")
         try:
             pickle.loads(pickle.dumps(error))
-        except Exception:  # then its text must do
+        except Exception:  # the error cannot be pickled: keep its text
             error = RuntimeError(f"{type(error).__name__}: {error}")
         return cls(error)
 
@@ -243,7 +244,7 @@ def _batch_or_error(made: Batch | _Failure) -> Batch:
 
 
 def leave_stop_signals_to_the_trainer(worker: int) -> None:
-    """A terminal's Ctrl-C reaches the workers too, and a scheduler's SIGTERM: only their parent's SIGTERM ends them."""
+    """Let only the parent's SIGTERM end a worker. A terminal's Ctrl-C and a scheduler's SIGTERM reach workers too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -259,5 +260,5 @@ def _end_with_the_parent() -> None:
 
 
 def _mix(*numbers: int) -> int:
-    """One well-mixed 63-bit number from several."""
+    """Mix several numbers into one of 63 bits."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))

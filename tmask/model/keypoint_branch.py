@@ -45,9 +45,9 @@ class KeypointBranch:
         return total / learns.sum().clamp(min=1)
 
     def keypoints(self, pool: Pool, head: Head, boxes: Tensor, valid: Tensor, *, compact: bool) -> Tensor:
-        """The keypoints of each detection: boxes [N, D, 4] and valid [N, D] to [N, D, Kp, 3] of x, y and score.
+        """Return x, y and score [N, D, Kp, 3] of the keypoints of boxes [N, D, 4], valid [N, D].
 
-        Pixels of the padded image; the score is the heat map's value there. Zeros where not valid.
+        x and y are pixels of the padded image. The score is the heat map's value there. Invalid boxes get zeros.
         """
         logits, chosen = run_head(head, pool, boxes, valid, self.pool_size, compact=compact)
         xy, scores = decode_keypoints(to_slots(logits, chosen, valid), boxes, valid)
@@ -55,14 +55,20 @@ class KeypointBranch:
 
 
 def encode_keypoints(keypoints: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The cell of each keypoint in the heat map of its RoI, and whether it has one.
+    """Return the cell of each keypoint in the heat map of its RoI, and whether it has one.
 
-    keypoints [..., Kp, 3] of x, y and visibility, boxes [..., 4] in the same pixels. Cells [..., Kp] int64, row by row:
-    ``floor((y - y1) * size / h) * size + floor((x - x1) * size / w)``, where the right and the bottom edge belong to
-    the last cell; 0 where the second value, [..., Kp] bool, is False: not visible (0) or outside the box.
+    Args:
+        keypoints: [..., Kp, 3], x, y and visibility.
+        boxes: [..., 4] in the same pixels.
+        size: side of the heat map, in cells.
 
-    Decoding picks a pixel, so it gives the point back to within half a cell only where a pixel stands at the cell's
-    centre, as in boxes whose sides are odd multiples of `size`; else it is half a pixel more. See "Accuracy" in the
+    Returns:
+        The cells [..., Kp] int64, row by row: ``floor((y - y1) * size / h) * size + floor((x - x1) * size / w)``. The
+        right and the bottom edge belong to the last cell. And [..., Kp] bool: False, with the cell 0, for a keypoint
+        that is not visible (0) or outside the box.
+
+    Decoding picks a pixel. Where a pixel has its centre at the cell's centre, as in boxes whose sides are odd multiples
+    of `size`, decoding returns the point to within half a cell; elsewhere to half a pixel more. See "Accuracy" in the
     README of decode_keypoints for cells at the border and small boxes.
     """
     corner, far = boxes[..., None, :2], boxes[..., None, 2:]  # [..., 1, 2]

@@ -35,7 +35,7 @@ class RoIExtractor:
     level_convention: str
 
     def __call__(self, features: Sequence[Tensor], boxes: Tensor, valid: Tensor, output_size: int) -> Tensor:
-        """Levels [N, C, H, W], boxes [N, P, 4], valid [N, P] to [N * P, C, output_size, output_size]."""
+        """Read levels [N, C, H, W] at boxes [N, P, 4], valid [N, P]: [N * P, C, output_size, output_size]."""
         features = features[: len(self.strides)]  # P6 serves the RPN alone
         scales = [1 / stride for stride in self.strides]
         if self.op == "roi_pool":
@@ -72,7 +72,7 @@ class StageExtractor(nn.Module):
         self.pool, self.stage = pool, stage
 
     def forward(self, features: Sequence[Tensor], boxes: Tensor, valid: Tensor, output_size: int) -> Tensor:
-        """Levels [N, C, H, W], boxes [N, P, 4], valid [N, P] to [N * P, C', output_size, output_size]."""
+        """Read levels [N, C, H, W] at boxes [N, P, 4], valid [N, P]: [N * P, C', output_size, output_size]."""
         out: Tensor = self.stage(self.pool(features, boxes, valid, 2 * output_size))
         return out
 
@@ -80,7 +80,7 @@ class StageExtractor(nn.Module):
 def run_head(
     head: Head, pool: Pool, boxes: Tensor, valid: Tensor, side: int, *, compact: bool
 ) -> tuple[Tensor, Tensor | slice]:
-    """What `head` makes of boxes [N, S, 4], and which of the flattened slots its rows are: all, or the valid ones.
+    """Run `head` on the features of boxes [N, S, 4]. Return its rows and their flattened slots: all, or the valid ones.
 
     `compact`: see `MaskRCNN.forward_padded`.
     """
@@ -91,7 +91,7 @@ def run_head(
 
 
 def to_slots(values: Tensor, rows: Tensor | slice, valid: Tensor) -> Tensor:
-    """Rows of `run_head` [R, ...] at their slots of valid [N, S]: [N, S, ...], zeros in slots that have no row."""
+    """Put the rows of `run_head` [R, ...] into the slots of valid [N, S]: [N, S, ...], zeros in slots without a row."""
     if isinstance(rows, Tensor):
         values = values.new_zeros(valid.numel(), *values.shape[1:]).index_copy(0, rows, values)
     return values.unflatten(0, valid.shape)

@@ -38,7 +38,7 @@ class RPNHead(nn.Module):
         nn.init.constant_(self.objectness.bias, objectness_bias)  # type: ignore[arg-type]
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """[N, C, H, W] each to logits [N, B, H, W] each and deltas [N, 4B, H, W] each."""
+        """Return logits [N, B, H, W] and deltas [N, 4B, H, W] for each level [N, C, H, W]."""
         hidden = [F.relu(self.conv(x)) for x in features]
         return [self.objectness(x) for x in hidden], [self.deltas(x) for x in hidden]
 

@@ -21,7 +21,7 @@ class Sample(NamedTuple):
 
 
 class Sampler(Protocol):
-    """What draws the candidates: `sample`, or a stand-in that makes the same choice as another library's."""
+    """A function that draws candidates: `sample`, or in tests one that repeats another library's draw."""
 
     def __call__(self, positive: Tensor, negative: Tensor, *, size: int, positive_fraction: float) -> Sample:
         """See `sample`."""
@@ -61,11 +61,11 @@ def sample(
 
 
 def take_rows(values: Tensor, index: Tensor) -> Tensor:
-    """Row `index` [N, S] of each image of `values` [N, P, fields]: [N, S, fields]."""
+    """Return the rows `index` [N, S] of each image of `values` [N, P, fields]: [N, S, fields]."""
     return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
 
 
 def _random_subset(mask: Tensor, keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Up to `count` random True positions of `mask` [N, P]: indices and whether each slot holds one, filled first."""
+    """Draw up to `count` random True positions of `mask` [N, P]. Return indices and which slots are used, the first."""
     order = torch.where(mask, keys, -1.0).topk(min(count, mask.shape[1]), dim=1)
     return order.indices, order.values >= 0
