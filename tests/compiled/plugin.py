@@ -3,7 +3,7 @@
 `make test-compiled` loads it (``pytest -p tests.compiled.plugin``). Tensors and torch.cuda say that there is a GPU, so
 tests take the way that a GPU takes. An access outside a tensor, two programs of a launch that race, and an operation
 without a defined result raise where the kernel was launched; memory that nobody wrote holds NaN or a large integer.
-What the tool is wrong about stands in allowed.txt, with the reason.
+allowed.txt lists what the tool is wrong about, with the reason.
 """
 
 import contextlib

@@ -24,7 +24,7 @@ def bench_command(argv: list[str]) -> int:
     text = "op, model or all (the default), or ops by their names."
     parser.add_argument("targets", nargs="*", type=str, default=[], help=text)
     parser.add_argument("-k", "--only", type=str | None, default=None, help="Only rows that this pytest -k names.")
-    text = "File of the result; null: a new one in runs/bench."
+    text = "File of the result, written anew; null: runs/bench/result.json."
     parser.add_argument("--json", type=str | None, default=None, metavar="FILE", help=text)
     text = "Folder for PNG charts; null: no charts."
     parser.add_argument("--charts", type=str | None, default=None, metavar="FOLDER", help=text)

@@ -63,7 +63,7 @@ def find_image_files(
 
 
 def _warn_repeated(images: Sequence[dict[str, Any]], annotation_file: Path) -> None:
-    """One warning of the images whose file another image has: in each of them the objects of the other are missing."""
+    """Warn once of images that share a file: each lacks the objects of the other, which would count as background."""
     first: dict[str, int] = {}
     repeated = [record for record in images if first.setdefault(record["file_name"], record["id"]) != record["id"]]
     if repeated:
@@ -86,7 +86,7 @@ def files_below(folder: Path) -> list[Parts]:
 
 
 class ImageFiles:
-    """Image files, found by names that may differ from theirs."""
+    """Finds image files by names that may differ from the names of the files."""
 
     def __init__(self, files: Sequence[Parts]) -> None:
         self.files = files
@@ -105,7 +105,7 @@ class ImageFiles:
             self._levels.append((key, by_name))
 
     def find(self, name: str) -> list[Parts]:
-        """The files that `name` may mean, by the strictest comparison that finds any."""
+        """Return the files that `name` may mean, by the strictest comparison that finds any."""
         for key, by_name in self._levels:
             for wanted in _readings(name):
                 found = [
@@ -144,7 +144,7 @@ class ImageFiles:
 
 
 def _readings(name: str) -> list[Parts]:
-    """The paths that a name may stand for, without drive, host, and what is above the folder."""
+    """Return the paths that a name may mean, without drive, host, and folders above the images folder."""
     texts = [name]
     if "://" in name:
         url = urlsplit(name)

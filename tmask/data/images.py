@@ -43,11 +43,11 @@ _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 class BadImageError(ValueError):
-    """An image file that cannot be read, or not rightly, or is not of the size that the annotations say."""
+    """An image file that cannot be read, would be read wrongly, or lacks the size of the annotation file."""
 
 
 class Header(NamedTuple):
-    """What a file says of its image before the pixels are decoded."""
+    """The facts about an image that its file tells before the pixels are decoded."""
 
     height: int  # as stored
     width: int
@@ -56,7 +56,7 @@ class Header(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A decoded image, and what its pixels do not show."""
+    """A decoded image, its EXIF orientation, and whether transparency was dropped."""
 
     pixels: Tensor  # [3, H, W] uint8 RGB
     orientation: int  # of EXIF, applied or not; 1: as stored
@@ -64,7 +64,7 @@ class Picture(NamedTuple):
 
 
 def read_image(path: str | Path, *, apply_exif: bool = False) -> Tensor:
-    """The pixels of `read_picture`, with a warning if transparency is dropped."""
+    """Return the pixels of `read_picture`, and warn if transparency is dropped."""
     picture = read_picture(path, apply_exif=apply_exif)
     if picture.transparent:
         warn_transparent([path], 1)
@@ -110,7 +110,7 @@ def read_picture(path: str | Path, *, apply_exif: bool = False) -> Picture:
 
 
 def read_header(path: str | Path) -> Header:
-    """What `read_picture` would find, but for damage of the pixels; raises the same errors."""
+    """Read the header alone. Raises the errors of `read_picture` except those of damaged pixels."""
     with _opened(path) as (image, has_mask):
         width, height = image.size
         if image.format == "TIFF":  # whose size is that of the turned image
@@ -121,7 +121,7 @@ def read_header(path: str | Path) -> Header:
 
 @functools.cache
 def image_suffixes() -> frozenset[str]:
-    """The suffixes, in lower case, of the formats that can be read here."""
+    """Return the suffixes, in lower case, of the formats that this machine can read."""
     from PIL import Image
 
     Image.init()
@@ -130,13 +130,13 @@ def image_suffixes() -> frozenset[str]:
 
 
 def warn_transparent(paths: Sequence[str | Path], total: int | None = None) -> None:
-    """One warning of the images, of a `total` if it is known, whose alpha is dropped."""
+    """Warn once that the alpha of the images `paths` is dropped. `total`: number of all images, if known."""
     of = _listed(paths, total)
     warnings.warn(f"the alpha of {of} is not opaque, and dropped: what it hides shows", stacklevel=3)
 
 
 def warn_turned(paths: Sequence[str | Path], total: int | None = None) -> None:
-    """One warning of the images, of a `total` if it is known, whose EXIF orientation is not applied undecided."""
+    """Warn once that the EXIF orientation of `paths` is not applied. `total`: number of all images, if known."""
     of = _listed(paths, total)
     warnings.warn(
         f"the EXIF orientation of {of} is not applied. Were the annotations drawn on upright images? true turns these "
@@ -153,12 +153,12 @@ def _listed(paths: Sequence[str | Path], total: int | None) -> str:
 
 
 class _UnsuitableError(Exception):
-    """A valid image file of a kind that is not taken."""
+    """A valid image file of an unsupported kind."""
 
 
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[Any, bool]]:
-    """The image of a file, checked, and whether the file has a page that masks it; errors name the file."""
+    """Open and check an image. Yield it, and whether a page of the file masks it. Errors name the file."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -182,7 +182,7 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, bool]]:
 
 
 def _orientation(image: Any) -> int:
-    """How the image is to be turned, 1 for not at all; damaged EXIF data does not spoil the pixels."""
+    """Return the EXIF orientation, 1 for an upright image. Damaged EXIF data counts as 1."""
     from PIL import Image
 
     try:
@@ -193,7 +193,7 @@ def _orientation(image: Any) -> int:
 
 
 def _forget_exif(image: Any) -> None:
-    """While it reads the pixels of a TIFF, Pillow turns them, and parses the EXIF data, odd tags included."""
+    """Delete the EXIF tags: Pillow would turn the pixels of a TIFF by them, and may fail on odd ones."""
     with contextlib.suppress(Exception):
         exif = image.getexif()
         for tag in (_ORIENTATION, *_TAGS_OF_IFDS):
@@ -202,7 +202,7 @@ def _forget_exif(image: Any) -> None:
 
 
 def _check(image: Any, path: str | Path) -> bool:
-    """Refuse what Pillow would change in silence; tells whether another page of a TIFF masks the image."""
+    """Refuse images that Pillow would change in silence. Return whether another page of a TIFF masks this one."""
     has_mask = _choose_page(image) if image.format == "TIFF" else False
     raw = [tile[3] if isinstance(tile[3], str) else tile[3][0] for tile in image.tile if tile[3]]
     # BGR;16 is 5, 6 and 5 bits. Of other 16-bit colours Pillow keeps the top byte, and it clips 16-bit grey to 255.
@@ -237,7 +237,7 @@ def _several(count: int) -> _UnsuitableError:
 
 
 def _choose_page(image: Any) -> bool:
-    """Go to the one page of a TIFF that is no overview and no mask; tells whether there is a mask."""
+    """Go to the one page of a TIFF that is neither overview nor mask. Return whether there is a mask."""
     kinds = []
     for page in range(image.n_frames):
         image.seek(page)
@@ -255,7 +255,7 @@ def _choose_page(image: Any) -> bool:
 
 
 def _check_tiff(tags: Any, mode: str, compression: str) -> None:
-    """Refuse what the modes of Pillow do not tell."""
+    """Refuse what Pillow reads wrongly without showing it in the mode."""
     if max(tags.get(_BITS, (1,))) > 8:  # of planes, 8 bits are read
         raise _deep(f"{max(tags[_BITS])}")
     if set(tags.get(_SAMPLE_FORMAT, (1,))) != {1}:  # -1 is read as 255
@@ -275,7 +275,7 @@ def _check_tiff(tags: Any, mode: str, compression: str) -> None:
 
 
 def _check_jpeg2000(path: str | Path) -> None:
-    """Pillow shifts colours of other than 8 bits to 8. Their number is in the SIZ segment, ISO/IEC 15444-1 A.5.1."""
+    """Refuse colours of more than 8 bits, which Pillow shifts to 8. See the SIZ segment, ISO/IEC 15444-1 A.5.1."""
     with Path(path).open("rb") as file:
         data = file.read(2**20)
     at = data.find(b"\xff\x4f\xff\x51") + 40  # the number of components; three bytes a component follow

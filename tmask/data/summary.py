@@ -143,7 +143,7 @@ def _fill_boxes(items: Sequence[dict[str, Any]], masks: Array) -> Array:
 
 
 def _iou(a: Array, b: Array) -> Array:
-    """IoU of each pair of boxes; NaN where there is a box without area."""
+    """Return the IoU of each pair of boxes; NaN if one of them has no area."""
     inner = np.maximum(np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2]), 0).prod(1)
     areas = [np.maximum(box[:, 2:] - box[:, :2], 0).prod(1) for box in (a, b)]
     known = (areas[0] > 0) & (areas[1] > 0)
@@ -179,7 +179,7 @@ def _hint(items: Sequence[dict[str, Any]], given: Array, masks: Array, size: Arr
 
 
 def _box_by_rows(segmentation: dict[str, Any]) -> Array:
-    """The box of run lengths that go along the rows."""
+    """Return the box of a mask whose run lengths go along the rows."""
     from pycocotools import mask as coco_mask
 
     height, width = segmentation["size"]
@@ -243,7 +243,7 @@ def _without_masks(
 
 
 def _is_given(segmentation: Any) -> bool:
-    """Whether there is anything in it; files of boxes alone have empty lists."""
+    """Return whether a segmentation holds anything. Files of boxes alone have empty lists."""
     return isinstance(segmentation, dict) or any(segmentation or ())
 
 

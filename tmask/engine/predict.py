@@ -100,7 +100,7 @@ def _fixed_part(pattern: Path) -> Path:
 
 
 def image_records(annotation_file: str | Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The records (``id``, ``width``, ``height``, ...) of the images `names` in a COCO file.
+    """Return the records (``id``, ``width``, ``height``, ...) of the images `names` in a COCO file.
 
     An image with another name in the file is found if only one file can be meant; one warning counts these images.
 
@@ -291,7 +291,7 @@ def _model_settings(model: Any, categories: Sequence[dict[str, Any]]) -> dict[st
 
 
 def _completed(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a record, with defaults for model settings that are younger than the record."""
+    """Return the settings of a record, with defaults for model settings that are younger than the record."""
     try:
         return settings | {"model": config_dict(read_model_config(settings["model"], RECORD_NAME))}
     except (KeyError, ValueError):  # a model not from build_model, or settings of a newer tmask
@@ -299,7 +299,7 @@ def _completed(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _digest(model: Any) -> str:
-    """A hash of the weights."""
+    """Return a hash of the weights."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())

@@ -50,10 +50,12 @@ class MaskRCNN(nn.Module):
         self.detector_frozen = False
 
     def freeze_detector(self) -> None:
-        """From now on the mask head and its weight transfer alone learn; no statistics of batch norm move elsewhere.
+        """Freeze all but the mask head and its weight transfer, running statistics of batch norm included.
 
-        It is the second stage of stage-wise training: Hu et al. 2018, section 3.2.
-        Errors: ValueError for a model without masks.
+        This is the second stage of stage-wise training: Hu et al. 2018, section 3.2.
+
+        Raises:
+            ValueError: the model has no masks.
         """
         if not self.roi_heads.mask_parts():
             raise ValueError("only: expected none for a model without masks, got 'masks'")
@@ -64,10 +66,11 @@ class MaskRCNN(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """As of any module, but the frozen layers stay in evaluation mode."""
+        """Set training or evaluation mode. Frozen layers stay in evaluation mode."""
         super().train(mode)
         if self.detector_frozen:
-            # The RPN and the RoI heads have limits of training that stay; what they are made of may have statistics.
+            # RPN and RoI heads stay in training mode: their top-N limits differ from evaluation's. Their children go to
+            # evaluation mode, so that batch-norm statistics do not move.
             stay = [self.rpn, self.roi_heads, *self.roi_heads.mask_parts()]
             for part in (*self.children(), *self.rpn.children(), *self.roi_heads.children()):
                 if part not in stay:
@@ -134,7 +137,7 @@ class MaskRCNN(nn.Module):
 
 
 def _cause(error: Exception, model: nn.Module, pixels: Tensor) -> str | None:
-    """What an error of PyTorch comes from, if it is one of two that settings mend; None for any other."""
+    """Return the cause of a PyTorch error that the user can mend by a setting; None for any other error."""
     in_autocast = torch.is_autocast_enabled(pixels.device.type)
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
     if isinstance(error, RuntimeError) and in_autocast and dtypes != ["float32"] and "type" in str(error):

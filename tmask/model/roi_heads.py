@@ -112,7 +112,7 @@ class RoIHeads(nn.Module):
     def detect(
         self, features: Sequence[Tensor], proposals: Proposals, images: ImageBatch, *, compact: bool
     ) -> Detections:
-        """Class scores, refined boxes, NMS within each class, then masks and keypoints of what is left."""
+        """Score and refine the proposals, apply NMS within each class, then add masks and keypoints."""
         valid = proposals.valid()
         class_logits, deltas = self._box_branch(features, proposals.boxes, valid)
         # [N, P, Cls + 1, 4]
@@ -165,17 +165,17 @@ class RoIHeads(nn.Module):
         return SampledRois(take_rows(boxes, chosen.rows), labels, gt_index, chosen.positive, chosen.valid)
 
     def _box_branch(self, features: Sequence[Tensor], boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes [N, S, 4] to class logits [N, S, Cls + 1] and deltas [N, S, Cls + 1, 4]."""
+        """Return class logits [N, S, Cls + 1] and deltas [N, S, Cls + 1, 4] of boxes [N, S, 4]."""
         pooled = self.extractor(features, boxes, valid, self.box_pool_size)
         logits, deltas = self.box_head(pooled)
         return logits.unflatten(0, valid.shape), deltas.unflatten(0, valid.shape)
 
     def mask_parts(self) -> list[nn.Module]:
-        """What belongs to the masks alone; nothing without masks."""
+        """Return the modules that serve masks alone; none in a model without masks."""
         return [part for part in (self.mask_head, self.mask_transfer) if part is not None]
 
     def _predicting(self, mask_head: nn.Module) -> Head:
-        """The mask head, with the predictor that the transfer makes of the box head's present weights."""
+        """Return the mask head. With a transfer, its predictor comes from the box head's present weights."""
         if self.mask_transfer is None:
             return mask_head
         weights = [self.box_head.get_parameter(f"{layer}.weight") for layer in ("classifier", "regressor")]

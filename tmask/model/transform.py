@@ -113,7 +113,7 @@ class ImageTransform:
         after: tuple[int, int],
         padded: tuple[int, int],
     ) -> dict[str, Tensor]:
-        """One image's boxes and packed masks at the resized size; masks fill the padded size."""
+        """Resize one image's boxes and packed masks. The masks fill the padded size."""
         boxes = xyxy(target["boxes"]).float()
         scale = _constant([after[1] / before[1], after[0] / before[0]], boxes).repeat(2)
         count = len(boxes)
@@ -141,7 +141,7 @@ class ImageTransform:
         after: tuple[int, int],
         padded: tuple[int, int],
     ) -> tuple[Tensor, Tensor]:
-        """The masks of `boxes` [G, 4], packed, and which of them had a pixel: [G] bool."""
+        """Return the packed masks of `boxes` [G, 4], and which masks have a pixel, [G] bool."""
         count, words = len(boxes), num_words(padded[1])
         has_pixel = torch.zeros(count, dtype=torch.bool, device=boxes.device)
         packed = torch.zeros(count, padded[0], words, dtype=torch.int32, device=boxes.device)
@@ -160,12 +160,12 @@ class ImageTransform:
 
 
 def _constant(values: Sequence[float], like: Tensor) -> Tensor:
-    """float32 numbers on the device of `like`. Made there, a GPU would be waited for."""
+    """Return float32 numbers on the device of `like`, by a copy that does not wait for a GPU."""
     return torch.tensor(values, dtype=torch.float32).to(like.device, non_blocking=True)
 
 
 def xyxy(boxes: Tensor) -> Tensor:
-    """Plain boxes [G, 4] xyxy: torchvision's `BoundingBoxes` may have another format."""
+    """Return plain boxes [G, 4] xyxy. torchvision's `BoundingBoxes` may have another format."""
     if not isinstance(boxes, tv_tensors.BoundingBoxes):
         return boxes
     if boxes.format != tv_tensors.BoundingBoxFormat.XYXY:
@@ -176,18 +176,18 @@ def xyxy(boxes: Tensor) -> Tensor:
 
 
 def mask_chunks(count: int, pixels: int, device: str = "cpu") -> Iterator[slice]:
-    """Slices of `count` masks of so many pixels each, which may be held with a byte or a float a pixel at once."""
+    """Split `count` masks of `pixels` pixels into slices that may be unpacked at once, to a byte or a float a pixel."""
     step = max(1, _PIXELS_AT_ONCE.get(device, 2**20) // max(1, pixels))
     return (slice(first, first + step) for first in range(0, count, step))
 
 
 def num_words(width: int) -> int:
-    """Of a row of packed masks of `width` pixels."""
+    """Return the number of words in a row of packed masks of `width` pixels."""
     return -(-width // 32)
 
 
 def is_packed(masks: Tensor, width: int) -> bool:
-    """Whether these are packed masks of `width` pixels, and not a number a pixel."""
+    """Return whether masks are packed rows of `width` pixels; else they hold a number a pixel."""
     return masks.dtype == torch.int32 and masks.shape[-1] == num_words(width)
 
 
@@ -260,9 +260,9 @@ def _check_target(name: str, target: Target, image: Tensor, with_masks: bool, nu
 
 
 def _check_values(images: Sequence[Tensor], targets: Targets | None, num_classes: int, *, unit: bool) -> None:
-    """Values of all images, boxes and labels at once; on CUDA read once, and the culprit is only looked for then.
+    """Check the values of all images, boxes and labels. CUDA is waited for once; the fault is searched only after that.
 
-    `unit`: float images are to be of 0..1.
+    `unit`: float images must be in 0..1.
     """
     floats = [(i, image) for i, image in enumerate(images) if image.is_floating_point()]
     broken = {i: ~image.isfinite().all() for i, image in floats}
