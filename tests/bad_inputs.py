@@ -950,7 +950,8 @@ ACCEPTED = [
     Accepted(
         *("as many detections as may be", "predict --max_detections 1", "the best are kept"),
         None,
-        "3 of 3 images give exactly 1 detections, the limit of an image: there may be more objects; --max_detections",
+        "3 of 3 images give exactly 1 detections, the limit of an image: there may be more objects; --max_detections "
+        "raises the limit",
     ),
     Accepted("ids beyond 2^63", f"{VALIDATED} {FILE}", "results have them", content(large_ids)),
     Accepted("ids beyond 2^63", "eval --out out --plots out", "results have them", content(large_ids)),

@@ -230,7 +230,8 @@ def test_broken_annotations_are_named(tmp_path: Path, content: Any, message: str
 @pytest.mark.filterwarnings("default:.*give exactly:UserWarning")
 def test_images_with_as_many_detections_as_may_be_are_counted(model: Any, images: list[Path], tmp_path: Path) -> None:
     words = (
-        "4 of 4 images give exactly 5 detections, the limit of an image: there may be more objects; --max_detections"
+        "4 of 4 images give exactly 5 detections, the limit of an image: there may be more objects; --max_detections "
+        "raises the limit"
     )
     for name, draw in (("first", True), ("first", True), ("other", False)):  # also of images done before
         with pytest.warns(UserWarning, match="exactly") as told:

@@ -241,7 +241,7 @@ def predict(
     if full and full >= _MANY * len(counts):
         warnings.warn(
             f"{full} of {len(counts)} images give exactly {limit} detections, the limit of an image: there may be more "
-            "objects; --max_detections",
+            "objects; --max_detections raises the limit",
             stacklevel=2,
         )
     if unreadable:
