@@ -239,14 +239,14 @@ def publish(path: Path, say: Callable[[str], None] = print) -> None:
 
 
 def draw(path: Path, folder: Path, say: Callable[[str], None] = print) -> None:
-    """Draw the charts of a result file into `folder`."""
+    """Draw the chart of a result file into `folder`."""
     try:
-        from bench.charts import charts
+        from bench import charts
 
-        for chart in charts(result.load(path), folder):
+        if chart := charts.draw(result.load(path), folder):
             say(f"chart: {shown(chart)}")
     except Exception as error:
-        say(f"no charts: {type(error).__name__}: {clean(str(error))}")
+        say(f"no chart: {type(error).__name__}: {clean(str(error))}")
 
 
 def shown(path: Path) -> Path:

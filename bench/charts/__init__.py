@@ -1,50 +1,41 @@
-"""Charts of a result: the speed-up of every case over torchvision, and the share it reaches of the machine's limit.
+"""The chart of a result: the speed-up of every case over torchvision.
 
 900 pixels wide at two dots a pixel, on white, so that a light page and a dark one can show them. A provider has one
-colour in all charts (the palette of Okabe and Ito, which the colour-blind can tell apart); a loss has its own colour.
+colour (of the palette of Okabe and Ito, which the colour-blind can tell apart); a loss has its own colour.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import result as results
 from bench.charts.style import BASE, DPI, FAINT, GREY, LOSS, PEERS, STYLE, WIDTH, WIN
 from bench.result import Result
-from bench.standings import OURS, SEVERITY, Standing, digits, machine_line, percent, ratio, ratio_range, standings
+from bench.standings import OURS, SEVERITY, Standing, digits, machine_line, ratio, ratio_range, standings
 
 NAMES = {"compile": "torch.compile(reference)", "reference": "reference, eager"}
 LINE = 0.21  # inches of a case
 LEAST = 0.1  # a peer that is slower is marked at the left edge
 
-Draw = Callable[[Any, float, Standing], None]
 
-
-def charts(result: Result, folder: Path) -> list[Path]:
-    """Draw PNG files into `folder` and return their paths. A chart without any time is left out."""
+def draw(result: Result, folder: Path) -> Path | None:
+    """Draw ``speedup.png`` into `folder` and return its path; None where nothing was timed beside torchvision."""
     import matplotlib
 
+    cases = [s for s in standings(results.rows(result)) if s.baseline and (s.ours or s.best(tuple(PEERS)))]
+    if not cases:
+        return None
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
-    timed = [standing for standing in standings(results.rows(result)) if standing.best()]
-    compared = [s for s in timed if s.baseline and (s.ours or s.best(tuple(PEERS)))]
-    placed = [s for s in timed if any(row.roof_share for row, _, _ in _placed(s))]
-    paths = []
     with matplotlib.rc_context(STYLE):
-        for name, title, cases, unit, draw in (
-            ("speedup", "Speed-up over torchvision, both at their best setting", compared, "x", _speedup),
-            ("roofline", "How near the machine's limit", placed, "%", _share),
-        ):
-            if cases:
-                paths.append(folder / f"{name}.png")
-                _chart(result, title, cases, unit, draw).savefig(paths[-1], dpi=DPI)
-    return paths
+        _chart(result, cases).savefig(folder / "speedup.png", dpi=DPI)
+    return folder / "speedup.png"
 
 
-def _chart(result: Result, title: str, cases: Sequence[Standing], unit: str, draw: Draw) -> Any:
-    """A figure with a line for each case, grouped by op; `draw` fills the line at a height."""
+def _chart(result: Result, cases: Sequence[Standing]) -> Any:
+    """Return a figure with a line for each case, grouped by op."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -52,6 +43,7 @@ def _chart(result: Result, title: str, cases: Sequence[Standing], unit: str, dra
     bottom = len(cases) + 1.5 * len(ops)
     height = LINE * bottom + 1.6
     figure = Figure(figsize=(WIDTH, height))
+    title = "Speed-up over torchvision, both at their best setting"
     figure.text(0.015, 1 - 0.3 / height, title, fontsize=13, fontweight="bold", va="center")
     if not result["machine"]["gpu"]:
         warning = "CPU, reduced sizes: no statement about the kernels"
@@ -66,12 +58,12 @@ def _chart(result: Result, title: str, cases: Sequence[Standing], unit: str, dra
             at += 1
             label = axes.get_yaxis_transform()
             axes.text(-0.015, at, standing.name, transform=label, va="center", ha="right", color=BASE)
-            draw(axes, at, standing)
+            _speedup(axes, at, standing)
         at += 1.5
     low, high = axes.get_xlim()
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 300 else (1.0,)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}{unit}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}x"))
     axes.tick_params(axis="x", length=0)
     axes.grid(axis="x", color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -107,31 +99,6 @@ def _speedup(axes: Any, at: float, standing: Standing) -> None:
             axes.scatter(
                 value, at, s=20, marker=marker, color=colour, edgecolor="white", linewidth=0.6, zorder=6, label=name
             )
-
-
-def _share(axes: Any, at: float, standing: Standing) -> None:
-    """The share of the floor in our time and in torchvision's, as dots with a line between them."""
-    rows = [row for row in _placed(standing) if row[0].roof_share]
-    shares = [100 * (row.roof_share or 0.0) for row, _, _ in rows]
-    axes.plot(shares, [at] * len(rows), color=GREY, linewidth=0.6, zorder=2)
-    for share, (_, name, colour) in zip(shares, rows, strict=True):
-        face = "white" if colour == BASE else colour
-        axes.scatter(share, at, s=26, color=face, edgecolor=colour, linewidth=1.1, zorder=3, label=name)
-    if rows:
-        _note(axes, at, percent(shares[0] / 100), rows[0][2])
-
-
-def _placed(standing: Standing) -> Iterator[tuple[Any, str, str]]:
-    """Rows with name and colour: ours first, torchvision's last. Without a time of ours, the peers take its place."""
-    if standing.ours is not None:
-        loses = standing.speedup is not None and standing.speedup < 1
-        yield (standing.ours, "ours, slower", LOSS) if loses else (standing.ours, "ours, faster than torchvision", WIN)
-    else:
-        for peer in NAMES:
-            if row := standing.best((peer,)):
-                yield row, NAMES[peer], PEERS[peer]
-    if standing.baseline is not None:
-        yield standing.baseline, "torchvision's fastest", BASE
 
 
 def _note(axes: Any, at: float, words: str, colour: str) -> None:
