@@ -30,24 +30,23 @@ LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 COMPILE_SECONDS = 400.0  # compiling a model is silent for minutes, and no sign of hanging
 
 
-class UnavailableError(Exception):
-    """A provider cannot serve here: its package, its dtype or its device is missing."""
+class OutcomeError(Exception):
+    """What becomes of a provider in place of a time: a status of `bench.rows` and why."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
 
 
-class NotBuiltError(Exception):
-    """The project does not have this op, or this kernel of it, yet."""
+class UnavailableError(OutcomeError):
+    """A provider cannot serve here: its package, its dtype, its device or its backend is missing."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("unavailable", reason)
 
 
 class ContextLostError(Exception):
     """The CUDA context died; the row that killed it is in the journal."""
-
-
-class _PassedError(Exception):
-    """The result is right, and this machine cannot time it."""
-
-
-class _WrongError(Exception):
-    """The result is not the truth."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +122,7 @@ def compare(contest: Contest, keys: Sequence[str], journal: Journal) -> dict[str
 def _gate(contest: Contest, name: str, inputs: Any, truth: Any, where: torch.device) -> tuple[Call, float | None]:
     """Return the call of a provider whose result was right, and its peak MiB."""
     if name not in contest.providers:
-        raise NotBuiltError(f"{name} has no such op")
+        raise UnavailableError(f"{name} has no such op")
     interpreted = name.startswith("triton") and where.type != "cuda"
     if interpreted and not interpreter_enabled():
         raise UnavailableError("Triton needs a GPU or its interpreter (TRITON_INTERPRET=1)")
@@ -133,28 +132,22 @@ def _gate(contest: Contest, name: str, inputs: Any, truth: Any, where: torch.dev
     try:
         contest.check(out, truth)
     except AssertionError as error:
-        raise _WrongError(str(error)) from None
+        raise OutcomeError("wrong", str(error)) from None
     if interpreted:
-        raise _PassedError("right; Triton's interpreter is no timing")
+        raise OutcomeError("passed", "right; Triton's interpreter is no timing")
     del out
     # The capture took the memory of a graph: a replay takes none.
     return call, None if name.endswith("-graph") else peak_mib(call, where)
 
 
 def _row_of_error(key: str, error: Exception, contest: Contest, what: str = "") -> Row:
-    text = f"{type(error).__name__}: {error}"
-    if isinstance(error, _PassedError):
-        status, text = "passed", str(error)
-    elif isinstance(error, _WrongError):
-        status, text = "wrong", str(error)
-    elif isinstance(error, NotBuiltError) or "does not exist for this op" in text:
-        status, text = "not built", str(error)
-    elif isinstance(error, UnavailableError | ImportError) or "cannot serve this call" in text:
+    status, text = "failed", f"{type(error).__name__}: {error}"
+    if isinstance(error, OutcomeError):
+        status, text = error.status, str(error)
+    elif isinstance(error, ImportError) or "does not exist for this op" in text or "cannot serve this call" in text:
         status, text = "unavailable", str(error)
     elif isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in text:
         status = "out of memory"
-    else:
-        status = "failed"
     return row_of(key, status, what + text, **_cost(contest))
 
 

@@ -23,7 +23,6 @@ STATUSES = (
     "not reached",  # the time was up
     "unavailable",  # a package or a backend is missing
     "passed",  # the result is right, and this machine cannot time it
-    "not built",  # the project has no such op yet
     "timed",
 )
 

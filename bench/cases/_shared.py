@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from bench.contest import Call, Contest, gradients
+from bench.contest import DTYPES, Call, Contest, gradients
+from bench.graph import captured
 from bench.machine import Work, device
 from bench.standings import Aim
 from bench.variants import variants
@@ -61,15 +63,25 @@ def sized(case: Self) -> tuple[Self, str]:
 class Bench:
     """The benchmark of an op: its cases, and what every variant of them does.
 
-    `inputs(case, mode, dtype, layout)` makes the inputs of a variant, a provider maps the inputs to the call to time,
-    `truth(inputs)` makes the right result and `check(result, truth)` raises AssertionError.
+    `inputs(case, mode, dtype, layout)` makes the inputs of a variant. A provider maps the inputs to the call to time:
+    `ours` is that of a backend, `peers` are the others. `truth(inputs)` makes the right result, and
+    `check(result, truth)` raises AssertionError.
     """
 
     cases: Mapping[str, Any]
     inputs: Callable[[Any, str, str, str], Any]
-    providers: Mapping[str, Callable[[Any], Call]]
+    ours: Callable[[str], Callable[[Any], Call]]
+    peers: Mapping[str, Callable[[Any], Call]]
     truth: Callable[[Any], Any]
     check: Callable[[Any, Any], None]
+    graph: bool = False  # ours is also captured into a CUDA graph
+
+    @functools.cached_property
+    def providers(self) -> dict[str, Callable[[Any], Call]]:
+        """All by their names, in the order of the rows."""
+        triton = self.ours("triton")
+        graph = {"triton-graph": lambda given: captured(triton(given))} if self.graph else {}
+        return {"triton": triton, **graph, **self.peers, "reference": self.ours("reference")}
 
     def contest(
         self, name: str, mode: str = "forward", dtype: str = "fp32", layout: str = "-", **providers: Any
@@ -85,10 +97,14 @@ class Bench:
             size=size,
         )
 
-    def sweep(self, variant: Sequence[str], launches: Mapping[str, Callable[[Any], Call]]) -> Contest:
-        """Return the contest of a variant between launch configurations and the present launch, `triton`."""
-        ours = {f"triton[{name}]": launch for name, launch in launches.items()}
-        return self.contest(*variant, **{"triton": self.providers["triton"], **ours})
+    def sweep(self, variant: Sequence[str], module: Any, launches: Mapping[str, Mapping[str, Any]]) -> Contest:
+        """Return the contest of a variant between launch configurations and the present launch, `triton`.
+
+        Each of `launches` has other values for names of the kernel's `module`.
+        """
+        triton = self.ours("triton")
+        ours = {f"triton[{name}]": functools.partial(_launched, triton, module, launches[name]) for name in launches}
+        return self.contest(*variant, **{"triton": triton, **ours})
 
     def test(self, *, cases: Sequence[str] = (), **axes: Any) -> Callable[..., None]:
         """Return the pytest test of the variants that `axes` name (`bench.variants`); of no `cases`, all."""
@@ -108,33 +124,62 @@ def forward_or_backward(run: Callable[[], Any], leaves: Sequence[Tensor], upstre
     return gradients(out, leaves, torch.ones_like(out) if upstream is None else upstream)
 
 
-class Scaled(NamedTuple):
-    """A true value or gradient, and the tolerance relative to its largest element."""
-
-    value: Any
-    tolerance: Tolerance
+Function = Callable[..., Tensor]
 
 
-def check_scaled(got: Any, truth: Scaled) -> None:
-    """Compare relative to the largest element, which for a gradient is far below 1."""
-    got, expected = (x[0] if isinstance(x, tuple) else x for x in (got, truth.value))
-    scale = expected.abs().max()
-    assert_close(got.double() / scale, expected / scale, tolerance=truth.tolerance)
+def differentiable(function: Function) -> Callable[[Any], Call]:
+    """Return the provider that calls a function, or its backward where the first input requires a gradient."""
+    return lambda given: forward_or_backward(lambda: function(*given), given[:1] if given[0].requires_grad else ())
 
 
-def with_launch(provider: Callable[[Any], Call], module: Any, **values: Any) -> Callable[[Any], Call]:
-    """Return the provider with other `values` in a kernel's `module` while it runs: one configuration of a sweep."""
+def bench_of_function(
+    cases: Mapping[str, Any], ours: Callable[[str], Function], allowed: Mapping[torch.dtype, Tolerance], **peers: Any
+) -> Bench:
+    """Return the benchmark of a function, forward and backward to its first argument.
 
-    def prepare(given: Any) -> Call:
-        run = provider(given)
+    Args:
+        cases: ``case.inputs(dtype, where)`` returns the arguments.
+        ours: the function by a backend.
+        allowed: by dtype of the first argument, relative to the largest element, which for a gradient is far below 1.
+        peers: providers; torch.compile of the reference is added.
+    """
+    exactly = differentiable(ours("reference"))
 
-        def call() -> Any:
-            with mock.patch.multiple(module, **values):
-                return run()
+    def inputs(case: Any, mode: str, dtype: str, layout: str) -> tuple[Tensor, ...]:
+        first, *others = case.inputs(DTYPES[dtype], device())
+        return first.requires_grad_(mode == "backward"), *others
 
-        return call
+    def truth(given: tuple[Tensor, ...]) -> tuple[Any, Tolerance]:
+        first, *others = given
+        exact = [first.detach().double().requires_grad_(first.requires_grad)]
+        exact += [x.double() if x.is_floating_point() else x for x in others]
+        return exactly(exact)(), allowed[first.dtype]
 
-    return prepare
+    def check(got: Any, truth: tuple[Any, Tolerance]) -> None:
+        value, true = (x[0] if isinstance(x, tuple) else x for x in (got, truth[0]))
+        scale = true.abs().max()
+        assert_close(value.double() / scale, true / scale, tolerance=truth[1])
+
+    peers["compile"] = differentiable(torch.compile(ours("reference")))
+    return Bench(
+        cases=cases,
+        inputs=inputs,
+        ours=lambda backend: differentiable(ours(backend)),
+        peers=peers,
+        truth=truth,
+        check=check,
+    )
+
+
+def _launched(provider: Callable[[Any], Call], module: Any, values: Mapping[str, Any], given: Any) -> Call:
+    """Return the call of a provider with other `values` in `module` while it runs."""
+    run = provider(given)
+
+    def call() -> Any:
+        with mock.patch.multiple(module, **values):
+            return run()
+
+    return call
 
 
 def rois(

@@ -125,12 +125,8 @@ def check(got: Points, expected: Truth) -> None:
 BENCH = Bench(
     cases=CASES,
     inputs=lambda case, mode, dtype, layout: Given(*case.inputs(DTYPES[dtype], device())),
-    providers={
-        "triton": ours("triton"),
-        "torchvision": torchvision,
-        "detectron2": detectron2,
-        "reference": ours("reference"),
-    },
+    ours=ours,
+    peers={"torchvision": torchvision, "detectron2": detectron2},
     truth=truth,
     check=check,
 )

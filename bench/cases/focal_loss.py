@@ -5,25 +5,21 @@ A detector needs the sum, and a fused kernel need not write the loss of each ele
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor
 
-from bench.cases._shared import ITEM, Bench, Case, Scaled, by_name, check_scaled, forward_or_backward
-from bench.contest import DTYPES, Call, UnavailableError
-from bench.machine import Work, device
+from bench.cases._shared import ITEM, Case, Function, bench_of_function, by_name, differentiable
+from bench.contest import Call, UnavailableError
+from bench.machine import Work
 from bench.standings import Aim
 from tmask_kernels import sigmoid_focal_loss
 from tmask_kernels.testing import TOLERANCES, Tolerance
 
 # Relative to the largest value. torchvision rounds each of its ten steps to bfloat16, and its gradient is off by 1 %.
 ALLOWED = {torch.float32: TOLERANCES[torch.float32], torch.bfloat16: Tolerance(max=2.0**-6, rms=2.0**-8)}
-
-Loss = Callable[[Tensor, Tensor], Tensor]  # logits, targets -> their sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +59,8 @@ CASES = by_name(
 )
 
 
-def inputs(case: FocalCase, mode: str, dtype: str, layout: str) -> tuple[Tensor, Tensor]:
-    logits, targets = case.inputs(DTYPES[dtype], device())
-    return logits.requires_grad_(mode == "backward"), targets
-
-
-def ours(backend: str) -> Loss:
+def ours(backend: str) -> Function:
     return lambda x, t: sigmoid_focal_loss(x, t, reduction="sum", backend=backend)
-
-
-def summed(loss: Loss) -> Callable[[Any], Call]:
-    return lambda given: forward_or_backward(lambda: loss(*given), given[:1] if given[0].requires_grad else ())
 
 
 def mmcv(given: tuple[Tensor, Tensor]) -> Call:
@@ -92,23 +79,14 @@ def mmcv(given: tuple[Tensor, Tensor]) -> Call:
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         return mmcv_focal_loss(logits.reshape(-1, columns), classes, 2.0, 0.25, None, "sum")
 
-    return summed(loss)(given)
+    return differentiable(loss)(given)
 
 
-def truth(given: tuple[Tensor, Tensor]) -> Scaled:
-    logits, targets = given
-    exact = logits.detach().double().requires_grad_(logits.requires_grad), targets.double()
-    return Scaled(summed(ours("reference"))(exact)(), ALLOWED[logits.dtype])
+def torchvision_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return torchvision.ops.sigmoid_focal_loss(logits, targets, reduction="sum")
 
 
-PROVIDERS = {
-    "triton": summed(ours("triton")),
-    "torchvision": summed(lambda x, t: torchvision.ops.sigmoid_focal_loss(x, t, reduction="sum")),
-    "mmcv": mmcv,
-    "compile": summed(torch.compile(ours("reference"))),
-    "reference": summed(ours("reference")),
-}
-BENCH = Bench(cases=CASES, inputs=inputs, providers=PROVIDERS, truth=truth, check=check_scaled)
+BENCH = bench_of_function(CASES, ours, ALLOWED, torchvision=differentiable(torchvision_loss), mmcv=mmcv)
 test_sigmoid_focal_loss = BENCH.test(
     modes=["forward", "backward"],
     dtypes=["fp32", "bf16"],

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases._shared import ITEM, Bench, Case, Scaled, by_name, check_scaled, forward_or_backward
-from bench.contest import DTYPES, Call
-from bench.machine import Work, device
+from bench.cases._shared import ITEM, Case, Function, bench_of_function, by_name, differentiable
+from bench.machine import Work
 from tmask_kernels import mask_bce
 from tmask_kernels.testing import TOLERANCES, random_boxes
 
@@ -51,7 +48,7 @@ class MaskLossCase(Case):
         limit = torch.tensor([self.width, self.height] * 2, dtype=torch.float32)
         return masks.to(where), near.clamp(min=0).minimum(limit).to(where), owner.to(where)
 
-    def logits(self, dtype: torch.dtype, where: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self, dtype: torch.dtype, where: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits [K, C, M, M], the channel of each RoI [K] and targets [K, M, M] float32, K = N * S."""
         generator = torch.Generator().manual_seed(16)
         K = self.images * self.rois
@@ -82,15 +79,7 @@ CASES = by_name(
 )
 
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # logits, classes, targets -> their mean
-
-
-def inputs(case: MaskLossCase, mode: str, dtype: str, layout: str) -> tuple[Tensor, Tensor, Tensor]:
-    logits, classes, targets = case.logits(DTYPES[dtype], device())
-    return logits.requires_grad_(mode == "backward"), classes, targets
-
-
-def ours(backend: str) -> Loss:
+def ours(backend: str) -> Function:
     def loss(logits: Tensor, classes: Tensor, targets: Tensor) -> Tensor:
         return mask_bce(logits, classes, targets, valid=torch.ones_like(classes, dtype=torch.bool), backend=backend)
 
@@ -103,23 +92,7 @@ def torchvision(logits: Tensor, classes: Tensor, targets: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits[rows, classes], targets.to(logits.dtype))
 
 
-def provider(loss: Loss) -> Callable[[Any], Call]:
-    return lambda given: forward_or_backward(lambda: loss(*given), given[:1] if given[0].requires_grad else ())
-
-
-def truth(given: tuple[Tensor, Tensor, Tensor]) -> Scaled:
-    logits, classes, targets = given
-    exact = logits.detach().double().requires_grad_(logits.requires_grad), classes, targets.double()
-    return Scaled(provider(ours("reference"))(exact)(), TOLERANCES[logits.dtype])
-
-
-PROVIDERS = {
-    "triton": provider(ours("triton")),
-    "torchvision": provider(torchvision),
-    "compile": provider(torch.compile(ours("reference"))),
-    "reference": provider(ours("reference")),
-}
-BENCH = Bench(cases=CASES, inputs=inputs, providers=PROVIDERS, truth=truth, check=check_scaled)
+BENCH = bench_of_function(CASES, ours, TOLERANCES, torchvision=differentiable(torchvision))
 test_mask_bce = BENCH.test(
     modes=["forward", "backward"],
     dtypes=["fp32", "bf16"],

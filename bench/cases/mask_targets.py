@@ -58,7 +58,8 @@ def inputs(case: MaskLossCase, mode: str, dtype: str, layout: str) -> Given:
 BENCH = Bench(
     cases=CASES,
     inputs=inputs,
-    providers={"triton": ours("triton"), "torchvision": torchvision, "reference": ours("reference")},
+    ours=ours,
+    peers={"torchvision": torchvision},
     truth=lambda given: ours("reference")(given._replace(boxes=given.boxes.double()))(),
     check=lambda got, expected: assert_close(got, expected, tolerance=ROUNDING),
 )

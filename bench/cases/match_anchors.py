@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from bench.cases._shared import IOU_FLOPS, Bench, Case, by_name, with_launch
+from bench.cases._shared import IOU_FLOPS, Bench, Case, by_name
 from bench.cases.proposals import RPNCase
 from bench.contest import Call, Contest
 from bench.machine import Work, device
@@ -119,15 +119,6 @@ def detectron2(given: Given) -> Call:
     return lambda: [Labelled(*match(pairwise_iou(Boxes(one), Boxes(anchors)))) for one in boxes]
 
 
-PROVIDERS = {
-    "triton": ours("triton"),
-    "torchvision": torchvision,
-    "detectron2": detectron2,
-    "compile": compiled,
-    "reference": ours("reference"),
-}
-
-
 class Labelled(NamedTuple):
     """detectron2's answer: the best box of each anchor, and 1 if it counts, 0 for background, -1 if ignored."""
 
@@ -180,7 +171,8 @@ def _truth(case: MatchCase, anchors: Tensor, boxes: Tensor) -> tuple[Tensor, Ten
 BENCH = Bench(
     cases=CASES,
     inputs=lambda case, mode, dtype, layout: Given(case, *case.inputs(device())),
-    providers=PROVIDERS,
+    ours=ours,
+    peers={"torchvision": torchvision, "detectron2": detectron2, "compile": compiled},
     truth=truth,
     check=check,
 )
@@ -191,15 +183,13 @@ def blocks() -> Contest:
     """One provider for each number of anchors and warps of a program."""
     from tmask_kernels.ops.match_anchors import kernels
 
-    def launched(block: kernels.Block) -> Callable[[Given], Call]:
-        return with_launch(ours("triton"), kernels, pick_block=lambda *_: block)
-
-    launches = {
-        f"anchors={anchors},warps={warps}": launched(kernels.Block(anchors, warps))
+    blocks = {
+        f"anchors={anchors},warps={warps}": kernels.Block(anchors, warps)
         for anchors, warps in itertools.product((32, 64, 128, 256, 512, 1024), (1, 2, 4, 8))
         if 1 <= anchors / (32 * warps) <= 8  # anchors a thread: some work, and no spills
     }
-    return BENCH.sweep(["match-anchors"], launches)
+    launches = {name: {"pick_block": lambda *_, block=block: block} for name, block in blocks.items()}
+    return BENCH.sweep(["match-anchors"], kernels, launches)
 
 
 SWEEPS: dict[str, Callable[[], Contest]] = {"match_anchors": blocks}

@@ -16,9 +16,8 @@ import torch
 import torchvision
 from torch import Tensor
 
-from bench.cases._shared import IOU_FLOPS, STRIDES, Bench, Case, by_name, cluster, rois, with_launch
+from bench.cases._shared import IOU_FLOPS, STRIDES, Bench, Case, by_name, cluster, rois
 from bench.contest import Call, Contest
-from bench.graph import captured
 from bench.machine import Work, device
 from bench.standings import Aim
 from bench.timing import median, time_in_turn
@@ -276,25 +275,16 @@ def faster(*calls: Call) -> Call:
     return calls[min(range(len(calls)), key=lambda i: median(times[str(i)].device))]
 
 
-def bench_of(providers: dict[str, Callable[[Given], Call]]) -> Bench:
-    return Bench(
-        cases=CASES,
-        inputs=lambda case, mode, dtype, layout: Given(case, case.inputs(device())),
-        providers=providers,
-        truth=lambda given: given,
-        check=check,
-    )
-
-
-PADDED = bench_of(
-    {
-        "triton": ours("triton"),
-        "triton-graph": lambda given: captured(ours("triton")(given)),
-        "torchvision": torchvision_nms,
-        "reference": ours("reference"),
-    }
+PADDED = Bench(
+    cases=CASES,
+    inputs=lambda case, mode, dtype, layout: Given(case, case.inputs(device())),
+    ours=ours,
+    peers={"torchvision": torchvision_nms},
+    truth=lambda given: given,
+    check=check,
+    graph=True,
 )
-LIST = bench_of({"triton": ours_list("triton"), "torchvision": torchvision_nms, "reference": ours_list("reference")})
+LIST = replace(PADDED, ours=ours_list, graph=False)
 test_padded_nms = PADDED.test(
     cases=["nms-rpn", "nms-classes", "nms-1k", "nms-10k", "nms-10k-dense"],
     where=lambda case, mode, dtype, layout, provider: provider != "reference" or case in ("nms-rpn", "nms-1k"),
@@ -310,11 +300,11 @@ def segments() -> Contest:
     from tmask_kernels.ops.nms.kernels import padded as kernels
 
     launches = {
-        f"block={block},warps={warps}": with_launch(ours("triton"), kernels, BLOCK=block, NUM_WARPS=warps)
+        f"block={block},warps={warps}": {"BLOCK": block, "NUM_WARPS": warps}
         for block, warps in itertools.product((16, 32, 64, 128, 256), (1, 2, 4, 8, 16, 32))
         if 1 <= block * block / (32 * warps) <= 128  # IoUs a thread: some work, and a compilation that ends
     }
-    return PADDED.sweep(["nms-classes"], launches)
+    return PADDED.sweep(["nms-classes"], kernels, launches)
 
 
 def steps(case: str) -> Contest:
@@ -328,9 +318,8 @@ def steps(case: str) -> Contest:
         if 1 <= tile**2 / (32 * warps) <= 32 and step**2 / 32 / (32 * warps) <= 64:
             launch = blocks.Launch(step=step, tile=tile, programs=programs, num_warps=warps)
             words = ",".join(f"{name}={value}" for name, value in asdict(launch).items())
-            run = functools.partial(blocks.padded_nms_blocks, launch=launch)
-            launches[words] = with_launch(ours("triton"), kernels, padded_nms_blocks=run)
-    return PADDED.sweep([case], launches)
+            launches[words] = {"padded_nms_blocks": functools.partial(blocks.padded_nms_blocks, launch=launch)}
+    return PADDED.sweep([case], kernels, launches)
 
 
 SWEEPS: dict[str, Callable[[], Contest]] = {

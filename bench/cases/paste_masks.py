@@ -184,13 +184,8 @@ def check(got: Any, expected: Truth) -> None:
 BENCH = Bench(
     cases=CASES,
     inputs=lambda case, mode, dtype, layout: Given(case, *case.inputs(device()), mode),
-    providers={
-        "triton": ours("triton"),
-        "torchvision": torchvision,
-        "detectron2": detectron2,
-        "compile": compiled,
-        "reference": ours("reference"),
-    },
+    ours=ours,
+    peers={"torchvision": torchvision, "detectron2": detectron2, "compile": compiled},
     truth=truth,
     check=check,
 )

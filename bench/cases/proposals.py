@@ -13,7 +13,6 @@ from torch import Tensor
 from bench.cases._shared import ITEM, STRIDES, Bench, Case, by_name, rois
 from bench.cases.nms import CLASSES, NMSCase
 from bench.contest import DTYPES, Call
-from bench.graph import captured
 from bench.machine import Work, device
 from bench.standings import Aim
 from tmask_kernels import AnchorSpec, detections, make_anchors, rpn_proposals
@@ -227,14 +226,16 @@ def classified(case: NMSCase, mode: str, dtype: str, layout: str) -> Classified:
 
 
 def bench_of(cases: Any, inputs: Any, ours: Callable[[str], Callable[[Any], Call]], torchvision: Any) -> Bench:
-    providers = {
-        "triton": ours("triton"),
-        "triton-graph": lambda given: captured(ours("triton")(given)),
-        "torchvision": torchvision,
-        "reference": ours("reference"),
-    }
-    reference = ours("reference")
-    return Bench(cases=cases, inputs=inputs, providers=providers, truth=lambda given: reference(given)(), check=check)
+    truth = ours("reference")
+    return Bench(
+        cases=cases,
+        inputs=inputs,
+        ours=ours,
+        peers={"torchvision": torchvision},
+        truth=lambda given: truth(given)(),
+        check=check,
+        graph=True,
+    )
 
 
 PROPOSALS = bench_of(

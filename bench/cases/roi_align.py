@@ -18,7 +18,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from bench.cases._shared import ITEM, STRIDES, Bench, Case, by_name, forward_or_backward, rois, with_launch
+from bench.cases._shared import ITEM, STRIDES, Bench, Case, by_name, forward_or_backward, rois
 from bench.contest import DTYPES, LAYOUTS, Call, Contest
 from bench.machine import Work, device
 from bench.standings import Aim
@@ -318,31 +318,35 @@ def inputs(case: RoICase, mode: str, dtype: str, layout: str) -> Given:
     return Given(case, [x.requires_grad_() for x in features], boxes, upstream)
 
 
-def bench_of(cases: Mapping[str, RoICase], reference: Callable[[Given], Pool], **providers: Any) -> Bench:
+def bench_of(cases: Mapping[str, RoICase], ours: Callable[[str], Callable[[Given], Pool]], **peers: Any) -> Bench:
     """The truth is the reference in float64 on the same rounded inputs."""
-    exactly = provider(reference)
+    exactly = provider(ours("reference"))
 
     def truth(given: Given) -> list[Tensor]:
         features = [x.detach().double().requires_grad_(x.requires_grad) for x in given.features]
         upstream = None if given.upstream is None else given.upstream.double()
         return _listed(exactly(given._replace(features=features, upstream=upstream))())
 
-    providers["reference"] = provider(reference)
-    return Bench(cases=cases, inputs=inputs, providers=providers, truth=truth, check=check)
+    return Bench(
+        cases=cases,
+        inputs=inputs,
+        ours=lambda backend: provider(ours(backend)),
+        peers=peers,
+        truth=truth,
+        check=check,
+    )
 
 
 PYRAMID = bench_of(
     CASES,
-    ours("reference"),
-    triton=provider(ours("triton")),
+    ours,
     torchvision=provider(torchvision_pyramid, peer=True),
     detectron2=provider(detectron2, peer=True),
     compile=provider(compiled),
 )
 MAP = bench_of(
     CASES,
-    ours("reference"),
-    triton=provider(ours("triton")),
+    ours,
     torchvision=provider(torchvision_map, peer=True),
     detectron2=provider(detectron2, peer=True),
     mmcv=provider(mmcv, peer=True),
@@ -389,35 +393,31 @@ def forward_launches() -> Contest:
     """One provider for each tile of the forward kernel."""
     from tmask_kernels.ops.roi_align.kernels import forward as kernels
 
-    def launched(tile: kernels.Tile) -> Callable[[Given], Call]:
-        return with_launch(provider(ours("triton")), kernels, pick_tile=lambda *_: tile)
-
     block_pw = 8  # of 7 bins
-    launches = {
-        f"block_c={block_c},warps={warps}": launched(kernels.Tile(block_pw, block_c, warps))
+    tiles = {
+        f"block_c={block_c},warps={warps}": kernels.Tile(block_pw, block_c, warps)
         for block_c, warps in itertools.product((16, 32, 64, 128, 256), (1, 2, 4, 8))
         if 1 <= block_pw * block_c / (32 * warps) <= 64  # elements a thread: some work, and no spills
     }
-    return PYRAMID.sweep([BOX_HEAD, "forward", "bf16", "nhwc"], launches)
+    launches = {name: {"pick_tile": lambda *_, tile=tile: tile} for name, tile in tiles.items()}
+    return PYRAMID.sweep([BOX_HEAD, "forward", "bf16", "nhwc"], kernels, launches)
 
 
 def backward_launches() -> Contest:
     """One provider for each tile of the backward's gather."""
     from tmask_kernels.ops.roi_align.kernels import backward as kernels
 
-    def launched(tile: kernels.GatherTile) -> Callable[[Given], Call]:
-        return with_launch(provider(ours("triton")), kernels, pick_gather_tile=lambda *_: tile)
-
-    launches = {
-        f"{height}x{width},block_c={block_c},warps={warps},registers={registers}": launched(
-            kernels.GatherTile(height, width, block_c, warps, registers)
+    tiles = {
+        f"{height}x{width},block_c={block_c},warps={warps},registers={registers}": kernels.GatherTile(
+            height, width, block_c, warps, registers
         )
         for height, width in ((4, 16), (8, 8), (8, 16), (16, 16), (8, 32))
         for block_c in (32, 64, 128)
         for warps, registers in ((2, 168), (4, 128), (4, 168), (8, 128))
         if 16 <= height * width * block_c / (32 * warps) <= 64  # sums a thread
     }
-    return PYRAMID.sweep([BOX_HEAD, "backward", "bf16", "nhwc"], launches)
+    launches = {name: {"pick_gather_tile": lambda *_, tile=tile: tile} for name, tile in tiles.items()}
+    return PYRAMID.sweep([BOX_HEAD, "backward", "bf16", "nhwc"], kernels, launches)
 
 
 SWEEPS: dict[str, Callable[[], Contest]] = {

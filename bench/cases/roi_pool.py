@@ -85,9 +85,7 @@ def mmcv(given: Given) -> Call:
     return lambda: Loose(run(), ROUNDED_BINS)
 
 
-BENCH = bench_of(
-    CASES, ours("reference"), triton=provider(ours("triton")), torchvision=provider(torchvision_pool), mmcv=mmcv
-)
+BENCH = bench_of(CASES, ours, torchvision=provider(torchvision_pool), mmcv=mmcv)
 test_roi_pool = BENCH.test(
     modes=["forward", "backward"],
     dtypes=["fp32", "bf16"],

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench import contest as contest_module
 from bench import machine, timing
-from bench.contest import Contest, ContextLostError, NotBuiltError, UnavailableError, compare, gradients
+from bench.contest import Contest, ContextLostError, UnavailableError, compare, gradients
 from bench.machine import Roofs, Work
 from bench.process import CONTEXT_LOST, Journal
 from bench.rows import ROOT, Row, row_of
@@ -171,8 +171,7 @@ OUTCOMES = {
     "NaN": (ready(lambda x: x * float("nan")), "wrong", "non-finite"),
     "missing package": (missing_package, "unavailable", "a_package_that_does_not_exist"),
     "unavailable": (raising(UnavailableError("needs CUDA")), "unavailable", "needs CUDA"),
-    "not built": (raising(NotBuiltError("later")), "not built", "later"),
-    "lacking backend": (lacking_backend, "not built", "does not exist for this op"),
+    "lacking backend": (lacking_backend, "unavailable", "does not exist for this op"),
     "unable backend": (unable_backend, "unavailable", "cannot serve this call"),
     "no memory": (ready(raising(torch.OutOfMemoryError("CUDA out of memory."))), "out of memory", "CUDA out of memory"),
     "no host memory": (ready(raising(MemoryError())), "out of memory", "MemoryError"),
@@ -193,7 +192,7 @@ def test_every_outcome_is_a_row_and_the_others_are_timed(cpu):
 
 def test_a_provider_that_the_contest_does_not_know(cpu):
     found = compare(doubling({"right": RIGHT}), [key_of("other"), key_of("right")], Journal(None))
-    assert [row.status for row, _ in found.values()] == ["not built", "timed"]
+    assert [row.status for row, _ in found.values()] == ["unavailable", "timed"]
 
 
 def test_triton_without_gpu_and_interpreter(cpu, monkeypatch):

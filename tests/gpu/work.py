@@ -134,7 +134,7 @@ def mask_loss(layout: str, full: bool, device: torch.device) -> Work:
     case = case_of(MASK_LOSS, full)
 
     def make() -> Inputs:
-        logits, classes, targets = case.logits(torch.float32, device)
+        logits, classes, targets = case.inputs(torch.float32, device)
         logits = logits.contiguous(memory_format=LAYOUTS[layout])
         valid = torch.arange(len(classes), device=device) % 3 > 0
         return {"logits": logits, "classes": classes, "targets": targets, "valid": valid}
