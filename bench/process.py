@@ -122,13 +122,7 @@ def survive(
         """Watch one process from its start to its end; "failed" if it crashed or hung."""
         with log.open("ab") as out:
             process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=full,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
+                command, cwd=ROOT, env=full, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
             )
         heard, patience = time.monotonic(), max(hang, START_SECONDS)
         try:

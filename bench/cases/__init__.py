@@ -10,32 +10,7 @@ import importlib
 from pathlib import Path
 
 from bench.cases._model import CASES as MODEL_CASES
-from bench.cases._model import ModelCase
-from bench.cases._shared import Case, rois, sized
-from bench.cases.decode_keypoints import KeypointCase
-from bench.cases.focal_loss import FocalCase
-from bench.cases.mask_bce import MaskLossCase
-from bench.cases.match_anchors import MatchCase
-from bench.cases.nms import NMSCase
-from bench.cases.paste_masks import PasteCase
-from bench.cases.proposals import RPNCase
-from bench.cases.roi_align import RoICase
-
-__all__ = [
-    "CASES",
-    "Case",
-    "FocalCase",
-    "KeypointCase",
-    "MaskLossCase",
-    "MatchCase",
-    "ModelCase",
-    "NMSCase",
-    "PasteCase",
-    "RPNCase",
-    "RoICase",
-    "rois",
-    "sized",
-]
+from bench.cases._shared import Case
 
 CASES: dict[str, Case] = {}
 for _file in sorted(Path(__file__).parent.glob("[!_]*.py")):

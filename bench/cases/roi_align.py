@@ -328,12 +328,7 @@ def bench_of(cases: Mapping[str, RoICase], ours: Callable[[str], Callable[[Given
         return _listed(exactly(given._replace(features=features, upstream=upstream))())
 
     return Bench(
-        cases=cases,
-        inputs=inputs,
-        ours=lambda backend: provider(ours(backend)),
-        peers=peers,
-        truth=truth,
-        check=check,
+        cases=cases, inputs=inputs, ours=lambda backend: provider(ours(backend)), peers=peers, truth=truth, check=check
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FrozenBatchNorm2d
 
 import tmask
-from bench.cases import CASES, ModelCase, sized
+from bench.cases._model import CASES, ModelCase
+from bench.cases._shared import sized
 from bench.contest import LAYOUTS, Call, Contest, UnavailableError
 from bench.machine import device
 
@@ -61,7 +62,7 @@ def contest_of(
     `prepare` takes the models, whether ours runs, and how ("", "compile" or "graph"), and returns the call to time.
     """
 
-    case, size = sized(cast(ModelCase, CASES[name]))
+    case, size = sized(CASES[name])
 
     def call_of(provider: str, pair: Pair) -> Call:
         library, _, how = provider.partition("-")

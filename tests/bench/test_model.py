@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import tmask
-from bench.cases import CASES, ModelCase
+from bench.cases._model import CASES
 from bench.model import _pair
 from bench.model import training as training_module
 from bench.model.inference import LEAST, LEAST_OF_PEERS, Found, _encoder, check_alike, check_same, inference
@@ -108,8 +108,7 @@ def test_only_a_peer_under_autocast_may_be_coarse() -> None:
 @pytest.mark.filterwarnings("ignore:.*has no triton backend")
 def test_counted_operations(name: str, size: str) -> None:
     """Counts those of the layers: our ops are single nodes here, which count as none."""
-    case = cast(ModelCase, CASES[name])
-    case = case if size == "full" else case.small()
+    case = CASES[name] if size == "full" else CASES[name].small()
     height, width = (-(-side // 32) * 32 for side in (case.height, case.width))
     with FakeTensorMode(), use_backend("triton"):
         model = tmask.build_model(

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import CASES, rois
+from bench.cases import CASES
+from bench.cases._shared import rois
 from tests.gpu.tools import FULL_SIZE_FP32, MEBIBYTE, assert_same_bits
 from tmask_kernels import (
     decode_keypoints,

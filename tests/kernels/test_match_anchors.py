@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
-from bench.cases import CASES, MatchCase
+from bench.cases.match_anchors import CASES
 from tests.kernels.tools import INF, NAN, UNIT, LiveBytes, assert_same, each_mutant
 from tests.mutation import mutant
 from tmask_kernels import AnchorSpec, make_anchors, match_anchors
@@ -258,7 +258,6 @@ def test_memory_of_the_reference_does_not_grow_with_anchors_times_boxes():
 def test_memory_of_the_kernels_is_the_results_and_a_number_for_each_box(device):
     """At full size: 12 bytes an anchor and image, 4 a box."""
     case = CASES["match-anchors"]
-    assert isinstance(case, MatchCase)
     anchors = torch.empty(1, case.rpn.anchors, 4, device=device)
     boxes = torch.empty(case.images, case.gt, 4, device=device)
     valid = torch.empty(case.images, case.gt, dtype=torch.bool, device=device)

@@ -183,7 +183,7 @@ def test_positions_beyond_32_bits(device):
 
 def test_memory_follows_columns_and_changes(device):
     """16 bytes a column and 4 a run; for a hundred masks like a detector's far below 32 MB."""
-    from bench.cases import CASES, PasteCase
+    from bench.cases.paste_masks import CASES
     from tests.allocations import allocated
 
     def formula(K: int, W: int, runs: int) -> int:
@@ -197,7 +197,6 @@ def test_memory_follows_columns_and_changes(device):
     assert sum(sizes) == least if device.type == "cpu" else least <= sum(sizes) <= least + copies
 
     case = CASES["paste-masks"]
-    assert isinstance(case, PasteCase)
     masks, boxes = case.inputs(torch.device("cpu"))
     with allocated() as sizes:
         found = paste_masks(masks, boxes, (case.height, case.width), output="rle", backend="reference")
