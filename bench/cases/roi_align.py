@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 from unittest import mock
@@ -23,7 +23,7 @@ from bench.contest import DTYPES, LAYOUTS, Call, Contest
 from bench.machine import Work, device
 from bench.standings import Aim
 from tmask_kernels import multiscale_roi_align, roi_align
-from tmask_kernels.common.pyramid import box_levels
+from tmask_kernels.common.pyramid import pyramid_levels
 from tmask_kernels.ops.roi_align import reference
 from tmask_kernels.testing import TOLERANCES, Tolerance, assert_close, random_boxes
 
@@ -71,11 +71,6 @@ class RoICase(Case):
         """Coefficient of bicubic samples, the default; None: bilinear ones."""
         return -0.5 if self.interpolation == "bicubic" else None
 
-    @property
-    def thresholds(self) -> list[float]:
-        """Area in px^2 from which a RoI leaves level i for the next (Lin et al. 2017, equation 1)."""
-        return [(224 * s / 16) ** 2 for s in self.strides[1:]]
-
     def boxes(self) -> Tensor:
         """[N, P, 4] float32 xyxy in pixels, on the CPU."""
         each = self.rois // self.images
@@ -114,7 +109,7 @@ class RoICase(Case):
 def count_touched(case: RoICase) -> tuple[int, int]:
     """Return the number of samples of all RoIs, and of the distinct cells that they touch."""
     boxes = case.boxes()
-    levels = box_levels(boxes, case.thresholds)  # [N, P]
+    levels = pyramid_levels(boxes, case.scales)  # [N, P]
     samples = cells = 0
     for level, ((height, width), scale) in enumerate(zip(case.sizes, case.scales, strict=True)):
         for image in range(case.images):
@@ -259,28 +254,24 @@ def _peer_boxes(given: Given) -> list[Tensor]:
     return [boxes.to(dtype) for boxes in given.boxes]
 
 
-def torchvision_pyramid(given: Given) -> Pool:
-    case = given.case
-    names = [str(i) for i in range(len(given.features))]
-    module = torchvision.ops.MultiScaleRoIAlign(names, case.pooled, case.sampling_ratio)
-    features = dict(zip(names, given.features, strict=True))
-    boxes, sizes = _peer_boxes(given), [(case.height, case.width)] * case.images
+def peer_rows(boxes: Sequence[Tensor]) -> Tensor:
+    """Return the boxes of all images as rows [K, 5] with the number of their image."""
+    return torchvision.ops._utils.convert_boxes_to_roi_format(list(boxes))
+
+
+def torchvision_pool(given: Given) -> Pool:
+    case, boxes = given.case, _peer_boxes(given)
+    if len(given.features) == 1:
+        rest = peer_rows(boxes), case.pooled, case.scales[0], case.sampling_ratio, case.aligned
+        run = functools.partial(torchvision.ops.roi_align, given.features[0], *rest)
+    else:
+        features = {str(level): feature for level, feature in enumerate(given.features)}
+        module = torchvision.ops.MultiScaleRoIAlign([*features], case.pooled, case.sampling_ratio)
+        run = functools.partial(module, features, boxes, [(case.height, case.width)] * case.images)
 
     def pool() -> Tensor:
         with _precision(given):
-            return module(features, boxes, sizes)
-
-    return pool
-
-
-def torchvision_map(given: Given) -> Pool:
-    case, boxes = given.case, torchvision.ops._utils.convert_boxes_to_roi_format(_peer_boxes(given))
-
-    def pool() -> Tensor:
-        with _precision(given):
-            return torchvision.ops.roi_align(
-                given.features[0], boxes, case.pooled, case.scales[0], case.sampling_ratio, case.aligned
-            )
+            return run()
 
     return pool
 
@@ -299,7 +290,7 @@ def detectron2(given: Given) -> Pool:
 def mmcv(given: Given) -> Pool:
     from mmcv.ops import roi_align as mmcv_roi_align
 
-    case, boxes = given.case, torchvision.ops._utils.convert_boxes_to_roi_format(_peer_boxes(given))
+    case, boxes = given.case, peer_rows(_peer_boxes(given))
     return lambda: mmcv_roi_align(
         given.features[0], boxes, case.pooled, case.scales[0], case.sampling_ratio, "avg", case.aligned
     )
@@ -332,19 +323,13 @@ def bench_of(cases: Mapping[str, RoICase], ours: Callable[[str], Callable[[Given
     )
 
 
-PYRAMID = bench_of(
+BENCH = bench_of(
     CASES,
     ours,
-    torchvision=provider(torchvision_pyramid, peer=True),
-    detectron2=provider(detectron2, peer=True),
-    compile=provider(compiled),
-)
-MAP = bench_of(
-    CASES,
-    ours,
-    torchvision=provider(torchvision_map, peer=True),
+    torchvision=provider(torchvision_pool, peer=True),
     detectron2=provider(detectron2, peer=True),
     mmcv=provider(mmcv, peer=True),
+    compile=provider(compiled),
 )
 
 
@@ -363,23 +348,24 @@ def _pyramid(case: str, mode: str, dtype: str, layout: str, provider: str) -> bo
         "compile": (case, dtype, layout) == (BOX_HEAD, "bf16", "nhwc"),
         "reference": common,
     }
-    return fits and wanted[provider]
+    return fits and wanted.get(provider, False)
 
 
-test_multiscale_roi_align = PYRAMID.test(
+test_multiscale_roi_align = BENCH.test(
     cases=[name for name in CASES if "-map" not in name],
     modes=["forward", "backward"],
     dtypes=["fp32", "bf16", "fp16"],
     layouts=["nchw", "nhwc"],
     where=_pyramid,
 )
-test_roi_align = MAP.test(
+test_roi_align = BENCH.test(
     cases=["roi-align-map", "roi-align-map-adaptive"],
     dtypes=["fp32", "bf16", "fp16"],
     layouts=["nchw", "nhwc"],
     where=lambda case, mode, dtype, layout, provider: (
         (dtype, layout) in (("fp32", "nchw"), ("fp32", "nhwc"), ("bf16", "nhwc"), ("fp16", "nchw"))
         and (provider in ("triton", "torchvision") or (dtype, layout) == ("fp32", "nchw"))
+        and provider != "compile"
     ),
 )
 
@@ -395,7 +381,7 @@ def forward_launches() -> Contest:
         if 1 <= block_pw * block_c / (32 * warps) <= 64  # elements a thread: some work, and no spills
     }
     launches = {name: {"pick_tile": lambda *_, tile=tile: tile} for name, tile in tiles.items()}
-    return PYRAMID.sweep([BOX_HEAD, "forward", "bf16", "nhwc"], kernels, launches)
+    return BENCH.sweep([BOX_HEAD, "forward", "bf16", "nhwc"], kernels, launches)
 
 
 def backward_launches() -> Contest:
@@ -412,7 +398,7 @@ def backward_launches() -> Contest:
         if 16 <= height * width * block_c / (32 * warps) <= 64  # sums a thread
     }
     launches = {name: {"pick_gather_tile": lambda *_, tile=tile: tile} for name, tile in tiles.items()}
-    return PYRAMID.sweep([BOX_HEAD, "backward", "bf16", "nhwc"], kernels, launches)
+    return BENCH.sweep([BOX_HEAD, "backward", "bf16", "nhwc"], kernels, launches)
 
 
 SWEEPS: dict[str, Callable[[], Contest]] = {

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torchvision
 
 from bench.cases._shared import ITEM, by_name
-from bench.cases.roi_align import Given, Loose, Pool, RoICase, bench_of, one_map, provider
+from bench.cases.roi_align import Given, Loose, Pool, RoICase, bench_of, one_map, peer_rows, provider
 from bench.contest import Call
 from bench.machine import Work
 from tmask_kernels import roi_pool
@@ -69,8 +69,7 @@ def ours(backend: str) -> Callable[[Given], Pool]:
 
 
 def torchvision_pool(given: Given) -> Pool:
-    case, boxes = given.case, torchvision.ops._utils.convert_boxes_to_roi_format(list(given.boxes))
-
+    case, boxes = given.case, peer_rows(given.boxes)
     return lambda: torchvision.ops.roi_pool(given.features[0].float(), boxes, case.pooled, case.scales[0]).to(
         given.dtype
     )
@@ -80,7 +79,7 @@ def mmcv(given: Given) -> Call:
     from mmcv.ops import roi_pool as mmcv_roi_pool
 
     cells = round_half_away(given.boxes * given.case.scales[0])
-    boxes = torchvision.ops._utils.convert_boxes_to_roi_format(list(cells))
+    boxes = peer_rows(cells)
     run = provider(lambda given: lambda: mmcv_roi_pool(given.features[0], boxes, given.case.pooled, 1.0))(given)
     return lambda: Loose(run(), ROUNDED_BINS)
 

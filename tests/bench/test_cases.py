@@ -23,7 +23,7 @@ from bench.cases._shared import Bench, rois, sized
 from bench.cases.nms import Segments
 from bench.contest import DTYPES, LAYOUTS
 from bench.rle import decode_rle
-from tmask_kernels.common.pyramid import box_levels
+from tmask_kernels.common.pyramid import pyramid_levels
 from tmask_kernels.ops.match_anchors import kernels as match
 from tmask_kernels.ops.nms.kernels import blocks, padded
 from tmask_kernels.ops.roi_align.kernels import forward
@@ -95,7 +95,7 @@ def test_touched_cells_are_those_that_take_a_gradient(name: str) -> None:
 @pytest.mark.parametrize("name", ["roi-align-box-head", "roi-align-mask-head", "roi-align-one-image"])
 def test_a_small_pyramid_uses_several_levels(name: str) -> None:
     for case, levels in ((roi_align_bench.CASES[name], 4), (roi_align_bench.CASES[name].small(), 2)):
-        assert len(box_levels(case.boxes(), case.thresholds).unique()) >= levels
+        assert len(pyramid_levels(case.boxes(), case.scales).unique()) >= levels
 
 
 def test_the_counts_of_anchors_agree() -> None:
@@ -215,7 +215,7 @@ def test_only_a_peer_that_moves_boxes_may_err_in_a_thousandth() -> None:
 
 
 def test_the_gate_of_roi_align_refuses_a_shifted_tap() -> None:
-    contest = roi_align_bench.PYRAMID.contest("roi-align-box-head", "forward", "bf16", "nhwc")
+    contest = roi_align_bench.BENCH.contest("roi-align-box-head", "forward", "bf16", "nhwc")
     given = contest.inputs()
     truth = contest.truth(given)
     right = contest.providers["torchvision"](given)()
