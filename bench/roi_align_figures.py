@@ -9,7 +9,6 @@ Letters: H W cells of a map, PH PW bins, S shifts. Positions are in cells: cell 
 from __future__ import annotations
 
 import functools
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.tables import replace_table
 from tmask_kernels import roi_align, roi_pool
 from tmask_kernels.ops.roi_pool.reference import bin_cells, round_half_away
 
@@ -165,11 +165,9 @@ TABLES = {"rounding": rounding_table, "shift": shift_table, "taps": taps_table}
 
 
 def page(text: str) -> str:
-    """`text` with new tables between their marks."""
+    """Return `text` with new tables between their marks."""
     for name, make in TABLES.items():
-        marks = rf"(<!-- table {name}: [^\n]*\n).*?(?=<!-- end of {name} -->)"
-        text, count = re.subn(marks, lambda found, make=make: found[1] + make(), text, count=1, flags=re.DOTALL)
-        assert count, f"no marks of the table {name}"
+        text = replace_table(text, name, make())
     return text
 
 

@@ -18,21 +18,17 @@ from typing import Any
 from bench.ablate import table as tables
 from bench.ablate.report import RESULT, RULE, draw, markdown
 from bench.ablate.runs import VERSION, settings
+from bench.tables import replace_table
 from tmask.engine.files import replace_text, replacing
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[2] / "docs" / "ablations.md"
-BEGIN, END = "<!-- ablate:begin -->", "<!-- ablate:end -->"
 ENDINGS = {"small": "", "full": "_full"}  # of file names, by the setting of a result
 
 
 def page(text: str) -> str:
-    """`text` with a new part between BEGIN and END. Raises ValueError if `text` lacks them."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"docs/ablations.md: expected {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{RULE}\n\n{chr(10).join(map(_section, tables.names()))}{END}{after}"
+    """Return `text` with the sections of all tables between their marks. Errors: ValueError without the marks."""
+    return replace_table(text, "ablations", f"{RULE}\n\n" + "\n".join(map(_section, tables.names())))
 
 
 def _section(name: str) -> str:

@@ -116,20 +116,20 @@ def _variant(table: Table, result: Result, name: str) -> Sequence[str]:
 def _claims(table: Table, result: Result) -> str:
     lines = []
     for claim in table.claims:
-        name, published, found = _claim(table, result, claim)
-        unexpected = not claim.small and result["setting"] == "small"
-        here = "-" if found.difference is None else f"{found.difference:+.1f}"
-        word = found.word + (" (not expected of a small data set)" if unexpected else "")
-        lines.append((name, published or "-", here, "-" if found.error is None else f"{found.error:.1f}", word))
+        name, published, here, error, word = _claim(table, result, claim)
+        unexpected = " (not expected of a small data set)" if not claim.small and result["setting"] == "small" else ""
+        lines.append((name, published or "-", here or "-", error or "-", word + unexpected))
     return markdown_table(("direction", "published", "here", "standard error", "verdict"), lines)
 
 
-def _claim(table: Table, result: Result, claim: Claim) -> tuple[str, str, Verdict]:
-    """A claim in words, the published difference, and the verdict."""
+def _claim(table: Table, result: Result, claim: Claim) -> tuple[str, str, str, str, str]:
+    """Return in words: the claim, the published difference, ours, its standard error, the verdict; "" if unknown."""
     name = f"{table.variants[claim.better].label} over {table.variants[claim.worse].label}, {claim.metric}"
     published = claim.published if isinstance(claim.published, str) else f"{claim.published:+.1f}"
     better, worse = (values(result, variant, claim.metric) for variant in (claim.better, claim.worse))
-    return name, published, judge(better, worse, published=bool(published))
+    found = judge(better, worse, published=bool(published))
+    here = "" if found.difference is None else f"{found.difference:+.1f}"
+    return name, published, here, "" if found.error is None else f"{found.error:.1f}", found.word
 
 
 def _settings(table: Table, result: Result) -> Iterator[str]:
@@ -182,11 +182,10 @@ def draw(table: Table, result: Result, file: BinaryIO) -> None:
         figure.text(0.015, 1 - 0.5 / height, about, fontsize=7, color=GREY, va="center")
         _draw_variants(figure.add_axes((0.23, (lines + 0.7) / height, 0.59, rows / height)), table, result)
         for number, claim in enumerate(reversed(table.claims)):
-            name, published, found = _claim(table, result, claim)
-            here = "" if found.difference is None else f"{found.difference:+.1f}"
-            here += "" if found.error is None else f" (standard error {found.error:.1f})"
+            name, published, here, error, word = _claim(table, result, claim)
+            here += f" (standard error {error})" if error else ""
             figures = ", ".join(filter(None, (here, published and f"published {published}")))
-            line = ": ".join(filter(None, (name, figures, found.word)))
+            line = ": ".join(filter(None, (name, figures, word)))
             figure.text(0.015, (0.12 + 0.2 * number) / height, line, fontsize=8, va="center")
         figure.savefig(file, format="png", dpi=DPI)
 

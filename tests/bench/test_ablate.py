@@ -241,12 +241,13 @@ def test_the_page_is_made_of_the_results_in_the_repository() -> None:
 
 def test_a_result_is_published_with_its_chart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     page = tmp_path / "page.md"
+    begin, end = "before\n<!-- table ablations: x -->\n", "<!-- end of ablations -->\nafter\n"
     table = dataclasses.replace(TABLE, finding="It is so.")
     monkeypatch.setattr(tables, "names", lambda: ["pooling"])
     monkeypatch.setattr(tables, "load", lambda name: table)
     monkeypatch.setattr(publish, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(publish, "PAGE", page)
-    page.write_text(f"before\n{publish.BEGIN}\nold\n{publish.END}\nafter\n")
+    page.write_text(f"{begin}old\n{end}")
 
     def published(code: int, **fields: Any) -> str:
         (tmp_path / "result.json").write_text(json.dumps({**WHOLE, **fields}))
@@ -257,7 +258,7 @@ def test_a_result_is_published_with_its_chart(tmp_path: Path, monkeypatch: pytes
     head = "## Pool or align\n\n`tmask ablate pooling`\n\nWhy.\n\n"
     assert f"{head}**Not measured yet.** Published (A paper):\n\n- RoIPool: 23.6\n" in page.read_text()
     small = f"{head}{markdown(TABLE, WHOLE, chart='images/ablate_pooling.png')}\nIt is so.\n"
-    assert published(0) == f"before\n{publish.BEGIN}\n{report.RULE}\n\n{small}{publish.END}\nafter\n"
+    assert published(0) == f"{begin}{report.RULE}\n\n{small}{end}"
     assert (tmp_path / "images" / "ablate_pooling.png").is_file()
     assert json.loads((tmp_path / "results" / "pooling.json").read_text()) == WHOLE
     both = published(0, setting="full", seeds=7, settings=settings(TABLE, TABLE.full))
