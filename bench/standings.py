@@ -8,13 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.rows import STATUSES, Row
+from bench.rows import Row
 
 # Every name under which a provider of ours and of the baseline runs; all others are peers.
 OURS = ("triton", "triton-graph", "tmask", "tmask-compile", "tmask-graph")
 BASELINE = ("torchvision", "torchvision-compile")
-
-SEVERITY = STATUSES  # the worst first
 
 
 @dataclass(frozen=True)

@@ -34,14 +34,6 @@ PAIRS = 2**25  # IoUs of one chunk: 128 MiB
 ALL_PAIRS = 2**33  # beyond so many IoUs a seeded part of the boxes is checked: at a million boxes
 
 
-class Segments(NamedTuple):
-    """Input of `padded_nms`."""
-
-    boxes: Tensor  # [S, K, 4] float32
-    scores: Tensor  # [S, K] float32, no two of a segment equal
-    valid: Tensor  # [S, K] bool
-
-
 @dataclass(frozen=True, kw_only=True)
 class NMSCase(Case):
     """NMS of S segments of at most K boxes: RPN levels, classes, or one long list."""
@@ -67,9 +59,11 @@ class NMSCase(Case):
     def segments_an_image(self) -> int:
         return 5 if self.kind == "levels" else len(self.lengths)
 
-    def inputs(self, where: torch.device) -> Segments:
+    def inputs(self, where: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Return boxes [S, K, 4], scores [S, K], no two of a segment equal, and which are valid, [S, K] bool."""
         make = {"levels": _level_segments, "classes": _class_segments, "list": _list_segment}[self.kind]
-        return Segments(*(t.to(where) for t in make(self)))
+        boxes, scores, valid = make(self)
+        return boxes.to(where), scores.to(where), valid.to(where)
 
     def work(self, dtype: str = "fp32", mode: str = "forward") -> Work:
         """Boxes and scores are read, indices and counts written; every kept box meets every box kept before it."""
@@ -160,10 +154,10 @@ CASES = by_name(
 
 
 class Given(NamedTuple):
-    """The inputs of one case."""
-
     case: NMSCase
-    segments: Segments
+    boxes: Tensor  # [S, K, 4] float32
+    scores: Tensor  # [S, K] float32
+    valid: Tensor  # [S, K] bool
 
 
 class Flat(NamedTuple):
@@ -176,7 +170,7 @@ class Flat(NamedTuple):
 
 def check(out: Any, given: Given) -> None:
     """Of `padded_nms` (indices [S, M], counts [S]), of `nms` a list of indices, or a peer's `Flat`."""
-    case, (boxes, scores, valid) = given
+    case, boxes, scores, valid = given
     S, K = scores.shape
     limit, slack, wrong = case.keep, 0.0, 0.0
     if isinstance(out, Flat):
@@ -230,7 +224,7 @@ def count_faults(
 
 def ours(backend: str) -> Callable[[Given], Call]:
     def call(given: Given) -> Call:
-        case, (boxes, scores, valid) = given
+        case, boxes, scores, valid = given
         return lambda: padded_nms(boxes, scores, case.threshold, valid=valid, max_output=case.keep, backend=backend)
 
     return call
@@ -238,8 +232,7 @@ def ours(backend: str) -> Callable[[Given], Call]:
 
 def ours_list(backend: str) -> Callable[[Given], Call]:
     def call(given: Given) -> Call:
-        boxes, scores = given.segments.boxes[0], given.segments.scores[0]
-        return lambda: nms(boxes, scores, given.case.threshold, backend=backend)
+        return lambda: nms(given.boxes[0], given.scores[0], given.case.threshold, backend=backend)
 
     return call
 
@@ -249,7 +242,7 @@ def torchvision_nms(given: Given) -> Call:
 
     Selecting the boxes that are valid is done before and not timed.
     """
-    case, (boxes, scores, valid) = given
+    case, boxes, scores, valid = given
     S, K = scores.shape
     positions = torch.arange(S * K, device=scores.device).view(S, K)
 
@@ -277,7 +270,7 @@ def faster(*calls: Call) -> Call:
 
 PADDED = Bench(
     cases=CASES,
-    inputs=lambda case, mode, dtype, layout: Given(case, case.inputs(device())),
+    inputs=lambda case, mode, dtype, layout: Given(case, *case.inputs(device())),
     ours=ours,
     peers={"torchvision": torchvision_nms},
     truth=lambda given: given,

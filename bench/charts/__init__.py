@@ -13,7 +13,8 @@ from typing import Any
 from bench import result as results
 from bench.charts.style import BASE, DPI, FAINT, GREY, LOSS, PEERS, STYLE, WIDTH, WIN
 from bench.result import Result
-from bench.standings import OURS, SEVERITY, Standing, digits, machine_line, ratio, ratio_range, standings
+from bench.rows import STATUSES
+from bench.standings import OURS, Standing, digits, machine_line, ratio, ratio_range, standings
 
 NAMES = {"compile": "torch.compile(reference)", "reference": "reference, eager"}
 LINE = 0.21  # inches of a case
@@ -91,7 +92,7 @@ def _speedup(axes: Any, at: float, standing: Standing) -> None:
             axes.plot(aim, at, "|", color="black", markersize=10, markeredgewidth=2, zorder=5, label="aim")
     statuses = {row.status for row in standing.rows if row.provider in OURS}
     if statuses and not statuses & {"timed", "passed"}:  # "passed": right, but this machine has no clock for it
-        _note(axes, at, f"ours: {min(statuses, key=SEVERITY.index)}", GREY)
+        _note(axes, at, f"ours: {min(statuses, key=STATUSES.index)}", GREY)
     for peer, colour in PEERS.items():
         if value := ratio(baseline, standing.best((peer,))):
             marker, value = ("o", value) if value >= LEAST else ("<", LEAST)

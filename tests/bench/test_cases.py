@@ -20,7 +20,6 @@ from bench.cases import paste_masks as paste_bench
 from bench.cases import proposals as proposals_bench
 from bench.cases import roi_align as roi_align_bench
 from bench.cases._shared import Bench, rois, sized
-from bench.cases.nms import Segments
 from bench.contest import DTYPES, LAYOUTS
 from bench.rle import decode_rle
 from tmask_kernels.common.pyramid import pyramid_levels
@@ -190,8 +189,8 @@ def test_the_gate_counts_in_parts(segment: tuple[Tensor, Tensor, Tensor]) -> Non
 def test_only_a_peer_that_moves_boxes_may_err_in_a_thousandth() -> None:
     """On a GPU `batched_nms` moves the levels of an image apart, which changes one box of nms-rpn."""
     case = nms_bench.CASES["nms-rpn"]
-    given = nms_bench.Given(case, case.inputs(CPU))
-    boxes, scores, valid = given.segments
+    given = nms_bench.Given(case, *case.inputs(CPU))
+    _, boxes, scores, valid = given
     S, K = scores.shape
     parts = zip(torch.arange(S * K).split(case.segments_an_image * K), valid.split(case.segments_an_image), strict=True)
     rows = [positions[fits.flatten()] for positions, fits in parts]
@@ -205,7 +204,7 @@ def test_only_a_peer_that_moves_boxes_may_err_in_a_thousandth() -> None:
 
     one = dataclasses.replace(nms_bench.CASES["nms-1k"], lengths=(100,), keep=100)
     apart = torch.arange(100.0)[:, None] * 10 + torch.tensor([0.0, 0.0, 5.0, 5.0])
-    alone = nms_bench.Given(one, Segments(apart[None], torch.linspace(1, 0.1, 100)[None], torch.ones(1, 100).bool()))
+    alone = nms_bench.Given(one, apart[None], torch.linspace(1, 0.1, 100)[None], torch.ones(1, 100).bool())
     nms_bench.check((torch.arange(100)[None], torch.tensor([100])), alone)
     with pytest.raises(AssertionError, match=r", 1 dropped"):
         nms_bench.check((torch.cat([torch.arange(99), torch.tensor([-1])])[None], torch.tensor([99])), alone)
