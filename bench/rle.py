@@ -1,11 +1,20 @@
-"""COCO's compressed run lengths, read without pycocotools, which may be missing where benchmarks run."""
+"""COCO's compressed run lengths: written as the peers' users do, read without pycocotools, which may be missing."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def encoder() -> Callable[[Tensor], list[dict[str, Any]]]:
+    """Return the encoder of masks [K, H, W] bool by pycocotools on the host. Errors: ImportError."""
+    from pycocotools import mask as coco
+
+    # [K, W, H] by rows is [H, W, K] by columns, as pycocotools wants it: so the GPU turns the masks.
+    return lambda masks: coco.encode(masks.to(torch.uint8).mT.contiguous().cpu().numpy().T)
 
 
 def decode_rle(rle: dict[str, Any]) -> Tensor:

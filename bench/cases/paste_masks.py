@@ -9,14 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bench.cases._shared import Bench, Case, by_name, rois
 from bench.contest import Call
 from bench.machine import Work, device
-from bench.rle import decode_rle
+from bench.rle import decode_rle, encoder
 from bench.standings import Aim
 from tmask_kernels import paste_masks, unpack_masks
 from tmask_kernels.ops.paste_masks.reference import is_inside, resample
@@ -146,14 +145,9 @@ def detectron2(given: Given) -> Call:
 
 
 def run_lengths(paste: Callable[[], Tensor]) -> Call:
-    """As both libraries' users do: the masks go to the host, and pycocotools encodes them there."""
-    from pycocotools import mask as coco_mask
-
-    def call() -> list[dict[str, Any]]:
-        full = paste().cpu().numpy().transpose(1, 2, 0).astype(np.uint8, order="F")  # [H, W, K], column-major
-        return coco_mask.encode(full)
-
-    return call
+    """As both libraries' users do: pycocotools encodes the masks on the host."""
+    encode = encoder()
+    return lambda: encode(paste())
 
 
 class Truth(NamedTuple):

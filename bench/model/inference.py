@@ -23,7 +23,7 @@ from bench.contest import LAYOUTS, Call, Contest
 from bench.graph import captured
 from bench.machine import device, tf32
 from bench.model._pair import PROVIDERS, Output, Pair, contest_of, problem_of
-from bench.rle import decode_rle
+from bench.rle import decode_rle, encoder
 from bench.variants import variants
 from tmask.engine.device import autocast
 from tmask.model.postprocess import to_list
@@ -108,7 +108,7 @@ def inference(name: str, mode: str, dtype: str, layout: str) -> Contest:
 
     def prepare(pair: Pair, ours: bool, how: str) -> Call:
         if not ours:
-            encode = _encoder() if mode == "results" else None
+            encode = encoder() if mode == "results" else None
             model = torch.compile(pair.theirs) if how else pair.theirs
 
             def their_call() -> Output:
@@ -176,16 +176,8 @@ def _core(pair: Pair, batch: ImageBatch, how: str) -> Callable[[ImageBatch], Det
 
 def _on_host(result: dict[str, Any], encode: Callable[[Tensor], list[dict[str, Any]]] | None = None) -> dict[str, Any]:
     """One image's result as a result file needs it: numbers on the host, masks as run lengths."""
-    masks = result["masks"] if encode is None else encode(result["masks"])
+    masks = result["masks"] if encode is None else encode(result["masks"][:, 0] > 0.5)
     return {name: result[name].cpu() for name in ("boxes", "scores", "labels")} | {"masks": masks}
-
-
-def _encoder() -> Callable[[Tensor], list[dict[str, Any]]]:
-    """Probabilities [D, 1, h, w] to run lengths, as torchvision's users do it. Raises ImportError."""
-    from pycocotools import mask as coco
-
-    # [D, w, h] by rows is [h, w, D] by columns, as the encoder wants it: so the GPU turns the masks.
-    return lambda masks: coco.encode((masks[:, 0] > 0.5).to(torch.uint8).mT.contiguous().cpu().numpy().T)
 
 
 def found(result: dict[str, Any]) -> Found:

@@ -21,7 +21,7 @@ from bench.cases import proposals as proposals_bench
 from bench.cases import roi_align as roi_align_bench
 from bench.cases._shared import Bench, rois, sized
 from bench.contest import DTYPES, LAYOUTS
-from bench.rle import decode_rle
+from bench.rle import decode_rle, encoder
 from tmask_kernels.common.pyramid import pyramid_levels
 from tmask_kernels.ops.match_anchors import kernels as match
 from tmask_kernels.ops.nms.kernels import blocks, padded
@@ -296,11 +296,11 @@ def test_a_wrong_pixel_is_found(output: str) -> None:
     paste_bench.check(out, exempt)
 
 
-def test_run_lengths_are_drawn_as_pycocotools_draws_them() -> None:
+def test_run_lengths_are_written_and_drawn_as_pycocotools_draws_them() -> None:
     bound = torch.tensor([0.5, 0.02, -1, 2])[:, None, None]  # half, nearly all, all, none of the pixels
     masks = torch.rand(4, 37, 23, generator=torch.Generator().manual_seed(0)) > bound
-    encoded = coco_mask.encode(masks.numpy().transpose(1, 2, 0).astype(np.uint8, order="F"))
-    for mask, rle in zip(masks, encoded, strict=True):
+    for mask, rle in zip(masks, encoder()(masks), strict=True):
+        assert np.array_equal(coco_mask.decode(rle), mask.numpy())
         assert torch.equal(decode_rle(rle), mask)
 
 

@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,9 +13,8 @@ import tmask
 from bench.cases._model import CASES
 from bench.model import _pair
 from bench.model import training as training_module
-from bench.model.inference import LEAST, LEAST_OF_PEERS, Found, _encoder, check_alike, check_same, inference
+from bench.model.inference import LEAST, LEAST_OF_PEERS, Found, check_alike, check_same, inference
 from bench.model.training import training
-from bench.rle import decode_rle
 from tmask.structures import ImageBatch, Targets
 from tmask_kernels import use_backend
 
@@ -55,15 +53,6 @@ def test_a_peer_in_half_precision_may_be_coarse() -> None:
     for wreck, least in ((coarse, LEAST), *((WRONG[name](given), LEAST_OF_PEERS) for name in ("labels", "none"))):
         with pytest.raises(AssertionError):
             check_alike([wreck], [given], least)
-
-
-def test_run_lengths_are_those_of_torchvisions_masks_and_are_read() -> None:
-    coco = pytest.importorskip("pycocotools.mask")
-    generator = torch.Generator().manual_seed(1)
-    masks = torch.rand(5, 1, 37, 50, generator=generator) * torch.linspace(0.4, 2, 5)[:, None, None, None]
-    for one, mask in zip(_encoder()(masks), masks[:, 0] > 0.5, strict=True):
-        assert np.array_equal(coco.decode(one), mask.numpy())
-        assert torch.equal(decode_rle(one), mask)
 
 
 # ---- a whole contest, as the benchmark runs it
