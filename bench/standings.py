@@ -17,7 +17,7 @@ BASELINE = ("torchvision", "torchvision-compile")
 
 @dataclass(frozen=True)
 class Aim:
-    """What a case shall reach at full size on a GPU: `times` as fast as torchvision's best, `times_fp32` as fast as
+    """The aim of a case at full size on a GPU: `times` as fast as torchvision's best, `times_fp32` as fast as
     torchvision's best in fp32, in at most `us`, with at most `mib` of memory above the inputs."""
 
     times: float | None = None
@@ -113,7 +113,7 @@ class Standing:
 
 
 def standings(rows: Iterable[Row]) -> list[Standing]:
-    """One for each op, case and mode, in the order in which the rows name them first."""
+    """Return one standing for each op, case and mode, in the order of the rows."""
     groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row.op, row.case, row.mode].append(row)

@@ -240,7 +240,7 @@ def _outcome(run: Run, plan: Plan) -> dict[str, Any]:
 
 
 def _plain(values: Any) -> Any:
-    """`values` as JSON gives them back: lists for tuples."""
+    """Return `values` as they are after a round trip through JSON: tuples become lists."""
     return json.loads(json.dumps(values))
 
 
