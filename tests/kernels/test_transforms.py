@@ -17,10 +17,7 @@ from tests.gpu.tools import tensors
 from tmask_kernels import roi_align, roi_pool, sigmoid_focal_loss
 from tmask_kernels.testing import OpSpec, op_specs
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning"),  # torch's own use, for jvp
-    pytest.mark.filterwarnings("ignore:.*using the reference backend on CUDA"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*using the reference backend on CUDA")
 
 # encode_boxes has no kernel for gradients; the custom ops of the others are those of roi_align.
 NO_KERNEL_OF_THEIR_OWN = ("encode_boxes", "roi_align (bicubic)", "multiscale_roi_align")
