@@ -116,7 +116,7 @@ def survive(
     assert journal.path is not None
     deadline = time.monotonic() + seconds
     log = journal.path.with_suffix(".log")
-    full = {**os.environ, **(env or {})}
+    full = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}  # what is said last stands last in the log
 
     def watch() -> Ending:
         """Watch one process from its start to its end; "failed" if it crashed or hung."""

@@ -11,6 +11,9 @@ import torch
 if "TRITON_INTERPRET" not in os.environ and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Processes that tests start must not depend on it: a user has not set it.
+os.environ.pop("PYTHONUNBUFFERED", None)
+
 import hypothesis
 import pytest
 
