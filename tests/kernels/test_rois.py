@@ -387,6 +387,15 @@ def test_compiles_whole(name: str, device: torch.device) -> None:
         assert_close(got, want)
 
 
+def test_a_scale_may_follow_from_a_traced_size(device: torch.device) -> None:
+    def run(feature: Tensor, boxes: Tensor) -> Tensor:
+        return roi_align(feature, boxes, 2, feature.shape[3] / 64, backend="triton")
+
+    feature, boxes = MAP.to(device), BOX.to(device)
+    compiled = torch.compile(run, fullgraph=True, backend="eager", dynamic=True)
+    assert_close(compiled(feature, boxes), run(feature, boxes))
+
+
 def test_an_adaptive_grid_of_max_is_not_traced_by_the_reference(device: torch.device) -> None:
     def run(feature: Tensor, boxes: Tensor) -> Tensor:
         return roi_align(feature, boxes, 2, reduction="max", backend="reference")

@@ -122,7 +122,9 @@ def check_number(
     `expected` replaces the message's own words for these bounds. An infinite `high` allows `value` to be infinite.
     """
     # numpy's floats would be compared in their own precision; an int may be beyond any float.
-    number = float(value) if isinstance(value, Real) and hasattr(value, "dtype") else value
+    # A number of a traced graph must not be asked for attributes.
+    plain = isinstance(value, (int, float, *_SYMBOLIC))
+    number = float(value) if not plain and isinstance(value, Real) and hasattr(value, "dtype") else value
     if (
         isinstance(number, _NUMBER)
         and not isinstance(number, bool)
