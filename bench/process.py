@@ -163,8 +163,12 @@ def _ending(code: int) -> Ending:
         return Ending("done")
     if code == CONTEXT_LOST:
         return Ending("failed", CONTEXT_WORDS)
-    how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return Ending("failed", f"the process {how}")
+    return Ending("failed", f"the process {how_it_ended(code)}")
+
+
+def how_it_ended(code: int) -> str:
+    """Return the exit code of a process in words."""
+    return f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

@@ -26,11 +26,12 @@ sys.exit(3)
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout whose ablations are the stand-in, with one table."""
-    tables = tmp_path / "bench" / "ablate" / "tables"
-    tables.mkdir(parents=True)
-    for name in ("../../__init__", "../__init__", "pooling", "__init__"):  # packages: another one may be on the path
-        (tables / f"{name}.py").touch()
-    (tables.parent / "__main__.py").write_text(STAND_IN)
+    ablate = tmp_path / "bench" / "ablate"
+    ablate.mkdir(parents=True)
+    for folder in (ablate.parent, ablate):
+        (folder / "__init__.py").touch()  # packages: another one may be on the path
+    (ablate / "tables.yaml").write_text("tables: {pooling: {}}")
+    (ablate / "__main__.py").write_text(STAND_IN)
     monkeypatch.setattr(bench_cli, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import subprocess
@@ -11,23 +13,74 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench.ablate import report
-from bench.ablate.runs import BEGUN, BROKEN, DONE, FAILED, SETTINGS, TRAIN_LOG, TRAINED_BY, Plan, Run, prepare
+from bench.ablate.runs import (
+    BEGUN,
+    BROKEN,
+    DONE,
+    FAILED,
+    LOG,
+    SETTINGS,
+    TRAIN_LOG,
+    TRAINED_BY,
+    Plan,
+    Run,
+    check,
+    prepare,
+)
+from bench.ablate.table import tables
 from bench.machine import checkout
-from bench.process import last_words
+from bench.process import how_it_ended, last_words
+from bench.rows import ROOT
 from tmask.engine.files import CHECKPOINT_NAME, held, replace_text
 
-ROOT = Path(__file__).parents[2]
 TRAIN = (sys.executable, "-m", "tmask", "train")
-PROGRESS_SECONDS = 60.0  # between two lines about one run
 
 Say = Callable[[str], object]
+say = functools.partial(print, flush=True)
 
 
-def run_table(plan: Plan, *, command: Sequence[str] = TRAIN, say: Say = print) -> int:
+def main(words: Sequence[str]) -> int:
+    """Run a table, or start it in the background, and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.ablate")
+    parser.add_argument("table", choices=tables())
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--coco", type=Path)
+    parser.add_argument("--backbone_weights", type=Path)
+    parser.add_argument("--background", action="store_true", help="outlive this terminal")
+    parser.add_argument("--with_parent", action="store_true", help="end as soon as the calling process is gone")
+    options = vars(parser.parse_args(words))
+    if options.pop("with_parent"):
+        end_with_parent()
+    in_background = options.pop("background")
+    plan = Plan(**options | {"table": tables()[options["table"]]})
+    try:
+        check(plan)
+        if not in_background:
+            return run_table(plan)
+        with held(plan.out, "ablate"):  # no other process works there
+            (plan.out / LOG).touch()
+        words = [sys.executable, "-m", "bench.ablate", *(word for word in words if word != "--background")]
+        process = _start(words, plan.out / LOG)  # in a session of its own, which outlives this terminal
+    except ValueError as error:
+        say(f"tmask ablate: error: {error} (see tmask ablate --help)", file=sys.stderr)
+        return 2
+    except OSError as error:
+        say(f"tmask ablate: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    say(f"in the background, process {process.pid}")
+    say(f"follow: tail -f {plan.out / LOG}")
+    say(f"stop:   kill {process.pid}    what is done stays, and the same command goes on")
+    say(f"table:  {plan.out / report.MARKDOWN}    after each run")
+    return 0
+
+
+def run_table(plan: Plan, *, command: Sequence[str] = TRAIN, say: Say = say) -> int:
     """Train every run that is not done yet with `command`, whose options are those of ``tmask train``.
 
     Returns:
@@ -91,26 +144,6 @@ def machine() -> str:
     return f"{device}, torch {torch.__version__}, commit {checkout()}"
 
 
-def duration(seconds: float) -> str:
-    """Hours and minutes in words."""
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
-
-
-def _left(plan: Plan) -> str:
-    """The time left for the whole table, from the pace so far; "" before the first step. Failed runs do not count."""
-    made = missing = seconds = 0.0
-    for run in plan.runs():
-        steps, took = run.clock()
-        made, seconds = made + steps, seconds + took
-        missing += _steps(plan, run) - steps if run.state not in (DONE, BROKEN) else 0
-    return f", about {duration(seconds / made * missing)} left in all" if made else ""
-
-
-def _steps(plan: Plan, run: Run) -> int:
-    return int(plan.configs(run.variant)["train"]["steps"])
-
-
 def _train(plan: Plan, run: Run, command: Sequence[str], signals: Sequence[int], say: Say) -> None:
     """Train one run until it is done, fails, or has saved its checkpoint after a signal."""
     say("goes on from its checkpoint" if run.state == BEGUN else "begins")
@@ -121,13 +154,8 @@ def _train(plan: Plan, run: Run, command: Sequence[str], signals: Sequence[int],
     before, now = run.trained_by(), machine()
     if now not in before[-1:]:
         replace_text(run.folder / TRAINED_BY, "\n".join([*before, now]) + "\n")
-    start = told = time.monotonic()
-    with (run.folder / TRAIN_LOG).open("ab") as log:
-        # In its own session, so that Ctrl-C in a terminal reaches the training once: through this process.
-        process = subprocess.Popen(
-            words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            preexec_fn=end_with_parent,
-        )  # fmt: skip
+    # In its own session, so that Ctrl-C in a terminal reaches the training once: through this process.
+    process = _start(words, run.folder / TRAIN_LOG, preexec_fn=end_with_parent)
     stopped = False
     while process.poll() is None:
         time.sleep(0.1)
@@ -135,16 +163,19 @@ def _train(plan: Plan, run: Run, command: Sequence[str], signals: Sequence[int],
             say("stopping after this step")
             process.terminate()
             stopped = True
-        if not stopped and time.monotonic() - told >= PROGRESS_SECONDS and (steps := run.clock()[0]):
-            told = time.monotonic()
-            say(f"step {steps} of {_steps(plan, run)}{_left(plan)}")
     if run.state == DONE:
         metric = plan.table.metrics[0]
         value = 100 * plan.metrics(run).get(metric, -1)
-        say(f"{metric} {f'{value:.1f}' if value >= 0 else '-'} in {duration(time.monotonic() - start)}{_left(plan)}")
+        say(f"{metric} {f'{value:.1f}' if value >= 0 else '-'} in {run.minutes() or 0:.0f} min")
     elif not stopped:
-        code = process.returncode
-        cause = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        reason = f"{cause}: {last_words(run.folder / TRAIN_LOG)}"
+        reason = f"{how_it_ended(process.returncode)}: {last_words(run.folder / TRAIN_LOG)}"
         replace_text(run.folder / FAILED, reason + "\n")
         say(f"failed: {reason} ({run.folder / TRAIN_LOG})")
+
+
+def _start(words: Sequence[str], log: Path, **options: Any) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own that adds its output to `log`."""
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, **options
+        )

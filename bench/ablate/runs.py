@@ -56,22 +56,21 @@ class Run:
         path = self.folder / TRAINED_BY
         return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
-    def clock(self) -> tuple[int, float]:
-        """The steps in the training's log and the seconds they took, breaks not counted."""
+    def minutes(self) -> float | None:
+        """The minutes of all steps in the training's log, breaks not counted; None without a step."""
         steps, seconds = 0, 0.0
         path = self.folder / LOG_NAME
         for row in read_log(path) if path.is_file() else ():
             if "seconds_per_step" in row:
                 seconds += row["seconds_per_step"] * (row["step"] - steps)
                 steps = row["step"]
-        return steps, seconds
+        return round(seconds / 60, 2) if steps else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A table as the user asks for it."""
 
-    name: str
     table: Table
     out: Path
     seeds: int
@@ -89,30 +88,24 @@ class Plan:
 
     def configs(self, variant: str) -> dict[str, dict[str, Any]]:
         """Every field of the model, train and data configs. Seed and paths keep their defaults."""
-        preset, changes = self.setting.preset, {**self.setting.changes, **self.table.variants[variant].changes}
-        own = {
-            group: {name.removeprefix(f"{group}."): changes[name] for name in changes if name.startswith(f"{group}.")}
-            for group in GROUPS
-        }
+        preset = self.setting.preset
+        own: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+        for name, value in {**self.setting.changes, **self.table.variants[variant].changes}.items():
+            group, _, field = name.partition(".")
+            own[group][field] = value
         if self.backbone_weights:
             own["model"]["backbone_weights"] = str(self.backbone_weights)
         train = dataclasses.asdict(TRAIN_PRESETS[preset]) | own["train"]
-        parts = (
-            model_config(preset, **own["model"]),
-            from_dict(TrainConfig, train),
-            from_dict(DataConfig, own["data"]),
-        )
-        configs = dict(zip(GROUPS, map(dataclasses.asdict, parts), strict=True))
-        del configs["model"]["num_classes"]  # the training data decide it
-        return _plain(configs)
+        model = dataclasses.asdict(model_config(preset, **own["model"]))
+        return _whole({"model": model, "train": train, "data": own["data"]})
 
     def record(self) -> dict[str, Any]:
         """All that decides the figures except for the seeds, so that more seeds may be added later."""
         shapes = self.setting.shapes
         return {
-            "table": self.name,
+            "table": self.table.name,
             "preset": self.setting.preset,
-            "shapes": {**dataclasses.asdict(shapes), "generator": GENERATOR_VERSION} if shapes else None,
+            "shapes": {**shapes, "generator": GENERATOR_VERSION} if shapes else None,
             "coco": str(self.coco) if self.coco else None,
             "variants": {variant: self.configs(variant) for variant in self.table.variants},
         }
@@ -137,12 +130,12 @@ class Plan:
 
 
 def settings(table: Table, setting: Setting) -> dict[str, Any]:
-    """The settings as the file of the table has them, for a result."""
+    """The settings as ``tables.yaml`` has them, for a result."""
     return {
         "preset": setting.preset,
-        "shapes": dataclasses.asdict(setting.shapes) if setting.shapes else None,
-        "changed": _plain(setting.changes),
-        "variants": {name: _plain(variant.changes) for name, variant in table.variants.items()},
+        "shapes": setting.shapes,
+        "changed": setting.changes,
+        "variants": {name: variant.changes for name, variant in table.variants.items()},
     }
 
 
@@ -173,13 +166,10 @@ def check(plan: Plan) -> None:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: damaged: {error}") from error
-    if saved.get("table") != plan.name:
-        raise ValueError(f"{out}: holds the table {saved.get('table')!r}, not {plan.name!r}")
-    try:
-        for configs in saved["variants"].values():  # settings that are newer than the record get their defaults
-            for group, kind in GROUPS.items():
-                configs[group] = _plain(dataclasses.asdict(from_dict(kind, configs[group])))
-            del configs["model"]["num_classes"]
+    if saved.get("table") != plan.table.name:
+        raise ValueError(f"{out}: holds the table {saved.get('table')!r}, not {plan.table.name!r}")
+    try:  # settings that are newer than the record get their defaults
+        saved["variants"] = {name: _whole(configs) for name, configs in saved["variants"].items()}
     except ValueError as error:
         raise ValueError(f"{out}: holds this table in other settings: {error}") from error
     if changed := differences(_flat(saved), _flat(plan.record())):
@@ -208,9 +198,9 @@ def data_paths(plan: Plan) -> dict[str, str]:
     assert shapes is not None, "a small setting has drawn images"
     paths = {}
     # These seeds draw images. The seed of a run decides weights, order and flips.
-    for split, count, seed in (("train", shapes.train_images, 1), ("val", shapes.val_images, 2)):
-        drawn = {"num_images": count, "seed": seed, "size": shapes.size, "variant": shapes.variant}
-        images, annotations = make_data(plan.out / "data" / split, **drawn)
+    for split, seed in (("train", 1), ("val", 2)):
+        drawn = {"num_images": shapes[f"{split}_images"], "size": shapes["size"], "variant": shapes["variant"]}
+        images, annotations = make_data(plan.out / "data" / split, seed=seed, **drawn)
         paths |= {f"{split}_images": str(images), f"{split}_annotations": str(annotations)}
     return paths
 
@@ -219,7 +209,7 @@ def result(plan: Plan) -> dict[str, Any]:
     """The settings of the table and the outcome of each run, as JSON. Figures are COCO's, 0..1."""
     return {
         "version": VERSION,
-        "table": plan.name,
+        "table": plan.table.name,
         "setting": "small" if plan.coco is None else "full",
         "seeds": plan.seeds,
         "settings": settings(plan.table, plan.setting),
@@ -230,18 +220,19 @@ def result(plan: Plan) -> dict[str, Any]:
 def _outcome(run: Run, plan: Plan) -> dict[str, Any]:
     found: dict[str, Any] = {"variant": run.variant, "seed": run.seed, "state": run.state}
     if found["state"] == DONE:
-        steps, seconds = run.clock()
-        minutes = round(seconds / 60, 2) if steps else None
-        found |= {"metrics": plan.metrics(run), "minutes": minutes, "trained_by": run.trained_by()}
+        found |= {"metrics": plan.metrics(run), "minutes": run.minutes(), "trained_by": run.trained_by()}
     if found["state"] == BROKEN:
         reason = (run.folder / FAILED).read_text(encoding="utf-8").strip()
         found |= {"reason": reason, "log": str((run.folder / TRAIN_LOG).relative_to(plan.out))}
     return found
 
 
-def _plain(values: Any) -> Any:
-    """Return `values` as they are after a round trip through JSON: tuples become lists."""
-    return json.loads(json.dumps(values))
+def _whole(configs: dict[str, Any]) -> dict[str, Any]:
+    """Return configs with every field, as JSON has them; the training data decide the number of classes."""
+    parts = {group: dataclasses.asdict(from_dict(kind, configs[group])) for group, kind in GROUPS.items()}
+    del parts["model"]["num_classes"]
+    whole: dict[str, Any] = json.loads(json.dumps(parts))
+    return whole
 
 
 def _flat(values: Any, name: str = "") -> dict[str, Any]:

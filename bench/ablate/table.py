@@ -1,24 +1,16 @@
-"""The parts of an ablation table."""
+"""The parts of an ablation table; `tables.yaml` holds all tables."""
 
 from __future__ import annotations
 
-import importlib
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 Changes = Mapping[str, Any]  # config fields by dotted name, "model.mask_head"; a nested config is replaced as a whole
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A data set of shapes (`tmask.data.shapes`), drawn when a run first needs it."""
-
-    variant: str
-    train_images: int = 2000
-    val_images: int = 200
-    size: int = 128  # pixels a side
 
 
 @dataclass(frozen=True)
@@ -27,7 +19,9 @@ class Setting:
 
     preset: str
     changes: Changes = field(default_factory=dict)
-    shapes: Drawn | None = None  # None: the images of COCO, from a folder that the user names
+    shapes: Mapping[str, Any] | None = (
+        None  # of `tmask.data.shapes`; None: the user's COCO
+    )
 
 
 @dataclass(frozen=True)
@@ -54,6 +48,7 @@ class Claim:
 class Table:
     """The variants of one published table, and two settings to train them in."""
 
+    name: str
     title: str
     about: str  # the question, and why the small data set can answer it
     source: str  # of the published figures
@@ -70,12 +65,19 @@ class Table:
             assert claim.metric in self.metrics, claim
 
 
-def names() -> list[str]:
-    """Names of all tables: the files of `tables`."""
-    return sorted(path.stem for path in (Path(__file__).parent / "tables").glob("[!_]*.py"))
-
-
-def load(name: str) -> Table:
-    """The table of that name."""
-    table: Table = importlib.import_module(f"bench.ablate.tables.{name}").TABLE
-    return table
+@functools.cache
+def tables() -> dict[str, Table]:
+    """Return all tables by name."""
+    texts = yaml.safe_load(Path(__file__).with_name("tables.yaml").read_text(encoding="utf-8"))["tables"]
+    return {
+        name: Table(
+            name=name,
+            metrics=tuple(values.pop("metrics")),
+            variants={key: Variant(**variant) for key, variant in values.pop("variants").items()},
+            claims=tuple(Claim(**claim) for claim in values.pop("claims")),
+            small=Setting(**values.pop("small")),
+            full=Setting(**values.pop("full")),
+            **values,
+        )
+        for name, values in sorted(texts.items())
+    }

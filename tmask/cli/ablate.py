@@ -47,4 +47,7 @@ def ablate_command(argv: list[str]) -> int:
 
 def table_names() -> list[str]:
     """Return the names of the tables; an installed package has none."""
-    return sorted(path.stem for path in (bench.ROOT / "bench" / "ablate" / "tables").glob("[!_]*.py"))
+    import yaml
+
+    path = bench.ROOT / "bench" / "ablate" / "tables.yaml"
+    return sorted(yaml.safe_load(path.read_text(encoding="utf-8"))["tables"]) if path.is_file() else []
