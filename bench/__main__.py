@@ -41,13 +41,13 @@ def parser() -> argparse.ArgumentParser:
         name = function.__name__.removesuffix("_command")
         sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         sub.set_defaults(command=function)
-        if name in ("run", "report"):
+        if budget is not None:
             sub.add_argument("-k", dest="select", metavar="EXPRESSION", help="only what this pytest expression names")
             sub.add_argument("--budget", type=float, default=budget, metavar="SECONDS", help="of the whole call")
             sub.add_argument("--hang", type=float, default=HANG_SECONDS, metavar="SECONDS", help="of silence")
         return sub
 
-    sub = command(run_command)
+    sub = command(run_command, math.inf)
     sub.add_argument("targets", nargs="*", help="op, model or all, or files of bench/cases by their names")
     sub.add_argument("--json", type=Path, default=LOCAL.parent / "bench" / "result.json", metavar="FILE")
     sub.add_argument("--charts", type=Path, metavar="DIR", help="draw charts into this folder")
@@ -82,9 +82,9 @@ def run_command(options: argparse.Namespace) -> int:
             raise ValueError(f"targets: expected some of {', '.join(known)}, got {target!r}")
     files = list(dict.fromkeys(file for target in options.targets or ["all"] for file in known[target]))
     print(f"{machine['device']}, torch {machine['versions']['torch']}, triton {machine['versions']['triton']}")
-    now, work = result.empty(machine), LOCAL.parent / "bench"
-    made = Report(now=now, path=options.json, work=work, hang=options.hang, select=options.select)
-    whole = made.part("bench", files, options.budget or math.inf)
+    work = LOCAL.parent / "bench"
+    made = Report(now=result.empty(machine), path=options.json, work=work, hang=options.hang, select=options.select)
+    whole = made.part("bench", files, options.budget)
     rows = result.rows(made.now)
     if whole and not rows:
         print(f"python -m bench: error: no benchmark is named by {options.select!r}", file=sys.stderr)
@@ -106,7 +106,7 @@ def report_command(options: argparse.Namespace) -> int:
     now = result.empty(machine)
     for file in (options.resume, path):
         if file is not None and file.exists():
-            now = result.merge(checked(file, machine), now)
+            now = result.merge(result.load(file), now)
     if machine["gpu"] is None:
         print("No GPU: this rehearses the report and says what it cannot measure.")
     work = LOCAL if out == RESULTS else out / "work"
@@ -114,22 +114,17 @@ def report_command(options: argparse.Namespace) -> int:
     made.resume = options.resume is not None
     whole = made.run(["sweep"] if options.sweep else options.only, options.budget)
     publish(path)
-    print(f"result: {shown(path)}")
     return 0 if whole else INTERRUPTED
 
 
 def merge_command(options: argparse.Namespace) -> int:
     """Put result files of one commit and machine together, the later over the earlier."""
-    merged = result.load(options.files[0])
-    machine = merged["machine"]
-    path = result.place(options.out, machine)
-    for file in options.files[1:]:
-        merged = result.merge(merged, checked(file, machine))
-    if path.exists():
-        merged = result.merge(checked(path, machine), merged)
-    result.save(path, merged)
+    merged, *others = map(result.load, options.files)
+    path = result.place(options.out, merged["machine"])
+    for other in others:
+        merged = result.merge(merged, other)
+    result.save(path, result.merge(result.load(path), merged) if path.exists() else merged)
     publish(path)
-    print(f"result: {shown(path)}")
     return 0
 
 
@@ -152,15 +147,6 @@ def cases_command(options: argparse.Namespace) -> int:
 
     print("\n".join(line for case in CASES.values() for line in tables.case_lines(case)))
     return 0
-
-
-def checked(file: Path, machine: dict[str, Any]) -> result.Result:
-    """Return a result to merge with one of `machine`. Errors: ValueError for another device or other code."""
-    found = result.load(file)
-    for name in ("device", "commit", "changed"):
-        if found["machine"].get(name) != machine.get(name):
-            raise ValueError(f"{file}: {name} is {found['machine'].get(name)!r}, expected {machine.get(name)!r}")
-    return found
 
 
 def _parts(text: str) -> list[str]:

@@ -21,9 +21,8 @@ import torch
 from bench import machine
 from bench.contest import Contest, ContextLostError, compare
 from bench.process import CONTEXT_LOST, Journal
-from bench.rows import Row, clean, row_of
+from bench.result import VARIANT, Row, clean
 from bench.timing import REPLAY, Samples
-from bench.variants import VARIANT
 
 # So many are timed in turn with one another. A provider that died with its process is timed again, so not all at once.
 TOGETHER = 16
@@ -101,7 +100,6 @@ class Recorder:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.nodeid in self.tests:
             self.test["seconds"] = round(self.test["seconds"] + report.duration, 3)
-            self.test.update({name: value for name, value in report.user_properties if name == "validation"})
             if report.outcome != "passed" and self.test["status"] != "failed":
                 self.test["status"] = report.outcome
                 self.test["reason"] = first_error(report) if report.failed else ""
@@ -134,7 +132,7 @@ def contest(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Callabl
         except ContextLostError:
             os._exit(CONTEXT_LOST)
         except Exception as error:  # its case could not even be made
-            row, samples = row_of(key, "failed", f"{type(error).__name__}: {error}"), Samples()
+            row, samples = Row(key=key, status="failed", reason=f"{type(error).__name__}: {error}"), Samples()
             recorder.journal.write(row.line())
         if row.status in ("wrong", "failed", "out of memory"):
             pytest.fail(f"{row.status}: {row.reason}", pytrace=False)

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import torch._functorch.config
 
 from bench import machine
 from bench.machine import Work
 from bench.process import Journal
-from bench.rows import Row, row_of
+from bench.result import VARIANT, Row
 from bench.timing import Samples, median, peak_mib, percentile, synchronize, time_in_turn
 from tmask_kernels.backend import interpreter_enabled
 
@@ -31,7 +33,7 @@ COMPILE_SECONDS = 400.0  # compiling a model is silent for minutes, and no sign 
 
 
 class OutcomeError(Exception):
-    """What becomes of a provider in place of a time: a status of `bench.rows` and why."""
+    """What becomes of a provider in place of a time: a status of `bench.result` and why."""
 
     def __init__(self, status: str, reason: str) -> None:
         super().__init__(reason)
@@ -54,14 +56,14 @@ class Contest:
     """The work of one variant.
 
     A provider maps the inputs to the call to time, and does there what is not timed (a forward pass before a timed
-    backward, the capture of a graph). `check(output, truth)` raises AssertionError. `roof` is the dtype of the products
-    where it is not the key's.
+    backward, the capture of a graph). `check(output, truth, provider)` raises AssertionError. `roof` is the dtype of
+    the products where it is not the key's.
     """
 
     inputs: Callable[[], Any]
     providers: Mapping[str, Callable[[Any], Call]]
     truth: Callable[[Any], Any]
-    check: Callable[[Any, Any], None]
+    check: Callable[[Any, Any, str], None]
     work: Work
     size: str = "full"
     roof: str | None = None
@@ -84,22 +86,20 @@ def compare(contest: Contest, keys: Sequence[str], journal: Journal) -> dict[str
     def begin(key: str) -> None:
         journal.write({"begin": key, "patience": COMPILE_SECONDS if "compile" in key else 0.0})
 
-    def failed(key: str, error: Exception) -> None:
-        settle(_row_of_error(key, error, contest), Samples())
+    def failed(error: Exception, *keys: str, what: str = "") -> None:
+        for key in keys:
+            settle(_row_of_error(key, error, contest, what), Samples())
         if not machine.lives():  # the other providers must not be blamed for their later errors
-            raise ContextLostError(key) from None
+            raise ContextLostError(keys[0]) from None
 
     begin(keys[0])
-    part = "inputs"
+    what = "inputs: "
     try:
         inputs = contest.inputs()
-        part = "truth"
+        what = "truth: "
         truth = contest.truth(inputs)
     except Exception as error:
-        for key in keys:
-            settle(_row_of_error(key, error, contest, f"{part}: "), Samples())
-        if not machine.lives():
-            raise ContextLostError(keys[0]) from None
+        failed(error, *keys, what=what)
         return found
 
     calls: dict[str, Call] = {}
@@ -109,12 +109,12 @@ def compare(contest: Contest, keys: Sequence[str], journal: Journal) -> dict[str
         try:
             calls[key], memory[key] = _gate(contest, key.rpartition("/")[2], inputs, truth, where)
         except Exception as error:
-            failed(key, error)
+            failed(error, key)
         if key not in calls:
             _leave_memory()  # only here: inside the handler the error still held the frames' tensors
     del truth
 
-    for key, times in time_in_turn(calls, where, begin, failed).items():
+    for key, times in time_in_turn(calls, where, begin, lambda key, error: failed(error, key)).items():
         settle(_timed_row(key, times, memory[key], contest), times)
     return found
 
@@ -130,7 +130,7 @@ def _gate(contest: Contest, name: str, inputs: Any, truth: Any, where: torch.dev
     out = call()
     synchronize(where)
     try:
-        contest.check(out, truth)
+        contest.check(out, truth, name)
     except AssertionError as error:
         raise OutcomeError("wrong", str(error)) from None
     if interpreted:
@@ -140,7 +140,7 @@ def _gate(contest: Contest, name: str, inputs: Any, truth: Any, where: torch.dev
     return call, None if name.endswith("-graph") else peak_mib(call, where)
 
 
-def _row_of_error(key: str, error: Exception, contest: Contest, what: str = "") -> Row:
+def _row_of_error(key: str, error: Exception, contest: Contest, what: str) -> Row:
     status, text = "failed", f"{type(error).__name__}: {error}"
     if isinstance(error, OutcomeError):
         status, text = error.status, str(error)
@@ -148,16 +148,16 @@ def _row_of_error(key: str, error: Exception, contest: Contest, what: str = "") 
         status, text = "unavailable", str(error)
     elif isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in text:
         status = "out of memory"
-    return row_of(key, status, what + text, **_cost(contest))
+    return Row(key=key, status=status, reason=what + text, **_cost(contest))
 
 
 def _timed_row(key: str, samples: Samples, memory: float | None, contest: Contest) -> Row:
     low, middle, high = (percentile(samples.device, share) * 1e6 for share in (0.2, 0.5, 0.8))
-    times = {"median_us": middle, "p20_us": low, "p80_us": high, "wall_us": median(samples.wall) * 1e6}
-    share = machine.roofs().floor_us(contest.work, contest.roof or key.split("/")[3]) / middle
-    rates = {"gbps": contest.work.bytes / middle / 1e3, "roof_share": share, "roof": contest.roof}
-    rounds = len(samples.device)
-    return row_of(key, "timed", rounds=rounds, peak_mib=memory, **times, **rates, **_cost(contest))
+    row = Row(key=key, status="timed", rounds=len(samples.device), peak_mib=memory, roof=contest.roof, **_cost(contest))
+    row.median_us, row.p20_us, row.p80_us, row.wall_us = middle, low, high, median(samples.wall) * 1e6
+    row.gbps = row.bytes / middle / 1e3
+    row.roof_share = machine.roofs().floor_us(contest.work, row.roof or row.dtype) / middle
+    return row
 
 
 def _cost(contest: Contest) -> dict[str, Any]:
@@ -185,3 +185,20 @@ def _leave_memory() -> None:
 def gradients(out: Any, leaves: Sequence[torch.Tensor], upstream: torch.Tensor) -> Call:
     """Return the backward of `out` alone, which can be called again and again."""
     return lambda: torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+
+
+def variants(
+    *,
+    cases: Sequence[str],
+    providers: Sequence[str],
+    modes: Sequence[str] = ("forward",),
+    dtypes: Sequence[str] = ("fp32",),
+    layouts: Sequence[str] = ("-",),
+    where: Callable[..., bool] = lambda case, mode, dtype, layout, provider: True,
+) -> pytest.MarkDecorator:
+    """Parametrise ``test(case, mode, dtype, layout, provider, contest)``; `where` leaves combinations out.
+
+    "-" is a dtype or layout that does not matter.
+    """
+    rows = [row for row in itertools.product(cases, modes, dtypes, layouts, providers) if where(*row)]
+    return pytest.mark.parametrize(VARIANT, rows, ids=["-".join(row) for row in rows])

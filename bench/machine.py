@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bench.rows import ROOT
+from bench.result import ROOT
 from bench.timing import median, wall_seconds
 
 PACKAGES = ("torch", "triton", "torchvision", "numpy", "pycocotools", "detectron2", "mmcv")

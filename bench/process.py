@@ -23,9 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.rows import ROOT, clean
-
-Line = dict[str, Any]
+from bench.result import ROOT, Line, clean
 
 CONTEXT_LOST = 70  # the exit code of a worker whose CUDA context is gone
 CONTEXT_WORDS = "the CUDA context was lost"
@@ -58,25 +56,24 @@ class Journal:
         self._offset += len(whole) + len(newline)
         lines = []
         for text in whole.splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # a kill has cut the line
+            with contextlib.suppress(json.JSONDecodeError):  # empty, or a kill has cut the line
                 lines.append(json.loads(text))
         for line in lines:
             self._note(line)
         return lines
 
-    def write(self, line: Mapping[str, Any]) -> None:
-        """Add a line, behind a last line that a kill may have cut."""
+    def write(self, line: Line) -> None:
+        """Add a line. It begins with a line break: a kill may have cut the line before it."""
         self._note(line)
         if self.path is not None:
-            with self.path.open("ab+") as file:
-                whole = file.tell() == 0 or (file.seek(-1, os.SEEK_END), file.read(1))[1] == b"\n"
-                file.write((("" if whole else "\n") + json.dumps(line) + "\n").encode())
+            with self.path.open("ab") as file:
+                file.write(f"\n{json.dumps(line)}\n".encode())
 
     def missing(self) -> list[str]:
         """Return the planned keys that nothing has settled."""
         return [key for key in self.planned or () if key not in self.settled]
 
-    def _note(self, line: Mapping[str, Any]) -> None:
+    def _note(self, line: Line) -> None:
         self.last_settles = "key" in line
         if "plan" in line:
             self.planned = {**(self.planned or {}), **dict.fromkeys(line["plan"])}
@@ -120,10 +117,7 @@ def survive(
 
     def watch() -> Ending:
         """Watch one process from its start to its end; "failed" if it crashed or hung."""
-        with log.open("ab") as out:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=full, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
-            )
+        process = start(command, log, env=full)
         heard, patience = time.monotonic(), max(hang, START_SECONDS)
         try:
             while process.poll() is None:
@@ -138,7 +132,10 @@ def survive(
         finally:
             _kill_group(process)
             hear(journal.read())
-        return _ending(process.returncode)
+        if process.returncode in ENDED:
+            return Ending("done")
+        lost = process.returncode == CONTEXT_LOST
+        return Ending("failed", CONTEXT_WORDS if lost else f"the process {how_it_ended(process.returncode)}")
 
     try:
         while time.monotonic() < deadline:
@@ -158,12 +155,12 @@ def survive(
     return Ending("stopped", "the time was up")
 
 
-def _ending(code: int) -> Ending:
-    if code in ENDED:
-        return Ending("done")
-    if code == CONTEXT_LOST:
-        return Ending("failed", CONTEXT_WORDS)
-    return Ending("failed", f"the process {how_it_ended(code)}")
+def start(command: Sequence[str], log: Path, **options: Any) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own that adds its output to `log`."""
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, **options
+        )
 
 
 def how_it_ended(code: int) -> str:

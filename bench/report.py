@@ -18,35 +18,37 @@ from pathlib import Path
 from typing import Any
 
 from bench import result, tables
-from bench.process import HANG_SECONDS, Ending, Journal, Line, survive
-from bench.result import Result
-from bench.rows import ROOT, clean, row_of
+from bench.process import HANG_SECONDS, Ending, Journal, survive
+from bench.result import ROOT, Line, Result, Row, clean
 
 RESULTS = ROOT / "bench" / "results"
 LOCAL = ROOT / "runs" / "report"  # logs, and results of a machine without a GPU
 COMMIT = "TMASK_COMMIT"  # names the commit of a copy without .git
 
 # In this order; each part takes a share of the time that is left by its weight.
-PARTS = {"validate": 1, "ops": 4, "tests": 3, "model": 4, "sweep": 2}
-OF_TESTS = ("validate", "tests")
+PARTS = {"ops": 4, "tests": 4, "model": 4, "sweep": 2}
 SAVE_SECONDS = 5.0
 END_SECONDS = 20.0  # of the budget, for tables and charts
 
 # The first files of a folder: their kernels are furthest from their aims, and the time may be up before the end.
-FIRST = ("roi_align", "nms", "proposals", "box_coding", "inference", "test_roi_align", "test_nms", "test_boxes")
-TESTS = ("tests/gpu", "tests/kernels", "tests/engine/test_resume.py", "tests/test_validate.py")
+FIRST = ("roi_align", "nms", "proposals", "box_coding", "inference", "test_every_op", "test_roi_align", "test_nms")
+PLACES = {
+    "ops": ["bench/cases"],
+    "tests": ["tests/test_validate.py", "tests/gpu", "tests/kernels", "tests/engine/test_resume.py"],
+    "model": ["bench/model"],
+    "sweep": ["bench/sweep.py"],
+}
 # A mutant is a broken kernel: it proves the power of a test, which needs no GPU.
 TEST_OPTIONS = ("-p", "bench.conftest", "-m", "not compile_only and not slow")
 
 
 def files_of(part: str) -> list[Path]:
-    """Return the pytest files of a part, or of a folder of bench."""
-    places = {"validate": ["bench/validate.py"], "sweep": ["bench/sweep.py"], "tests": TESTS, "ops": ["bench/cases"]}
+    """Return the pytest files of a part."""
+    rank = {name: i for i, name in enumerate(FIRST)}
     files = []
-    for place in places.get(part, [f"bench/{part}"]):
+    for place in PLACES[part]:
         pattern = "test_*.py" if part == "tests" else "[!_]*.py"
         found = [ROOT / place] if place.endswith(".py") else (ROOT / place).rglob(pattern)
-        rank = {name: i for i, name in enumerate(FIRST)}
         files += sorted(filter(Path.exists, found), key=lambda file: (rank.get(file.stem, len(FIRST)), file))
     return files
 
@@ -121,53 +123,34 @@ class Report:
 
     def measure(self, part: str, files: Sequence[Path], seconds: float) -> Ending:
         """Run the pytest files of a part in workers. Every planned key has a line in the end, which may say why not."""
-        name = "tests" if part in OF_TESTS else "rows"
+        tests = part == "tests"
+        name = "tests" if tests else "rows"
         path = self.work / f"{part}.jsonl"
         self.work.mkdir(parents=True, exist_ok=True)
         for old in (path, path.with_suffix(".log")):
             old.unlink(missing_ok=True)
         journal = Journal(path)
-        if self.resume:
-            for line in self.now[name]:
-                if line["status"] != "not reached":
-                    journal.write(line)
-            journal.read()
+        for line in self.now[name] if self.resume else ():
+            if line["status"] != "not reached":
+                journal.write(line)
+        journal.read()
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+        command += ["--journal", str(path), *map(str, files)]
+        command += TEST_OPTIONS if tests else [f"--sweep={sweep}" for sweep in self.sweeps]
         deadline = time.monotonic() + seconds
-        selects = ["not compile", "compile"] if name == "rows" else ["not mutant"] if part == "tests" else [""]
-
-        def hear(lines: Sequence[Line]) -> None:
-            self.hear(name, journal, lines)
-
-        def work(files: Sequence[Path], select: str) -> Ending:
-            wanted = " and ".join(filter(None, [f"({self.select})" if self.select else "", select]))
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-            command += ["--continue-on-collection-errors", "--journal", str(path), *(["-k", wanted] if wanted else [])]
-            command += TEST_OPTIONS if part == "tests" else [f"--sweep={sweep}" for sweep in self.sweeps]
-            hang = self.hang * (2 if name == "tests" else 1)  # a test may compile a whole model
-            left = deadline - time.monotonic()
-            command += map(str, files)
-            return survive(command, journal, seconds=left, hear=hear, env=environment(self.gpu), hang=hang)
-
         ending = Ending("done")
-        for select in selects:  # last what takes most of the time
+        for select in ["not mutant"] if tests else ["not compile", "compile"]:  # last what takes most of the time
             if ending.status == "done":
-                ending = work(files, select)
-            if journal.planned is None and ending.status == "failed" and len(files) > 1:
-                ending = self.one_by_one(files, journal, lambda file, select=select: work([file], select))
+                wanted = f"({self.select}) and {select}" if self.select else select
+                ending = survive(
+                    [*command, "-k", wanted],
+                    journal,
+                    seconds=deadline - time.monotonic(),
+                    hear=lambda lines: self.hear(name, journal, lines),
+                    env=environment(self.gpu),
+                    hang=self.hang * (2 if tests else 1),  # a test may compile a whole model
+                )
         self.settle(name, journal, ending)
-        return ending
-
-    def one_by_one(self, files: Sequence[Path], journal: Journal, work: Callable[[Path], Ending]) -> Ending:
-        """One of the files kills the worker that reads it: find that file, and measure the others."""
-        ending = Ending("done")
-        planned: dict[str, None] = {}
-        for file in files:
-            journal.planned = None
-            ending = work(file)
-            if journal.planned is None:
-                journal.errors[file.name] = ending.reason
-            planned |= journal.planned or {}
-        journal.planned = planned
         return ending
 
     def hear(self, name: str, journal: Journal, lines: Sequence[Line]) -> None:
@@ -175,32 +158,28 @@ class Report:
         settled = [line for line in lines if "key" in line]
         for line in lines:
             self.now["roofs"] = line.get("roofs", self.now["roofs"])
-        result.add(self.now, name, [row_of(**line).line() if name == "rows" else line for line in settled])
-        if name == "tests":
-            for line in settled:
-                if line["status"] not in ("passed", "skipped"):
-                    self.say(f"{line['key']}  {line['status']}: {line['reason']}")
+        result.add(self.now, name, settled)
+        for line in settled if name == "tests" else ():
+            if line["status"] not in ("passed", "skipped"):
+                self.say(f"{line['key']}  {line['status']}: {line['reason']}")
         for contest in dict.fromkeys(line["key"].rpartition("/")[0] for line in settled if name == "rows"):
             keys = [key for key in journal.planned or () if key.rpartition("/")[0] == contest]
             if keys and all(key in journal.settled for key in keys):
-                self.say(tables.contest_line([row_of(**journal.settled[key]) for key in keys]))
+                self.say(tables.contest_line([Row(**journal.settled[key]) for key in keys]))
         self.save(every=SAVE_SECONDS)
 
     def settle(self, name: str, journal: Journal, ending: Ending) -> None:
         """Add a line for each planned key that has none, and for each file that could not be read."""
         rest = "" if name == "tests" else "/-/-/-/-/-"
-        lines = [
-            {"key": Path(file).name + rest, "status": "failed", "reason": clean(f"the file cannot be read: {reason}")}
-            for file, reason in journal.errors.items()
-        ]
-        status, reason = "not reached", ending.reason
+        for file, error in journal.errors.items():
+            key, reason = Path(file).name + rest, clean(f"the file cannot be read: {error}")
+            result.add(self.now, name, [{"key": key, "status": "failed", "reason": reason}])
+            self.say(f"{key}: {reason}")
+        status, reason = "not reached", clean(ending.reason)
         if ending.status == "done":
             status, reason = "failed", "its process ended without a result; the log may say why"
         missing = journal.missing()
-        lines += [{"key": key, "status": status, "reason": clean(reason)} for key in missing]
-        result.add(self.now, name, [row_of(**line).line() if name == "rows" else line for line in lines])
-        for line in lines[: len(journal.errors)]:
-            self.say(f"{line['key']}: {line['reason']}")
+        result.add(self.now, name, [{"key": key, "status": status, "reason": reason} for key in missing])
         if missing:
             self.say(f"{len(missing)} {name} {status}: {reason}")
 
@@ -228,14 +207,15 @@ def describe_machine(commit: str | None) -> dict[str, Any]:
     return found
 
 
-def publish(path: Path, say: Callable[[str], None] = print) -> None:
-    """Write the Markdown table and the charts beside a result file; a failure there is said and costs nothing else."""
+def publish(path: Path) -> None:
+    """Write the Markdown table and the chart beside a result file; a failure there is said and costs nothing else."""
     try:
         path.with_suffix(".md").write_text(tables.markdown(result.load(path)), encoding="utf-8")
-        say(f"table: {shown(path.with_suffix('.md'))}")
+        print(f"table: {shown(path.with_suffix('.md'))}")
     except Exception as error:
-        say(f"no table: {type(error).__name__}: {clean(str(error))}")
-    draw(path, path.with_suffix(""), say)
+        print(f"no table: {type(error).__name__}: {clean(str(error))}")
+    draw(path, path.with_suffix(""))
+    print(f"result: {shown(path)}")
 
 
 def draw(path: Path, folder: Path, say: Callable[[str], None] = print) -> None:

@@ -6,9 +6,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from bench.rows import Row
+from bench.result import Row
 
 # Every name under which a provider of ours and of the baseline runs; all others are peers.
 OURS = ("triton", "triton-graph", "tmask", "tmask-compile", "tmask-graph")
@@ -52,8 +51,7 @@ class Standing:
     def aim(self) -> Aim | None:
         from bench.cases import CASES
 
-        case = CASES.get(self.case)
-        return case.aim(self.mode) if case else None
+        return CASES[self.case].aim(self.mode) if self.case in CASES else None
 
     @property
     def reduced(self) -> bool:
@@ -61,11 +59,9 @@ class Standing:
 
     def best(self, providers: Sequence[str] | None = None, dtype: str | None = None) -> Row | None:
         """The fastest timed row of `providers` (None: of all), in any layout and, if none is given, any dtype."""
-        rows = [
-            row for row in self.rows
-            if (providers is None or row.provider in providers) and dtype in (None, row.dtype)
-        ]  # fmt: skip
-        return fastest(rows)
+        return fastest(
+            row for row in self.rows if (providers is None or row.provider in providers) and dtype in (None, row.dtype)
+        )
 
     @property
     def ours(self) -> Row | None:
@@ -86,11 +82,12 @@ class Standing:
         aim, baseline = self.aim, self.baseline
         if aim is None or baseline is None or self.reduced:
             return None
-        bounds = [aim.times or 0.0]
-        if aim.times_fp32:
-            fp32 = self.best(BASELINE, "fp32")
-            bounds += [aim.times_fp32 * us(baseline) / us(fp32)] if fp32 else []
-        bounds += [us(baseline) / aim.us] if aim.us else []
+        fp32 = self.best(BASELINE, "fp32")
+        bounds = [
+            aim.times or 0.0,
+            aim.times_fp32 * baseline.median_us / fp32.median_us if aim.times_fp32 and fp32 else 0.0,
+            baseline.median_us / aim.us if aim.us else 0.0,
+        ]
         return max(bounds) or None
 
     @property
@@ -103,13 +100,11 @@ class Standing:
         if aim.times or aim.times_fp32:
             parts.append(self.speedup >= self.aim_speedup if self.speedup and self.aim_speedup else None)
         elif aim.us:
-            parts.append(us(ours) <= aim.us)
+            parts.append(ours.median_us <= aim.us)
         if aim.mib:  # a graph's replay takes no memory of its own, so the fastest row that tells it counts
             peak = fastest(row for row in self.rows if row.provider in OURS and row.peak_mib is not None)
-            parts.append(peak.peak_mib <= aim.mib if peak and peak.peak_mib is not None else None)
-        if not parts or (None in parts and False not in parts):
-            return None
-        return all(parts)
+            parts.append(peak.peak_mib <= aim.mib if peak else None)
+        return False if False in parts else all(parts) if parts and None not in parts else None
 
 
 def standings(rows: Iterable[Row]) -> list[Standing]:
@@ -121,29 +116,12 @@ def standings(rows: Iterable[Row]) -> list[Standing]:
 
 
 def fastest(rows: Iterable[Row]) -> Row | None:
-    return min((row for row in rows if row.status == "timed" and row.median_us), key=us, default=None)
-
-
-def us(row: Row) -> float:
-    assert row.median_us is not None, row.key
-    return row.median_us
+    return min((row for row in rows if row.status == "timed"), key=lambda row: row.median_us, default=None)
 
 
 def ratio(slow: Row | None, fast: Row | None) -> float | None:
     """How many times faster `fast` is; below 1 it is slower. None if either has no time."""
-    return None if slow is None or fast is None else us(slow) / us(fast)
-
-
-def ratio_range(slow: Row, fast: Row) -> tuple[float, float]:
-    """The ratio where both spreads (p20 to p80) work against `fast`, and where both work for it."""
-    slow_20, slow_80 = spread(slow)
-    fast_20, fast_80 = spread(fast)
-    return slow_20 / fast_80, slow_80 / fast_20
-
-
-def spread(row: Row) -> tuple[float, float]:
-    """Return p20 and p80."""
-    return row.p20_us or us(row), row.p80_us or us(row)
+    return None if slow is None or fast is None else slow.median_us / fast.median_us
 
 
 def digits(value: float) -> str:
@@ -167,27 +145,3 @@ def times(value: float) -> str:
     """A speed-up in words: a loss is called one."""
     text = f"{digits(value)}x"
     return f"{text} (slower)" if float(f"{value:.3g}") < 1 else text
-
-
-def percent(share: float) -> str:
-    """Two significant digits, or that it is next to nothing."""
-    if share < 0.001:
-        return "< 0.1 %"
-    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.1f} %"
-
-
-def machine_line(machine: dict[str, Any]) -> str:
-    """Device, versions, commit and date in one line."""
-    versions = [f"{name} {found}" for name, found in (machine.get("versions") or {}).items() if found]
-    commit = machine.get("commit")
-    threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
-    parts = [
-        machine.get("gpu") or f"{machine['device']}, {threads}, no GPU",
-        machine.get("driver") and f"driver {machine['driver']}",
-        machine.get("cuda") and machine.get("gpu") and f"CUDA {machine['cuda']}",
-        f"Python {machine.get('python')}",
-        *versions,
-        commit and f"commit {commit[:10]}" + (" with changes" if machine.get("changed") else ""),
-        machine.get("date"),
-    ]
-    return ", ".join(str(part) for part in parts if part)

@@ -6,16 +6,17 @@ else, and one that does not compile, is wrong or kills its process is a row.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
-from bench.report import files_of
-from bench.variants import of_rows
+import pytest
 
-MODULES = [importlib.import_module(f"bench.cases.{file.stem}") for file in files_of("cases")]
-CONTESTS = {name: make() for module in MODULES for name, make in getattr(module, "SWEEPS", {}).items()}
+from bench.cases import SWEEPS
+from bench.result import VARIANT
+
+CONTESTS = {name: make() for name, make in SWEEPS.items()}
+ROWS = [(name, "-", "-", "-", launch) for name, contest in CONTESTS.items() for launch in contest.providers]
 
 
-@of_rows([(name, "-", "-", "-", launch) for name, contest in CONTESTS.items() for launch in contest.providers])
+@pytest.mark.parametrize(VARIANT, ROWS)
 def test_sweep(case: str, mode: str, dtype: str, layout: str, provider: str, contest: Any) -> None:
     contest(lambda: CONTESTS[case])

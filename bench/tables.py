@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from bench import result as results
-from bench.result import Result
-from bench.rows import NAMES, ROOT, STATUSES, Row
-from bench.standings import BASELINE, OURS, Standing, digits, duration, machine_line, percent, standings, times, us
+from bench.result import ROOT, STATUSES, VARIANT, Line, Result, Row
+from bench.standings import BASELINE, OURS, Standing, digits, duration, fastest, ratio, standings, times
 
 README = ROOT / "README.md"
 BEST_LAUNCHES = 10  # of a sweep
 REDUCED = "Reduced sizes, no GPU: Triton kernels are checked by its interpreter, not timed; other times are this CPU's."
 HEAD = ("op", "case", "ours, best", "torchvision, best", "speed-up", "aim", "reached", "of roof")
-ROW_HEAD = (*NAMES[1:], "median", "p20-p80", "call", "torchvision", "GB/s", "of roof", "MiB", "reason")
+ROW_HEAD = (*VARIANT, "median", "p20-p80", "call", "torchvision", "GB/s", "of roof", "MiB", "reason")
 
 
 # ---- For a terminal
@@ -25,7 +24,7 @@ ROW_HEAD = (*NAMES[1:], "median", "p20-p80", "call", "torchvision", "GB/s", "of 
 
 def contest_line(rows: Sequence[Row]) -> str:
     """Return one line for the rows of a contest: each provider's time, and torchvision's over it."""
-    base = next((row for row in rows if row.provider == "torchvision"), None)
+    base = fastest(row for row in rows if row.provider == "torchvision")
     name = " ".join(part for part in rows[0].contest.split("/") if part != "-")
     size = " (reduced)" if any(row.size == "reduced" for row in rows) else ""
     return f"{name}{size}: " + ", ".join(f"{row.provider} {_short(row, base)}" for row in rows)
@@ -34,8 +33,7 @@ def contest_line(rows: Sequence[Row]) -> str:
 def _short(row: Row, base: Row | None) -> str:
     if row.status != "timed":
         return {"passed": "right"}.get(row.status, row.status)
-    compares = base and base is not row and base.status == "timed"
-    return duration(us(row)) + (f" ({us(base) / us(row):.2g}x)" if base and compares else "")
+    return duration(row.median_us) + (f" ({ratio(base, row):.2g}x)" if base and base is not row else "")
 
 
 def meaning(rows: Sequence[Row]) -> list[str]:
@@ -46,9 +44,8 @@ def meaning(rows: Sequence[Row]) -> list[str]:
     lines = ["", "A time is a median, (2x) torchvision's time over it; right: equals the truth, no time here."]
     lines += [REDUCED] if any(row.size == "reduced" for row in rows) else []
     lines += ["Cases at full size, their least cost and its floor on an H100:"] if names else []
-    lines += [
-        f"  {line}" for name in names for line in case_lines(CASES[name], {r.mode for r in rows if r.case == name})
-    ]
+    for name in names:
+        lines += [f"  {line}" for line in case_lines(CASES[name], {row.mode for row in rows if row.case == name})]
     why = dict.fromkeys((row.provider, row.status, row.reason) for row in rows if row.status not in ("timed", "passed"))
     return lines + [f"  {provider} {status}: {reason}" for provider, status, reason in why]
 
@@ -87,6 +84,20 @@ def markdown(result: Result) -> str:
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
+def machine_line(machine: dict[str, Any]) -> str:
+    """Device, versions, commit and date in one line."""
+    commit, gpu = machine["commit"], machine["gpu"]
+    parts = [
+        gpu or f"{machine['device']}, threads: {machine['threads']}, no GPU",
+        gpu and f"driver {machine['driver']}, CUDA {machine['cuda']}",
+        f"Python {machine['python']}",
+        *(f"{name} {found}" for name, found in machine["versions"].items() if found),
+        f"commit {commit[:10]}" + (" with changes" if machine["changed"] else ""),
+        machine["date"],
+    ]
+    return ", ".join(filter(None, parts))
+
+
 def _roofs(roofs: Mapping[str, float] | None) -> str:
     if not roofs:
         return "The machine's roofs were not measured."
@@ -103,16 +114,19 @@ def _comparisons(found: Sequence[Standing]) -> Iterator[str]:
     if any(standing.best() for standing in found):
         yield "## Against torchvision"
         yield "Both in their best dtype and layout. A speed-up is torchvision's time over ours."
-        yield table(HEAD, [_comparison(standing) for standing in found], right=2)
+        yield table(HEAD, map(_comparison, found), right=2)
 
 
 def _comparison(standing: Standing) -> Sequence[str]:
-    ours, speedup = standing.ours, standing.speedup
     name = standing.name + (" (reduced)" if standing.reduced else "")
-    best = _best(standing, OURS), _best(standing, BASELINE), times(speedup) if speedup else ""
+    speedup = times(standing.speedup) if standing.speedup else ""
     met = {True: "yes", False: "no", None: ""}[standing.aim_met]
-    roof = percent(ours.roof_share) if ours and ours.roof_share else ""
-    return standing.op, name, *best, str(standing.aim or ""), met, roof
+    best = _best(standing, OURS), _best(standing, BASELINE)
+    return standing.op, name, *best, speedup, str(standing.aim or ""), met, _of_roof(standing.ours)
+
+
+def _of_roof(row: Row | None) -> str:
+    return f"{100 * row.roof_share:.1f} %" if row and row.roof_share else ""
 
 
 def _best(standing: Standing, providers: Sequence[str]) -> str:
@@ -120,9 +134,9 @@ def _best(standing: Standing, providers: Sequence[str]) -> str:
     row = standing.best(providers)
     if row is None:
         return min((one.status for one in standing.rows if one.provider in providers), key=STATUSES.index, default="")
-    kind = "graph" if row.provider.endswith("-graph") else "compiled" if row.provider.endswith("-compile") else "-"
+    kind = {"graph": "graph", "compile": "compiled"}.get(row.provider.rpartition("-")[2], "-")
     setting = " ".join(s for s in (row.dtype, row.layout, kind) if s != "-")
-    return duration(us(row)) + (f" ({setting})" if setting else "")
+    return duration(row.median_us) + (f" ({setting})" if setting else "")
 
 
 def _all_rows(rows: Sequence[Row]) -> Iterator[str]:
@@ -146,47 +160,44 @@ def _line(row: Row, base: Row | None) -> Sequence[str]:
     variant = (row.case, row.mode, row.dtype, row.layout, provider)
     if row.status != "timed":
         return (*variant, row.status, "", "", "", "", "", "", text(row.reason))
-    between = f"{duration(row.p20_us)} - {duration(row.p80_us)}" if row.p20_us and row.p80_us else ""
-    numbers = (duration(us(row)), between, duration(row.wall_us) if row.wall_us else "")
-    against = times(us(base) / us(row)) if base else ""
-    roof = percent(row.roof_share) if row.roof_share else ""
+    numbers = [duration(row.median_us), f"{duration(row.p20_us)} - {duration(row.p80_us)}", duration(row.wall_us)]
     memory = "" if row.peak_mib is None else digits(row.peak_mib)
-    return (*variant, *numbers, against, digits(row.gbps) if row.gbps else "", roof, memory, "")
+    return (*variant, *numbers, times(ratio(base, row)) if base else "", digits(row.gbps), _of_roof(row), memory, "")
 
 
 def _sweeps(rows: Sequence[Row]) -> Iterator[str]:
     for name in dict.fromkeys(row.case for row in rows):
         group = [row for row in rows if row.case == name]
-        timed = sorted((row for row in group if row.status == "timed"), key=us)
-        now = next((row for row in timed if row.provider == "triton"), None)
+        timed = sorted((row for row in group if row.status == "timed"), key=lambda row: row.median_us)
+        now = fastest(row for row in timed if row.provider == "triton")
         yield f"## Sweep {name}: {len(timed)} of {len(group)} launch configurations timed; `triton` is the present one"
         lines = [
-            (str(place), text(row.provider), duration(us(row)), times(us(now) / us(row)) if now else "")
+            (str(place), text(row.provider), duration(row.median_us), times(ratio(now, row)) if now else "")
             for place, row in enumerate(timed, 1)
             if place <= BEST_LAUNCHES or row is now
         ]
         yield table(("place", "launch", "median", "against now"), lines, right=2)
 
 
-def _tests(tests: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _tests(tests: Sequence[Line]) -> Iterator[str]:
     if not tests:
         return
     yield "## Tests"
-    by_file: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    by_file: dict[str, list[Line]] = defaultdict(list)
     for test in tests:
         by_file[test["key"].partition("::")[0]].append(test)
     lines = []
-    for name, group in [*by_file.items(), ("all", list(tests))]:
+    for name, group in [*by_file.items(), ("all", tests)]:
         statuses = [test["status"] for test in group]
         counts = [str(statuses.count(status)) for status in ("passed", "skipped", "not reached")]
-        bad = sum(status in ("failed", "killed") for status in statuses)
+        bad = statuses.count("failed") + statuses.count("killed")
         lines.append((name, *counts, str(bad), digits(sum(test.get("seconds", 0.0) for test in group))))
     yield table(("file", "passed", "skipped", "not reached", "failed", "seconds"), lines, right=1)
     bad_tests = [test for test in tests if test["status"] in ("failed", "killed")]
     yield "\n".join(f"- `{test['key']}` {test['status']}: {text(test['reason'])}" for test in bad_tests)
 
 
-def _parts(parts: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _parts(parts: Sequence[Line]) -> Iterator[str]:
     if parts:
         yield "## Parts of the run"
         lines = [(p["key"], p["status"], digits(p["seconds"]), text(p["reason"])) for p in parts]
@@ -233,7 +244,7 @@ def readme_block(result: Result | None, path: Path | None = None) -> str:
     faster = f"Faster than torchvision in {sum(s >= 1 for s in speedups)} of {len(speedups)} lines"
     blocks = [
         f"{machine_line(result['machine'])}. {faster}, aim reached in {sum(met)} of {len(met)}.",
-        table(HEAD, [_comparison(standing) for standing in found], right=2),
+        table(HEAD, map(_comparison, found), right=2),
     ]
     if path is not None:
         chart, whole = path.with_suffix("") / "speedup.png", path.with_suffix(".md")

@@ -18,7 +18,7 @@ from typing import Any
 from bench.ablate.report import RESULT, RULE, draw, markdown
 from bench.ablate.runs import VERSION, settings
 from bench.ablate.table import Table, tables
-from bench.rows import ROOT
+from bench.result import ROOT
 from bench.tables import replace_table
 from tmask.engine.files import replace_text, replacing
 

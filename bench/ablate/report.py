@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 from bench.ablate.runs import BROKEN, DONE, Plan
 from bench.ablate.runs import result as result_of
 from bench.ablate.table import Claim, Table
-from bench.charts.style import BASE, DPI, FAINT, GREY, STYLE, WIDTH, WIN
+from bench.charts import BASE, DPI, FAINT, GREY, STYLE, WIDTH, WIN
 from bench.tables import table as markdown_table
 from bench.tables import text
 from tmask.engine.files import replace_text, replacing

@@ -8,12 +8,10 @@ import ctypes
 import functools
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,8 +32,7 @@ from bench.ablate.runs import (
 )
 from bench.ablate.table import tables
 from bench.machine import checkout
-from bench.process import how_it_ended, last_words
-from bench.rows import ROOT
+from bench.process import how_it_ended, last_words, start
 from tmask.engine.files import CHECKPOINT_NAME, held, replace_text
 
 TRAIN = (sys.executable, "-m", "tmask", "train")
@@ -66,7 +63,7 @@ def main(words: Sequence[str]) -> int:
         with held(plan.out, "ablate"):  # no other process works there
             (plan.out / LOG).touch()
         words = [sys.executable, "-m", "bench.ablate", *(word for word in words if word != "--background")]
-        process = _start(words, plan.out / LOG)  # in a session of its own, which outlives this terminal
+        process = start(words, plan.out / LOG)  # in a session of its own, which outlives this terminal
     except ValueError as error:
         say(f"tmask ablate: error: {error} (see tmask ablate --help)", file=sys.stderr)
         return 2
@@ -155,7 +152,7 @@ def _train(plan: Plan, run: Run, command: Sequence[str], signals: Sequence[int],
     if now not in before[-1:]:
         replace_text(run.folder / TRAINED_BY, "\n".join([*before, now]) + "\n")
     # In its own session, so that Ctrl-C in a terminal reaches the training once: through this process.
-    process = _start(words, run.folder / TRAIN_LOG, preexec_fn=end_with_parent)
+    process = start(words, run.folder / TRAIN_LOG, preexec_fn=end_with_parent)
     stopped = False
     while process.poll() is None:
         time.sleep(0.1)
@@ -171,11 +168,3 @@ def _train(plan: Plan, run: Run, command: Sequence[str], signals: Sequence[int],
         reason = f"{how_it_ended(process.returncode)}: {last_words(run.folder / TRAIN_LOG)}"
         replace_text(run.folder / FAILED, reason + "\n")
         say(f"failed: {reason} ({run.folder / TRAIN_LOG})")
-
-
-def _start(words: Sequence[str], log: Path, **options: Any) -> subprocess.Popen[bytes]:
-    """Start a process in a session of its own that adds its output to `log`."""
-    with log.open("ab") as out:
-        return subprocess.Popen(
-            words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, **options
-        )

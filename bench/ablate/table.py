@@ -19,9 +19,7 @@ class Setting:
 
     preset: str
     changes: Changes = field(default_factory=dict)
-    shapes: Mapping[str, Any] | None = (
-        None  # of `tmask.data.shapes`; None: the user's COCO
-    )
+    shapes: Mapping[str, Any] | None = None  # of `tmask.data.shapes`; None: the user's COCO
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.contest import DTYPES, Call, Contest, gradients
+from bench.contest import DTYPES, Call, Contest, gradients, variants
 from bench.graph import captured
 from bench.machine import Work, device
 from bench.standings import Aim
-from bench.variants import variants
 from tmask_kernels.testing import Tolerance, assert_close
 
+LIBRARIES = ("torchvision", "detectron2", "mmcv")  # peers whose arithmetic is not ours
 STRIDES = (4, 8, 16, 32, 64)  # P2 to P6
 ITEM = {"fp32": 4, "bf16": 2, "fp16": 2, "-": 4}  # bytes of an element; "-": the op takes float32 only
 IOU_FLOPS = 13  # two minima, two maxima, two differences, two clamps, three of the union, a division, a comparison
@@ -63,25 +63,40 @@ def sized(case: Self) -> tuple[Self, str]:
 class Bench:
     """The benchmark of an op: its cases, and what every variant of them does.
 
-    `inputs(case, mode, dtype, layout)` makes the inputs of a variant. A provider maps the inputs to the call to time:
-    `ours` is that of a backend, `peers` are the others. `truth(inputs)` makes the right result, and
-    `check(result, truth)` raises AssertionError.
+    `inputs(case, mode, dtype, layout)` makes the inputs of a variant, and `ours(inputs, backend)` does the work. A peer
+    maps the inputs to a function that does the work; what it does before is not timed. `truth(inputs)` is the right
+    result, and `check(result, truth, provider)` raises AssertionError. Where `leaves(inputs)` has tensors, the backward
+    to them is the work, of the gradient `upstream(inputs)` (None: ones).
     """
 
     cases: Mapping[str, Any]
     inputs: Callable[[Any, str, str, str], Any]
-    ours: Callable[[str], Callable[[Any], Call]]
+    ours: Callable[[Any, str], Any]
     peers: Mapping[str, Callable[[Any], Call]]
     truth: Callable[[Any], Any]
-    check: Callable[[Any, Any], None]
+    check: Callable[[Any, Any, str], None]
+    leaves: Callable[[Any], Sequence[Tensor]] = lambda given: ()
+    upstream: Callable[[Any], Tensor | None] = lambda given: None
     graph: bool = False  # ours is also captured into a CUDA graph
 
     @functools.cached_property
     def providers(self) -> dict[str, Callable[[Any], Call]]:
         """All by their names, in the order of the rows."""
-        triton = self.ours("triton")
+        triton, reference = (
+            functools.partial(self.call, lambda given, backend=backend: lambda: self.ours(given, backend))
+            for backend in ("triton", "reference")
+        )
         graph = {"triton-graph": lambda given: captured(triton(given))} if self.graph else {}
-        return {"triton": triton, **graph, **self.peers, "reference": self.ours("reference")}
+        peers = {name: functools.partial(self.call, peer) for name, peer in self.peers.items()}
+        return {"triton": triton, **graph, **peers, "reference": reference}
+
+    def call(self, prepare: Callable[[Any], Call], given: Any) -> Call:
+        """Return the call to time: the forward pass, or the backward of one that was done before."""
+        run, leaves = prepare(given), self.leaves(given)
+        if not leaves:
+            return run
+        out, upstream = run(), self.upstream(given)
+        return gradients(out, leaves, torch.ones_like(out) if upstream is None else upstream)
 
     def contest(
         self, name: str, mode: str = "forward", dtype: str = "fp32", layout: str = "-", **providers: Any
@@ -102,12 +117,16 @@ class Bench:
 
         Each of `launches` has other values for names of the kernel's `module`.
         """
-        triton = self.ours("triton")
-        ours = {f"triton[{name}]": functools.partial(_launched, triton, module, launches[name]) for name in launches}
+        triton = self.providers["triton"]
+
+        def launched(values: Mapping[str, Any], given: Any) -> Call:
+            return mock.patch.multiple(module, **values)(triton(given))
+
+        ours = {f"triton[{name}]": functools.partial(launched, values) for name, values in launches.items()}
         return self.contest(*variant, **{"triton": triton, **ours})
 
     def test(self, *, cases: Sequence[str] = (), **axes: Any) -> Callable[..., None]:
-        """Return the pytest test of the variants that `axes` name (`bench.variants`); of no `cases`, all."""
+        """Return the pytest test of the variants that `axes` name (`bench.contest.variants`); of no `cases`, all."""
 
         @variants(cases=cases or [*self.cases], providers=[*self.providers], **axes)
         def test(case: str, mode: str, dtype: str, layout: str, provider: str, contest: Any) -> None:
@@ -116,109 +135,80 @@ class Bench:
         return test
 
 
-def forward_or_backward(run: Callable[[], Any], leaves: Sequence[Tensor], upstream: Tensor | None = None) -> Call:
-    """Return `run`, or, if there are leaves, the backward of a `run` done before; `upstream` is 1 by default."""
-    if not leaves:
-        return run
-    out = run()
-    return gradients(out, leaves, torch.ones_like(out) if upstream is None else upstream)
-
-
-Function = Callable[..., Tensor]
-
-
-def differentiable(function: Function) -> Callable[[Any], Call]:
-    """Return the provider that calls a function, or its backward where the first input requires a gradient."""
-    return lambda given: forward_or_backward(lambda: function(*given), given[:1] if given[0].requires_grad else ())
+def doubles(given: Sequence[Any]) -> list[Any]:
+    """Return the inputs with floats in float64, for an exact result; a leaf stays a leaf."""
+    return [
+        x.detach().double().requires_grad_(x.requires_grad) if isinstance(x, Tensor) and x.is_floating_point() else x
+        for x in given
+    ]
 
 
 def bench_of_function(
-    cases: Mapping[str, Any], ours: Callable[[str], Function], allowed: Mapping[torch.dtype, Tolerance], **peers: Any
+    cases: Mapping[str, Any],
+    ours: Callable[..., Tensor],
+    allowed: Mapping[torch.dtype, Tolerance],
+    peers: Mapping[str, Callable[..., Tensor]],
+    **prepared: Callable[[Any], Call],
 ) -> Bench:
     """Return the benchmark of a function, forward and backward to its first argument.
 
     Args:
         cases: ``case.inputs(dtype, where)`` returns the arguments.
-        ours: the function by a backend.
+        ours: the function, with an argument `backend`.
         allowed: by dtype of the first argument, relative to the largest element, which for a gradient is far below 1.
-        peers: providers; torch.compile of the reference is added.
+        peers: functions; torch.compile of the reference is added.
+        prepared: peers that are not functions, as `Bench` takes them.
     """
-    exactly = differentiable(ours("reference"))
 
     def inputs(case: Any, mode: str, dtype: str, layout: str) -> tuple[Tensor, ...]:
         first, *others = case.inputs(DTYPES[dtype], device())
         return first.requires_grad_(mode == "backward"), *others
 
-    def truth(given: tuple[Tensor, ...]) -> tuple[Any, Tolerance]:
-        first, *others = given
-        exact = [first.detach().double().requires_grad_(first.requires_grad)]
-        exact += [x.double() if x.is_floating_point() else x for x in others]
-        return exactly(exact)(), allowed[first.dtype]
-
-    def check(got: Any, truth: tuple[Any, Tolerance]) -> None:
+    def check(got: Any, truth: tuple[Any, Tolerance], provider: str) -> None:
         value, true = (x[0] if isinstance(x, tuple) else x for x in (got, truth[0]))
         scale = true.abs().max()
         assert_close(value.double() / scale, true / scale, tolerance=truth[1])
 
-    peers["compile"] = differentiable(torch.compile(ours("reference")))
-    return Bench(
+    functions = {**peers, "compile": torch.compile(lambda *given: ours(*given, backend="reference"))}
+    called = {name: lambda given, f=function: lambda: f(*given) for name, function in functions.items()}
+    bench = Bench(
         cases=cases,
         inputs=inputs,
-        ours=lambda backend: differentiable(ours(backend)),
-        peers=peers,
-        truth=truth,
+        ours=lambda given, backend: ours(*given, backend=backend),
+        peers=called | prepared,
+        truth=lambda given: (bench.providers["reference"](doubles(given))(), allowed[given[0].dtype]),
         check=check,
+        leaves=lambda given: given[:1] if given[0].requires_grad else (),
     )
+    return bench
 
 
-def _launched(provider: Callable[[Any], Call], module: Any, values: Mapping[str, Any], given: Any) -> Call:
-    """Return the call of a provider with other `values` in `module` while it runs."""
-    run = provider(given)
-
-    def call() -> Any:
-        with mock.patch.multiple(module, **values):
-            return run()
-
-    return call
-
-
-def rois(
-    num_images: int,
-    per_image: int,
-    height: int,
-    width: int,
-    *,
-    smallest: float = 16,
-    largest: float = 800,
-    objects: tuple[int, int] = (10, 50),
-    spread: float = 1.0,
-    seed: int = 0,
-) -> Tensor:
-    """Return proposal-like boxes [N, K, 4], xyxy float32 pixels, clustered around 10-50 objects an image.
-
-    Uniform boxes would touch far more distinct feature cells, and NMS would remove almost none of them.
-
-    Args:
-        smallest, largest: bounds of the scale sqrt(w h) of the objects.
-        spread: distance of the boxes from their objects.
-    """
+def rois(num_images: int, per_image: int, height: int, width: int, *, seed: int = 0, **limits: Any) -> Tensor:
+    """Return proposal-like boxes [N, K, 4], xyxy float32 pixels: `cluster` of each image."""
     generator = torch.Generator().manual_seed(seed)
-    boxes = [
-        cluster(per_image, height, width, (smallest, largest), objects, spread, generator)[0] for _ in range(num_images)
-    ]
-    return torch.stack(boxes)
+    return torch.stack([cluster(per_image, height, width, generator, **limits)[0] for _ in range(num_images)])
 
 
 def cluster(
     count: int,
     height: int,
     width: int,
-    scales: tuple[float, float],
-    objects: tuple[int, int],
-    spread: float,
     generator: torch.Generator,
+    *,
+    smallest: float = 16,
+    largest: float = 800,
+    objects: tuple[int, int] = (10, 50),
+    spread: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Return boxes [K, 4] of one image, and the number of each box's object [K]."""
+    """Return boxes [K, 4] of one image, clustered around its objects, and the number of each box's object [K].
+
+    Uniform boxes would touch far more distinct feature cells, and NMS would remove almost none of them.
+
+    Args:
+        smallest, largest: bounds of the scale sqrt(w h) of the objects.
+        objects: bounds of their number.
+        spread: distance of the boxes from their objects.
+    """
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator)
@@ -228,7 +218,7 @@ def cluster(
 
     number = int(torch.randint(objects[0], objects[1] + 1, (1,), generator=generator))
     centre = uniform(number, 2) * torch.tensor([width, height])
-    smallest, largest = scales[0], max(scales[0], min(scales[1], height, width))
+    largest = max(smallest, min(largest, height, width))
     scale = smallest * (largest / smallest) ** uniform(number)
     aspect = 0.3 * 10 ** uniform(number)  # 0.3 to 3
     side = torch.stack([scale / aspect.sqrt(), scale * aspect.sqrt()], dim=1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bench.cases._shared import Case, Function, bench_of_function, by_name, differentiable
+from bench.cases._shared import Case, bench_of_function, by_name
 from bench.machine import Work
 from tmask_kernels import decode_boxes
 from tmask_kernels.testing import Tolerance, random_boxes
@@ -37,10 +37,6 @@ class BoxCodingCase(Case):
 CASES = by_name(BoxCodingCase(name="box-coding", what="the 17,638 boxes that proposals-rpn decodes", boxes=17_638))
 
 
-def ours(backend: str) -> Function:
-    return lambda deltas, anchors: decode_boxes(deltas, anchors, backend=backend)
-
-
 def torchvision(deltas: Tensor, anchors: Tensor) -> Tensor:
     from torchvision.models.detection._utils import BoxCoder
 
@@ -48,5 +44,5 @@ def torchvision(deltas: Tensor, anchors: Tensor) -> Tensor:
 
 
 ALLOWED = {torch.float32: Tolerance(max=1e-5, rms=1e-6)}
-BENCH = bench_of_function(CASES, ours, ALLOWED, torchvision=differentiable(torchvision))
+BENCH = bench_of_function(CASES, decode_boxes, ALLOWED, {"torchvision": torchvision})
 test_decode_boxes = BENCH.test(modes=["forward", "backward"])

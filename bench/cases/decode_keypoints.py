@@ -5,7 +5,6 @@ Both peers resize the maps of one box after another and read the box's size on t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -70,11 +69,7 @@ class Given(NamedTuple):
     boxes: Tensor  # [1, D, 4]
 
 
-class Points(NamedTuple):
-    """An answer of a provider; scores are None or follow torchvision's rule."""
-
-    xy: Tensor  # [1, D, K, 2]
-    scores: Tensor | None
+Points = tuple[Tensor, Tensor]  # [1, D, K, 2], and scores
 
 
 class Truth(NamedTuple):
@@ -83,16 +78,12 @@ class Truth(NamedTuple):
     pixel: Tensor  # [1, D, 1, 2]: sides of a pixel, at most 1
 
 
-def ours(backend: str) -> Callable[[Given], Call]:
-    return lambda given: lambda: Points(*decode_keypoints(given.heatmaps, given.boxes, backend=backend))
-
-
 def torchvision(given: Given) -> Call:
     from torchvision.models.detection.roi_heads import heatmaps_to_keypoints
 
     def call() -> Points:
         points, scores = heatmaps_to_keypoints(given.heatmaps[0], given.boxes[0])
-        return Points(points[None, ..., :2], scores[None])
+        return points[None, ..., :2], scores[None]
 
     return call
 
@@ -102,7 +93,7 @@ def detectron2(given: Given) -> Call:
 
     def call() -> Points:
         points = detectron2_decode(given.heatmaps[0], given.boxes[0])  # [D, K, 4]: x, y, logit, score
-        return Points(points[None, ..., :2], points[None, ..., 2])
+        return points[None, ..., :2], points[None, ..., 2]
 
     return call
 
@@ -113,10 +104,9 @@ def truth(given: Given) -> Truth:
     return Truth(xy, scores, (sides / sides.ceil())[:, :, None])
 
 
-def check(got: Points, expected: Truth) -> None:
-    if got.scores is not None:
-        assert_close(got.scores, expected.scores)
-    away = (got.xy - expected.xy).abs() / expected.pixel
+def check(got: Points, truth: Truth, provider: str) -> None:
+    assert_close(got[1], truth.scores)
+    away = (got[0] - truth.xy).abs() / truth.pixel
     assert away.max() < 1.01, f"a point is {away.max():.3g} pixels off"
     moved = (away.amax(-1) > 0.01).double().mean().item()
     assert moved <= UNSURE, f"{moved:.1%} of the points are in another pixel"
@@ -125,7 +115,7 @@ def check(got: Points, expected: Truth) -> None:
 BENCH = Bench(
     cases=CASES,
     inputs=lambda case, mode, dtype, layout: Given(*case.inputs(DTYPES[dtype], device())),
-    ours=ours,
+    ours=lambda given, backend: decode_keypoints(*given, backend=backend),
     peers={"torchvision": torchvision, "detectron2": detectron2},
     truth=truth,
     check=check,

@@ -5,13 +5,14 @@ A detector needs the sum, and a fused kernel need not write the loss of each ele
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
 import torchvision
 from torch import Tensor
 
-from bench.cases._shared import ITEM, Case, Function, bench_of_function, by_name, differentiable
+from bench.cases._shared import ITEM, Case, bench_of_function, by_name
 from bench.contest import Call, UnavailableError
 from bench.machine import Work
 from bench.standings import Aim
@@ -59,10 +60,6 @@ CASES = by_name(
 )
 
 
-def ours(backend: str) -> Function:
-    return lambda x, t: sigmoid_focal_loss(x, t, reduction="sum", backend=backend)
-
-
 def mmcv(given: tuple[Tensor, Tensor]) -> Call:
     """mmcv takes the class of each row, so the RPN's logits are rows of one class; the class past the last is none."""
     from mmcv.ops import sigmoid_focal_loss as mmcv_focal_loss
@@ -75,18 +72,16 @@ def mmcv(given: tuple[Tensor, Tensor]) -> Call:
     if (hot.sum(1) > 1).any():
         raise UnavailableError("mmcv has one class a row")
     classes = torch.where(hot.any(1), hot.argmax(1), columns)
-
-    def loss(logits: Tensor, targets: Tensor) -> Tensor:
-        return mmcv_focal_loss(logits.reshape(-1, columns), classes, 2.0, 0.25, None, "sum")
-
-    return differentiable(loss)(given)
+    return lambda: mmcv_focal_loss(logits.reshape(-1, columns), classes, 2.0, 0.25, None, "sum")
 
 
-def torchvision_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return torchvision.ops.sigmoid_focal_loss(logits, targets, reduction="sum")
-
-
-BENCH = bench_of_function(CASES, ours, ALLOWED, torchvision=differentiable(torchvision_loss), mmcv=mmcv)
+BENCH = bench_of_function(
+    CASES,
+    functools.partial(sigmoid_focal_loss, reduction="sum"),
+    ALLOWED,
+    {"torchvision": functools.partial(torchvision.ops.sigmoid_focal_loss, reduction="sum")},
+    mmcv=mmcv,
+)
 test_sigmoid_focal_loss = BENCH.test(
     modes=["forward", "backward"],
     dtypes=["fp32", "bf16"],

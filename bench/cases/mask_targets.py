@@ -5,7 +5,6 @@ torchvision keeps a byte a pixel, turns all masks of an image to floats and pool
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,12 +30,9 @@ class Given(NamedTuple):
     index: Tensor  # [N, S] int64
 
 
-def ours(backend: str) -> Callable[[Given], Call]:
-    return lambda given: (
-        lambda: mask_targets(
-            given.packed, given.boxes, given.index, given.case.side, convention="torchvision", backend=backend
-        )
-    )
+def ours(given: Given, backend: str) -> Tensor:
+    side = given.case.side
+    return mask_targets(given.packed, given.boxes, given.index, side, convention="torchvision", backend=backend)
 
 
 def torchvision(given: Given) -> Call:
@@ -60,7 +56,7 @@ BENCH = Bench(
     inputs=inputs,
     ours=ours,
     peers={"torchvision": torchvision},
-    truth=lambda given: ours("reference")(given._replace(boxes=given.boxes.double()))(),
-    check=lambda got, expected: assert_close(got, expected, tolerance=ROUNDING),
+    truth=lambda given: ours(given._replace(boxes=given.boxes.double()), "reference"),
+    check=lambda got, truth, provider: assert_close(got, truth, tolerance=ROUNDING),
 )
 test_mask_targets = BENCH.test(modes=["targets"])

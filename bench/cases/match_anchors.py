@@ -8,7 +8,6 @@ compared.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -74,7 +73,8 @@ CASES = by_name(
 class Given(NamedTuple):
     case: MatchCase
     anchors: Tensor  # [A, 4]
-    boxes: Tensor  # [N, G, 4], all of them real
+    boxes: Tensor  # [N, G, 4]
+    valid: Tensor  # [N, G] bool: all
 
 
 class Truth(NamedTuple):
@@ -83,21 +83,19 @@ class Truth(NamedTuple):
     sure: Tensor  # [N, A] bool
 
 
-def ours(backend: str) -> Callable[[Given], Call]:
-    def provider(given: Given) -> Call:
-        case, anchors, boxes = given
-        valid = torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
-        return lambda: match_anchors(
-            anchors, boxes, valid, high=case.high, low=case.low, allow_low_quality=True, backend=backend
-        )
+def inputs(case: MatchCase, mode: str, dtype: str, layout: str) -> Given:
+    anchors, boxes = case.inputs(device())
+    return Given(case, anchors, boxes, torch.ones_like(boxes[..., 0], dtype=torch.bool))
 
-    return provider
+
+def ours(given: Given, backend: str) -> tuple[Tensor, Tensor]:
+    case, *tensors = given
+    return match_anchors(*tensors, high=case.high, low=case.low, allow_low_quality=True, backend=backend)
 
 
 def compiled(given: Given) -> Call:
     """The reference itself: the op hands it to the compiler as one closed node."""
-    case, anchors, boxes = given
-    valid = torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
+    case, anchors, boxes, valid = given
     match = torch.compile(match_anchors_reference)
     return lambda: match(anchors[None], boxes, valid, None, case.high, case.low, True)
 
@@ -105,50 +103,38 @@ def compiled(given: Given) -> Call:
 def torchvision(given: Given) -> Call:
     from torchvision.models.detection._utils import Matcher
 
-    case, anchors, boxes = given
-    match = Matcher(case.high, case.low, allow_low_quality_matches=True)
-    return lambda: [match(box_iou(one, anchors)) for one in boxes]
+    match = Matcher(given.case.high, given.case.low, allow_low_quality_matches=True)
+    return lambda: [match(box_iou(one, given.anchors)) for one in given.boxes]
 
 
 def detectron2(given: Given) -> Call:
     from detectron2.modeling.matcher import Matcher as Detectron2Matcher
     from detectron2.structures import Boxes, pairwise_iou
 
-    case, anchors, boxes = given
+    case, anchors, boxes, _ = given
     match = Detectron2Matcher([case.low, case.high], [0, -1, 1], allow_low_quality_matches=True)
-    return lambda: [Labelled(*match(pairwise_iou(Boxes(one), Boxes(anchors)))) for one in boxes]
+    return lambda: [match(pairwise_iou(Boxes(one), Boxes(anchors))) for one in boxes]
 
 
-class Labelled(NamedTuple):
-    """detectron2's answer: the best box of each anchor, and 1 if it counts, 0 for background, -1 if ignored."""
-
-    best: Tensor
-    label: Tensor
-
-
-def check(got: Any, expected: Truth) -> None:
-    ious = None
+def check(got: Any, truth: Truth, provider: str) -> None:
+    """Ours is (matches, ious), a peer's a list of each image's matches."""
+    matches = got[0] if isinstance(got, tuple) else torch.stack([matches_of(one) for one in got])
+    assert_close(torch.where(truth.sure, matches, 0), torch.where(truth.sure, truth.matches, 0), name="matches")
     if isinstance(got, tuple):
-        matches, ious = got
-    else:
-        matches = torch.stack([matches_of(one) for one in got])
-    assert_close(
-        torch.where(expected.sure, matches, 0), torch.where(expected.sure, expected.matches, 0), name="matches"
-    )
-    if ious is not None:
-        assert_close(ious, expected.ious, tolerance=Tolerance(max=CLOSE, rms=CLOSE), name="ious")
+        assert_close(got[1], truth.ious, tolerance=Tolerance(max=CLOSE, rms=CLOSE), name="ious")
 
 
-def matches_of(answer: Tensor | Labelled) -> Tensor:
+def matches_of(answer: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """Return [A]. detectron2 gives the best box of each anchor, and a label: 1 match, 0 background, -1 ignored."""
     if isinstance(answer, Tensor):
         return answer
-    unmatched = torch.where(answer.label == 0, -1, -2)
-    return torch.where(answer.label == 1, answer.best, unmatched)
+    best, label = answer
+    return torch.where(label == 1, best, torch.where(label == 0, -1, -2))
 
 
 def truth(given: Given) -> Truth:
     """The rule in float64, an image after another: 215 MB for each array of G x A."""
-    case, anchors, boxes = given
+    case, anchors, boxes, _ = given
     return Truth(*map(torch.stack, zip(*(_truth(case, anchors.double(), one.double()) for one in boxes), strict=True)))
 
 
@@ -170,7 +156,7 @@ def _truth(case: MatchCase, anchors: Tensor, boxes: Tensor) -> tuple[Tensor, Ten
 
 BENCH = Bench(
     cases=CASES,
-    inputs=lambda case, mode, dtype, layout: Given(case, *case.inputs(device())),
+    inputs=inputs,
     ours=ours,
     peers={"torchvision": torchvision, "detectron2": detectron2, "compile": compiled},
     truth=truth,
@@ -192,4 +178,4 @@ def blocks() -> Contest:
     return BENCH.sweep(["match-anchors"], kernels, launches)
 
 
-SWEEPS: dict[str, Callable[[], Contest]] = {"match_anchors": blocks}
+SWEEPS = {"match_anchors": blocks}

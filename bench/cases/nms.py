@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -95,7 +94,7 @@ def _class_segments(case: NMSCase) -> tuple[Tensor, Tensor, Tensor]:
     """The same RoIs in every class, moved a little; a RoI scores over 0.05 in few classes, a background RoI in none."""
     S, K = len(case.lengths), case.boxes
     generator = torch.Generator().manual_seed(4)
-    boxes, owner = cluster(K, 800, 1344, (16, 800), (10, 50), 1.0, generator)  # [K, 4], [K]
+    boxes, owner = cluster(K, 800, 1344, generator)  # [K, 4], [K]
     sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)  # [K, 4]
     moved = boxes + torch.randn(S, K, 4, generator=generator) * 0.03 * sides
     logits = torch.randn(S + 1, K, generator=generator)  # the last row: background
@@ -168,7 +167,7 @@ class Flat(NamedTuple):
     moved: bool = False  # whether the peer may have moved the boxes
 
 
-def check(out: Any, given: Given) -> None:
+def check(out: Any, given: Given, provider: str) -> None:
     """Of `padded_nms` (indices [S, M], counts [S]), of `nms` a list of indices, or a peer's `Flat`."""
     case, boxes, scores, valid = given
     S, K = scores.shape
@@ -222,19 +221,13 @@ def count_faults(
     return too_many, too_few, len(asked)
 
 
-def ours(backend: str) -> Callable[[Given], Call]:
-    def call(given: Given) -> Call:
-        case, boxes, scores, valid = given
-        return lambda: padded_nms(boxes, scores, case.threshold, valid=valid, max_output=case.keep, backend=backend)
-
-    return call
+def ours(given: Given, backend: str) -> tuple[Tensor, Tensor]:
+    case, boxes, scores, valid = given
+    return padded_nms(boxes, scores, case.threshold, valid=valid, max_output=case.keep, backend=backend)
 
 
-def ours_list(backend: str) -> Callable[[Given], Call]:
-    def call(given: Given) -> Call:
-        return lambda: nms(given.boxes[0], given.scores[0], given.case.threshold, backend=backend)
-
-    return call
+def ours_list(given: Given, backend: str) -> Tensor:
+    return nms(given.boxes[0], given.scores[0], given.case.threshold, backend=backend)
 
 
 def torchvision_nms(given: Given) -> Call:
@@ -315,7 +308,7 @@ def steps(case: str) -> Contest:
     return PADDED.sweep([case], kernels, launches)
 
 
-SWEEPS: dict[str, Callable[[], Contest]] = {
+SWEEPS = {
     "nms": segments,
     "nms-levels": functools.partial(steps, "nms-rpn"),
     "nms-list": functools.partial(steps, "nms-10k"),

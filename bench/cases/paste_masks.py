@@ -95,23 +95,10 @@ class Given(NamedTuple):
         return self.case.height, self.case.width
 
 
-def _wanted(case: str, mode: str, dtype: str, layout: str, provider: str) -> bool:
-    """Peers by their own rule; neither gives bits."""
-    return {
-        "triton": True,
-        "torchvision": case == "paste-masks" and mode != "packed",
-        "detectron2": case == "paste-masks-detectron2" and mode != "packed",
-        "compile": (case, mode) == ("paste-masks", "bool"),
-        "reference": True,
-    }[provider]
-
-
-def ours(backend: str) -> Callable[[Given], Call]:
-    return lambda given: (
-        lambda: paste_masks(
-            given.masks, given.boxes, given.size, output=given.output, convention=given.case.convention, backend=backend
-        )
-    )
+def ours(given: Given, backend: str) -> Any:
+    _, masks, boxes, output = given
+    convention = given.case.convention
+    return paste_masks(masks, boxes, given.size, output=output, convention=convention, backend=backend)
 
 
 def compiled(given: Given) -> Call:
@@ -129,23 +116,19 @@ def compiled(given: Given) -> Call:
 def torchvision(given: Given) -> Call:
     from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-    def paste() -> Tensor:
-        return paste_masks_in_image(given.masks[:, None], given.boxes, given.size)[:, 0] > THRESHOLD
-
-    return paste if given.output == "bool" else run_lengths(paste)
+    return encoded(given, lambda: paste_masks_in_image(given.masks[:, None], given.boxes, given.size)[:, 0] > THRESHOLD)
 
 
 def detectron2(given: Given) -> Call:
-    from detectron2.layers.mask_ops import paste_masks_in_image as paste_detectron2
+    from detectron2.layers.mask_ops import paste_masks_in_image
 
-    def paste() -> Tensor:
-        return paste_detectron2(given.masks, given.boxes, given.size, threshold=THRESHOLD)
-
-    return paste if given.output == "bool" else run_lengths(paste)
+    return encoded(given, lambda: paste_masks_in_image(given.masks, given.boxes, given.size, threshold=THRESHOLD))
 
 
-def run_lengths(paste: Callable[[], Tensor]) -> Call:
-    """As both libraries' users do: pycocotools encodes the masks on the host."""
+def encoded(given: Given, paste: Callable[[], Tensor]) -> Call:
+    """For run lengths as both libraries' users do: pycocotools encodes the masks on the host."""
+    if given.output == "bool":
+        return paste
     encode = encoder()
     return lambda: encode(paste())
 
@@ -164,15 +147,24 @@ def truth(given: Given) -> Truth:
     return Truth(given, is_inside(value, THRESHOLD, convention), (value - THRESHOLD).abs() > CLOSE)
 
 
-def check(got: Any, expected: Truth) -> None:
-    if expected.given.output == "packed":
-        got = unpack_masks(got, expected.given.case.width)
-    elif expected.given.output == "rle":
-        got = torch.stack([decode_rle(one) for one in got]).to(expected.inside.device)
+def check(got: Any, truth: Truth, provider: str) -> None:
+    if truth.given.output == "packed":
+        got = unpack_masks(got, truth.given.case.width)
+    elif truth.given.output == "rle":
+        got = torch.stack([decode_rle(one) for one in got]).to(truth.inside.device)
     assert got.dtype == torch.bool
-    assert got.shape == expected.inside.shape
-    wrong = ((got != expected.inside) & expected.sure).sum().item()
+    assert got.shape == truth.inside.shape
+    wrong = ((got != truth.inside) & truth.sure).sum().item()
     assert not wrong, f"{wrong} pixels are on the wrong side of the threshold"
+
+
+def _wanted(case: str, mode: str, dtype: str, layout: str, provider: str) -> bool:
+    """Peers by their own rule; neither gives bits."""
+    return {
+        "torchvision": case == "paste-masks" and mode != "packed",
+        "detectron2": case == "paste-masks-detectron2" and mode != "packed",
+        "compile": (case, mode) == ("paste-masks", "bool"),
+    }.get(provider, True)
 
 
 BENCH = Bench(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 from unittest import mock
@@ -18,7 +18,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from bench.cases._shared import ITEM, STRIDES, Bench, Case, by_name, forward_or_backward, rois
+from bench.cases._shared import ITEM, LIBRARIES, STRIDES, Bench, Case, by_name, doubles, rois
 from bench.contest import DTYPES, LAYOUTS, Call, Contest
 from bench.machine import Work, device
 from bench.standings import Aim
@@ -168,13 +168,6 @@ CASES = by_name(
 )
 
 
-class Loose(NamedTuple):
-    """A peer's result and the tolerance that its arithmetic needs."""
-
-    value: Any
-    tolerance: Tolerance
-
-
 class Given(NamedTuple):
     """The inputs of one variant."""
 
@@ -186,114 +179,6 @@ class Given(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         return self.features[0].dtype
-
-
-Pool = Callable[[], Tensor]
-
-
-def check(out: Any, truth: list[Tensor]) -> None:
-    """The output, or the gradient of each level."""
-    value, tolerance = out if isinstance(out, Loose) else (out, None)
-    for i, (got, expected) in enumerate(zip(_listed(value), truth, strict=True)):
-        allowed = tolerance or (FLOAT_COORDINATES if got.dtype == torch.float32 else TOLERANCES[got.dtype])
-        assert_close(got, expected, tolerance=allowed, name=f"value {i}")
-
-
-def _listed(out: Any) -> list[Tensor]:
-    return [out] if isinstance(out, Tensor) else list(out)
-
-
-def provider(prepare: Callable[[Given], Pool], *, peer: bool = False) -> Callable[[Given], Call]:
-    """The call that is timed: a pooling, or the backward of a pooling that was done before."""
-
-    def call(given: Given) -> Call:
-        pool = prepare(given)
-        run = forward_or_backward(pool, () if given.upstream is None else given.features, given.upstream)
-        return (lambda: Loose(run(), HALF_COORDINATES)) if peer and given.dtype == torch.float16 else run
-
-    return call
-
-
-def ours(backend: str) -> Callable[[Given], Pool]:
-    """`multiscale_roi_align`, or `roi_align` where there is one map, by a backend."""
-
-    def prepare(given: Given) -> Pool:
-        case = given.case
-        one = len(given.features) == 1
-        function: Any = roi_align if one else functools.partial(multiscale_roi_align, level_convention="torchvision")
-        where = (given.features[0], case.scales[0]) if one else (given.features, case.scales)
-        options = {name: getattr(case, name) for name in ("sampling_ratio", "aligned", "interpolation", "reduction")}
-        return lambda: function(where[0], given.boxes, case.pooled, where[1], **options, backend=backend)
-
-    return prepare
-
-
-def compiled(given: Given) -> Pool:
-    """torch.compile of the reference, which works off its RoIs in one chunk then: a loop would be unrolled."""
-    pool = torch.compile(ours("reference")(given))
-
-    def whole() -> Tensor:
-        # A backward that is called again and again may not give its buffers away.
-        with (
-            mock.patch.object(reference, "CHUNK_ELEMENTS", 1 << 62),
-            torch._functorch.config.patch(donated_buffer=False),
-        ):
-            return pool()
-
-    return whole
-
-
-def _precision(given: Given) -> torch.autocast:
-    """bfloat16 needs autocast: torchvision has no kernel of its own for it."""
-    return torch.autocast(device().type, dtype=torch.bfloat16, enabled=given.dtype == torch.bfloat16)
-
-
-def _peer_boxes(given: Given) -> list[Tensor]:
-    """A tensor an image; torchvision's kernels want them in the dtype of the features."""
-    dtype = torch.float16 if given.dtype == torch.float16 else torch.float32
-    return [boxes.to(dtype) for boxes in given.boxes]
-
-
-def peer_rows(boxes: Sequence[Tensor]) -> Tensor:
-    """Return the boxes of all images as rows [K, 5] with the number of their image."""
-    return torchvision.ops._utils.convert_boxes_to_roi_format(list(boxes))
-
-
-def torchvision_pool(given: Given) -> Pool:
-    case, boxes = given.case, _peer_boxes(given)
-    if len(given.features) == 1:
-        rest = peer_rows(boxes), case.pooled, case.scales[0], case.sampling_ratio, case.aligned
-        run = functools.partial(torchvision.ops.roi_align, given.features[0], *rest)
-    else:
-        features = {str(level): feature for level, feature in enumerate(given.features)}
-        module = torchvision.ops.MultiScaleRoIAlign([*features], case.pooled, case.sampling_ratio)
-        run = functools.partial(module, features, boxes, [(case.height, case.width)] * case.images)
-
-    def pool() -> Tensor:
-        with _precision(given):
-            return run()
-
-    return pool
-
-
-def detectron2(given: Given) -> Pool:
-    from detectron2.modeling.poolers import ROIPooler
-    from detectron2.structures import Boxes
-
-    case = given.case
-    kind = "ROIAlignV2" if case.aligned else "ROIAlign"
-    pooler = ROIPooler(case.pooled, case.scales, case.sampling_ratio, kind)
-    boxes = [Boxes(b) for b in _peer_boxes(given)]
-    return lambda: pooler(given.features, boxes)
-
-
-def mmcv(given: Given) -> Pool:
-    from mmcv.ops import roi_align as mmcv_roi_align
-
-    case, boxes = given.case, peer_rows(_peer_boxes(given))
-    return lambda: mmcv_roi_align(
-        given.features[0], boxes, case.pooled, case.scales[0], case.sampling_ratio, "avg", case.aligned
-    )
 
 
 def inputs(case: RoICase, mode: str, dtype: str, layout: str) -> Given:
@@ -309,28 +194,108 @@ def inputs(case: RoICase, mode: str, dtype: str, layout: str) -> Given:
     return Given(case, [x.requires_grad_() for x in features], boxes, upstream)
 
 
-def bench_of(cases: Mapping[str, RoICase], ours: Callable[[str], Callable[[Given], Pool]], **peers: Any) -> Bench:
+def ours(given: Given, backend: str) -> Tensor:
+    """`multiscale_roi_align`, or `roi_align` where there is one map."""
+    case, features, boxes, _ = given
+    options = {name: getattr(case, name) for name in ("sampling_ratio", "aligned", "interpolation", "reduction")}
+    if len(features) == 1:
+        return roi_align(features[0], boxes, case.pooled, case.scales[0], **options, backend=backend)
+    options["level_convention"] = "torchvision"
+    return multiscale_roi_align(features, boxes, case.pooled, case.scales, **options, backend=backend)
+
+
+def compiled(given: Given) -> Call:
+    """torch.compile of the reference, which works off its RoIs in one chunk then: a loop would be unrolled."""
+    pool = torch.compile(lambda: ours(given, "reference"))
+
+    def whole() -> Tensor:
+        with mock.patch.object(reference, "CHUNK_ELEMENTS", 1 << 62):
+            return pool()
+
+    return whole
+
+
+def _peer_boxes(given: Given) -> list[Tensor]:
+    """A tensor an image; torchvision's kernels want them in the dtype of the features."""
+    dtype = torch.float16 if given.dtype == torch.float16 else torch.float32
+    return [boxes.to(dtype) for boxes in given.boxes]
+
+
+def peer_rows(boxes: Sequence[Tensor]) -> Tensor:
+    """Return the boxes of all images as rows [K, 5] with the number of their image."""
+    return torchvision.ops._utils.convert_boxes_to_roi_format(list(boxes))
+
+
+def torchvision_pool(given: Given) -> Call:
+    case, boxes = given.case, _peer_boxes(given)
+    if len(given.features) == 1:
+        rest = peer_rows(boxes), case.pooled, case.scales[0], case.sampling_ratio, case.aligned
+        run = functools.partial(torchvision.ops.roi_align, given.features[0], *rest)
+    else:
+        features = {str(level): feature for level, feature in enumerate(given.features)}
+        module = torchvision.ops.MultiScaleRoIAlign([*features], case.pooled, case.sampling_ratio)
+        run = functools.partial(module, features, boxes, [(case.height, case.width)] * case.images)
+
+    def pool() -> Tensor:
+        with torch.autocast(device().type, dtype=torch.bfloat16, enabled=given.dtype == torch.bfloat16):
+            return run()
+
+    return pool
+
+
+def detectron2(given: Given) -> Call:
+    from detectron2.modeling.poolers import ROIPooler
+    from detectron2.structures import Boxes
+
+    case = given.case
+    kind = "ROIAlignV2" if case.aligned else "ROIAlign"
+    pooler = ROIPooler(case.pooled, case.scales, case.sampling_ratio, kind)
+    boxes = [Boxes(b) for b in _peer_boxes(given)]
+    return lambda: pooler(given.features, boxes)
+
+
+def mmcv(given: Given) -> Call:
+    from mmcv.ops import roi_align as mmcv_roi_align
+
+    case, boxes = given.case, peer_rows(_peer_boxes(given))
+    rest = case.pooled, case.scales[0], case.sampling_ratio, "avg", case.aligned
+    return lambda: mmcv_roi_align(given.features[0], boxes, *rest)
+
+
+def check(got: Any, truth: list[Tensor], provider: str) -> None:
+    """Compare the output, or the gradient of each level."""
+    for i, (own, true) in enumerate(zip(_listed(got), truth, strict=True)):
+        allowed = FLOAT_COORDINATES if own.dtype == torch.float32 else TOLERANCES[own.dtype]
+        if own.dtype == torch.float16 and provider in LIBRARIES:
+            allowed = HALF_COORDINATES
+        assert_close(own, true, tolerance=allowed, name=f"value {i}")
+
+
+def _listed(out: Any) -> list[Tensor]:
+    return [out] if isinstance(out, Tensor) else list(out)
+
+
+def bench_of(ours: Callable[[Given, str], Tensor], **fields: Any) -> Bench:
     """The truth is the reference in float64 on the same rounded inputs."""
-    exactly = provider(ours("reference"))
 
     def truth(given: Given) -> list[Tensor]:
-        features = [x.detach().double().requires_grad_(x.requires_grad) for x in given.features]
         upstream = None if given.upstream is None else given.upstream.double()
-        return _listed(exactly(given._replace(features=features, upstream=upstream))())
+        exact = given._replace(features=doubles(given.features), upstream=upstream)
+        return _listed(bench.providers["reference"](exact)())
 
-    return Bench(
-        cases=cases, inputs=inputs, ours=lambda backend: provider(ours(backend)), peers=peers, truth=truth, check=check
+    bench = Bench(
+        inputs=inputs,
+        ours=ours,
+        truth=truth,
+        leaves=lambda given: () if given.upstream is None else given.features,
+        upstream=lambda given: given.upstream,
+        **fields,
     )
+    return bench
 
 
-BENCH = bench_of(
-    CASES,
-    ours,
-    torchvision=provider(torchvision_pool, peer=True),
-    detectron2=provider(detectron2, peer=True),
-    mmcv=provider(mmcv, peer=True),
-    compile=provider(compiled),
-)
+PEERS = {"torchvision": torchvision_pool, "detectron2": detectron2, "mmcv": mmcv, "compile": compiled}
+BENCH = bench_of(ours, cases=CASES, peers=PEERS, check=check)
 
 
 def _pyramid(case: str, mode: str, dtype: str, layout: str, provider: str) -> bool:
@@ -401,7 +366,4 @@ def backward_launches() -> Contest:
     return BENCH.sweep([BOX_HEAD, "backward", "bf16", "nhwc"], kernels, launches)
 
 
-SWEEPS: dict[str, Callable[[], Contest]] = {
-    "roi_align-forward": forward_launches,
-    "roi_align-backward": backward_launches,
-}
+SWEEPS = {"roi_align-forward": forward_launches, "roi_align-backward": backward_launches}

@@ -7,18 +7,20 @@ their ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torchvision
+from torch import Tensor
 
+from bench.cases import roi_align
 from bench.cases._shared import ITEM, by_name
-from bench.cases.roi_align import Given, Loose, Pool, RoICase, bench_of, one_map, peer_rows, provider
+from bench.cases.roi_align import Given, RoICase, one_map, peer_rows
 from bench.contest import Call
 from bench.machine import Work
 from tmask_kernels import roi_pool
 from tmask_kernels.ops.roi_pool.reference import bin_cells, listed_boxes, round_half_away
-from tmask_kernels.testing import Tolerance
+from tmask_kernels.testing import Tolerance, assert_close
 
 INDEX_BYTES = 4  # the place of a bin's largest cell, which the forward keeps for the backward
 # A bin of mmcv lacks a row or column of cells where float32 gives torchvision's last bin one more: in one box of forty.
@@ -58,17 +60,12 @@ class RoIPoolCase(RoICase):
 CASES = by_name(one_map(RoIPoolCase, name="roi-pool-map", what="512 RoIs to 7 x 7 from one map of 512 x 256 x 256"))
 
 
-def ours(backend: str) -> Callable[[Given], Pool]:
-    """`roi_pool` by a backend."""
-
-    def prepare(given: Given) -> Pool:
-        case = given.case
-        return lambda: roi_pool(given.features[0], given.boxes, case.pooled, case.scales[0], backend=backend)
-
-    return prepare
+def ours(given: Given, backend: str) -> Tensor:
+    case = given.case
+    return roi_pool(given.features[0], given.boxes, case.pooled, case.scales[0], backend=backend)
 
 
-def torchvision_pool(given: Given) -> Pool:
+def torchvision_pool(given: Given) -> Call:
     case, boxes = given.case, peer_rows(given.boxes)
     return lambda: torchvision.ops.roi_pool(given.features[0].float(), boxes, case.pooled, case.scales[0]).to(
         given.dtype
@@ -78,13 +75,19 @@ def torchvision_pool(given: Given) -> Pool:
 def mmcv(given: Given) -> Call:
     from mmcv.ops import roi_pool as mmcv_roi_pool
 
-    cells = round_half_away(given.boxes * given.case.scales[0])
-    boxes = peer_rows(cells)
-    run = provider(lambda given: lambda: mmcv_roi_pool(given.features[0], boxes, given.case.pooled, 1.0))(given)
-    return lambda: Loose(run(), ROUNDED_BINS)
+    boxes = peer_rows(round_half_away(given.boxes * given.case.scales[0]))
+    return lambda: mmcv_roi_pool(given.features[0], boxes, given.case.pooled, 1.0)
 
 
-BENCH = bench_of(CASES, ours, torchvision=provider(torchvision_pool), mmcv=mmcv)
+def check(got: Any, truth: list[Tensor], provider: str) -> None:
+    if provider == "mmcv":
+        (true,) = truth
+        assert_close(got[0] if isinstance(got, tuple) else got, true, tolerance=ROUNDED_BINS)
+    else:
+        roi_align.check(got, truth, provider)
+
+
+BENCH = roi_align.bench_of(ours, cases=CASES, peers={"torchvision": torchvision_pool, "mmcv": mmcv}, check=check)
 test_roi_pool = BENCH.test(
     modes=["forward", "backward"],
     dtypes=["fp32", "bf16"],

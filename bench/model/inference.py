@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from bench.contest import LAYOUTS, Call, Contest
+from bench.contest import LAYOUTS, Call, Contest, variants
 from bench.graph import captured
 from bench.machine import device, tf32
-from bench.model._pair import PROVIDERS, Output, Pair, contest_of, problem_of
+from bench.model._pair import PROVIDERS, Pair, contest_of, problem_of
 from bench.rle import decode_rle, encoder
-from bench.variants import variants
 from tmask.engine.device import autocast
 from tmask.model.postprocess import to_list
 from tmask.structures import Detections, ImageBatch
@@ -111,10 +110,10 @@ def inference(name: str, mode: str, dtype: str, layout: str) -> Contest:
             encode = encoder() if mode == "results" else None
             model = torch.compile(pair.theirs) if how else pair.theirs
 
-            def their_call() -> Output:
+            def their_call() -> Any:
                 with precision():
                     results = model(pair.images)
-                return Output(False, results if encode is None else [_on_host(result, encode) for result in results])
+                return results if encode is None else [_on_host(result, encode) for result in results]
 
             return their_call
         batch, _ = pair.ours.transform(pair.images)
@@ -122,14 +121,14 @@ def inference(name: str, mode: str, dtype: str, layout: str) -> Contest:
         with precision():
             core = _core(pair, batch, how)
 
-        def our_call() -> Output:
+        def our_call() -> Any:
             with precision():
                 if mode == "padded":
-                    return Output(True, core(batch))
+                    return core(batch)
                 images, _ = pair.ours.transform(pair.images)
                 sizes = [(image.shape[1], image.shape[2]) for image in pair.images]
                 results = to_list(core(images), images.sizes, sizes, masks=MASKS[mode], convention=pair.ours.paste)
-            return Output(True, [_on_host(result) for result in results] if mode == "results" else results)
+            return [_on_host(result) for result in results] if mode == "results" else results
 
         return our_call
 
@@ -139,9 +138,8 @@ def inference(name: str, mode: str, dtype: str, layout: str) -> Contest:
             theirs, ours = [found(r) for r in pair.theirs(pair.images)], [found(r) for r in pair.ours(pair.images)]
         return Truth(theirs, problem_of(lambda: check_same(ours, theirs)))
 
-    def check(got: Output, truth: Truth) -> None:
-        assert not got.ours or truth.problem is None, f"in full float32: {truth.problem}"
-        results = got.value
+    def check(results: Any, truth: Truth, ours: bool) -> None:
+        assert not ours or truth.problem is None, f"in full float32: {truth.problem}"
         if isinstance(results, Detections):
             sizes = [(mask.shape[1], mask.shape[2]) for _, _, _, mask in truth.detections]
             image_sizes = torch.tensor(sizes, device=results.boxes.device)
@@ -150,7 +148,7 @@ def inference(name: str, mode: str, dtype: str, layout: str) -> Contest:
         if dtype == "fp32" and device().type == "cpu":  # on a GPU float32 takes TF32
             check_same(given, truth.detections)
         else:
-            check_alike(given, truth.detections, LEAST if got.ours or dtype == "fp32" else LEAST_OF_PEERS)
+            check_alike(given, truth.detections, LEAST if ours or dtype == "fp32" else LEAST_OF_PEERS)
 
     return contest_of(name, dtype, layout, prepare, truth, check)
 

@@ -20,11 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.contest import Call, Contest
+from bench.contest import Call, Contest, variants
 from bench.graph import captured
 from bench.machine import device, tf32
-from bench.model._pair import PROVIDERS, Output, Pair, contest_of, problem_of
-from bench.variants import variants
+from bench.model._pair import PROVIDERS, Pair, contest_of, problem_of
 from tmask.config import TrainConfig
 from tmask.engine.device import autocast, to_device
 from tmask.engine.optimizer import build_optimizer
@@ -82,7 +81,7 @@ def training(name: str, dtype: str, layout: str) -> Contest:
         optimizer = build_optimizer(model, TrainConfig(lr=RATE))
 
         @tf32()
-        def step() -> Output:
+        def step() -> Losses:
             """A step of tmask's own trainer, at one rate and, in float32, with TF32."""
             optimizer.zero_grad(set_to_none=True)
             with autocast(device(), dtype):
@@ -93,14 +92,19 @@ def training(name: str, dtype: str, layout: str) -> Contest:
                 total = torch.stack([loss.float() for loss in losses.values()]).sum()
             total.backward()
             optimizer.step()
-            return Output(ours, {name: loss.detach() for name, loss in losses.items()})
+            return {name: loss.detach() for name, loss in losses.items()}
 
         call = captured(step) if how == "graph" else step
         torch.manual_seed(SEED)  # the next call is the gate's
         return call
 
-    full = dtype == "fp32" and device().type == "cpu"
-    return contest_of(name, dtype, layout, prepare, true_losses, lambda got, truth: check(got, truth, dtype, full=full))
+    def check(got: Losses, truth: Truth, ours: bool) -> None:
+        assert not ours or truth.problem is None, f"in full float32, of the same RoIs: {truth.problem}"
+        near = NEAR if ours or dtype == "fp32" else NEAR_OF_PEERS
+        full = dtype == "fp32" and device().type == "cpu"
+        check_near(got, truth.ours if ours else truth.theirs, SAME if full else near)
+
+    return contest_of(name, dtype, layout, prepare, true_losses, check)
 
 
 @torch.no_grad()
@@ -110,18 +114,12 @@ def true_losses(pair: Pair) -> Truth:
         theirs, same = losses_of_one_sample(pair)
         torch.manual_seed(SEED)
         ours = pair.ours(pair.images, pair.targets)
-    problem = same if isinstance(same, str) else problem_of(lambda: _check_near(same, theirs, SAME))
+    problem = same if isinstance(same, str) else problem_of(lambda: check_near(same, theirs, SAME))
     return Truth(theirs, ours, problem)
 
 
-def check(got: Output, truth: Truth, dtype: str, *, full: bool) -> None:
-    """Raises AssertionError. `full`: the step, of `dtype`, was done in full float32."""
-    assert not got.ours or truth.problem is None, f"in full float32, of the same RoIs: {truth.problem}"
-    near = NEAR if got.ours or dtype == "fp32" else NEAR_OF_PEERS
-    _check_near(got.value, truth.ours if got.ours else truth.theirs, SAME if full else near)
-
-
-def _check_near(given: Losses, true: Losses, tolerance: float) -> None:
+def check_near(given: Losses, true: Losses, tolerance: float) -> None:
+    """Raises AssertionError unless each loss is within the relative tolerance."""
     assert given.keys() == true.keys(), f"losses {sorted(given)}, expected {sorted(true)}"
     for name, loss in true.items():
         off = abs(float(given[name]) / float(loss) - 1)

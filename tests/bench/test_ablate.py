@@ -27,7 +27,7 @@ from bench.ablate.report import draw, judge, markdown
 from bench.ablate.runner import run_table, wait_for
 from bench.ablate.runs import Plan, Run, check, prepare, result, settings
 from bench.ablate.table import Claim, Setting, Table, Variant, tables
-from bench.rows import ROOT
+from bench.result import ROOT
 from tmask.config import ModelConfig, from_dict
 from tmask.data.crossed import CLASSES
 from tmask.engine.files import held

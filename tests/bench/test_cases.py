@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.ops.boxes import _batched_nms_coordinate_trick
 
-from bench.cases import CASES, box_coding, decode_keypoints, focal_loss, mask_bce, mask_targets, roi_pool
+from bench.cases import CASES, SWEEPS, box_coding, decode_keypoints, focal_loss, mask_bce, mask_targets, roi_pool
 from bench.cases import match_anchors as match_bench
 from bench.cases import nms as nms_bench
 from bench.cases import paste_masks as paste_bench
@@ -196,34 +196,37 @@ def test_only_a_peer_that_moves_boxes_may_err_in_a_thousandth() -> None:
     rows = [positions[fits.flatten()] for positions, fits in parts]
     boxes, scores = boxes.view(-1, 4), scores.view(-1)
     moved = [_batched_nms_coordinate_trick(boxes[r], scores[r], r // K, case.threshold) for r in rows]
-    nms_bench.check(nms_bench.Flat(moved, rows, moved=True), given)
+    nms_bench.check(nms_bench.Flat(moved, rows, moved=True), given, "torchvision")
     with pytest.raises(AssertionError, match=r"0 boxes kept .* 1 dropped"):
-        nms_bench.check(nms_bench.Flat(moved, rows), given)
+        nms_bench.check(nms_bench.Flat(moved, rows), given, "torchvision")
     with pytest.raises(AssertionError, match=r", \d\d dropped that none removes"):
-        nms_bench.check(nms_bench.Flat([moved[0][20:], moved[1]], rows, moved=True), given)
+        nms_bench.check(nms_bench.Flat([moved[0][20:], moved[1]], rows, moved=True), given, "torchvision")
 
     one = dataclasses.replace(nms_bench.CASES["nms-1k"], lengths=(100,), keep=100)
     apart = torch.arange(100.0)[:, None] * 10 + torch.tensor([0.0, 0.0, 5.0, 5.0])
     alone = nms_bench.Given(one, apart[None], torch.linspace(1, 0.1, 100)[None], torch.ones(1, 100).bool())
-    nms_bench.check((torch.arange(100)[None], torch.tensor([100])), alone)
+    nms_bench.check((torch.arange(100)[None], torch.tensor([100])), alone, "triton")
     with pytest.raises(AssertionError, match=r", 1 dropped"):
-        nms_bench.check((torch.cat([torch.arange(99), torch.tensor([-1])])[None], torch.tensor([99])), alone)
+        nms_bench.check((torch.cat([torch.arange(99), torch.tensor([-1])])[None], torch.tensor([99])), alone, "triton")
 
 
 # ---- The other gates
 
 
-def test_the_gate_of_roi_align_refuses_a_shifted_tap() -> None:
+def test_the_gate_of_roi_align_refuses_a_shifted_tap_and_is_loose_for_half_of_peers_alone() -> None:
     contest = roi_align_bench.BENCH.contest("roi-align-box-head", "forward", "bf16", "nhwc")
     given = contest.inputs()
     truth = contest.truth(given)
     right = contest.providers["torchvision"](given)()
-    contest.check(right, truth)
+    contest.check(right, truth, "torchvision")
     shifted = given._replace(boxes=given.boxes + torch.tensor([1.0, 0, 1, 0]))
-    loose = roi_align_bench.Loose(-right, roi_align_bench.HALF_COORDINATES)
-    for wrong in (contest.providers["torchvision"](shifted)(), loose):
+    off = right.half() + 0.1
+    contest.check(off, truth, "torchvision")
+    for wrong, provider in ((contest.providers["torchvision"](shifted)(), "torchvision"), (off, "triton")):
         with pytest.raises(AssertionError, match="value 0: max error"):
-            contest.check(wrong, truth)
+            contest.check(wrong, truth, provider)
+    with pytest.raises(AssertionError, match="value 0: max error"):
+        contest.check(-off, truth, "torchvision")
 
 
 @pytest.mark.parametrize(
@@ -242,58 +245,58 @@ def test_a_gate_refuses_a_value_that_is_off_by_a_fiftieth(bench: Bench, name: st
     contest = bench.contest(name, mode, dtype, "nchw")
     given = contest.inputs()
     truth, right = contest.truth(given), contest.providers["reference"](given)()
-    contest.check(right, truth)
-    wrong = [x + 0.02 * x.abs().max() for x in ([right] if isinstance(right, Tensor) else right)]
+    contest.check(right, truth, "triton")
+    wrong = tuple(x + 0.02 * x.abs().max() for x in ([right] if isinstance(right, Tensor) else right))
     with pytest.raises(AssertionError):
-        contest.check(
-            wrong[0] if isinstance(right, Tensor) else type(right)(*wrong) if name == "keypoints" else (*wrong,), truth
-        )
+        contest.check(wrong[0] if isinstance(right, Tensor) else wrong, truth, "triton")
 
 
 def test_the_gate_of_proposals_refuses_moved_and_missing_boxes() -> None:
     boxes, scores, counts = rois(2, 40, 800, 1344), torch.rand(2, 40), torch.tensor([40, 30])
-    truth = (boxes, scores, counts)
-    proposals_bench.check(truth, truth)
-    proposals_bench.check(([boxes[0], boxes[1, :30]], [scores[0], scores[1, :30]]), truth)
-    with pytest.raises(AssertionError, match=r"image 0: 0\.0% of the true found"):
-        proposals_bench.check((boxes + 1, scores, counts), truth)
-    with pytest.raises(AssertionError, match="image 1: 29, not 30"):
-        proposals_bench.check((boxes, scores, counts - torch.tensor([0, 1])), truth)
     labels = torch.zeros(2, 40, dtype=torch.int64)
+
+    def check(got: Any, *true: Tensor, ties: bool = False, provider: str = "triton") -> None:
+        proposals_bench.check(got, (true or (boxes, scores, counts), not ties), provider)
+
+    check((boxes, scores, counts))
+    check(([boxes[0], boxes[1, :30]], [scores[0], scores[1, :30]]))
+    with pytest.raises(AssertionError, match=r"image 0: 0\.0% of the true found"):
+        check((boxes + 1, scores, counts))
+    fewer = (boxes, scores, counts - torch.tensor([0, 1]))
+    check(fewer, ties=True, provider="torchvision")
+    for ties, provider in ((True, "triton"), (False, "torchvision")):
+        with pytest.raises(AssertionError, match="image 1: 29, not 30"):
+            check(fewer, ties=ties, provider=provider)
     with pytest.raises(AssertionError, match="image 0"):
-        proposals_bench.check((boxes, scores, labels + 1, counts), (boxes, scores, labels, counts))
+        check((boxes, scores, labels + 1, counts), boxes, scores, labels, counts)
 
 
 def test_a_wrong_match_is_found() -> None:
-    case = match_bench.CASES["match-anchors"].small()
-    given = match_bench.Given(case, *case.inputs(CPU))
-    expected = match_bench.truth(given)
-    right = match_bench.ours("reference")(given)()
-    match_bench.check(right, expected)
-    assert {int(n) for n in expected.matches.clamp(max=0).unique()} == {-2, -1, 0}
-    labels = [match_bench.Labelled(m.clamp(min=0), (m >= 0).long() - (m == -2).long()) for m in right[0]]
-    match_bench.check(labels, expected)
-    matched = int(expected.matches[expected.sure & (expected.matches >= 0)][0])
+    bench = match_bench.BENCH
+    given = bench.inputs(match_bench.CASES["match-anchors"].small(), "forward", "fp32", "-")
+    truth, right = bench.truth(given), bench.ours(given, "reference")
+    bench.check(right, truth, "triton")
+    assert {int(n) for n in truth.matches.clamp(max=0).unique()} == {-2, -1, 0}
+    bench.check([(m.clamp(min=0), (m >= 0).long() - (m == -2).long()) for m in right[0]], truth, "detectron2")
+    matched = int(truth.matches[truth.sure & (truth.matches >= 0)][0])
     for old, new in ((-2, -1), (-1, -2), (matched, matched + 1), (matched, -1)):
         with pytest.raises(AssertionError, match="matches"):
-            match_bench.check([torch.where(m == old, new, m) for m in right[0]], expected)
+            bench.check([torch.where(m == old, new, m) for m in right[0]], truth, "torchvision")
     with pytest.raises(AssertionError, match="ious"):
-        match_bench.check((right[0], right[1] + 1e-5), expected)
+        bench.check((right[0], right[1] + 1e-5), truth, "triton")
 
 
 @pytest.mark.parametrize("output", ["bool", "packed", "rle"])
 def test_a_wrong_pixel_is_found(output: str) -> None:
-    case = paste_bench.CASES["paste-masks"].small()
-    given = paste_bench.Given(case, *case.inputs(CPU), output)
-    expected = paste_bench.truth(given)
-    out = paste_bench.ours("reference")(given)()
-    paste_bench.check(out, expected)
-    index = tuple((expected.inside & expected.sure).nonzero()[0])
-    flipped = expected._replace(inside=expected.inside.index_put(tuple(i[None] for i in index), torch.tensor(False)))
+    bench = paste_bench.BENCH
+    given = bench.inputs(paste_bench.CASES["paste-masks"].small(), output, "fp32", "-")
+    truth, out = bench.truth(given), bench.ours(given, "reference")
+    bench.check(out, truth, "triton")
+    index = tuple(i[None] for i in (truth.inside & truth.sure).nonzero()[0])
+    flipped = truth._replace(inside=truth.inside.index_put(index, torch.tensor(False)))
     with pytest.raises(AssertionError, match="1 pixels"):
-        paste_bench.check(out, flipped)
-    exempt = flipped._replace(sure=expected.sure.index_put(tuple(i[None] for i in index), torch.tensor(False)))
-    paste_bench.check(out, exempt)
+        bench.check(out, flipped, "triton")
+    bench.check(out, flipped._replace(sure=truth.sure.index_put(index, torch.tensor(False))), "triton")
 
 
 def test_run_lengths_are_written_and_drawn_as_pycocotools_draws_them() -> None:
@@ -327,8 +330,7 @@ STEPS = {"step": 512, "tile": 128, "programs": 128, "num_warps": 16}
 def test_a_sweep_launches_what_it_names(
     sweep: str, launch: str, module: Any, function: str, seen: Callable[[], Any], expected: Any
 ) -> None:
-    sweeps: dict[str, Any] = roi_align_bench.SWEEPS | nms_bench.SWEEPS | match_bench.SWEEPS
-    contest = sweeps[sweep]()
+    contest = SWEEPS[sweep]()
     assert len(contest.providers) >= 12
     assert not any("/" in name for name in contest.providers), "a slash parts a key"
     with mock.patch.object(module, function, side_effect=lambda *_: seen()):

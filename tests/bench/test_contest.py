@@ -3,8 +3,6 @@
 import gc
 import json
 import os
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +18,7 @@ from bench import machine, timing
 from bench.contest import Contest, ContextLostError, UnavailableError, compare, gradients
 from bench.machine import Roofs, Work
 from bench.process import CONTEXT_LOST, Journal
-from bench.rows import ROOT, Row, row_of
+from bench.result import Row
 from tests.bench.test_timing import SimulatedGPU
 from tests.mutation import mutant
 from tmask_kernels import multiscale_roi_align, sigmoid_focal_loss
@@ -64,14 +62,14 @@ def doubling(providers: Mapping[str, Callable[[Any], Callable[[], Any]]], **chan
     settings = {
         "inputs": lambda: torch.arange(4.0),
         "truth": lambda x: 2 * x.double(),
-        "check": assert_close,
+        "check": lambda out, truth, provider: assert_close(out, truth),
         "work": Work(bytes=32, flops=4),
     }
     return Contest(providers=providers, **{**settings, **changes})
 
 
 def read_rows(path: Path) -> list[Row]:
-    return [row_of(**line) for line in Journal(path).settled.values()]
+    return [Row(**line) for line in Journal(path).settled.values()]
 
 
 def rows_of(contest: Contest, journal: Journal | None = None) -> dict[str, Row]:
@@ -85,12 +83,15 @@ RIGHT = ready(lambda x: x * 2)
 # ---- A broken kernel
 
 
-def pooling(module: Any) -> Callable[[Any], Callable[[], Tensor]]:
-    """RoIAlign of one level by a copy of its kernels."""
-    return lambda given: lambda: module.multiscale_roi_align(*given, None, 3, 3, [0.25], [], 2, True, None)
+def test_a_kernel_with_one_tap_broken_is_not_timed(device, tmp_path, monkeypatch):
+    tap = ("high = tl.minimum(low + 1, length - 1)", "high = tl.minimum(low + 2, length - 1)")
+    modules = {"triton": kernels, "triton-broken": mutant(roi_axis, *tap, tmp_path, seen_from=kernels)}
+    clocked: list[str] = []
 
+    def spy(calls: Mapping[str, Any], *args: Any) -> Any:
+        clocked.extend(calls)
+        return timing.time_in_turn(calls, *args)
 
-def pooling_contest(providers: Mapping[str, Any], device: torch.device) -> Contest:
     def inputs() -> tuple[list[Tensor], Tensor]:
         return [torch.randn(1, 5, 11, 13).to(device)], random_boxes(6, height=44, width=52)[None].to(device)
 
@@ -98,31 +99,18 @@ def pooling_contest(providers: Mapping[str, Any], device: torch.device) -> Conte
         features, boxes = given
         return multiscale_roi_align([x.double() for x in features], boxes, 3, [0.25], backend="reference")
 
-    return doubling({name: pooling(module) for name, module in providers.items()}, inputs=inputs, truth=truth)
-
-
-@pytest.fixture
-def clocked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The providers that the clock was given."""
-    timed: list[str] = []
-
-    def spy(calls: Mapping[str, Any], *args: Any) -> Any:
-        timed.extend(key.rpartition("/")[2] for key in calls)
-        return timing.time_in_turn(calls, *args)
+    def pooling(module: Any) -> Callable[[Any], Callable[[], Tensor]]:
+        """RoIAlign of one level by a copy of its kernels."""
+        return lambda given: lambda: module.multiscale_roi_align(*given, None, 3, 3, [0.25], [], 2, True, None)
 
     monkeypatch.setattr(contest_module, "time_in_turn", spy)
-    return timed
-
-
-def test_a_kernel_with_one_tap_broken_is_not_timed(device, tmp_path, clocked):
-    tap = ("high = tl.minimum(low + 1, length - 1)", "high = tl.minimum(low + 2, length - 1)")
-    broken = mutant(roi_axis, *tap, tmp_path, seen_from=kernels)
-    rows = rows_of(pooling_contest({"triton": kernels, "triton-broken": broken}, device))
+    providers = {name: pooling(module) for name, module in modules.items()}
+    rows = rows_of(doubling(providers, inputs=inputs, truth=truth))
     right = "timed" if device.type == "cuda" else "passed"
-    assert [rows[name].status for name in ("triton", "triton-broken")] == [right, "wrong"]
+    assert [rows[name].status for name in modules] == [right, "wrong"]
     assert "max error" in rows["triton-broken"].reason
     assert rows["triton-broken"].median_us is None
-    assert "triton-broken" not in clocked
+    assert key_of("triton-broken") not in clocked
 
 
 # ---- What may become of a provider
@@ -263,7 +251,7 @@ def test_a_compiled_backward_is_repeated(cpu):
         leaf = x.double().requires_grad_()
         return torch.autograd.grad(leaf.sin().exp().cos().sum(), leaf)[0]
 
-    contest = doubling({"compile": compiled}, truth=truth, check=lambda out, truth: assert_close(out[0], truth))
+    contest = doubling({"compile": compiled}, truth=truth, check=lambda out, truth, _: assert_close(out[0], truth))
     assert rows_of(contest)["compile"].status == "timed"
     assert not torch._functorch.config.donated_buffer
 
@@ -323,13 +311,12 @@ def test_a_lost_context_ends_it_and_blames_no_other(cpu, tmp_path, monkeypatch, 
 # ---- Under pytest-benchmark
 
 BENCHMARK = """
-from bench.contest import Contest
+from bench.contest import Contest, variants
 from bench.machine import Work
-from bench.variants import variants
 
 @variants(cases=["w0"], providers=["a", "b", "broken"])
 def test_double(case, mode, dtype, layout, provider, contest):
-    def check(out, truth):
+    def check(out, truth, provider):
         assert out == truth, "not the double"
     def by(factor):
         return lambda x: lambda: factor * x
@@ -361,7 +348,7 @@ def benchmarks(pytester: pytest.Pytester, cpu: None, monkeypatch: pytest.MonkeyP
 SAMPLES = {"a": [1e-3, 3e-3, 2e-3], "b": [1 / 7, 1 / 3, 1 / 11, 1 / 13]}
 
 
-def test_pytest_benchmark_gets_the_samples(benchmarks, pytester, tmp_path):
+def test_pytest_benchmark_gets_the_samples(benchmarks, pytester):
     result = benchmarks(SAMPLES, "--journal=j", "--benchmark-json=b.json")
     result.assert_outcomes(passed=2, failed=1)
     result.stdout.fnmatch_lines(["*wrong: not the double*"])
@@ -373,7 +360,7 @@ def test_pytest_benchmark_gets_the_samples(benchmarks, pytester, tmp_path):
     assert told[0]["extra_info"]["status"] == "timed"
     rows = read_rows(pytester.path / "j")
     assert {row.provider: row.status for row in rows} == {"a": "timed", "b": "timed", "broken": "wrong"}
-    plan, roofs = map(json.loads, (pytester.path / "j").read_text().splitlines()[:2])
+    plan, roofs = map(json.loads, (pytester.path / "j").read_text().split("\n\n")[:2])
     assert plan["plan"] == [f"double/w0/forward/fp32/-/{name}" for name in ("a", "b", "broken")]
     assert {"copy_gbps", "matmul_bf16_tflops", "matmul_fp32_tflops"} <= set(roofs["roofs"])
 
@@ -381,17 +368,17 @@ def test_pytest_benchmark_gets_the_samples(benchmarks, pytester, tmp_path):
     assert read_rows(pytester.path / "j") == rows
 
 
-def test_a_lost_context_ends_the_process_with_70(tmp_path):
-    (tmp_path / "test_it.py").write_text(BENCHMARK)
-    (tmp_path / "conftest.py").write_text(
-        "from bench import machine\n"
-        "machine.lives = lambda: False\n"
-        "machine.roofs = lambda: machine.Roofs(1.0, 1.0, 1.0)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "bench.conftest", "--journal=j", "-q", "test_it.py"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == CONTEXT_LOST, done.stdout + done.stderr
-    assert [(row.provider, row.status) for row in read_rows(tmp_path / "j")] == [("broken", "wrong")]
+def test_a_sweep_by_its_name(benchmarks, pytester):
+    name = "@variants(cases=['nms', 'nms-list'], providers=['a'], dtypes=['-'])\ndef test_sweep("
+    source = BENCHMARK.replace('@variants(cases=["w0"], providers=["a", "b", "broken"])\ndef test_double(', name)
+    pytester.makepyfile(test_it=source)
+    benchmarks(SAMPLES, "--journal=j", "--sweep=nms").assert_outcomes(passed=1)
+    assert [row.case for row in read_rows(pytester.path / "j")] == ["nms"]
+    benchmarks(SAMPLES, "--sweep=nsm").stderr.fnmatch_lines(["*no sweep nsm: bench/cases has nms, nms-list"])
+
+
+def test_a_lost_context_ends_the_process_with_70(benchmarks, pytester, monkeypatch):
+    monkeypatch.setattr(machine, "lives", lambda: False)
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.exit("ended", returncode=code))
+    assert benchmarks(SAMPLES, "--journal=j").ret == CONTEXT_LOST
+    assert [(row.provider, row.status) for row in read_rows(pytester.path / "j")] == [("broken", "wrong")]

@@ -75,18 +75,18 @@ def test_a_contest_refuses_a_broken_model(contest: str, broken: bool, monkeypatc
         )
     pair = made.inputs()
     truth = made.truth(pair)
-    made.check(made.providers["torchvision"](pair)(), truth)
+    made.check(made.providers["torchvision"](pair)(), truth, "torchvision")
     with pytest.raises(AssertionError) if broken else contextlib.nullcontext():
-        made.check(made.providers["tmask"](pair)(), truth)
+        made.check(made.providers["tmask"](pair)(), truth, "tmask")
 
 
 def test_only_a_peer_under_autocast_may_be_coarse() -> None:
     true = {"loss": torch.tensor(1.0)}
     truth = training_module.Truth(true, true, None)
     for ours, dtype, refused in ((False, "bf16", False), (False, "fp32", True), (True, "bf16", True)):
-        got = _pair.Output(ours, {"loss": torch.tensor(1.3)})
+        provider = "tmask" if ours else "torchvision"
         with pytest.raises(AssertionError) if refused else contextlib.nullcontext():
-            training_module.check(got, truth, dtype, full=False)
+            training("training-b2", dtype, "nhwc").check({"loss": torch.tensor(1.3)}, truth, provider)
 
 
 # ---- counted work

@@ -1,4 +1,7 @@
-"""Workers that crash, hang, lose their context or run out of time: every key is settled, and the run goes on."""
+"""Workers that crash, hang, lose their context or run out of time: every key is settled, and the run goes on.
+
+The journal between a worker and its watcher survives a kill.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.process import Ending, Journal, Line, survive
+from bench.process import Ending, Journal, survive
+from bench.result import Line
 
 # A worker without torch, so that a death costs nothing: it does to each key what the key says.
 WORKER = """
@@ -49,9 +53,7 @@ for key in keys:
 class Outcome:
     """How a worker's run ended, its journal, and every line in order."""
 
-    def __init__(
-        self, folder: Path, *keys: str, worker: str = WORKER, seconds: float = 30, hang: float = 1, stop: str = ""
-    ) -> None:
+    def __init__(self, folder: Path, *keys: str, worker: str = WORKER, stop: str = "", **limits: float) -> None:
         script = folder / "worker.py"
         script.write_text(worker)
         self.heard: list[Line] = []
@@ -63,7 +65,7 @@ class Outcome:
 
         self.journal = Journal(folder / "journal.jsonl")
         command = [sys.executable, str(script), str(self.journal.path), *keys]
-        self.ending = survive(command, self.journal, seconds=seconds, hear=hear, hang=hang)
+        self.ending = survive(command, self.journal, hear=hear, **{"seconds": 30, "hang": 1} | limits)
         self.log = (folder / "journal.log").read_text()
         self.ran = [line["ran"] for line in self.heard if "ran" in line]
         killed = [line for line in self.journal.settled.values() if line["status"] == "killed"]
@@ -108,24 +110,17 @@ def test_an_interrupt_ends_the_worker_and_keeps_what_it_has(tmp_path: Path) -> N
         os.kill(int(found.log), 0)
 
 
-@pytest.mark.parametrize(
-    ("worker", "reason"),
-    [
-        # Exit code 1 is also pytest's "a test failed".
-        (
-            "import sys; sys.exit('no such thing: /a/b/thing.so')",
-            "the process ended before it had a plan: no such thing",
-        ),
-        (
-            "import os; print('bad driver', flush=True); os.abort()",
-            "the process died of SIGABRT before anything was meas",
-        ),
-    ],
-)
-def test_a_worker_that_cannot_begin_is_not_tried_for_ever(tmp_path: Path, worker: str, reason: str) -> None:
+WITHOUT_A_PLAN = {  # exit code 1 is also pytest's "a test failed"
+    "import sys; sys.exit('no such thing: /a/b/thing.so')": "the process ended before it had a plan: no such thing",
+    "import os; print('bad', flush=True); os.abort()": "the process died of SIGABRT before anything was measured: bad",
+}
+
+
+@pytest.mark.parametrize("worker", WITHOUT_A_PLAN)
+def test_a_worker_that_cannot_begin_is_not_tried_for_ever(tmp_path: Path, worker: str) -> None:
     ending = Outcome(tmp_path, "a", worker=worker).ending
     assert ending.status == "failed"
-    assert ending.reason.startswith(reason)
+    assert ending.reason.startswith(WITHOUT_A_PLAN[worker])
     assert "/a/b" not in ending.reason
 
 
@@ -135,3 +130,32 @@ def test_a_begun_key_may_ask_for_patience(tmp_path: Path) -> None:
         "sleep(60)", "sleep(2)"
     )
     assert Outcome(tmp_path, "hang", worker=worker).killed == {}
+
+
+@pytest.mark.parametrize("cut", [1, 20, 90])
+def test_a_journal_cut_in_mid_line_is_read_and_goes_on(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "j"
+    first, second, third = ({"key": str(i), "status": "wrong", "reason": "x" * 80} for i in range(3))
+    Journal(path).write(first)
+    Journal(path).write(second)
+    path.write_bytes(path.read_bytes()[:-cut])
+    # Without its newline alone the second line is whole as soon as another one follows.
+    assert list(Journal(path).settled) == ["0"]
+    Journal(path).write(third)
+    assert list(Journal(path).settled.values()) == [first, *([second] if cut == 1 else []), third]
+
+
+def test_a_journal_is_on_disk_at_once_and_read_as_it_grows(tmp_path: Path) -> None:
+    journal, reader = Journal(tmp_path / "j"), Journal(tmp_path / "j")
+    plan = {"plan": ["a", "b"], "errors": {"c": "no"}}
+    for line in (plan, {"begin": "a", "patience": 400.0}, {"key": "a", "status": "failed"}):
+        journal.write(line)
+        assert reader.read() == [line]
+    assert (reader.missing(), reader.errors, reader.patience) == (["b"], {"c": "no"}, 400.0)
+    assert reader.guilty(left=False) is None
+
+
+def test_without_a_path_nothing_is_written() -> None:
+    journal = Journal(None)
+    journal.write({"key": "a", "status": "wrong"})
+    assert list(journal.settled) == ["a"]

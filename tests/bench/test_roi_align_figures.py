@@ -9,8 +9,7 @@ import torch.nn.functional as F
 import yaml
 
 from bench import roi_align_figures as figures
-from bench.charts.roi_align import draw
-from bench.roi_align_figures import COARSE, COARSE_BINS, FINE, PAGE, POOLS, on_photograph, on_ramp, page
+from bench.roi_align_figures import COARSE, COARSE_BINS, FINE, PAGE, POOLS, draw, on_photograph, on_ramp, page
 from tmask.config import RoIExtractorConfig
 from tmask.presets import model_config
 from tmask_kernels import roi_align

@@ -1,4 +1,4 @@
-"""The chart of a result: the speed-up of every case over torchvision.
+"""The style of all charts, and the chart of a result: the speed-up of every case over torchvision.
 
 900 pixels wide at two dots a pixel, on white, so that a light page and a dark one can show them. A provider has one
 colour (of the palette of Okabe and Ito, which the colour-blind can tell apart); a loss has its own colour.
@@ -11,10 +11,27 @@ from pathlib import Path
 from typing import Any
 
 from bench import result as results
-from bench.charts.style import BASE, DPI, FAINT, GREY, LOSS, PEERS, STYLE, WIDTH, WIN
-from bench.result import Result
-from bench.rows import STATUSES
-from bench.standings import OURS, Standing, digits, machine_line, ratio, ratio_range, standings
+from bench.result import STATUSES, Result
+from bench.standings import OURS, Standing, digits, ratio, standings
+from bench.tables import machine_line
+
+WIDTH, DPI = 9.0, 200  # inches, and dots an inch: twice 900 pixels
+WIN, LOSS, BASE = "#0072B2", "#D55E00", "#333333"
+PEERS = {"compile": "#009E73", "reference": "#999999", "detectron2": "#CC79A7", "mmcv": "#E69F00"}
+GREY, FAINT = "#666666", "#E4E4E4"
+
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
 
 NAMES = {"compile": "torch.compile(reference)", "reference": "reference, eager"}
 LINE = 0.21  # inches of a case
@@ -86,7 +103,8 @@ def _speedup(axes: Any, at: float, standing: Standing) -> None:
     if ours is not None and speedup is not None:
         colour, name = (WIN, "ours, faster") if speedup >= 1 else (LOSS, "ours, slower")
         axes.barh(at, speedup - 1, left=1, height=0.62, color=colour, zorder=2, label=name)
-        axes.plot(ratio_range(baseline, ours), [at, at], color="black", linewidth=0.9, zorder=4, label="p20-p80")
+        spread = baseline.p20_us / ours.p80_us, baseline.p80_us / ours.p20_us
+        axes.plot(spread, [at, at], color="black", linewidth=0.9, zorder=4, label="p20-p80")
         _note(axes, at, f"{digits(speedup)}x", colour)
         if aim:
             axes.plot(aim, at, "|", color="black", markersize=10, markeredgewidth=2, zorder=5, label="aim")
