@@ -66,11 +66,6 @@ class RoICase(Case):
     def scales(self) -> list[float]:
         return [1 / s for s in self.strides]
 
-    @property
-    def cubic(self) -> float | None:
-        """Coefficient of bicubic samples, the default; None: bilinear ones."""
-        return -0.5 if self.interpolation == "bicubic" else None
-
     def boxes(self) -> Tensor:
         """[N, P, 4] float32 xyxy in pixels, on the CPU."""
         each = self.rois // self.images
@@ -101,35 +96,22 @@ class RoICase(Case):
         out = self.rois * self.channels * self.pooled**2 * item
         maps = self.images * sum(h * w for h, w in self.sizes)
         moved = (cells if mode == "forward" else maps) * self.channels * item
-        taps = 4 if self.cubic is None else 16
+        taps = 16 if self.interpolation == "bicubic" else 4
         return Work(bytes=out + moved + self.rois * 16, flops=2 * taps * samples * self.channels)
 
 
 @functools.cache
 def count_touched(case: RoICase) -> tuple[int, int]:
-    """Return the number of samples of all RoIs, and of the distinct cells that they touch."""
-    boxes = case.boxes()
-    levels = pyramid_levels(boxes, case.scales)  # [N, P]
-    samples = cells = 0
-    for level, ((height, width), scale) in enumerate(zip(case.sizes, case.scales, strict=True)):
-        for image in range(case.images):
-            corners = boxes[image][levels[image] == level] * scale - (0.5 if case.aligned else 0.0)  # [P', 4]
-            sides = corners[:, 2:] - corners[:, :2]
-            if not case.aligned:
-                sides = sides.clamp(min=1)
-            # A bin mixes the rows of its samples with their columns, so a RoI touches all its rows x all its columns.
-            x, y = (
-                reference.axis_weights(
-                    corners[:, i], sides[:, i], case.pooled, length, case.sampling_ratio, cubic=case.cubic
-                )
-                for i, length in enumerate((width, height))
-            )  # [P', bins, W], [P', bins, H]
-            x, y = (weights.ne(0).any(1).float() for weights in (x, y))
-            cells += int((y.T @ x).gt(0).sum())
-            ratio = float(case.sampling_ratio)
-            grid = torch.full_like(sides, ratio) if ratio > 0 else (sides / case.pooled).ceil()
-            samples += int(grid.prod(1).sum()) * case.pooled**2
-    return samples, cells
+    """Return the number of samples of all RoIs, and of the distinct cells that they touch: those with a gradient."""
+    case, boxes = replace(case, channels=1, reduction="mean"), case.boxes()
+    maps = [x.requires_grad_() for x in case.features(torch.float32, torch.contiguous_format, torch.device("cpu"))]
+    ours(Given(case, maps, boxes, None), "reference").sum().backward()
+    cells = sum(int(x.grad.count_nonzero()) for x in maps)
+    ratio = float(case.sampling_ratio)
+    scale = torch.tensor(case.scales)[pyramid_levels(boxes, case.scales)]  # [N, P]
+    sides = (boxes[..., 2:] - boxes[..., :2]) * scale[..., None]
+    grid = torch.full_like(sides, ratio) if ratio > 0 else (sides.clamp(min=1) / case.pooled).ceil()
+    return int(grid.prod(-1).sum()) * case.pooled**2, cells
 
 
 def one_map(kind: type[RoI], **fields: Any) -> RoI:
@@ -143,6 +125,7 @@ BOTH = ("forward", "backward")
 WHAT = "1,000 RoIs of 1 image to 7 x 7 from 4 levels"
 ONE_IMAGE = RoICase(name="roi-align-one-image", what=WHAT, images=1, rois=1000)
 BICUBIC = {"": Aim(words="≤ 2.5x the time of bilinear")}
+MASK_HEAD = "256 RoIs of 2 images to 14 x 14 from 4 levels"
 SIX = {"": Aim(times=6)}
 CASES = by_name(
     RoICase(
@@ -152,14 +135,7 @@ CASES = by_name(
         aims={"forward": Aim(times=6, us=100), "backward": Aim(times=6)},
         rois=1024,
     ),
-    RoICase(
-        name="roi-align-mask-head",
-        what="256 RoIs of 2 images to 14 x 14 from 4 levels",
-        modes=BOTH,
-        aims=SIX,
-        rois=256,
-        pooled=14,
-    ),
+    RoICase(name="roi-align-mask-head", what=MASK_HEAD, modes=BOTH, aims=SIX, rois=256, pooled=14),
     ONE_IMAGE,
     replace(ONE_IMAGE, name="roi-align-bicubic", what="the same, bicubic", aims=BICUBIC, interpolation="bicubic"),
     replace(ONE_IMAGE, name="roi-align-max", what="the same, max in place of mean", reduction="max"),
@@ -316,22 +292,21 @@ def _pyramid(case: str, mode: str, dtype: str, layout: str, provider: str) -> bo
     return fits and wanted.get(provider, False)
 
 
+DTYPES_AND_LAYOUTS = {"dtypes": ["fp32", "bf16", "fp16"], "layouts": ["nchw", "nhwc"]}
 test_multiscale_roi_align = BENCH.test(
     cases=[name for name in CASES if "-map" not in name],
     modes=["forward", "backward"],
-    dtypes=["fp32", "bf16", "fp16"],
-    layouts=["nchw", "nhwc"],
     where=_pyramid,
+    **DTYPES_AND_LAYOUTS,
 )
 test_roi_align = BENCH.test(
     cases=["roi-align-map", "roi-align-map-adaptive"],
-    dtypes=["fp32", "bf16", "fp16"],
-    layouts=["nchw", "nhwc"],
     where=lambda case, mode, dtype, layout, provider: (
         (dtype, layout) in (("fp32", "nchw"), ("fp32", "nhwc"), ("bf16", "nhwc"), ("fp16", "nchw"))
         and (provider in ("triton", "torchvision") or (dtype, layout) == ("fp32", "nchw"))
         and provider != "compile"
     ),
+    **DTYPES_AND_LAYOUTS,
 )
 
 

@@ -3,21 +3,19 @@
 Each starts from the batch as its own loader hands it over, on the device. torchvision takes lists of images and targets
 and normalises and pads inside the model; ours takes padded tensors with packed masks.
 
-The gate has two parts. In full float32 our losses of the same anchors and RoIs must be torchvision's within SAME. Then
-the losses of each timed step must be near those of its own library for the same seed. TF32 and half precision move
-proposals, and so the sample of RoIs: hence the width of NEAR. Letters: N images, S sampled slots, P proposals.
+The gate has two parts. In full float32 our losses must be those of the reference ops within SAME. Then the losses of
+each timed step must be near those of its own library for the same seed. TF32 and half precision move proposals, and so
+the sample of RoIs: hence the width of NEAR. That the losses of one sample are torchvision's is a test
+(tests/model/test_torchvision_parity.py): the two libraries draw other samples.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bench.contest import Call, Contest, variants
@@ -27,8 +25,7 @@ from bench.model._pair import PROVIDERS, Pair, contest_of, problem_of
 from tmask.config import TrainConfig
 from tmask.engine.device import autocast, to_device
 from tmask.engine.optimizer import build_optimizer
-from tmask.model.sampling import Sample
-from tmask.structures import Proposals
+from tmask_kernels import use_backend
 
 SEED = 0
 SAME, NEAR = 1e-3, 0.1  # of a loss
@@ -40,7 +37,7 @@ Losses = Mapping[str, Tensor]
 
 
 class Truth(NamedTuple):
-    """Losses in full float32 after the same seed, of each library, and how ours differ from torchvision's."""
+    """Losses in full float32 after the same seed, of each library, and how ours differ from the reference ops'."""
 
     theirs: Losses
     ours: Losses
@@ -99,7 +96,7 @@ def training(name: str, dtype: str, layout: str) -> Contest:
         return call
 
     def check(got: Losses, truth: Truth, ours: bool) -> None:
-        assert not ours or truth.problem is None, f"in full float32, of the same RoIs: {truth.problem}"
+        assert not ours or truth.problem is None, f"in full float32: {truth.problem}"
         near = NEAR if ours or dtype == "fp32" else NEAR_OF_PEERS
         full = dtype == "fp32" and device().type == "cpu"
         check_near(got, truth.ours if ours else truth.theirs, SAME if full else near)
@@ -110,12 +107,17 @@ def training(name: str, dtype: str, layout: str) -> Contest:
 @torch.no_grad()
 def true_losses(pair: Pair) -> Truth:
     """The truth of a contest."""
-    with tf32(allowed=False):
-        theirs, same = losses_of_one_sample(pair)
+
+    def losses(model: Any) -> Losses:
         torch.manual_seed(SEED)
-        ours = pair.ours(pair.images, pair.targets)
-    problem = same if isinstance(same, str) else problem_of(lambda: check_near(same, theirs, SAME))
-    return Truth(theirs, ours, problem)
+        found: Losses = model(pair.images, [dict(target) for target in pair.targets])
+        return found
+
+    with tf32(allowed=False):
+        theirs, ours = losses(pair.theirs), losses(pair.ours)
+        with use_backend("reference"):
+            true = losses(pair.ours)
+    return Truth(theirs, true, problem_of(lambda: check_near(ours, true, SAME)))
 
 
 def check_near(given: Losses, true: Losses, tolerance: float) -> None:
@@ -124,69 +126,3 @@ def check_near(given: Losses, true: Losses, tolerance: float) -> None:
     for name, loss in true.items():
         off = abs(float(given[name]) / float(loss) - 1)
         assert off <= tolerance, f"{name} {float(given[name]):.5f}, expected {float(loss):.5f} within {tolerance:.1%}"
-
-
-def losses_of_one_sample(pair: Pair) -> tuple[Losses, Losses | str]:
-    """torchvision's losses after SEED, and ours of its anchors, its proposals and its RoIs.
-
-    If the two libraries do not call the same candidates positive, the difference in words replaces our losses.
-    """
-    theirs, ours = pair.theirs, pair.ours
-    proposals: list[Tensor] = []  # torchvision's, [P, 4] of each image
-
-    def keep(module: Any, args: Any, out: Any) -> None:
-        proposals.extend(out[0])
-
-    def replace(module: Any, args: Any, out: Any) -> Any:
-        most = max(map(len, proposals))
-        boxes = torch.stack([F.pad(boxes, (0, 0, 0, most - len(boxes))) for boxes in proposals])  # [N, P, 4]
-        counts = torch.tensor([len(boxes) for boxes in proposals], device=boxes.device)
-        return Proposals(boxes, boxes[..., 0], counts), out[1]
-
-    with contextlib.ExitStack() as stack:
-        for their, our, padded in ((theirs.rpn, ours.rpn, ()), (theirs.roi_heads, ours.roi_heads, proposals)):
-            drawn: list[list[Tensor]] = []
-            stack.enter_context(mock.patch.object(their, "fg_bg_sampler", _recorded(their.fg_bg_sampler, drawn)))
-            stack.enter_context(mock.patch.object(our, "sampler", _replay(drawn, padded)))
-        stack.callback(theirs.rpn.register_forward_hook(keep).remove)
-        stack.callback(ours.rpn.register_forward_hook(replace).remove)
-        torch.manual_seed(SEED)
-        their_losses = theirs(pair.images, [dict(target) for target in pair.targets])
-        try:
-            return their_losses, ours(pair.images, pair.targets)
-        except AssertionError as error:
-            return their_losses, str(error)
-
-
-def _recorded(sampler: Any, drawn: list[list[Tensor]]) -> Any:
-    """torchvision's sampler; `drawn` becomes its choice: the positives and the negatives of each image, 0 and 1."""
-
-    def record(labels: list[Tensor]) -> list[list[Tensor]]:
-        drawn[:] = sampler(labels)
-        return drawn
-
-    return record
-
-
-def _replay(drawn: list[list[Tensor]], proposals: Sequence[Tensor]) -> Any:
-    """Our sampler making the recorded choice.
-
-    `proposals`: those of each image where the candidates are RoIs. Ours are padded to the longest list, and ground
-    truth follows the padding.
-    """
-
-    def sampler(positive: Tensor, negative: Tensor, *, size: int, positive_fraction: float) -> Sample:
-        slots = torch.arange(size, device=positive.device)
-        samples = []
-        for i, masks in enumerate(zip(*drawn, strict=True)):
-            first, others = (mask.nonzero()[:, 0] for mask in masks)
-            rows = torch.cat([first, others])
-            if proposals:
-                count = len(proposals[i])
-                rows = torch.where(rows >= count, rows + max(map(len, proposals)) - count, rows)
-            assert positive[i, rows[: len(first)]].all(), "a RoI is positive in torchvision alone"
-            assert negative[i, rows[len(first) :]].all(), "a RoI is negative in torchvision alone"
-            samples.append((F.pad(rows, (0, size - len(rows))), slots < len(first), slots < len(rows)))
-        return Sample(*(torch.stack(column) for column in zip(*samples, strict=True)))
-
-    return sampler
