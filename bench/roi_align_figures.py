@@ -209,98 +209,92 @@ def sample_points() -> Any:
     figure = Figure(figsize=(9, 6.65))
     axes = figure.subplots(2, 3)
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.015, top=0.955, wspace=0.04, hspace=0.12)
-    views = (_photograph, _roi_pool, _fixed, _unaligned, _adaptive, _bicubic)
-    for view, ax, letter in zip(views, axes.flat, "abcdef", strict=True):
+    adaptive = [ticks.shape[1] for ticks in samples(COARSE_BINS, COARSE, 0, True)]
+    views = {
+        "photograph, cells of 32 pixels, box": _draw_photograph,
+        "RoIPool: bins of whole cells, the largest wins": _draw_roi_pool,
+        "RoIAlign, aligned=True, 2 x 2 samples a bin": _draw_roi_align,
+        "aligned=False: half a cell right and down": functools.partial(_draw_roi_align, aligned=False),
+        f"adaptive: {adaptive[0]} x {adaptive[1]} samples a bin": functools.partial(_draw_roi_align, ratio=0),
+        "bicubic: 16 cells of one sample, in percent": _draw_bicubic,
+    }
+    for (title, view), ax, letter in zip(views.items(), axes.flat, "abcdef", strict=True):
         ax.set(xticks=[], yticks=[], xlim=(LEFT, RIGHT), ylim=(BOTTOM, TOP))
-        if view is not _photograph:
-            cells = feature_map(COARSE)[0, 0].numpy()
-            extent = (0, cells.shape[1], cells.shape[0], 0)
-            ax.imshow(cells, cmap="gray", vmin=-260, vmax=255, extent=extent, interpolation="nearest")
-            _grid(ax, "white")
-            if view is not _roi_pool:
-                _box(ax)
-        ax.set_title(f"{letter}  {view(ax)}", loc="left", fontsize=8.5, color="black")
+        view(ax)
+        ax.set_title(f"{letter}  {title}", loc="left", fontsize=8.5, color="black")
         for spine in ax.spines.values():
             spine.set(visible=True, color=GREY, linewidth=0.8)
     return figure
 
 
-def _grid(ax: Any, colour: str) -> None:
-    """Lines between cells."""
+def _draw_cells(ax: Any, image: Tensor, lines: str) -> None:
+    """An image [H, W] or [H, W, 3] whose pixels or cells fill its extent, and the lines between cells."""
+    height, width = (side / COARSE for side in photograph().shape[1:])
+    if image.dim() == 2:
+        height, width = image.shape
+    style = {"cmap": "gray", "vmin": -260, "vmax": 255, "interpolation": "nearest"} if image.dim() == 2 else {}
+    ax.imshow(image.numpy(), extent=(0, width, height, 0), **style)
     for x in range(LEFT + 1, RIGHT):
-        ax.axvline(x, color=colour, linewidth=0.6)
+        ax.axvline(x, color=lines, linewidth=0.6)
     for y in range(TOP + 1, BOTTOM):
-        ax.axhline(y, color=colour, linewidth=0.6)
+        ax.axhline(y, color=lines, linewidth=0.6)
 
 
-def _box(ax: Any, colour: str = BLUE, lines: bool = True) -> None:
+def _draw_box(ax: Any, colour: str = BLUE, bins: int = 1) -> None:
     """The box, and the borders of its bins."""
     x1, y1, x2, y2 = (side / COARSE for side in BOX)
-    _rectangle(ax, x1, y1, x2, y2, colour, 1.8)
-    for i in range(1, COARSE_BINS * lines):
-        share = i / COARSE_BINS
+    _draw_rectangle(ax, x1, y1, x2, y2, colour, 1.8)
+    for share in (i / bins for i in range(1, bins)):
         ax.plot([x1 + share * (x2 - x1)] * 2, [y1, y2], color=colour, linewidth=0.9)
         ax.plot([x1, x2], [y1 + share * (y2 - y1)] * 2, color=colour, linewidth=0.9)
 
 
-def _rectangle(ax: Any, x1: float, y1: float, x2: float, y2: float, colour: str, width: float, **style: Any) -> None:
+def _draw_rectangle(
+    ax: Any, x1: float, y1: float, x2: float, y2: float, colour: str, width: float, **style: Any
+) -> None:
     from matplotlib.patches import Rectangle
 
     style = {"fill": False, "edgecolor": colour, "linewidth": width, "zorder": 3} | style
     ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, **style))
 
 
-def _dots(ax: Any, at: tuple[Tensor, Tensor], colour: str) -> None:
-    y, x = torch.meshgrid(at[0].flatten(), at[1].flatten(), indexing="ij")
-    ax.scatter(x.numpy(), y.numpy(), s=17, color=colour, edgecolor="white", linewidth=0.6, zorder=4)
+def _draw_photograph(ax: Any) -> None:
+    _draw_cells(ax, photograph().permute(1, 2, 0).byte(), "#FFFFFF88")
+    _draw_box(ax, "#56B4E9")
 
 
-def _photograph(ax: Any) -> str:
-    image = photograph()
-    height, width = (side / COARSE for side in image.shape[1:])
-    ax.imshow(image.permute(1, 2, 0).byte().numpy(), extent=(0, width, height, 0), interpolation="antialiased")
-    _grid(ax, "#FFFFFF88")
-    _box(ax, "#56B4E9", lines=False)
-    return "photograph, cells of 32 pixels, box"
-
-
-def _roi_pool(ax: Any) -> str:
+def _draw_roi_pool(ax: Any) -> None:
     """Bins in two colours, to show the cells they share; a dot in each cell that wins."""
+    _draw_cells(ax, feature_map(COARSE)[0, 0], "white")
     rows, columns, largest = rounded(COARSE_BINS, COARSE)
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
             (y1, *_, y2), (x1, *_, x2) = row.nonzero()[:, 0].tolist(), column.nonzero()[:, 0].tolist()
             inset = 0.06 + 0.1 * ((i + j) % 2)
             colour = (VERMILION, "#7A3300")[(i + j) % 2]
-            _rectangle(ax, x1 + inset, y1 + inset, x2 + 1 - inset, y2 + 1 - inset, colour, 1.3)
+            _draw_rectangle(ax, x1 + inset, y1 + inset, x2 + 1 - inset, y2 + 1 - inset, colour, 1.3)
     y, x = largest.nonzero().T + 0.5
     ax.scatter(x.numpy(), y.numpy(), s=26, color=VERMILION, edgecolor="white", linewidth=0.6, zorder=4)
-    _box(ax, lines=False)
-    return "RoIPool: bins of whole cells, the largest wins"
+    _draw_box(ax)
 
 
-def _fixed(ax: Any) -> str:
-    _dots(ax, samples(COARSE_BINS, COARSE, 2, True), BLUE)
-    return "RoIAlign, aligned=True, 2 x 2 samples a bin"
+def _draw_roi_align(ax: Any, ratio: int = 2, aligned: bool = True) -> None:
+    """A dot for each sample; of unaligned ones a line to its aligned place."""
+    _draw_cells(ax, feature_map(COARSE)[0, 0], "white")
+    _draw_box(ax, bins=COARSE_BINS)
+    right, found = (samples(COARSE_BINS, COARSE, ratio, each) for each in (True, aligned))
+    grids = [torch.meshgrid(y.flatten(), x.flatten(), indexing="ij") for y, x in (right, found)]
+    (y0, x0), (y, x) = [[side.flatten().numpy() for side in grid] for grid in grids]
+    colour = BLUE if aligned else PURPLE
+    if not aligned:
+        ax.plot([x0, x], [y0, y], color=colour, linewidth=1, zorder=3)
+    ax.scatter(x, y, s=17, color=colour, edgecolor="white", linewidth=0.6, zorder=4)
 
 
-def _unaligned(ax: Any) -> str:
-    right, wrong = (samples(COARSE_BINS, COARSE, 2, aligned) for aligned in (True, False))
-    for y in zip(right[0].flatten(), wrong[0].flatten(), strict=True):
-        for x in zip(right[1].flatten(), wrong[1].flatten(), strict=True):
-            ax.plot(x, y, color=PURPLE, linewidth=1, zorder=3)
-    _dots(ax, wrong, PURPLE)
-    return "aligned=False: half a cell right and down"
-
-
-def _adaptive(ax: Any) -> str:
-    y, x = samples(COARSE_BINS, COARSE, 0, True)
-    _dots(ax, (y, x), BLUE)
-    return f"adaptive: {y.shape[1]} x {x.shape[1]} samples a bin"
-
-
-def _bicubic(ax: Any) -> str:
+def _draw_bicubic(ax: Any) -> None:
     """One sample of the middle bin, close up, with the weights of its cells in percent."""
+    _draw_cells(ax, feature_map(COARSE)[0, 0], "white")
+    _draw_box(ax, bins=COARSE_BINS)
     ys, xs = samples(COARSE_BINS, COARSE, 2, True)
     x, y = float(xs[1, 1]), float(ys[1, 0])
     weights, near = taps(x, y, "bicubic"), taps(x, y, "bilinear") > 0
@@ -308,13 +302,12 @@ def _bicubic(ax: Any) -> str:
         percent = float(weights[row, column]) * 100
         colour = GREEN if percent > 0 else VERMILION
         corners = (column + 0.04, row + 0.04, column + 0.96, row + 0.96)
-        _rectangle(ax, *corners, colour, 0, facecolor="white", alpha=0.85, fill=True)
-        _rectangle(ax, *corners, colour, 2.0 if near[row, column] else 0.9)
+        _draw_rectangle(ax, *corners, colour, 0, facecolor="white", alpha=0.85, fill=True)
+        _draw_rectangle(ax, *corners, colour, 2.0 if near[row, column] else 0.9)
         text = f"{percent:.1f}" if abs(percent) >= 0.05 else "0"
         ax.text(column + 0.5, row + 0.42, text, ha="center", fontsize=8.5, color="black", zorder=6)
     ax.scatter(x, y, s=60, color=BLUE, edgecolor="white", linewidth=0.8, zorder=7)
     ax.set(xlim=(x - 2.9, x + 2.9), ylim=(y + 2.9 * 12 / 11, y - 2.9 * 12 / 11))
-    return "bicubic: 16 cells of one sample, in percent"
 
 
 def shifts() -> Any:
@@ -334,12 +327,12 @@ def shifts() -> Any:
         if name in ("RoIPool", "RoIAlign, `aligned=True`"):
             panels[1].plot(shift, photo.got[:, *BIN].numpy(), color=colour, **style)
             panels[1].plot(shift, photo.exact[:, *BIN].numpy(), color=colour, linestyle=":", linewidth=1.8)
-    titles = (
-        ("a  linear ramp: the middle bin", "cells from the bin's first centre"),
-        ("b  photograph: one bin", "grey level; dotted: exact"),
-        ("c  photograph: error of all bins", "grey levels, root mean square"),
-    )
-    for ax, (title, label) in zip(panels, titles, strict=True):
+    titles = {
+        "a  linear ramp: the middle bin": "cells from the bin's first centre",
+        "b  photograph: one bin": "grey level; dotted: exact",
+        "c  photograph: error of all bins": "grey levels, root mean square",
+    }
+    for ax, (title, label) in zip(panels, titles.items(), strict=True):
         ax.set_title(title, loc="left", fontsize=8.5, color="black")
         ax.set_xlabel("box moved right by, in cells")
         ax.set_ylabel(label, labelpad=2)

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.ablate.report import RESULT, RULE, draw, markdown
-from bench.ablate.runs import VERSION, settings
+from bench.ablate.report import RULE, draw, markdown
+from bench.ablate.runs import RESULT, VERSION, settings
 from bench.ablate.table import Table, tables
 from bench.result import ROOT
 from bench.tables import replace_table

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
-from bench.ablate.runs import BROKEN, DONE, Plan
+from bench.ablate.runs import BROKEN, DONE, RESULT, Plan
 from bench.ablate.runs import result as result_of
 from bench.ablate.table import Claim, Table
 from bench.charts import BASE, DPI, FAINT, GREY, STYLE, WIDTH, WIN
@@ -17,7 +17,7 @@ from bench.tables import table as markdown_table
 from bench.tables import text
 from tmask.engine.files import replace_text, replacing
 
-RESULT, MARKDOWN, CHART = "result.json", "table.md", "chart.png"
+MARKDOWN, CHART = "table.md", "chart.png"
 ROW = 0.42  # inches of the chart
 FACTOR = 2.0  # standard errors that a difference must reach
 RULE = (

@@ -89,8 +89,8 @@ def run_table(plan: Plan, *, command: Sequence[str] = TRAIN, say: Say = say) -> 
     runs = plan.runs()
     with held(plan.out, "ablate"), noted_signals() as signals:
         say(f"{plan.table.title}: {len(runs)} runs in {plan.out}")
+        report.write(plan)  # first: from now on the folder is one of this table
         prepare(plan)
-        report.write(plan)
         for number, run in enumerate(runs, 1):
             wait_for(run.folder, signals, say)
             if run.state != DONE and not signals:

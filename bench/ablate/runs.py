@@ -12,9 +12,8 @@ from typing import Any
 import yaml
 
 from bench.ablate.table import Setting, Table
-from tmask.config import DataConfig, ModelConfig, TrainConfig, from_dict
+from tmask.config import DataConfig, TrainConfig, from_dict
 from tmask.data.mask_classes import mask_category_ids
-from tmask.data.shapes import GENERATOR_VERSION
 from tmask.demo import make_data
 from tmask.engine.checkpoint import differences
 from tmask.engine.files import CHECKPOINT_NAME, LOG_NAME, METRICS_NAME, part_of, replace_text
@@ -22,11 +21,10 @@ from tmask.engine.log import read_log
 from tmask.presets import TRAIN_PRESETS, model_config
 
 VERSION = 1  # of a result
-RECORD, LOG = "ablation.json", "ablate.log"  # of a table: all its settings; its output in the background
+RESULT, LOG = "result.json", "ablate.log"  # of a table: settings and outcomes; its output in the background
 SETTINGS, TRAIN_LOG, TRAINED_BY = "settings.yaml", "train.log", "trained_by.txt"  # in the folder of a run
 FAILED = "failed.txt"  # why the training failed, until the next attempt
 DONE, BROKEN, BEGUN, WAITING = "done", "failed", "begun", "waiting"
-GROUPS = {"model": ModelConfig, "train": TrainConfig, "data": DataConfig}
 COCO = {  # paths inside COCO 2017 as published
     "train_images": "train2017",
     "train_annotations": "annotations/instances_train2017.json",
@@ -89,26 +87,21 @@ class Plan:
     def configs(self, variant: str) -> dict[str, dict[str, Any]]:
         """Every field of the model, train and data configs. Seed and paths keep their defaults."""
         preset = self.setting.preset
-        own: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+        own: dict[str, dict[str, Any]] = {"model": {}, "train": {}, "data": {}}
         for name, value in {**self.setting.changes, **self.table.variants[variant].changes}.items():
             group, _, field = name.partition(".")
             own[group][field] = value
         if self.backbone_weights:
             own["model"]["backbone_weights"] = str(self.backbone_weights)
         train = dataclasses.asdict(TRAIN_PRESETS[preset]) | own["train"]
-        model = dataclasses.asdict(model_config(preset, **own["model"]))
-        return _whole({"model": model, "train": train, "data": own["data"]})
-
-    def record(self) -> dict[str, Any]:
-        """All that decides the figures except for the seeds, so that more seeds may be added later."""
-        shapes = self.setting.shapes
-        return {
-            "table": self.table.name,
-            "preset": self.setting.preset,
-            "shapes": {**shapes, "generator": GENERATOR_VERSION} if shapes else None,
-            "coco": str(self.coco) if self.coco else None,
-            "variants": {variant: self.configs(variant) for variant in self.table.variants},
+        parts = {
+            "model": model_config(preset, **own["model"]),
+            "train": from_dict(TrainConfig, train),
+            "data": from_dict(DataConfig, own["data"]),
         }
+        configs: dict[str, Any] = json.loads(json.dumps(parts, default=dataclasses.asdict))
+        del configs["model"]["num_classes"]  # the training data decide it
+        return configs
 
     def metrics(self, run: Run) -> dict[str, float]:
         """The figures over all classes.
@@ -156,9 +149,9 @@ def check(plan: Plan) -> None:
         raise ValueError(f"--backbone_weights: needed with --coco: torchvision's ImageNet weights of {backbone}")
     if weights is not None and not weights.is_file():
         raise ValueError(f"--backbone_weights: no such file: {weights}")
-    out, path = f"--out {plan.out}", plan.out / RECORD
+    out, path = f"--out {plan.out}", plan.out / RESULT
     if not path.is_file():
-        ours = {"lock", ".tmask.lock", LOG, part_of(path).name}  # a killed table may leave these and no record
+        ours = {"lock", ".tmask.lock", LOG, part_of(path).name}  # a killed table may leave these and no result
         if plan.out.is_dir() and {item.name for item in plan.out.iterdir()} - ours:
             raise ValueError(f"{out}: expected an empty folder or one of this table, but it holds other files")
         return
@@ -168,19 +161,12 @@ def check(plan: Plan) -> None:
         raise ValueError(f"{path}: damaged: {error}") from error
     if saved.get("table") != plan.table.name:
         raise ValueError(f"{out}: holds the table {saved.get('table')!r}, not {plan.table.name!r}")
-    try:  # settings that are newer than the record get their defaults
-        saved["variants"] = {name: _whole(configs) for name, configs in saved["variants"].items()}
-    except ValueError as error:
-        raise ValueError(f"{out}: holds this table in other settings: {error}") from error
-    if changed := differences(_flat(saved), _flat(plan.record())):
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise ValueError(f"{out}: holds this table in other settings: {'; '.join(changed[:3])}{more}")
+    if changed := differences(saved["settings"], settings(plan.table, plan.setting)):
+        raise ValueError(f"{out}: holds this table in other settings: {'; '.join(changed)}")
 
 
 def prepare(plan: Plan) -> None:
-    """Draw missing data, and write the record and the settings of every run."""
-    plan.out.mkdir(parents=True, exist_ok=True)
-    replace_text(plan.out / RECORD, json.dumps(plan.record(), indent=1))
+    """Draw missing data, and write the settings of every run."""
     paths = data_paths(plan)
     for run in plan.runs():
         configs = plan.configs(run.variant)
@@ -225,19 +211,3 @@ def _outcome(run: Run, plan: Plan) -> dict[str, Any]:
         reason = (run.folder / FAILED).read_text(encoding="utf-8").strip()
         found |= {"reason": reason, "log": str((run.folder / TRAIN_LOG).relative_to(plan.out))}
     return found
-
-
-def _whole(configs: dict[str, Any]) -> dict[str, Any]:
-    """Return configs with every field, as JSON has them; the training data decide the number of classes."""
-    parts = {group: dataclasses.asdict(from_dict(kind, configs[group])) for group, kind in GROUPS.items()}
-    del parts["model"]["num_classes"]
-    whole: dict[str, Any] = json.loads(json.dumps(parts))
-    return whole
-
-
-def _flat(values: Any, name: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names."""
-    if not isinstance(values, dict) or not values:
-        return {name: values}
-    parts = (_flat(value, f"{name}.{key}" if name else key) for key, value in values.items())
-    return {dotted: value for part in parts for dotted, value in part.items()}

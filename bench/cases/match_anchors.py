@@ -169,11 +169,12 @@ def blocks() -> Contest:
     """One provider for each number of anchors and warps of a program."""
     from tmask_kernels.ops.match_anchors import kernels
 
-    launches = {
-        f"anchors={anchors},warps={warps}": {"pick_block": lambda *_, block=kernels.Block(anchors, warps): block}
+    blocks = {
+        f"anchors={anchors},warps={warps}": kernels.Block(anchors, warps)
         for anchors, warps in itertools.product((32, 64, 128, 256, 512, 1024), (1, 2, 4, 8))
         if 1 <= anchors / (32 * warps) <= 8  # anchors a thread: some work, and no spills
     }
+    launches = {name: {"pick_block": lambda *_, block=block: block} for name, block in blocks.items()}
     return BENCH.sweep(["match-anchors"], kernels, launches)
 
 

@@ -96,31 +96,22 @@ def test_a_run_is_a_config_that_train_takes(plan: Plan) -> None:
 
 def test_more_seeds_may_be_added_but_nothing_else_changed(plan: Plan) -> None:
     plan.out.mkdir()
-    for name in (".ablation.json.part", ".tmask.lock"):  # of a call that was killed before it wrote anything else
+    for name in (".result.json.part", ".tmask.lock"):  # of a call that was killed before it wrote anything else
         (plan.out / name).touch()
     check(plan)
     (plan.out / "thesis.tex").touch()
     with pytest.raises(ValueError, match="expected an empty folder or one of this table"):
         check(plan)
-    prepare(plan)
+    saved = plan.out / "result.json"
+    saved.write_text(json.dumps(result(plan)))
     check(dataclasses.replace(plan, seeds=3))
     with pytest.raises(ValueError, match=r"holds the table 'pooling', not 'other'"):
         check(dataclasses.replace(plan, table=dataclasses.replace(TABLE, name="other")))
-    record = plan.out / "ablation.json"
-    saved = json.loads(record.read_text())
-    for configs in saved["variants"].values():  # as an older version wrote it, without settings that came later
-        del configs["model"]["neck"], configs["model"]["roi_extractor"]["interpolation"]
-        del configs["train"]["only"], configs["data"]["mask_classes"]
-    for text in (record.read_text(), json.dumps(saved)):
-        record.write_text(text)
+    with pytest.raises(ValueError, match=r"other settings: changed: {'train.steps': 4, .*} -> {'train.steps': 5"):
+        check(dataclasses.replace(plan, table=LONGER))
+    saved.write_text("{")
+    with pytest.raises(ValueError, match=r"result.json: damaged"):
         check(plan)
-        with pytest.raises(ValueError, match=r"other settings: variants.align.train.steps: 4 -> 5; variants.pool"):
-            check(dataclasses.replace(plan, table=LONGER))
-    saved["variants"]["pool"]["model"]["gone"] = 1
-    for text, message in ((json.dumps(saved), "unknown ModelConfig setting 'gone'"), ("{", "ablation.json: damaged")):
-        record.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            check(plan)
 
 
 def test_coco_and_its_weights_must_be_there(plan: Plan, tmp_path: Path) -> None:
@@ -178,16 +169,16 @@ def test_chance_alone_comes_out_as_rarely_as_the_rule_says() -> None:
         assert words.count(word) / 1500 == pytest.approx(0.06, abs=0.02)
 
 
-def made(**states: Any) -> dict[str, Any]:
+def made(**runs: Any) -> dict[str, Any]:
     """A result in which run "pool1" is seed 1 of pool: its figures, None if it waits, or why it failed."""
     found = []
-    for key, value in states.items():
+    for key, value in runs.items():
         run: dict[str, Any] = {"variant": key[:-1], "seed": int(key[-1]), "state": "waiting"}
         if isinstance(value, str):
             run |= {"state": "failed", "reason": value, "log": f"{key[:-1]}/seed-{key[-1]}/train.log"}
         elif value is not None:
-            run |= {"state": "done", "metrics": {"segm/AP75": value[0], "bbox/AP": value[1]}, "minutes": value[2]}
-            run |= {"trained_by": [CPU]}
+            metrics = dict(zip(TABLE.metrics, value, strict=False))
+            run |= {"state": "done", "metrics": metrics, "minutes": value[2], "trained_by": [CPU]}
         found.append(run)
     parts = {"version": 1, "table": "pooling", "setting": "small", "seeds": 2, "settings": settings(TABLE, SETTING)}
     return {**parts, "runs": found}
@@ -195,31 +186,31 @@ def made(**states: Any) -> dict[str, Any]:
 
 WHOLE = made(pool0=(0.2, 0.3, 4), align0=(0.3, 0.3, 5), pool1=(0.22, 0.4, 6), align1=(0.33, 0.31, 7))
 PART = made(pool0=(0.2, 0.3, 4), align0=(-1, 0.3, 5), pool1=None, align1="died of SIGKILL: 100%|###")
-UNEXPECTED = "within the spread (not expected of a small data set)"
-LINES_OF_WHOLE = [
-    "| RoIPool | 20.0, 22.0 | 21.0 | 20.0..22.0 | 1.4 | 35.0 | 23.6 |",
-    "| RoIAlign | 30.0, 33.0 | 31.5 | 30.0..33.0 | 2.1 | 30.5 | 30.9 |",
-    "| RoIAlign over RoIPool, segm/AP75 | +10.5 | +10.5 | 1.8 | came out |",
-    f"| RoIAlign over RoIPool, bbox/AP | - | -4.5 | 5.0 | {UNEXPECTED} |",
-    "| RoIAlign over RoIPool, segm/AP75 | above | +10.5 | 1.8 | came out |",
-    "- Every run: preset `tiny`, `train.steps` 4, `data.hflip` 0.0; seeds 0 to 1.",
-    '- RoIPool: `model.roi_extractor` {"op": "roi_pool"}.',
-    f"- {CPU}; a run trained for 5.5 min (median), the longest for 7.0.",
-    "![Every seed's value of each variant](chart.png)",
-]
-LINES_OF_PART = [
-    "**Partial: 2 of 4 runs.**",
-    "| RoIPool | 20.0 (1 of 2 seeds) | 20.0 | 20.0..20.0 | - | 30.0 | 23.6 |",
-    "| RoIAlign | - (1 of 2 seeds) | - | - | - | 30.0 | 30.9 |",  # -1: no such object, hence no figure
-    "| RoIAlign over RoIPool, segm/AP75 | +10.5 | - | - | no result yet |",
-    r"- **Failed**: RoIAlign, seed 1: died of SIGKILL: 100%\|### (`align/seed-1/train.log`)",
-]
+LINES_OF_WHOLE = f"""
+| RoIPool | 20.0, 22.0 | 21.0 | 20.0..22.0 | 1.4 | 35.0 | 23.6 |
+| RoIAlign | 30.0, 33.0 | 31.5 | 30.0..33.0 | 2.1 | 30.5 | 30.9 |
+| RoIAlign over RoIPool, segm/AP75 | +10.5 | +10.5 | 1.8 | came out |
+| RoIAlign over RoIPool, bbox/AP | - | -4.5 | 5.0 | within the spread (not expected of a small data set) |
+| RoIAlign over RoIPool, segm/AP75 | above | +10.5 | 1.8 | came out |
+- Every run: preset `tiny`, `train.steps` 4, `data.hflip` 0.0; seeds 0 to 1.
+- RoIPool: `model.roi_extractor` {{"op": "roi_pool"}}.
+- {CPU}; a run trained for 5.5 min (median), the longest for 7.0.
+![Every seed's value of each variant](chart.png)
+"""
+# A figure of -1 means that there is no such object, hence no figure.
+LINES_OF_PART = r"""
+**Partial: 2 of 4 runs.**
+| RoIPool | 20.0 (1 of 2 seeds) | 20.0 | 20.0..20.0 | - | 30.0 | 23.6 |
+| RoIAlign | - (1 of 2 seeds) | - | - | - | 30.0 | 30.9 |
+| RoIAlign over RoIPool, segm/AP75 | +10.5 | - | - | no result yet |
+- **Failed**: RoIAlign, seed 1: died of SIGKILL: 100%\|### (`align/seed-1/train.log`)
+"""
 
 
 @pytest.mark.parametrize(("found", "lines"), [(WHOLE, LINES_OF_WHOLE), (PART, LINES_OF_PART)], ids=["whole", "partial"])
-def test_a_table_shows_every_seed_the_verdicts_and_what_is_missing(found: dict[str, Any], lines: list[str]) -> None:
+def test_a_table_shows_every_seed_the_verdicts_and_what_is_missing(found: dict[str, Any], lines: str) -> None:
     text = markdown(TABLE, found, chart="chart.png")
-    assert [line for line in lines if line not in text.splitlines()] == []
+    assert [line for line in lines.split("\n") if line not in text.split("\n")] == []
     assert [word in text for word in ("Partial", "Failed")] == [found is PART] * 2
     chart = io.BytesIO()
     draw(TABLE, found, chart)
@@ -232,10 +223,9 @@ def test_the_page_is_made_of_the_results_in_the_repository() -> None:
 
 
 def test_a_result_is_published_with_its_chart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    page = tmp_path / "page.md"
+    page, images = tmp_path / "page.md", tmp_path / "images"
     begin, end = "before\n<!-- table ablations: x -->\n", "<!-- end of ablations -->\nafter\n"
-    table = dataclasses.replace(TABLE, finding="It is so.")
-    monkeypatch.setattr(publish, "tables", lambda: {"pooling": table})
+    monkeypatch.setattr(publish, "tables", lambda: {"pooling": dataclasses.replace(TABLE, finding="It is so.")})
     monkeypatch.setattr(publish, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(publish, "PAGE", page)
     page.write_text(f"{begin}old\n{end}")
@@ -250,12 +240,11 @@ def test_a_result_is_published_with_its_chart(tmp_path: Path, monkeypatch: pytes
     assert f"{head}**Not measured yet.** Published (A paper):\n\n- RoIPool: 23.6\n" in page.read_text()
     small = f"{head}{markdown(TABLE, WHOLE, chart='images/ablate_pooling.png')}\nIt is so.\n"
     assert published(0) == f"{begin}{report.RULE}\n\n{small}{end}"
-    assert (tmp_path / "images" / "ablate_pooling.png").is_file()
     assert json.loads((tmp_path / "results" / "pooling.json").read_text()) == WHOLE
     both = published(0, setting="full", seeds=7, settings=settings(TABLE, TABLE.full))
     assert f"{small}\n### On COCO\n\n" in both
     assert "(images/ablate_pooling_full.png)" in both
-    assert (tmp_path / "images" / "ablate_pooling_full.png").is_file()
+    assert {path.name for path in images.iterdir()} == {"ablate_pooling.png", "ablate_pooling_full.png"}
     for other in (settings(TABLE, LONGER.small), settings(TABLE, TABLE.full)):
         assert published(2, settings=other) == both
         assert "the table pooling has other settings now: run it again" in capsys.readouterr().err
@@ -313,6 +302,14 @@ figure = 0.4 if "align" in str(out) else 0.3
 """
 
 
+@pytest.fixture
+def table(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trial:
+    monkeypatch.setattr(report, "draw", lambda table, result, file: file.write(b"a chart"))  # which takes its time
+    monkeypatch.setattr(runner, "machine", lambda: CPU)
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    return Trial(plan, tmp_path / "stand_in.py")
+
+
 class Trial:
     """A table whose trainer is the stand-in; `said` collects its lines."""
 
@@ -333,14 +330,6 @@ class Trial:
 
     def states(self) -> list[str]:
         return [run["state"] for run in result(self.plan)["runs"]]
-
-
-@pytest.fixture
-def table(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trial:
-    monkeypatch.setattr(report, "draw", lambda table, result, file: file.write(b"a chart"))  # which takes its time
-    monkeypatch.setattr(runner, "machine", lambda: CPU)
-    (tmp_path / "stand_in.py").write_text(STAND_IN)
-    return Trial(plan, tmp_path / "stand_in.py")
 
 
 def test_all_runs_are_done_once_and_a_broken_one_goes_on(table: Trial) -> None:
@@ -433,25 +422,27 @@ def test_a_folder_has_one_table_and_a_run_one_training(table: Trial) -> None:
     assert table.said == ["waiting for the training of a table that was killed to save and end"]
 
 
-def test_the_commit_of_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
-    git: dict[str, str | None] = {}
-    monkeypatch.setattr(machine, "_git", lambda command, *_: git[command])
-    for head, status, words in (
+@pytest.mark.parametrize(
+    ("head", "status", "words"),
+    [
         ("0123456789abcdef", "", "0123456789"),
-        ("0123456789abcdef", " M bench/rows.py", "0123456789 with changes"),
+        ("0123456789abcdef", " M bench/result.py", "0123456789 with changes"),
         (None, None, "unknown"),
-    ):
-        git |= {"rev-parse": head, "status": status}
-        assert machine.checkout() == words
+    ],
+)
+def test_the_commit_of_the_checkout(head: Any, status: Any, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_git", lambda command, *_: {"rev-parse": head, "status": status}[command])
+    assert machine.checkout() == words
 
 
 # ---- a real table, of a model so small that it learns nothing
 
-SMALL = {
-    "min_size": 32, "max_size": 32, "fpn_channels": 8, "box_head_dim": 8, "mask_head_channels": 8,
-    "mask_head_layers": 1, "box_batch_size": 8,
+REAL = {
+    "model.min_size": 32, "model.max_size": 32, "model.fpn_channels": 8, "model.box_head_dim": 8,
+    "model.mask_head_channels": 8, "model.mask_head_layers": 1, "model.box_batch_size": 8, "train.steps": 20,
+    "train.batch_size": 2, "train.precision": "fp32", "train.log_every": 1, "train.checkpoint_every": 5,
+    "data.num_workers": 0, "data.hflip": 0.0,
 }  # fmt: skip
-STEPS = {"steps": 20, "batch_size": 2, "precision": "fp32", "log_every": 1, "checkpoint_every": 5}
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -463,45 +454,41 @@ sys.exit(run_table(Plan(table=real_table(), out=Path(sys.argv[1]), seeds=1)))
 
 
 def real_table() -> Table:
-    changes = {f"model.{name}": value for name, value in SMALL.items()}
-    changes |= {f"train.{name}": value for name, value in STEPS.items()}
-    changes |= {"data.num_workers": 0, "data.hflip": 0.0}
-    setting = Setting("tiny", changes, {**SHAPES, "train_images": 6, "val_images": 2})
-    variants = {"pool": TABLE.variants["pool"], "align": Variant("align")}
-    return dataclasses.replace(TABLE, variants=variants, small=setting)
+    setting = Setting("tiny", REAL, SHAPES | {"train_images": 6, "val_images": 2})
+    return dataclasses.replace(TABLE, variants=TABLE.variants | {"align": Variant("align")}, small=setting)
 
 
 @pytest.mark.slow
 def test_a_real_table_that_is_killed_ends_with_the_figures_of_one_that_is_not(tmp_path: Path) -> None:
-    def start(name: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(tmp_path / name)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
-        )  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
 
-    whole = start("whole")
-    said, _ = whole.communicate(timeout=300)
-    assert whole.returncode == 0, said
-    killed = start("killed")
-    checkpoint = tmp_path / "killed" / "align" / "seed-0" / "checkpoint.pt"
-    while killed.poll() is None and not checkpoint.exists():
+    def start(folder: Path) -> subprocess.Popen[str]:
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+        words = [sys.executable, "-c", SCRIPT, str(folder)]
+        return subprocess.Popen(words, cwd=ROOT, text=True, stdout=subprocess.PIPE, env=env)
+
+    def finish(folder: Path) -> str:
+        process = start(folder)
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+        return said
+
+    finish(whole)
+    process = start(killed)
+    folder = killed / "align" / "seed-0"
+    while process.poll() is None and not (folder / "checkpoint.pt").exists():
         time.sleep(0.01)
-    killed.kill()
-    killed.wait()
-    assert not (checkpoint.parent / "metrics.json").exists(), "it was too late to kill it"
-    again = start("killed")
-    said, _ = again.communicate(timeout=300)
-    assert again.returncode == 0, said
+    process.kill()
+    process.wait()
+    assert not (folder / "metrics.json").exists(), "it was too late to kill it"
+    said = finish(killed)
     assert "RoIPool, seed 0: begins" not in said
     assert "align, seed 0: goes on from its checkpoint" in said
+
+    def outcome(folder: Path) -> tuple[str, list[dict[str, float]]]:
+        rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        losses = [{k: v for k, v in row.items() if k.startswith(("step", "loss"))} for row in rows]
+        return (folder / "metrics.json").read_text(), losses
+
     for variant in ("pool", "align"):
-        folders = [tmp_path / name / variant / "seed-0" for name in ("whole", "killed")]
-        logs = [
-            [
-                {name: value for name, value in json.loads(line).items() if name.startswith(("step", "loss"))}
-                for line in (folder / "log.jsonl").read_text().splitlines()
-            ]
-            for folder in folders
-        ]
-        assert logs[0] == logs[1]
-        assert (folders[0] / "metrics.json").read_text() == (folders[1] / "metrics.json").read_text()
+        assert outcome(whole / variant / "seed-0") == outcome(killed / variant / "seed-0")
