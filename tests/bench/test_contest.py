@@ -19,7 +19,6 @@ from bench.contest import Contest, ContextLostError, UnavailableError, compare, 
 from bench.machine import Roofs, Work
 from bench.process import CONTEXT_LOST, Journal
 from bench.result import Row
-from tests.bench.test_timing import SimulatedGPU
 from tests.mutation import mutant
 from tmask_kernels import multiscale_roi_align, sigmoid_focal_loss
 from tmask_kernels.backend import resolve
@@ -210,33 +209,20 @@ def test_failed_results_and_inputs_are_freed(cpu):
 # ---- Rows
 
 
-def test_a_timed_row(cpu, monkeypatch):
+def test_a_timed_row(monkeypatch):
     samples = timing.Samples(device=[2e-6, 1e-6, 4e-6, 3e-6, 5e-6], wall=[7e-6])
+    monkeypatch.setattr(machine, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(contest_module, "synchronize", lambda device: None)
+    monkeypatch.setattr(contest_module, "peak_mib", lambda call, device: 3.0)
     monkeypatch.setattr(contest_module, "time_in_turn", lambda calls, *args: dict.fromkeys(calls, samples))
-    row = rows_of(doubling({"right": RIGHT}, size="reduced"))["right"]
+    rows = rows_of(doubling({"triton": RIGHT, "triton-graph": RIGHT}, size="reduced"))
+    row = rows["triton"]
     assert (row.median_us, row.p20_us, row.p80_us, row.wall_us) == pytest.approx((3.0, 1.8, 4.2, 7.0))
-    assert (row.rounds, row.bytes, row.flops, row.size) == (5, 32, 4, "reduced")
+    assert (row.rounds, row.bytes, row.flops, row.size, row.peak_mib) == (5, 32, 4, "reduced", 3.0)
     # 32 bytes in 3 us; at the roof of 1,000 GB/s they take 32 ps.
     assert row.gbps == pytest.approx(32 / 3 / 1e3)
     assert row.roof_share == pytest.approx(32e-6 / 3)
-
-
-def test_on_a_gpu(monkeypatch):
-    gpu = SimulatedGPU(monkeypatch)
-    monkeypatch.setattr(machine, "device", lambda: torch.device("cuda"))
-
-    def call(x: Tensor) -> Tensor:
-        gpu.allocate(3 * 2**20)
-        gpu.allocated -= 3 * 2**20
-        gpu.launch(40e-6)
-        return x * 2
-
-    rows = rows_of(doubling({"triton": ready(call), "other": ready(lambda x: (gpu.launch(80e-6), x * 2)[1])}))
-    assert rows["triton"].status == rows["other"].status == "timed"
-    assert rows["triton"].median_us == pytest.approx(41, abs=1.5)
-    assert rows["other"].median_us == pytest.approx(81, abs=1.5)
-    assert rows["triton"].wall_us == pytest.approx(45, abs=1.5)
-    assert (rows["triton"].peak_mib, rows["other"].peak_mib) == (3.0, 0.0)
+    assert rows["triton-graph"].peak_mib is None
 
 
 def test_a_compiled_backward_is_repeated(cpu):
