@@ -17,6 +17,7 @@ import torch
 from bench.result import ROOT
 from bench.timing import median, wall_seconds
 
+CHANGES = ("git", "status", "--porcelain", "--untracked-files=no")
 PACKAGES = ("torch", "triton", "torchvision", "numpy", "pycocotools", "detectron2", "mmcv")
 
 
@@ -124,12 +125,12 @@ def describe() -> dict[str, Any]:
         "gpu": name if where.type == "cuda" else None,
         "device": name,
         "threads": torch.get_num_threads(),
-        "driver": _driver() if where.type == "cuda" else None,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in PACKAGES},
-        "commit": _git("rev-parse", "HEAD"),
-        "changed": _changed(),
+        "commit": _output("git", "rev-parse", "HEAD"),
+        "changed": bool(_output(*CHANGES)),
         "date": now.strftime("%Y-%m-%d"),
         "time": now.strftime("%H:%M"),
     }
@@ -142,23 +143,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _driver() -> str | None:
-    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return found.splitlines()[0].strip() if found else None
-
-
 def checkout() -> str:
     """Return the commit that runs here, in ten digits, and whether files differ from it; "unknown" without git."""
-    found = _git("rev-parse", "HEAD")
-    return found[:10] + (" with changes" if _changed() else "") if found else "unknown"
-
-
-def _changed() -> bool:
-    return bool(_git("status", "--porcelain", "--untracked-files=no"))
-
-
-def _git(*arguments: str) -> str | None:
-    return _output("git", *arguments)
+    found = _output("git", "rev-parse", "HEAD")
+    return found[:10] + (" with changes" if _output(*CHANGES) else "") if found else "unknown"
 
 
 def _output(*command: str) -> str | None:

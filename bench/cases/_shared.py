@@ -71,23 +71,26 @@ class Bench:
 
     cases: Mapping[str, Any]
     inputs: Callable[[Any, str, str, str], Any]
-    ours: Callable[[Any, str], Any]
     peers: Mapping[str, Callable[[Any], Call]]
     truth: Callable[[Any], Any]
     check: Callable[[Any, Any, str], None]
+    ours: Callable[[Any, str], Any] | None = None  # None: no op, the peers alone
     leaves: Callable[[Any], Sequence[Tensor]] = lambda given: ()
     upstream: Callable[[Any], Tensor | None] = lambda given: None
     graph: bool = False  # ours is also captured into a CUDA graph
+    tf32: bool = False  # on a GPU float32 work uses TF32
 
     @functools.cached_property
     def providers(self) -> dict[str, Callable[[Any], Call]]:
         """All by their names, in the order of the rows."""
+        peers = {name: functools.partial(self.call, peer) for name, peer in self.peers.items()}
+        if self.ours is None:
+            return peers
         triton, reference = (
             functools.partial(self.call, lambda given, backend=backend: lambda: self.ours(given, backend))
             for backend in ("triton", "reference")
         )
         graph = {"triton-graph": lambda given: captured(triton(given))} if self.graph else {}
-        peers = {name: functools.partial(self.call, peer) for name, peer in self.peers.items()}
         return {"triton": triton, **graph, **peers, "reference": reference}
 
     def call(self, prepare: Callable[[Any], Call], given: Any) -> Call:
@@ -110,6 +113,7 @@ class Bench:
             check=self.check,
             work=case.work(dtype, mode),
             size=size,
+            roof="tf32" if self.tf32 and dtype == "fp32" and size == "full" else None,
         )
 
     def sweep(self, variant: Sequence[str], module: Any, launches: Mapping[str, Mapping[str, Any]]) -> Contest:

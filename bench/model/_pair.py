@@ -1,4 +1,4 @@
-"""torchvision's Mask R-CNN and ours with the same weights, the pictures they see, and the contest between them.
+"""torchvision's Mask R-CNN and ours with the same weights, the pictures they see, and the benchmark between them.
 
 The weights are random. Pictures calibrate the batch norms and the scale of the logits, so that activations, scores and
 the number of detections are like those of a trained model. Letters: N images, G objects of an image, h w its size.
@@ -22,8 +22,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import tmask
 from bench.cases._model import CASES, ModelCase
-from bench.cases._shared import sized
-from bench.contest import LAYOUTS, Call, Contest, UnavailableError
+from bench.cases._shared import Bench
+from bench.contest import LAYOUTS, Call, UnavailableError
 from bench.machine import device
 
 PROVIDERS = ["tmask", "torchvision", "tmask-graph", "tmask-compile", "torchvision-compile"]
@@ -36,26 +36,28 @@ class Pair(NamedTuple):
     """Both models on the device of the benchmarks, and their pictures there."""
 
     case: ModelCase
+    mode: str
+    dtype: str
+    layout: str
     theirs: Any
     ours: tmask.MaskRCNN
     images: list[Tensor]  # [3, h, w] float in 0..1
     targets: list[dict[str, Tensor]]
 
+    @property
+    def full(self) -> bool:
+        """Whether the timed work is done in full float32; on a GPU float32 takes TF32."""
+        return self.dtype == "fp32" and device().type == "cpu"
 
-def contest_of(
-    name: str,
-    dtype: str,
-    layout: str,
-    prepare: Callable[[Pair, bool, str], Call],
-    truth: Callable[[Pair], Any],
-    check: Callable[[Any, Any, bool], None],
-) -> Contest:
-    """The contest of all PROVIDERS; a CPU takes the reduced case.
+
+def bench_of(
+    prepare: Callable[[Pair, bool, str], Call], truth: Callable[[Pair], Any], check: Callable[[Any, Any, bool], None]
+) -> Bench:
+    """The benchmark of all PROVIDERS.
 
     `prepare` takes the models, whether ours runs, and how ("", "compile" or "graph"), and returns the call to time.
     `check` takes a result, the truth, and whether the result is ours.
     """
-    case, size = sized(CASES[name])
 
     def call_of(provider: str, pair: Pair) -> Call:
         library, _, how = provider.partition("-")
@@ -63,18 +65,17 @@ def contest_of(
             raise UnavailableError("compiled or captured on a GPU only; on a CPU the tests trace it whole")
         return prepare(pair, library == "tmask", how)
 
-    return Contest(
-        inputs=lambda: make_pair(case, layout),
-        providers={provider: functools.partial(call_of, provider) for provider in PROVIDERS},
+    return Bench(
+        cases=CASES,
+        inputs=make_pair,
+        peers={provider: functools.partial(call_of, provider) for provider in PROVIDERS},
         truth=truth,
         check=lambda got, true, provider: check(got, true, provider.startswith("tmask")),
-        work=case.work(dtype),
-        size=size,
-        roof="tf32" if dtype == "fp32" and device().type == "cuda" else None,
+        tf32=True,
     )
 
 
-def make_pair(case: ModelCase, layout: str) -> Pair:
+def make_pair(case: ModelCase, mode: str, dtype: str, layout: str) -> Pair:
     """Both models. The backbone's batch norms, stem and first stage are frozen, as in the usual fine-tuning."""
     images, targets = pictures(case)
     weights = _weights(case)
@@ -84,7 +85,7 @@ def make_pair(case: ModelCase, layout: str) -> Pair:
         theirs.backbone.body[stage].requires_grad_(False)
     models = (theirs, tmask.load_torchvision(weights, **case.settings))
     return Pair(
-        case,
+        *(case, mode, dtype, layout),
         *(model.to(device(), memory_format=LAYOUTS[layout]).train(case.training) for model in models),
         [image.to(device()) for image in images],
         [{name: value.to(device()) for name, value in target.items()} for target in targets],

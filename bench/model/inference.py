@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from bench.contest import LAYOUTS, Call, Contest, variants
+from bench.contest import LAYOUTS, Call
 from bench.graph import captured
 from bench.machine import device, tf32
-from bench.model._pair import PROVIDERS, Pair, contest_of, problem_of
+from bench.model._pair import Pair, bench_of, problem_of
 from bench.rle import decode_rle, encoder
 from tmask.engine.device import autocast
 from tmask.model.postprocess import to_list
@@ -70,85 +70,44 @@ class Found(NamedTuple):
 class Truth(NamedTuple):
     """torchvision's detections in full float32, and how ours differ from them."""
 
+    pair: Pair
     detections: list[Found]
     problem: str | None
 
 
-def _wanted(case: str, mode: str, dtype: str, layout: str, provider: str) -> bool:
-    """torchvision has no padded form. To compile takes minutes: once a dtype, on channels_last, to whole results."""
-    if (mode == "padded" and provider.startswith("torchvision")) or (device().type == "cpu" and layout == "nchw"):
-        return False
-    if provider in ("tmask", "torchvision"):
-        return True
-    full = layout == "nhwc" and mode != "detections"
-    return full and (provider == "tmask-graph" or case == "inference-b1" or dtype == "bf16")
+@contextlib.contextmanager
+def precision(pair: Pair) -> Iterator[None]:
+    with tf32(), torch.no_grad(), autocast(device(), pair.dtype):
+        yield
 
 
-@variants(
-    cases=["inference-b1", "inference-b8"],
-    modes=["results", "detections", "padded"],
-    dtypes=["bf16", "fp32"],
-    layouts=["nhwc", "nchw"],
-    providers=PROVIDERS,
-    where=_wanted,
-)
-def test_inference(case: str, mode: str, dtype: str, layout: str, provider: str, contest: Any) -> None:
-    contest(lambda: inference(case, mode, dtype, layout))
+def prepare(pair: Pair, ours: bool, how: str) -> Call:
+    """Return the call to time."""
+    if not ours:
+        encode = encoder() if pair.mode == "results" else None
+        model = torch.compile(pair.theirs) if how else pair.theirs
 
+        def their_call() -> Any:
+            with precision(pair):
+                results = model(pair.images)
+            return results if encode is None else [_on_host(result, encode) for result in results]
 
-def inference(name: str, mode: str, dtype: str, layout: str) -> Contest:
-    """The contest of one variant."""
+        return their_call
+    batch, _ = pair.ours.transform(pair.images)
+    batch = batch._replace(tensor=batch.tensor.contiguous(memory_format=LAYOUTS[pair.layout]))
+    with precision(pair):
+        core = _core(pair, batch, how)
 
-    @contextlib.contextmanager
-    def precision() -> Iterator[None]:
-        with tf32(), torch.no_grad(), autocast(device(), dtype):
-            yield
+    def our_call() -> Any:
+        with precision(pair):
+            if pair.mode == "padded":
+                return core(batch)
+            images, _ = pair.ours.transform(pair.images)
+            sizes = [(image.shape[1], image.shape[2]) for image in pair.images]
+            results = to_list(core(images), images.sizes, sizes, masks=MASKS[pair.mode], convention=pair.ours.paste)
+        return [_on_host(result) for result in results] if pair.mode == "results" else results
 
-    def prepare(pair: Pair, ours: bool, how: str) -> Call:
-        if not ours:
-            encode = encoder() if mode == "results" else None
-            model = torch.compile(pair.theirs) if how else pair.theirs
-
-            def their_call() -> Any:
-                with precision():
-                    results = model(pair.images)
-                return results if encode is None else [_on_host(result, encode) for result in results]
-
-            return their_call
-        batch, _ = pair.ours.transform(pair.images)
-        batch = batch._replace(tensor=batch.tensor.contiguous(memory_format=LAYOUTS[layout]))
-        with precision():
-            core = _core(pair, batch, how)
-
-        def our_call() -> Any:
-            with precision():
-                if mode == "padded":
-                    return core(batch)
-                images, _ = pair.ours.transform(pair.images)
-                sizes = [(image.shape[1], image.shape[2]) for image in pair.images]
-                results = to_list(core(images), images.sizes, sizes, masks=MASKS[mode], convention=pair.ours.paste)
-            return [_on_host(result) for result in results] if mode == "results" else results
-
-        return our_call
-
-    @torch.no_grad()
-    def truth(pair: Pair) -> Truth:
-        with tf32(allowed=False):
-            theirs, ours = [found(r) for r in pair.theirs(pair.images)], [found(r) for r in pair.ours(pair.images)]
-        return Truth(theirs, problem_of(lambda: check_alike(ours, theirs, SAME)))
-
-    def check(results: Any, truth: Truth, ours: bool) -> None:
-        assert not ours or truth.problem is None, f"in full float32: {truth.problem}"
-        if isinstance(results, Detections):
-            sizes = [(mask.shape[1], mask.shape[2]) for _, _, _, mask in truth.detections]
-            image_sizes = torch.tensor(sizes, device=results.boxes.device)
-            results = to_list(results, image_sizes, sizes, masks="probability", convention="torchvision")
-        given = [Found(*(value.to(device()) for value in found(result))) for result in results]
-        full = dtype == "fp32" and device().type == "cpu"  # on a GPU float32 takes TF32
-        least = SAME if full else LEAST if ours or dtype == "fp32" else LEAST_OF_PEERS
-        check_alike(given, truth.detections, least)
-
-    return contest_of(name, dtype, layout, prepare, truth, check)
+    return our_call
 
 
 def _core(pair: Pair, batch: ImageBatch, how: str) -> Callable[[ImageBatch], Detections]:
@@ -185,6 +144,25 @@ def found(result: dict[str, Any]) -> Found:
         some = [decode_rle(rle) for rle in masks[:MASKS_COMPARED]]
         pixels = torch.stack(some) if some else torch.zeros(0, 1, 1, dtype=torch.bool)
     return Found(boxes.float(), result["scores"].float(), result["labels"], pixels.to(boxes.device))
+
+
+@torch.no_grad()
+def true_detections(pair: Pair) -> Truth:
+    """The truth of a contest."""
+    with tf32(allowed=False):
+        theirs, ours = [found(r) for r in pair.theirs(pair.images)], [found(r) for r in pair.ours(pair.images)]
+    return Truth(pair, theirs, problem_of(lambda: check_alike(ours, theirs, SAME)))
+
+
+def check(results: Any, truth: Truth, ours: bool) -> None:
+    assert not ours or truth.problem is None, f"in full float32: {truth.problem}"
+    if isinstance(results, Detections):
+        sizes = [(image.shape[1], image.shape[2]) for image in truth.pair.images]
+        image_sizes = torch.tensor(sizes, device=results.boxes.device)
+        results = to_list(results, image_sizes, sizes, masks="probability", convention="torchvision")
+    given = [Found(*(value.to(device()) for value in found(result))) for result in results]
+    near = LEAST if ours or truth.pair.dtype == "fp32" else LEAST_OF_PEERS
+    check_alike(given, truth.detections, SAME if truth.pair.full else near)
 
 
 def check_alike(got: Sequence[Found], true: Sequence[Found], least: Likeness) -> None:
@@ -231,3 +209,23 @@ def _partners(one: Found, other: Found) -> tuple[Found, Tensor, Tensor]:
             union = (one.masks[i] | other.masks[j]).sum()
             mask_iou[i] = torch.where(union > 0, (one.masks[i] & other.masks[j]).sum() / union, 1.0)
     return Found(other.boxes[pair], other.scores[pair], other.labels[pair], other.masks[:0]), iou, mask_iou
+
+
+def _wanted(case: str, mode: str, dtype: str, layout: str, provider: str) -> bool:
+    """torchvision has no padded form. To compile takes minutes: once a dtype, on channels_last, to whole results."""
+    if (mode == "padded" and provider.startswith("torchvision")) or (device().type == "cpu" and layout == "nchw"):
+        return False
+    if provider in ("tmask", "torchvision"):
+        return True
+    full = layout == "nhwc" and mode != "detections"
+    return full and (provider == "tmask-graph" or case == "inference-b1" or dtype == "bf16")
+
+
+BENCH = bench_of(prepare, true_detections, check)
+test_inference = BENCH.test(
+    cases=["inference-b1", "inference-b8"],
+    modes=["results", "detections", "padded"],
+    dtypes=["bf16", "fp32"],
+    layouts=["nhwc", "nchw"],
+    where=_wanted,
+)

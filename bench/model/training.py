@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.contest import Call, Contest, variants
+from bench.contest import Call
 from bench.graph import captured
 from bench.machine import device, tf32
-from bench.model._pair import PROVIDERS, Pair, contest_of, problem_of
+from bench.model._pair import Pair, bench_of, problem_of
 from tmask.config import TrainConfig
 from tmask.engine.device import autocast, to_device
 from tmask.engine.optimizer import build_optimizer
@@ -39,69 +39,41 @@ Losses = Mapping[str, Tensor]
 class Truth(NamedTuple):
     """Losses in full float32 after the same seed, of each library, and how ours differ from the reference ops'."""
 
+    pair: Pair
     theirs: Losses
     ours: Losses
     problem: str | None
 
 
-def _wanted(case: str, mode: str, dtype: str, layout: str, provider: str) -> bool:
-    """To compile takes minutes, and a graph holds a step's memory: once a dtype, on channels_last, small in float32."""
-    if device().type == "cpu" and layout == "nchw":
-        return False
-    return provider in ("tmask", "torchvision") or (layout == "nhwc" and (case == "training-b2" or dtype == "bf16"))
+def prepare(pair: Pair, ours: bool, how: str) -> Call:
+    """Return the step to time, of a copy of the model: a step changes its weights."""
+    model = copy.deepcopy(pair.ours if ours else pair.theirs)
+    forward: Callable[..., Losses] = model.forward_padded if ours else model
+    if how == "compile":  # with the random numbers of eager mode, for the gate
+        whole = {"fullgraph": True, "dynamic": False} if ours else {}
+        forward = torch.compile(forward, options={"fallback_random": True}, **whole)
+    if ours:
+        batch = pair.ours.transform(pair.images, pair.targets)
+        images, targets = to_device(batch, device(), channels_last=pair.layout == "nhwc")
+    optimizer = build_optimizer(model, TrainConfig(lr=RATE))
 
+    @tf32()
+    def step() -> Losses:
+        """A step of tmask's own trainer, at one rate and, in float32, with TF32."""
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(device(), pair.dtype):
+            if ours:
+                losses = forward(images, targets, compact=not images.tensor.is_cuda)
+            else:
+                losses = forward(pair.images, [dict(target) for target in pair.targets])
+            total = torch.stack([loss.float() for loss in losses.values()]).sum()
+        total.backward()
+        optimizer.step()
+        return {name: loss.detach() for name, loss in losses.items()}
 
-@variants(
-    cases=["training-b2", "training-b16"],
-    modes=["step"],
-    dtypes=["bf16", "fp32"],
-    layouts=["nhwc", "nchw"],
-    providers=PROVIDERS,
-    where=_wanted,
-)
-def test_training(case: str, mode: str, dtype: str, layout: str, provider: str, contest: Any) -> None:
-    contest(lambda: training(case, dtype, layout))
-
-
-def training(name: str, dtype: str, layout: str) -> Contest:
-    """The contest of one variant."""
-
-    def prepare(pair: Pair, ours: bool, how: str) -> Call:
-        model = copy.deepcopy(pair.ours if ours else pair.theirs)  # a step changes its weights
-        forward: Callable[..., Losses] = model.forward_padded if ours else model
-        if how == "compile":  # with the random numbers of eager mode, for the gate
-            whole = {"fullgraph": True, "dynamic": False} if ours else {}
-            forward = torch.compile(forward, options={"fallback_random": True}, **whole)
-        if ours:
-            batch = pair.ours.transform(pair.images, pair.targets)
-            images, targets = to_device(batch, device(), channels_last=layout == "nhwc")
-        optimizer = build_optimizer(model, TrainConfig(lr=RATE))
-
-        @tf32()
-        def step() -> Losses:
-            """A step of tmask's own trainer, at one rate and, in float32, with TF32."""
-            optimizer.zero_grad(set_to_none=True)
-            with autocast(device(), dtype):
-                if ours:
-                    losses = forward(images, targets, compact=not images.tensor.is_cuda)
-                else:
-                    losses = forward(pair.images, [dict(target) for target in pair.targets])
-                total = torch.stack([loss.float() for loss in losses.values()]).sum()
-            total.backward()
-            optimizer.step()
-            return {name: loss.detach() for name, loss in losses.items()}
-
-        call = captured(step) if how == "graph" else step
-        torch.manual_seed(SEED)  # the next call is the gate's
-        return call
-
-    def check(got: Losses, truth: Truth, ours: bool) -> None:
-        assert not ours or truth.problem is None, f"in full float32: {truth.problem}"
-        near = NEAR if ours or dtype == "fp32" else NEAR_OF_PEERS
-        full = dtype == "fp32" and device().type == "cpu"
-        check_near(got, truth.ours if ours else truth.theirs, SAME if full else near)
-
-    return contest_of(name, dtype, layout, prepare, true_losses, check)
+    call = captured(step) if how == "graph" else step
+    torch.manual_seed(SEED)  # the next call is the gate's
+    return call
 
 
 @torch.no_grad()
@@ -117,7 +89,7 @@ def true_losses(pair: Pair) -> Truth:
         theirs, ours = losses(pair.theirs), losses(pair.ours)
         with use_backend("reference"):
             true = losses(pair.ours)
-    return Truth(theirs, true, problem_of(lambda: check_near(ours, true, SAME)))
+    return Truth(pair, theirs, true, problem_of(lambda: check_near(ours, true, SAME)))
 
 
 def check_near(given: Losses, true: Losses, tolerance: float) -> None:
@@ -126,3 +98,26 @@ def check_near(given: Losses, true: Losses, tolerance: float) -> None:
     for name, loss in true.items():
         off = abs(float(given[name]) / float(loss) - 1)
         assert off <= tolerance, f"{name} {float(given[name]):.5f}, expected {float(loss):.5f} within {tolerance:.1%}"
+
+
+def check(got: Losses, truth: Truth, ours: bool) -> None:
+    assert not ours or truth.problem is None, f"in full float32: {truth.problem}"
+    near = NEAR if ours or truth.pair.dtype == "fp32" else NEAR_OF_PEERS
+    check_near(got, truth.ours if ours else truth.theirs, SAME if truth.pair.full else near)
+
+
+def _wanted(case: str, mode: str, dtype: str, layout: str, provider: str) -> bool:
+    """To compile takes minutes, and a graph holds a step's memory: once a dtype, on channels_last, small in float32."""
+    if device().type == "cpu" and layout == "nchw":
+        return False
+    return provider in ("tmask", "torchvision") or (layout == "nhwc" and (case == "training-b2" or dtype == "bf16"))
+
+
+BENCH = bench_of(prepare, true_losses, check)
+test_training = BENCH.test(
+    cases=["training-b2", "training-b16"],
+    modes=["step"],
+    dtypes=["bf16", "fp32"],
+    layouts=["nhwc", "nchw"],
+    where=_wanted,
+)

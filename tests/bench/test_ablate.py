@@ -431,7 +431,7 @@ def test_a_folder_has_one_table_and_a_run_one_training(table: Trial) -> None:
     ],
 )
 def test_the_commit_of_the_checkout(head: Any, status: Any, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_git", lambda command, *_: {"rev-parse": head, "status": status}[command])
+    monkeypatch.setattr(machine, "_output", lambda *words: {"rev-parse": head, "status": status}[words[1]])
     assert machine.checkout() == words
 
 

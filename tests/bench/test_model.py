@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tmask
 from bench.cases._model import CASES
-from bench.model.inference import LEAST, LEAST_OF_PEERS, SAME, Found, Likeness, check_alike, inference
-from bench.model.training import Truth, training
+from bench.model import inference, training
+from bench.model._pair import Pair
+from bench.model.inference import LEAST, LEAST_OF_PEERS, SAME, Found, Likeness, check_alike
 from tmask.structures import ImageBatch, Targets
 from tmask_kernels import use_backend
 from tmask_kernels.ops.roi_align import op as roi_align
@@ -61,12 +62,12 @@ def test_a_peer_in_half_precision_may_be_coarse() -> None:
 def test_a_contest_refuses_a_broken_model(contest: str, broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In full float32, whatever the precision of the timed call allows: another threshold, a kernel that is off."""
     if contest == "inference":
-        made = inference("inference-b1", "results", "bf16", "nhwc")
+        made = inference.BENCH.contest("inference-b1", "results", "bf16", "nhwc")
         wrong = {"box_nms_threshold": 0.4} if broken else {}
         load = tmask.load_torchvision
         monkeypatch.setattr(tmask, "load_torchvision", lambda weights, **given: load(weights, **given | wrong))
     else:
-        made = training("training-b2", "bf16", "nhwc")
+        made = training.BENCH.contest("training-b2", "step", "bf16", "nhwc")
         pool = roi_align.multiscale_roi_align_cpu
         monkeypatch.setattr(
             roi_align, "multiscale_roi_align_cpu", lambda *given: pool(*given) * (1.01 if broken else 1)
@@ -80,11 +81,11 @@ def test_a_contest_refuses_a_broken_model(contest: str, broken: bool, monkeypatc
 
 def test_only_a_peer_under_autocast_may_be_coarse() -> None:
     true = {"loss": torch.tensor(1.0)}
-    truth = Truth(true, true, None)
+    pair = Pair(CASES["training-b2"], "step", "", "nhwc", None, None, [], [])  # type: ignore[arg-type]
     for ours, dtype, refused in ((False, "bf16", False), (False, "fp32", True), (True, "bf16", True)):
-        provider = "tmask" if ours else "torchvision"
+        truth = training.Truth(pair._replace(dtype=dtype), true, true, None)
         with pytest.raises(AssertionError) if refused else contextlib.nullcontext():
-            training("training-b2", dtype, "nhwc").check({"loss": torch.tensor(1.3)}, truth, provider)
+            training.check({"loss": torch.tensor(1.3)}, truth, ours)
 
 
 # ---- counted work
