@@ -110,8 +110,9 @@ def test_an_interrupt_ends_the_worker_and_keeps_what_it_has(tmp_path: Path) -> N
         os.kill(int(found.log), 0)
 
 
-WITHOUT_A_PLAN = {  # exit code 1 is also pytest's "a test failed"
-    "import sys; sys.exit('no such thing: /a/b/thing.so')": "the process ended before it had a plan: no such thing",
+LAST = "import sys; print('2 deselected'); print('no such thing: /a/b/thing.so', file=sys.stderr); sys.exit(1)"
+WITHOUT_A_PLAN = {  # exit code 1 is also pytest's "a test failed"; what is said last stands last in the log
+    LAST: "the process ended before it had a plan: no such thing",
     "import os; print('bad', flush=True); os.abort()": "the process died of SIGABRT before anything was measured: bad",
 }
 
