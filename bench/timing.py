@@ -9,12 +9,11 @@ counts only where the call itself waits for the device, or launches for longer t
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,9 +57,9 @@ def time_in_turn(
     samples: dict[str, Samples] = {}
     plans: dict[str, tuple[int, float]] = {}
 
-    def step(name: str, action: Callable[[], None]) -> None:
+    def attempt(action: Callable[[str], None], name: str) -> None:
         try:
-            action()
+            action(name)
         except Exception as error:
             samples.pop(name, None)
             plans.pop(name, None)
@@ -78,15 +77,19 @@ def time_in_turn(
 
     for name in calls:
         started(name)
-        step(name, lambda name=name: warm_up(name))
-    with _no_garbage_collection():
+        attempt(warm_up, name)
+    gc.collect()
+    gc.disable()  # a collection would fall into one provider's round
+    try:
         for turn in range(max((rounds for rounds, _ in plans.values()), default=0)):
             for name in [name for name, (rounds, _) in plans.items() if turn < rounds]:
-                step(name, lambda name=name: once(name))
+                attempt(once, name)
         for name, (rounds, _) in list(plans.items()):
             for _ in range(min(WALL_ROUNDS, rounds) if cuda else 0):
                 if name in plans:
-                    step(name, lambda name=name: once_wall(name))
+                    attempt(once_wall, name)
+    finally:
+        gc.enable()
     for each in samples.values():
         each.wall = each.wall or each.device
     return samples
@@ -191,16 +194,3 @@ class _CudaClock:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Collect before the block and not inside it: a collection would fall into one provider's round."""
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
