@@ -34,7 +34,13 @@ END_SECONDS = 20.0  # of the budget, for tables and charts
 FIRST = ("roi_align", "nms", "proposals", "box_coding", "inference", "test_every_op", "test_roi_align", "test_nms")
 PLACES = {
     "ops": ["bench/cases"],
-    "tests": ["tests/test_validate.py", "tests/gpu", "tests/kernels", "tests/engine/test_resume.py"],
+    "tests": [
+        "tests/test_validate.py",
+        "tests/gpu",
+        "tests/kernels",
+        "tests/model/test_torchvision_parity.py",
+        "tests/engine/test_resume.py",
+    ],
     "model": ["bench/model"],
     "sweep": ["bench/sweep.py"],
 }
