@@ -131,7 +131,7 @@ def detections(folder: Path) -> list[tuple[Any, ...]]:
     return [(row["image_id"], row["category_id"], row["score"], *row["bbox"]) for row in rows]
 
 
-# Few detections warn, which tests/bad_inputs.py is about.
+# Few detections warn, which docs/bad-input.md is about.
 few_detections = pytest.mark.filterwarnings("ignore:.* 3 images hold more than", "ignore:. of . images give exactly")
 
 
@@ -378,7 +378,7 @@ def test_a_published_small_data_recipe_can_be_written_down(capsys: Any) -> None:
     assert (config["data"]["hflip"], config["data"]["vflip"]) == (0.5, 0.5)
 
 
-# Command line (with DATA for the four paths), and a part of the one line on stderr. More: tests/bad_inputs.py.
+# Command line (with DATA for the four paths), and a part of the one line on stderr. More: docs/bad-input.md.
 USAGE_ERRORS = {
     "": "usage: tmask COMMAND",
     "trian": "unknown command 'trian': expected 'train'?",

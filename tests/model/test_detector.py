@@ -166,7 +166,7 @@ def test_masks_are_resized_as_the_convention_says(convention: str, mode: str) ->
     ],
 )
 def test_bad_settings(setting: str, value: object, message: str) -> None:
-    """Others: tests/test_config.py and tests/bad_inputs.py."""
+    """Others: tests/test_config.py and docs/bad-input.md."""
     with pytest.raises(ValueError, match=f"{setting}: {message}"):
         small(**{setting: value})
 

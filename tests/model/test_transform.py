@@ -162,7 +162,7 @@ BAD: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize(("bad", "message"), BAD.values(), ids=BAD)
 def test_bad_targets_are_named(bad: dict[str, Any], message: str) -> None:
-    """Others, and bad images: tests/bad_inputs.py."""
+    """Others, and bad images: docs/bad-input.md."""
     with pytest.raises(ValueError, match=re.escape(f"targets[1]{message}")):
         TRANSFORM([torch.rand(3, 20, 30)] * 2, [target(), bad])
 
