@@ -36,6 +36,8 @@ COMMANDS = {
     "train": f"--preset tiny --data.train_images {IMAGES} --data.train_annotations {FILE} {SMALL} --out out",
     "eval": f"--checkpoint {CHECKPOINT} --images {IMAGES} --annotations {FILE} --device cpu",
     "predict": f"--checkpoint {CHECKPOINT} --images {IMAGES} --out out --max_detections 1000 --device cpu",
+    "validate": "--device cpu",
+    "demo": "--out out",
     "bench": "--device cpu",
     "ablate": "--device cpu --out out",
 }
@@ -371,10 +373,15 @@ BOXES_AND_MASKS: dict[str, Spoil] = {
     "run lengths along the rows": each(by_rows),
     "keypoints of the wrong number": keypoints([1, 2, 2]),
     "keypoint that is half visible": keypoints([1, 2, 0.5, 0, 0, 0]),
+    "pair of a keypoint that is not there": keypoints([1, 2, 2, 3, 4, 2]),
+    "keypoint in two pairs": keypoints([1, 2, 2, 3, 4, 2]),
 }
 CONFIGS: dict[str, Spoil] = {
     "unknown key in the config file": config("model: {min_sise: 3}"),
     "unknown group in the config file": config("modle: {min_size: 3}"),
+    "unknown key of keypoints in the config file": config("model: {keypoints: {layers: 2}}"),
+    "name in place of a list of names": config("model: {keypoints: {names: a}}"),
+    "config file that is a list": config("- 1"),
     "group that holds no settings": config("train: 3"),
     "config file that is no YAML": config("model: ["),
     "key of the config file that is no text": config("2020-01-01: 3"),

@@ -152,6 +152,12 @@ PUBLISHED_TRAINING = {
     "steps": 90_000, "schedule": "steps",
 }  # fmt: skip
 PUBLISHED_KEYPOINTS = {"pool_size": 14, "head_channels": 512, "head_layers": 8}
+# From scratch on cell nuclei, with torchvision's Mask R-CNN: docs/recipes/nuclei.yaml.
+SMALL_DATA_MODEL = {"backbone": "resnet18", "norm": "bn", "trainable_layers": 5}
+SMALL_DATA_TRAINING = {
+    "optimizer": "adamw", "lr": 4e-4, "weight_decay": 0.01, "decay_norm_and_bias": True, "clip_norm": 5.0,
+    "batch_size": 4, "precision": "bf16",
+}  # fmt: skip
 
 
 def test_defaults_are_the_published_settings() -> None:
@@ -159,6 +165,8 @@ def test_defaults_are_the_published_settings() -> None:
         (PRESETS["r50_fpn"], PUBLISHED_MODEL),
         (TRAIN_PRESETS["r50_fpn"], PUBLISHED_TRAINING),
         (KeypointConfig(), PUBLISHED_KEYPOINTS),
+        (PRESETS["r18_fpn"], SMALL_DATA_MODEL),
+        (TRAIN_PRESETS["r18_fpn"], SMALL_DATA_TRAINING),
     ):
         assert {name: getattr(config, name) for name in table} == table
 

@@ -219,8 +219,8 @@ def test_wrong_arguments_are_named(tmp_path: Path, arguments: tuple, message: st
         write_shapes(tmp_path, num_images=0, seed=1)
 
 
-def test_the_demo_draws_pictures_of_another_generator_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = tmp_path / "images" / "000000.png"
+def test_the_demo_draws_its_data_anew_only_where_it_must(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (tmp_path / "images" / f"00000{i}.png" for i in (0, 1))
     first.parent.mkdir()
 
     def drawn_anew(num_images: int = 2) -> bool:
@@ -228,6 +228,8 @@ def test_the_demo_draws_pictures_of_another_generator_anew(tmp_path: Path, monke
         make_data(tmp_path, num_images=num_images, seed=1, size=64)
         return first.read_bytes() != b"kept"
 
+    assert [drawn_anew(), drawn_anew()] == [True, False]
+    second.unlink()  # no longer complete
     assert [drawn_anew(), drawn_anew()] == [True, False]
     monkeypatch.setattr(shapes, "GENERATOR_VERSION", shapes.GENERATOR_VERSION + 1)
     assert [drawn_anew(), drawn_anew(), drawn_anew(num_images=3)] == [True, False, True]

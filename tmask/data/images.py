@@ -63,14 +63,6 @@ class Picture(NamedTuple):
     transparent: bool  # some pixel is not opaque, which is dropped
 
 
-def read_image(path: str | Path, *, apply_exif: bool = False) -> Tensor:
-    """Return the pixels of `read_picture`, and warn if transparency is dropped."""
-    picture = read_picture(path, apply_exif=apply_exif)
-    if picture.transparent:
-        warn_transparent([path], 1)
-    return picture.pixels
-
-
 def read_picture(path: str | Path, *, apply_exif: bool = False) -> Picture:
     """An image file as uint8 RGB.
 
