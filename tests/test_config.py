@@ -183,14 +183,13 @@ def test_the_two_conventions_differ_and_are_named() -> None:
     assert model_config("tiny", convention=whole).convention == CONVENTIONS["torchvision"]
 
 
-# By config class: values, and a part of the message.
+# By config class: values, and a part of the message. Others: docs/bad-input.md.
 WRONG: dict[type, list[tuple[Any, str]]] = {
     TrainConfig: [
         ({"stepz": 3}, "unknown TrainConfig setting 'stepz': expected 'steps'?"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"accumulate": 0}, "accumulate: expected at least 1, got 0"),
         ({"ema_decay": 1.0}, "ema_decay: expected in [0, 1), got 1.0"),
-        ({"lr": -1.0}, "lr: expected at least 0, got -1.0"),
         ({"optimizer": "adam"}, "optimizer: expected 'adamw'"),
         ({"schedule": "linear"}, "schedule: expected one of constant, cosine, steps, got 'linear'"),
         ({"clip_norm": 0.0}, "clip_norm: expected above 0, or none, got 0.0"),
@@ -212,12 +211,10 @@ WRONG: dict[type, list[tuple[Any, str]]] = {
         ({"min_sizes": [640, 0]}, "min_sizes: expected at least 1 each, got (640, 0)"),
         ({"num_workers": -1}, "num_workers: expected at least 0, got -1"),
         ({"train_images": Path("x")}, "train_images: expected a text or none, got"),
-        ({"val_images": "x"}, "val_annotations: expected a path, as val_images has one, got None"),
         ({"train_annotations": "x"}, "train_images: expected a path, as train_annotations has one"),
         (["hflip"], "DataConfig: expected settings by name, got ['hflip']"),
     ],
     ModelConfig: [
-        ({"min_size": 2000}, "min_size: expected in 1..max_size, got 2000"),
         ({"convention": {"paste_": 1}}, "unknown Convention setting 'paste_': expected 'paste'?"),
         ({"convention": {"paste": "torchvision"}}, "convention: Convention: expected a setting 'roi_align"),
         ({"convention": "torchvision"}, "convention: expected a Convention, got 'torchvision'"),
@@ -225,38 +222,25 @@ WRONG: dict[type, list[tuple[Any, str]]] = {
         ({"roi_extractor": {"opp": 1}}, "roi_extractor: unknown RoIExtractorConfig setting 'opp'"),
         ({"keypoints": "person"}, "keypoints: expected a KeypointConfig or none, got 'person'"),
         ({"keypoints": {"nams": ["a"]}}, "keypoints: unknown KeypointConfig setting 'nams': expected"),
-        ({"num_classes": 1}, "num_classes: expected at least 2 (background and one class), got 1"),
         ({"num_classes": 3.0}, "num_classes: expected a whole number, got 3.0"),
         ({"num_classes": True}, "num_classes: expected a whole number, got True"),
         ({"backbone": "resnet51"}, "backbone: expected 'resnet50'?, got 'resnet51'"),
         ({"backbone_weights": 3}, "backbone_weights: expected a text or none, got 3"),
-        ({"image_std": [0.2, 0, 0.2]}, "image_std: expected numbers above 0, got (0.2, 0, 0.2)"),
         ({"image_mean": [0.2, 0.2]}, "image_mean: expected a tuple (3 of: a finite number), got (0.2, 0.2)"),
         ({"image_mean": "grey"}, "image_mean: expected a tuple (3 of: a finite number), got 'grey'"),
         ({"max_size": -1}, "min_size: expected in 1..max_size, got 800"),
         ({"trainable_layers": 6}, "trainable_layers: expected in 0..5, got 6"),
-        ({"anchor_sizes": []}, "anchor_sizes: expected 5 tuples, one a level P2-P6, got ()"),
-        ({"neck": "c5"}, "anchor_sizes: expected 1 tuple, as the neck c5 is one level, got ((32.0,), "),
         ({"neck": "c6", "anchor_sizes": [[8]]}, "neck: expected one of c4, c5, fpn, got 'c6'"),
         (
             {"neck": "c4", "anchor_sizes": [[8]], "norm": "sync_bn"},
             "norm: expected 'frozen_bn' or 'gn', as the neck c4",
         ),
-        ({"neck": "c4", "anchor_sizes": [[8]], "norm": "bn"}, "norm: expected 'frozen_bn' or 'gn'"),
-        ({"norm": "gn", "fpn_channels": 48}, "fpn_channels: expected a multiple of the 32 groups of gn"),
         ({"norm": "gn", "mask_head_channels": 16}, "mask_head_channels: expected a multiple of the 32"),
-        ({"anchor_sizes": [[]] * 5}, "anchor_sizes: expected numbers above 0, at least one a level"),
         ({"anchor_sizes": [[8], [8], [8], [8], [0]]}, "anchor_sizes: expected numbers above 0"),
-        ({"anchor_sizes": [[8], [8], [8], [8], [8, 9]]}, "anchor_sizes: expected as many sizes in each lev"),
         ({"anchor_aspect_ratios": []}, "anchor_aspect_ratios: expected numbers above 0, at least one, got"),
         ({"anchor_aspect_ratios": [1, -1]}, "anchor_aspect_ratios: expected numbers above 0"),
         ({"box_score_threshold": 1.5}, "box_score_threshold: expected in 0..1, got 1.5"),
-        ({"rpn_bg_iou": 0.8}, "rpn_bg_iou: expected at most rpn_fg_iou (0.7), got 0.8"),
         ({"box_positive_fraction": 0}, "box_positive_fraction: expected in (0, 1], got 0"),
-        (
-            {"box_batch_size": 3},
-            "box_batch_size: expected enough for a positive at box_positive_fraction (0.25), got 3",
-        ),
         (
             {"rpn_batch_size": 9, "rpn_positive_fraction": 0.1},
             "rpn_batch_size: expected enough for a positive at rpn_positive_fraction (0.1), got 9",
@@ -278,7 +262,6 @@ WRONG: dict[type, list[tuple[Any, str]]] = {
         ({"mask_transfer": {"layer": 1}}, "mask_transfer: unknown MaskTransferConfig setting 'layer'"),
         ({"masks": 0}, "masks: expected true or false, got 0"),
         ({"masks": False, "mask_head": "mlp"}, "mask_head: expected 'fcn' with masks false, got 'mlp'"),
-        ({"masks": False, "mask_fusion_layers": 1}, "mask_fusion_layers: expected 0 with masks false, g"),
         ({"masks": False, "mask_class_agnostic": True}, "mask_class_agnostic: expected false with masks"),
         ({"masks": False, "mask_transfer": {}}, "mask_transfer: expected none with masks false, got Mask"),
         ({"masks": False, "losses": {"mask": "softmax"}}, "losses.mask: expected 'sigmoid' with masks fa"),
@@ -293,7 +276,6 @@ WRONG: dict[type, list[tuple[Any, str]]] = {
         ),
         ({"op": "roi_pool", "reduction": "max"}, "reduction: expected 'mean', as roi_pool has no"),
         ({"op": "roi_pool", "sampling_ratio": 0}, "sampling_ratio: expected None, as roi_pool has"),
-        ({"op": "roi_pool", "aligned": True}, "aligned: expected None, as roi_pool has no such"),
     ],
     KeypointConfig: [
         ({"names": []}, "names: expected at least one, none of them twice, got ()"),
@@ -310,7 +292,6 @@ WRONG: dict[type, list[tuple[Any, str]]] = {
         ({"box": "iou"}, "box: expected 'giou'?, got 'iou'"),
         ({"focal_alpha": 1.5}, "focal_alpha: expected 0..1, or below 0 for no weights, got 1.5"),
         ({"focal_gamma": -1.0}, "focal_gamma: expected at least 0, got -1.0"),
-        ({"focal_prior": 1.0}, "focal_prior: expected in (0, 1), got 1.0"),
         ({"focal_gamma": 1.0}, "focal_gamma: expected 2.0, as no chosen loss takes it"),
         ({"classifier": "softmax_focal", "focal_alpha": 0.9}, "focal_alpha: expected 0.25, as no chosen"),
         ({"classifier": "softmax_focal", "focal_prior": 0.2}, "focal_prior: expected 0.01, as no chosen"),
@@ -333,8 +314,6 @@ def test_overrides_take_lists_and_name_what_is_wrong() -> None:
     assert model_config("tiny", image_mean=[0.1, 0.2, 0.3]).image_mean == (0.1, 0.2, 0.3)
     assert model_config("tiny", anchor_sizes=[[8], [16], [32], [64], [128]]).anchor_sizes[4] == (128,)
     for wrong, message in (
-        ({"min_sise": 3}, "unknown ModelConfig setting 'min_sise': expected 'min_size'?"),
-        ({"preset": "tinny"}, "preset: expected 'tiny'?, got 'tinny'"),
         ({"preset": 50}, "preset: expected a name or a ModelConfig, got 50"),
         ({"convention": "torch"}, "convention: expected 'torchvision'?, got 'torch'"),
         (

@@ -66,19 +66,28 @@ def test_the_evaluator_gets_crowd_flags_areas_and_ids_above_zero(write, content)
 
 PIXELS = np.zeros((10, 20), dtype=np.uint8)
 PIXELS[3:7, 2:8] = 1
+CORNERS = [[2, 3], [8, 3], [8, 7], [2, 7]]
 FORMS = {
     "polygon": [[2, 3, 8, 3, 8, 7, 2, 7]],
     "numbers": {"size": [10, 20], "counts": [23, 4] + [6, 4] * 5 + [123]},
     "compressed": {"size": [10, 20], "counts": coco_mask.encode(np.asfortranarray(PIXELS))["counts"].decode()},
     "two polygons": [[2, 3, 5, 3, 5, 7, 2, 7], [5, 3, 8, 3, 8, 7, 5, 7]],
     "degenerate polygon": [[2, 3, 8, 3, 8, 7, 2, 7], [10, 1, 14, 5], []],  # a box, if pycocotools had its way
+    "pairs": CORNERS,
+    "pairs of two polygons": [[[2, 3], [5, 3], [5, 7], [2, 7]], [[5, 3], [8, 3], [8, 7], [5, 7]]],
+    "nested pairs": [CORNERS],
+    "nested deeper": [[[2, 3, 8, 3, 8, 7, 2, 7]]],
+    "OpenCV's contours": [[[point] for point in CORNERS]],
+    "pairs beside a flat one": [[2, 3, 5, 3, 5, 7, 2, 7], [[5, 3], [8, 3], [8, 7], [5, 7]]],
 }
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_every_form_of_mask(write, content, form):
     content["annotations"][0]["segmentation"] = form
-    assert np.array_equal(CocoDataset(*write(content))[0][1]["masks"][0], PIXELS)
+    with told() as messages:
+        assert np.array_equal(CocoDataset(*write(content))[0][1]["masks"][0], PIXELS)
+    assert messages == []
 
 
 @pytest.mark.parametrize("segmentation", [[], [[]], None, [[1, 2, 3, 4]], {"size": [10, 20], "counts": [200]}], ids=str)
@@ -94,10 +103,7 @@ def test_masks_of_nothing_do_not_count(write, content, segmentation):
 
 def test_boxes_without_area_inside_are_left_out_with_one_warning(write, content):
     assert CocoDataset(*write(content)).num_instances == 2  # a crowd is none
-    content["annotations"][0]["bbox"] = [2, 3, 0, 4]
-    with pytest.warns(UserWarning, match="left out 1 of 3"):
-        assert CocoDataset(*write(content)).num_instances == 1
-    content["annotations"][2]["bbox"] = [20, 5, 4, 4]
+    content["annotations"][0]["bbox"], content["annotations"][2]["bbox"] = [2, 3, 0, 4], [20, 5, 4, 4]
     with told() as messages:
         dataset = CocoDataset(*write(content))
     (message,) = [text for text in messages if "file.json: left out 2 of 3 " in text]
@@ -116,47 +122,25 @@ def annotation(**fields):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: '{"images": [\n1,, 2]}', r"file.json: broken JSON at line 2, column 3"),
         (lambda c: "[" * 100_000, r"file.json: cannot be read: maximum recursion depth"),
         (lambda c: "9" * 5000, r"file.json: cannot be read: Exceeds the limit"),
-        (lambda c: "[]", r"file.json: expected a COCO file, .* list 'images'"),
         (lambda c: c.pop("categories"), r"file.json: expected .* list 'categories'"),
-        (lambda c: c["categories"].clear(), r"file.json: categories: expected at least one, got none"),
-        (lambda c: c["images"].clear(), r"file.json: images: expected at least one, got none"),
-        (lambda c: c["images"][1].pop("width"), r"file.json: images\[1\]: expected a field 'width'"),
-        (lambda c: c["images"][1].update(id=7), r"file.json: images\[1\]: id 7 occurs twice"),
-        (lambda c: c["images"][1].update(id="3"), r"images\[1\]: id: expected a whole number, got '3'"),
         (lambda c: c["images"][1].update(height=0), r"images\[1\]: expected a size in whole pixels, got 8 x 0"),
-        (lambda c: c["images"][1].update(width="8"), r"expected a size in whole pixels, got '8' x 12"),
         (lambda c: c["images"][1].update(file_name=3), r"images\[1\]: file_name: expected a text, got 3"),
-        (
-            lambda c: c["annotations"][2].pop("bbox"),
-            r"annotation id 13: expected a bbox or a segmentation, got neither",
-        ),
-        (annotation(bbox=[1, 2, 3]), r"annotation id 11: bbox: expected four numbers .* got \[1, 2, 3\]"),
-        (annotation(bbox=[1, 2, 3, math.nan]), r"annotation id 11: bbox: expected finite numbers, got nan"),
         (annotation(bbox=[1, math.inf, -math.inf, 4]), r"annotation id 11: bbox: expected finite numbers, got inf"),
-        (annotation(bbox=[1, "2", 3, 4]), r"annotation id 11: bbox: expected finite numbers, got '2'"),
         (annotation(bbox=[1, 2, 3, 1e30]), r"annotation id 11: bbox: expected pixels within 1e\+06, got 1e\+30"),
         (annotation(bbox=[1, 2, 3, 10**400]), r"annotation id 11: bbox: expected finite numbers, got 1000"),
         (annotation(iscrowd="0"), r"annotation id 11: iscrowd: expected 0 or 1, got '0'"),
         (annotation(area=math.nan), r"annotation id 11: area: expected finite numbers, got nan"),
-        (annotation(image_id=99), r"file.json: annotation id 11: image_id 99 is not in the file"),
         (annotation(image_id="8"), r"file.json: annotation id 11: image_id: expected a whole number, got '8'"),
         (annotation(image_id="07"), r"file.json: annotation id 11: image_id: expected a whole number, got '07'"),
         (annotation(image_id=7.5), r"file.json: annotation id 11: image_id: expected a whole number, got 7.5"),
         (annotation(image_id=True), r"file.json: annotation id 11: image_id: expected a whole number, got True"),
-        (annotation(category_id=None), r"annotations\[0\]: expected a field 'category_id', got none"),
-        (annotation(category_id=1), r"file.json: annotation id 11: category_id 1 is not in the file"),
         (annotation(category_id=[5]), r"annotation id 11: category_id: expected a whole number, got \[5\]"),
-        (
-            lambda c: c["images"][0].update(file_name="gone.png"),
-            r"file.json: 1 of 2 images do not exist, first .*gone.png \(image id 7\)",
-        ),
     ],
 )
 def test_faults_of_the_file_are_found_on_opening(write, content, change, message):
-    """`change` changes the content in place, or returns another text."""
+    """`change` changes the content in place, or returns another text. Other faults: docs/bad-input.md."""
     text = change(content)
     with pytest.raises(ValueError, match=message):
         CocoDataset(*write(text if isinstance(text, str) else content))
@@ -177,18 +161,13 @@ WHOLE = coco_mask.encode(np.asfortranarray(np.eye(10, 20, dtype=np.uint8)))["cou
         ({"size": [10, 20], "counts": WHOLE + "4"}, r"expected runs of 200 pixels in all, got \d+"),
         ({"size": [10, 20], "counts": WHOLE[::-1]}, "expected runs of 200 pixels in all, got "),
         ({"size": [10, 20], "counts": ""}, "got damaged ones"),
-        ({"size": [10, 20], "counts": "\xe9"}, "got damaged ones"),
         ({"size": [10, 20], "counts": "o" * 40}, "got damaged ones"),
         ({"size": [10, 20], "counts": "]6K"}, "got damaged ones"),  # 205, -5
         ({"size": [10, 20], "counts": "XV" + "P" * 12 + "0"}, "got damaged ones"),  # 200, by way of twelve zeros
         ({"size": [10, 20], "counts": 5}, "expected run lengths as a list or a text, got 5"),
         ({"size": [10, 20]}, "expected polygons or run lengths"),
-        ([[1, 2, 3, 4, 5, 6, 7]], "odd number of values, 7"),
-        ([[1, 2, 3, 4, 5, math.nan]], "expected finite numbers, got nan"),
-        ([[1, 2, 3, 4, 5, "6"]], "expected finite numbers, got '6'"),
         ([[1, 2, 3, 4, 5, None]], "expected finite numbers, got None"),
         ([[1, 2, 3, 4, 5, -2e9]], "expected pixels within 1e\\+06, got -2"),
-        ([1, 2, 3, 4, 5, 6], r"expected polygons \[\[x, y, ...\], ...\], got a list of 1"),
         ("square", "expected polygons or run lengths, got str"),
     ],
 )
@@ -271,12 +250,6 @@ def test_what_the_system_says_names_the_file_once(write, content, monkeypatch):
     monkeypatch.setattr(type(file), "read_text", denied)
     with pytest.raises(ValueError, match=f"^{file}: cannot be read: Permission denied$"):
         CocoDataset(images, file)
-
-
-def test_a_byte_order_mark_is_read_over(write, content):
-    images, file = write(content)
-    file.write_text(file.read_text(), encoding="utf-8-sig")
-    assert len(CocoDataset(images, file)) == 2
 
 
 def test_category_ids_may_have_holes_and_be_zero(write, content):

@@ -130,14 +130,13 @@ def test_files_like_lvis_say_what_their_ap_is(sound: Content, opened: Any) -> No
     assert last.startswith("as LVIS: classes were looked for in some images alone, and AP counts them")
 
 
+# Others: docs/bad-input.md.
 CONTRADICTIONS: dict[str, tuple[dict[str, Any], str | None]] = {
-    "x1, y1, x2, y2": ({"bbox": xyxy}, "bbox held x1, y1, x2, y2"),
     "of run lengths": ({"segmentation": compressed, "bbox": xyxy}, "bbox held x1, y1, x2, y2"),
     "y1, x1, y2, x2": ({"bbox": lambda i: [xyxy(i)[k] for k in (1, 0, 3, 2)]}, "bbox held y1, x1, y2, x2"),
     "divided": ({"bbox": lambda i: parts(i["bbox"])}, "bbox held x, y, width, height in parts of the image's size"),
     "divided corners": ({"bbox": lambda i: parts(xyxy(i))}, "bbox held x1, y1, x2, y2 in parts of the image's size"),
     "centre": ({"bbox": centred}, "bbox held centre x, centre y, width, height"),
-    "runs by rows": ({"segmentation": lambda i: rle(i, "C")}, "run lengths went along the rows"),
     "compressed runs by rows": ({"segmentation": lambda i: compressed(i, "C")}, "run lengths went along the rows"),
     "divided polygons": (
         *({"segmentation": lambda i: [parts(i["segmentation"][0])]}, "polygons held parts of the image's size"),
@@ -290,26 +289,6 @@ def test_a_box_is_around_all_polygons_and_an_annotation_of_nothing_is_left_out(s
     dataset, messages = opened(sound)
     assert any(text.startswith("left out 1 of 8 annotations, whose box has no area") for text in messages)
     assert len(dataset[0][1]["boxes"]) == 3
-
-
-POLYGON = [[5, 20], [20, 20], [20, 38], [5, 38]]
-FORMS = {
-    "pairs": POLYGON,
-    "pairs of two polygons": [[[5, 20], [12, 20], [12, 38], [5, 38]], [[12, 20], [20, 20], [20, 38], [12, 38]]],
-    "nested pairs": [POLYGON],
-    "nested deeper": [[[value for point in POLYGON for value in point]]],
-    "OpenCV's contours": [[[point] for point in POLYGON]],
-    "beside a flat one": [[5, 20, 12, 20, 12, 38, 5, 38], [[12, 20], [20, 20], [20, 38], [12, 38]]],
-}
-
-
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_polygons_of_other_forms_are_the_same_mask(sound: Content, opened: Any, form: Any) -> None:
-    expected = opened(sound)[0][0][1]["masks"][0]
-    each(0, 1, segmentation=form)(sound)
-    dataset, messages = opened(sound)
-    assert messages == []
-    assert dataset[0][1]["masks"][0].equal(expected)
 
 
 @pytest.mark.parametrize(
