@@ -123,13 +123,6 @@ def test_a_file_that_is_like_the_name_but_another_image_s_is_no_hint(opened: Any
         opened(["2.png"], ["1.png", "2.png"])
 
 
-def test_images_of_one_file_are_counted_in_a_warning(opened: Any, tmp_path: Path) -> None:
-    paths, messages = opened(["1.png", "2.png"], ["1.png", "2.png", "1.png", "1.png"])
-    assert paths == ["1.png", "2.png", "1.png", "1.png"]
-    expected = "2 of 4 images have the file of another image, first 1.png (image ids 1 and 3)"
-    assert messages == [f"{tmp_path / 'file.json'}: {expected}: the annotations of one are missing in the other"]
-
-
 def test_prediction_takes_no_file_for_one_of_two_images(opened: Any, tmp_path: Path) -> None:
     opened(["a/1.png", "b/1.png"], ["a/1.png", "b/1.png"])
     with pytest.raises(ValueError, match=r"1 of 1 images are not in it: 1.png"):

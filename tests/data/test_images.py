@@ -36,6 +36,46 @@ def assert_refused(path, message):
             read(path)
 
 
+FOUR = np.concatenate([COLOURS, COLOURS[..., :1]], axis=2)
+BITMAP = struct.pack("<IiiHHIIiiIIIII", 40, 2, 1, 1, 16, 3, 4, 0, 0, 0, 0, 0xF800, 0x7E0, 0x1F)
+MASK = {"pixels": COLOURS[..., :1], "more": [(254, 4, [4])]}
+PREVIEW = {"save_all": True, "append_images": [Image.fromarray(np.full((8, 8, 3), 10, dtype=np.uint8))]}
+# A file, its pixels, and whether some are not opaque.
+PICTURES = {
+    "grey, whose suffix is another's.jpg": (encoded(COLOURS[..., 0]), COLOURS[..., :1], False),
+    "black and white.png": (encoded(COLOURS[..., 0] > 127), np.where(COLOURS[..., :1] > 127, 255, 0), False),
+    "colours.tif": (tiff(COLOURS), COLOURS, False),
+    "planes.tif": (tiff(COLOURS, planar=True), COLOURS, False),
+    "4 bits, stretched.pgm": (b"P5\n2 1\n15\n" + bytes([0, 15]), [[[0], [255]]], False),
+    "2 bits, stretched.tif": (
+        tiff(np.zeros((1, 4, 1)), bits=2, data=bytes([0b00011011])),
+        [[[0], [85], [170], [255]]],
+        False,
+    ),
+    "5, 6 and 5 bits, a mode called BGR;16.bmp": (
+        b"BM" + struct.pack("<IHHI", 18 + len(BITMAP), 0, 0, 14 + len(BITMAP)) + BITMAP + b"\x00\xf8\xe0\x07",
+        [[[255, 0, 0], [0, 255, 0]]],
+        False,
+    ),
+    "an undeclared fourth band, which counts as alpha.tif": (tiff(FOUR), COLOURS, True),
+    "a page that masks the image.tif": (tiff(pages=[{"pixels": COLOURS}, MASK]), COLOURS, True),
+    "a photograph with previews.jpg": (
+        encoded(np.full((8, 8, 3), 200, dtype=np.uint8), "MPO", **PREVIEW),
+        np.full((8, 8, 3), 200),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pixels_of_a_file(tmp_path, name):
+    data, pixels, transparent = PICTURES[name]
+    (tmp_path / name).write_bytes(data)
+    height, width, _ = np.shape(pixels)
+    assert_picture(tmp_path / name, np.broadcast_to(pixels, (height, width, 3)), transparent=transparent)
+    assert read_header(tmp_path / name) == Header(height, width, 1, transparent)
+
+
 def deep_png(colour_type, channels):
     """A 4x3 PNG of 16 bits a channel; PIL writes grey ones only."""
     rows = b"".join(b"\0" + bytes(range(4 * channels * 2)) for _ in range(3))
@@ -43,13 +83,6 @@ def deep_png(colour_type, channels):
     chunks = [b"IHDR" + head, b"IDAT" + zlib.compress(rows), b"IEND"]
     parts = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
-
-
-def test_grey_is_repeated_and_bits_are_black_and_white(tmp_path):
-    grey = COLOURS[:, :, :1]
-    for stored, pixels in ((grey[..., 0], grey), (grey[..., 0] > 127, np.where(grey > 127, 255, 0).astype(np.uint8))):
-        (tmp_path / "a.jpg").write_bytes(encoded(stored))  # the content decides, not the suffix
-        assert_picture(tmp_path / "a.jpg", pixels.repeat(3, axis=2))
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "a.webp", "a.jp2"])
@@ -148,27 +181,6 @@ def test_jpeg_2000_of_other_than_eight_bits_is_refused(tmp_path, suffix, depth, 
     assert_refused(path, message)
 
 
-def test_fewer_bits_are_stretched(tmp_path):
-    """Not 5, 6 and 5 bits, a mode that is called BGR;16."""
-    (tmp_path / "a.pgm").write_bytes(b"P5\n2 1\n15\n" + bytes([0, 15]))
-    (tmp_path / "a.tif").write_bytes(tiff(np.zeros((1, 4, 1)), bits=2, data=bytes([0b00011011])))
-    assert read_image(tmp_path / "a.pgm")[0].tolist() == [[0, 255]]
-    assert read_image(tmp_path / "a.tif")[0].tolist() == [[0, 85, 170, 255]]
-    info = struct.pack("<IiiHHIIiiIIIII", 40, 2, 1, 1, 16, 3, 4, 0, 0, 0, 0, 0xF800, 0x7E0, 0x1F)
-    head = b"BM" + struct.pack("<IHHI", 14 + len(info) + 4, 0, 0, 14 + len(info))
-    (tmp_path / "a.bmp").write_bytes(head + info + struct.pack("<HH", 0xF800, 0x07E0))
-    assert read_image(tmp_path / "a.bmp")[:, 0].T.tolist() == [[255, 0, 0], [0, 255, 0]]
-
-
-@pytest.mark.parametrize("planar", [False, True])
-def test_planes_of_eight_bits_are_read(tmp_path, planar):
-    (tmp_path / "a.tif").write_bytes(tiff(COLOURS, planar=planar))
-    assert_picture(tmp_path / "a.tif", COLOURS)
-
-
-FOUR = np.concatenate([COLOURS, COLOURS[..., :1]], axis=2)
-
-
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -186,11 +198,6 @@ def test_what_pillow_would_read_to_other_pixels_is_refused(tmp_path, data, messa
     """Others: docs/bad-input.md."""
     (tmp_path / "a.tif").write_bytes(data)
     assert_refused(tmp_path / "a.tif", message)
-
-
-def test_an_undeclared_fourth_band_counts_as_alpha(tmp_path):
-    (tmp_path / "a.tif").write_bytes(tiff(FOUR))
-    assert_picture(tmp_path / "a.tif", COLOURS, transparent=True)
 
 
 def test_ink_that_may_be_inverted_is_refused(tmp_path):
@@ -224,13 +231,6 @@ def test_of_a_tiff_with_overviews_the_full_image_is_read(tmp_path, tag, first):
     assert_picture(path, SMALL)
 
 
-def test_a_page_that_masks_the_image_is_told_of(tmp_path):
-    mask = {"pixels": COLOURS[..., :1], "more": [(254, 4, [4])]}
-    (tmp_path / "a.tif").write_bytes(tiff(pages=[{"pixels": COLOURS}, mask]))
-    assert read_header(tmp_path / "a.tif") == Header(4, 6, 1, True)
-    assert_picture(tmp_path / "a.tif", COLOURS, transparent=True)
-
-
 @pytest.mark.parametrize("suffix", ["gif", "tif", "png", "webp", "avif"])
 def test_several_images_in_a_file_are_refused(tmp_path, suffix):
     path, pages = tmp_path / f"a.{suffix}", [Image.fromarray(np.roll(COLOURS, i, axis=1)) for i in range(3)]
@@ -238,13 +238,6 @@ def test_several_images_in_a_file_are_refused(tmp_path, suffix):
     assert_refused(path, f"a.{suffix}: expected one image, got a file of 3")
     pages[0].save(path)
     assert read_image(path).shape == (3, 4, 6)
-
-
-def test_a_photograph_with_previews_is_its_first_picture(tmp_path):
-    pictures = [Image.fromarray(np.full((8, 8, 3), value, dtype=np.uint8)) for value in (200, 10)]
-    pictures[0].save(tmp_path / "a.mpo", save_all=True, append_images=pictures[1:])
-    (tmp_path / "a.mpo").rename(tmp_path / "a.jpg")
-    assert (read_image(tmp_path / "a.jpg") == 200).all()
 
 
 # Tag, type (2 text, 3 and 4 numbers, 5 and 10 rationals, 8 and 9 signed, 77 unknown), count, value or its place: 8 is

@@ -129,9 +129,3 @@ def test_alpha_is_counted_before_a_run_and_told_once(tmp_path: Path, monkeypatch
     assert opened_and_read(*arguments) == [f"the alpha of {first}, and of others like it, {hidden}"]
     del files["c.png"]
     assert opened_and_read(*write(tmp_path, files)) == []
-
-
-def test_every_header_is_read_before_a_run(tmp_path: Path) -> None:
-    dataset = CocoDataset(*write(tmp_path, {"a.png": rgba(255), "b.png": b"", "c.png": rgba(255)}))
-    with pytest.raises(ValueError, match=r"b.png: cannot be read as an image: empty"):
-        check_images(dataset)
