@@ -530,17 +530,6 @@ def test_a_checkpoint_keeps_how_images_are_turned(tmp_path: Path, capsys: Any) -
     assert evaluated(out, data, exif="true") == 0
 
 
-@pytest.mark.slow
-def test_masks_alone_go_on_from_a_detector(run: Path, data: Data, tmp_path: Path) -> None:
-    base = [*data.options(), *SMALL, "--preset=tiny", "--train.steps=1", "--train.only=masks"]
-    transfer = ["--model.mask_transfer={}", "--data.mask_classes=disc"]
-    assert call("train", *base, *transfer, init=run / "checkpoint.pt", out=tmp_path / "a") == 0
-    first, second = checkpoint(run)["model"], checkpoint(tmp_path / "a")["model"]
-    assert second["roi_heads.mask_transfer.layers.0.weight"].shape == (16, 5 * 16)
-    assert all(torch.equal(second[name], first[name]) for name in first if ".mask_head." not in name)
-    assert not any(torch.equal(second[name], first[name]) for name in second if ".mask_head." in name)
-
-
 def test_precision_is_that_of_training_where_the_device_has_it() -> None:
     cpu = torch.device("cpu")
     for given, trained, expected in ((None, "bf16", "bf16"), (None, "fp16", "fp32"), ("fp32", "bf16", "fp32")):

@@ -293,20 +293,11 @@ def test_one_positive_in_a_sample_is_enough() -> None:
     ModelConfig(box_batch_size=4, rpn_batch_size=10, rpn_positive_fraction=0.1)
 
 
-def test_overrides_take_lists_and_name_what_is_wrong() -> None:
+def test_overrides_take_lists_and_presets_have_names() -> None:
     assert model_config("tiny", image_mean=[0.1, 0.2, 0.3]).image_mean == (0.1, 0.2, 0.3)
     assert model_config("tiny", anchor_sizes=[[8], [16], [32], [64], [128]]).anchor_sizes[4] == (128,)
-    for wrong, message in (
-        ({"preset": 50}, "preset: expected a name or a ModelConfig, got 50"),
-        ({"convention": "torch"}, "convention: expected 'torchvision'?, got 'torch'"),
-        (
-            {"convention": {"paste": "torchvision"}},
-            "convention: Convention: expected a setting 'roi_aligned', got none",
-        ),
-    ):
-        with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is compared whole
-            model_config(**{"preset": "tiny", **wrong})
-        assert message in str(error.value)
+    with pytest.raises(ValueError, match="preset: expected a name or a ModelConfig, got 50"):
+        model_config(50)  # type: ignore[arg-type]
 
 
 def test_every_preset_may_be_without_masks() -> None:
