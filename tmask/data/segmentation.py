@@ -1,4 +1,4 @@
-"""COCO's forms of a mask: polygons and run lengths, checked and made into one form. Checks of numbers as well."""
+"""Checks COCO's forms of a mask, polygons and run lengths, and converts them to one form. Checks numbers too."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ MAX_COORDINATE = 1e6
 
 
 def is_outlined(segmentation: Any) -> bool:
-    """Whether a mask is given: run lengths, or at least one polygon of three points."""
+    """Return True if there are run lengths, or at least one polygon of three points."""
     if isinstance(segmentation, list):
         return any(len(points) >= 6 for points in segmentation)
     return segmentation is not None
 
 
 def covers_pixels(segmentation: Any) -> bool:
-    """Whether there is a mask in it and, of run lengths, one that has a pixel. Polygons are not drawn: that is slow."""
+    """Return True if there is a mask. Run lengths must cover a pixel; polygons are not drawn, as drawing is slow."""
     if not isinstance(segmentation, dict):
         return is_outlined(segmentation)
     if isinstance(segmentation["counts"], list):
@@ -32,10 +32,12 @@ def covers_pixels(segmentation: Any) -> bool:
 
 
 def flat_polygons(segmentation: list[Any]) -> list[Any]:
-    """Polygons as COCO has them, [[x, y, x, y, ...], ...], also of lists of pairs and of lists that are nested deeper.
+    """Return polygons in COCO's form, [[x, y, x, y, ...], ...].
 
-    Three lists of two numbers or more are the points of one polygon: a polygon of one point has no area. What is no
-    list of numbers stays as it is.
+    Args:
+        segmentation: Polygons in COCO's form, as lists of [x, y] pairs, or nested deeper. Three or more pairs are the
+            points of one polygon, since a polygon of one point has no area. Anything but lists of numbers is returned
+            unchanged.
     """
     if not any(isinstance(part, list) and (len(part) == 2 or _is_nested(part)) for part in segmentation):
         return segmentation
@@ -54,11 +56,15 @@ def _is_nested(part: Any) -> bool:
 
 
 def run_length(segmentation: Any, size: tuple[int, int]) -> dict[str, Any] | None:
-    """COCO's compressed run lengths of any of its mask forms, for an image of `size` (H, W); None for no mask.
+    """Return COCO's compressed run lengths of a mask; None for no mask.
 
-    Forms: polygons (a list of [x, y, x, y, ...], or as `flat_polygons` takes them; those of fewer than three points are
-    ignored), or run lengths, as numbers or compressed.
-    Errors: ValueError for another form or size, and for damaged run lengths.
+    Args:
+        segmentation: Polygons, in a form that `flat_polygons` accepts, or run lengths, as numbers or compressed.
+            Polygons of fewer than three points are ignored.
+        size: Height and width of the image.
+
+    Raises:
+        ValueError: The mask has another form or size, or its run lengths are damaged.
     """
     if isinstance(segmentation, list):
         segmentation = flat_polygons(segmentation)
@@ -67,7 +73,7 @@ def run_length(segmentation: Any, size: tuple[int, int]) -> dict[str, Any] | Non
 
 
 def compressed(segmentation: Any, size: tuple[int, int]) -> dict[str, Any] | None:
-    """`run_length` of what `read_coco` has checked already: training asks for every mask in every epoch."""
+    """Return `run_length` of a mask that `read_coco` has checked: training reads every mask in every epoch."""
     from pycocotools import mask as coco_mask
 
     if not is_outlined(segmentation):
@@ -112,11 +118,12 @@ def check_segmentation(segmentation: Any, size: tuple[int, int]) -> None:
 
 
 def _pixels(counts: bytes) -> int | None:
-    """How many pixels compressed run lengths cover in all; None if they are damaged.
+    """Return the number of pixels of all runs in compressed run lengths; None if the run lengths are damaged.
 
-    pycocotools fills the rest of a mask whose runs end early with whatever stood in memory. Its format (`rleFrString`
-    of maskApi.c): a number is a row of characters from '0' on, low 5 bits first, bit 5 of each says that more follow,
-    bit 4 of the last is the sign; from the fourth on a run is stored as its difference to the last but one.
+    If the runs end early, pycocotools leaves the rest of the mask uninitialised. The format (`rleFrString` of
+    maskApi.c): each character is a digit of 6 bits, from '0' on. The low 5 bits of the digits make a number, the least
+    significant digit first. Bit 5 of a digit says that another digit follows. Bit 4 of the last digit is the sign. From
+    the fourth run on, the number is the difference to the run before the previous one.
     """
     digits = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
     if not digits.size or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
@@ -149,5 +156,5 @@ def check_numbers(name: str, values: Sequence[Any], *, limit: float = MAX_COORDI
 
 
 def is_int(value: Any) -> bool:
-    """Whether it is a whole number; True and False are none."""
+    """Return True for a whole number. True and False are no numbers."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""COCO evaluation: a model and a loader in, average precision of boxes, masks and keypoints out."""
+"""COCO evaluation: average precision of boxes, masks and keypoints of a model on a data set."""
 
 from __future__ import annotations
 
@@ -41,13 +41,15 @@ def evaluate(
     boxes_only: Collection[int] = (),
     plots: str | Path | None = None,
 ) -> dict[str, float]:
-    """COCO metrics of `model` on `dataset`, with the keys of `coco_metrics`.
+    """Return the COCO metrics of `model` on `dataset`, with the keys of `coco_metrics`.
 
     Args:
-        model, device, precision: The model, where it runs, and ``fp32``, ``bf16`` or ``fp16``. Its config must allow at
-            least `max_detections`.
+        model: The model. Its config must allow at least `max_detections`.
+        device: Where the model runs.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
         loader: Loader of the images of `dataset`.
-        dataset: A CocoDataset. Images that it has left out do not count; ``images_left_out`` is their number.
+        dataset: A CocoDataset. Images that the data set leaves out do not count; the metric ``images_left_out`` is
+            their number.
         max_detections: Detections of each class and image that count.
         results_file: File for the COCO results.
         boxes_only, plots: As in `coco_metrics`.
@@ -125,22 +127,23 @@ def coco_metrics(
     plots: str | Path | None = None,
     check: bool = True,
 ) -> dict[str, float]:
-    """pycocotools' figures for COCO results against a COCO annotation dict.
+    """Return pycocotools' figures for COCO results against a COCO annotation dict.
 
     The keys are ``bbox/AP``, ``AP50``, ``AP75``, ``AP_small``, ``AP_medium``, ``AP_large`` and ``AR`` for each kind,
-    and all of these for each class, ``bbox/AP50/<class name>``. Classes of one name get their id, ``name (id)``. The
-    figures are in 0..1, or -1 where there is no ground truth. Without results they are 0.
+    and the same names for each class, ``bbox/AP50/<class name>``. If several classes have one name, their keys have
+    the id too, ``name (id)``. A figure is in 0..1, or -1 if there is no ground truth for it. Without results all
+    figures are 0.
 
     Args:
         ground_truth: COCO annotations; not changed. Missing ``area`` and ``iscrowd`` are filled in. Ids may be any
-            integers. In ``segm`` an object without a mask neither helps nor harms.
+            integers. ``segm`` ignores objects without a mask: they count neither as found nor as missed.
         results: COCO results; not changed.
         max_detections: Detections of each image and class that count. One warning counts the images with more objects.
         kinds: ``bbox``, ``segm`` and ``keypoints``. A kind without any ground truth masks or keypoints is left out.
             ``keypoints`` uses the similarity of keypoints, at most 20 detections an image, and has no ``AP_small``.
-        boxes_only: Ids of categories whose masks the model did not learn. AP, AP50 and AP75 then also come for these
-            and for the other classes: ``segm/AP_boxes_only``, ``segm/AP_with_masks``.
-        keypoint_sigmas: Spreads of the keypoints; None: COCO's of a person.
+        boxes_only: Ids of categories whose masks the model did not learn. The metrics then also have AP, AP50 and AP75
+            of these classes alone, ``segm/AP_boxes_only``, and of the other classes, ``segm/AP_with_masks``.
+        keypoint_sigmas: Spreads of the keypoints; None: COCO's spreads of a person.
         plots: Folder for ``precision-recall-KIND.png``, and ``confusion-KIND.png`` of boxes and masks.
         check: False for results of `detect`: no check of values and no warning about `max_detections`.
 
@@ -189,9 +192,15 @@ def _run_cocoeval(objects: Any, found: Any, kind: str, max_detections: int, sigm
 
 
 def _summarize(evaluation: Any, kind: str, names: Sequence[str], apart: Any) -> dict[str, float]:
-    """The figures. (pycocotools' own `summarize` takes AP at 100 detections whatever is set.)
+    """Return the figures of `coco_metrics` for one kind.
 
-    `apart` [Cls] bool marks the classes whose masks were not learnt; None if there are none.
+    pycocotools' own `summarize` is not used, because it reads AP at 100 detections whatever the limit is.
+
+    Args:
+        evaluation: The accumulated evaluation.
+        kind: The first part of each key.
+        names: Class names.
+        apart: [Cls] bool, True for classes whose masks the model did not learn; None if there are no such classes.
     """
     precision = evaluation.eval["precision"][..., -1]  # [T, recalls, Cls, areas]
     recall = evaluation.eval["recall"][..., -1]  # [T, Cls, areas]
@@ -199,7 +208,7 @@ def _summarize(evaluation: Any, kind: str, names: Sequence[str], apart: Any) -> 
     at50, at75 = (int(np.argmin(np.abs(thresholds - value))) for value in (0.5, 0.75))
 
     def figures(chosen: Any) -> dict[str, float]:
-        """The figures of the classes that `chosen` selects: an index, a slice or [Cls] bool."""
+        """Return the figures of the classes that `chosen` selects: an index, a slice or [Cls] bool."""
         parts = {
             "AP": precision[:, :, chosen, 0],
             "AP50": precision[at50, :, chosen, 0],
@@ -237,7 +246,7 @@ def _plot(folder: Path, evaluation: Any, truth: Truth, found: list[dict[str, Any
 
 
 def results_table(metrics: dict[str, float]) -> str:
-    """The metrics as a text table in percent, one table for each kind.
+    """Return the metrics as a text with one table for each kind, in percent.
 
     Rows: all classes, the groups, then each class. Columns: AP, AP at IoU 0.5 and 0.75, AR, and AP of small, medium and
     large objects.

@@ -1,6 +1,6 @@
-"""The losses of RPN, box head and mask head, each a float32 scalar.
+"""The losses of RPN, box head and mask head. Each loss is a float32 scalar.
 
-All work on fixed-size samples with a validity mask, so no shape depends on data. Letters: N images, S slots (sampled,
+The samples have a fixed size and a validity mask, so no shape depends on data. Letters: N images, S slots (sampled,
 or all anchors), Cls foreground classes; for masks R RoIs of all images, C mask channels, M mask side.
 """
 
@@ -28,8 +28,12 @@ MaskLoss = Literal["sigmoid", "softmax"]
 
 @dataclass(frozen=True, kw_only=True)
 class Focal:
-    """The focal loss of Lin et al. 2017: `alpha` weighs positives (1 - alpha negatives; below 0: neither), `gamma`
-    holds down what is easy, `prior` is the probability of an object that a sigmoid classifier begins with.
+    """Settings of the focal loss (Lin et al. 2017).
+
+    Attributes:
+        alpha: Weight of positives; negatives have the weight 1 - alpha. Below 0 both have the weight 1.
+        gamma: Exponent that lowers the loss of easy examples.
+        prior: Probability of an object that a sigmoid classifier predicts before training.
     """
 
     alpha: float
@@ -38,7 +42,10 @@ class Focal:
 
     @property
     def bias(self) -> float:
-        """Of the classifier, so that it begins at the prior: with 0 the many negatives would swamp the first steps."""
+        """The classifier's initial bias, at which it predicts the prior.
+
+        With a bias of 0 the loss of the many negatives would dominate the first steps.
+        """
         return -math.log((1 - self.prior) / self.prior)
 
 
@@ -53,11 +60,21 @@ def rpn_losses(
     focal: Focal | None,
     box_loss: BoxLoss,
 ) -> tuple[Tensor, Tensor]:
-    """Objectness and box loss of the anchors in `valid`, of which `positive` also learn boxes.
+    """Return the objectness loss and the box loss of the RPN.
 
-    objectness [N, S] logits; deltas, anchors and the ground truth `matched` [N, S, 4]; positive and valid [N, S] bool.
-    Without `focal` binary cross-entropy, and both losses are divided by the number of valid anchors (Ren et al. 2015,
-    equation 1); with it both are divided by the number of positive ones (Lin et al. 2017, section 4.1).
+    Without `focal` the objectness loss is binary cross-entropy, and both losses are divided by the number of valid
+    anchors (Ren et al. 2015, equation 1). With `focal` both are divided by the number of positive anchors (Lin et al.
+    2017, section 4.1).
+
+    Args:
+        objectness: Logits [N, S].
+        deltas: Box deltas [N, S, 4].
+        anchors: Anchors [N, S, 4].
+        matched: Ground-truth box of each anchor [N, S, 4].
+        positive: [N, S] bool, anchors that learn a box. All of them are valid.
+        valid: [N, S] bool, anchors that count.
+        focal: The focal loss; None: binary cross-entropy.
+        box_loss: Name of the box loss.
     """
     count = (valid if focal is None else positive).sum().clamp(min=1)
     if focal is None:
@@ -83,13 +100,24 @@ def box_losses(
     box_loss: BoxLoss,
     weights: Weights,
 ) -> tuple[Tensor, Tensor]:
-    """Classification and box loss of the sampled RoIs.
+    """Return the classification loss and the box loss of the sampled RoIs.
 
-    class_logits [N, S, Cls + 1], without the background's column [N, S, Cls] for sigmoid_focal; deltas
-    [N, S, Cls + 1, 4]; labels [N, S] (0 background); rois and the ground truth `matched` [N, S, 4]. Only the four
-    deltas of the RoI's own class enter the box loss. Both losses are divided by the number of sampled RoIs of the
-    batch, sigmoid_focal by the number of positives.
+    Only the four deltas of the RoI's own class enter the box loss. Both losses are divided by the number of sampled
+    RoIs of the batch, sigmoid_focal by the number of positives.
     Source: Girshick 2015, "Fast R-CNN", equations 1-3.
+
+    Args:
+        class_logits: [N, S, Cls + 1]; [N, S, Cls], without the background, for sigmoid_focal.
+        deltas: Box deltas of each class [N, S, Cls + 1, 4].
+        labels: [N, S] int64, 0 for the background.
+        rois: [N, S, 4].
+        matched: Ground-truth box of each RoI [N, S, 4].
+        positive: [N, S] bool, RoIs that learn a box.
+        valid: [N, S] bool, slots that hold a RoI.
+        class_loss: Name of the classification loss.
+        focal: The focal loss, for a `class_loss` that needs it.
+        box_loss: Name of the box loss.
+        weights: Factors of the encoded deltas, as in `encode_boxes`.
     """
     sampled = valid.sum().clamp(min=1)
     if class_loss == "sigmoid_focal":
@@ -109,12 +137,18 @@ def box_losses(
 
 
 def mask_loss(logits: Tensor, channels: Tensor, targets: Tensor, valid: Tensor, *, loss: MaskLoss) -> Tensor:
-    """Mean over the pixels of the valid RoIs; 0 with a graph if there is none.
+    """Return the mean mask loss over the pixels of the valid RoIs; 0, with a graph, if no RoI is valid.
 
-    logits [R, C, M, M]; channels [R] int64, of each RoI's class; targets [R, M, M], 0..1; valid [R] bool.
-    sigmoid: binary cross-entropy of the RoI's own channel, so that classes do not compete; others have a gradient of
-    exactly 0. softmax: cross-entropy over the channels of each pixel, of which 0 is the background's: the class is the
-    RoI's own where the target is at least 0.5, else 0. Source: He et al. 2017, "Mask R-CNN", section 3 and table 2b.
+    Source: He et al. 2017, "Mask R-CNN", section 3 and table 2b.
+
+    Args:
+        logits: [R, C, M, M].
+        channels: [R] int64, the channel of each RoI's class.
+        targets: [R, M, M] in 0..1.
+        valid: [R] bool.
+        loss: ``sigmoid``: binary cross-entropy of the RoI's own channel. Classes do not compete, and the other channels
+            have a gradient of exactly 0. ``softmax``: cross-entropy over the channels of each pixel. Channel 0 is the
+            background; a pixel is of the RoI's class if its target is at least 0.5.
     """
     if loss == "sigmoid":
         return mask_bce(logits, channels, targets, valid=valid)
@@ -134,33 +168,41 @@ def _focal_sum(logits: Tensor, targets: Tensor, valid: Tensor, focal: Focal) -> 
 def _box_regression(
     kind: BoxLoss, deltas: Tensor, anchors: Tensor, matched: Tensor, positive: Tensor, weights: Weights
 ) -> Tensor:
-    """Loss of each box: [N, S, 4] to [N, S]. Smooth L1 of the deltas, or `iou_loss` of the decoded boxes."""
+    """Return the loss of each box [N, S]: smooth L1 of the deltas, or `iou_loss` of the decoded boxes."""
     if kind == "smooth_l1":
         target = encode_boxes(matched, anchors, weights)
         return F.smooth_l1_loss(deltas.float(), target, beta=SMOOTH_L1_BETA, reduction="none").sum(dim=-1)
     boxes = decode_boxes(deltas.float(), anchors, weights=weights)
-    # Of a box without area the ratio of sides is 0 / 0, whose gradient no later mask takes away.
+    # A box without area has sides of the ratio 0 / 0. Its gradient is NaN, which a later mask would not remove.
     unit = (torch.arange(4, device=boxes.device) >= 2).to(boxes.dtype)
     own = positive[..., None]
     return iou_loss(kind, torch.where(own, boxes, unit), torch.where(own, matched, unit))
 
 
 def iou_loss(kind: BoxLoss, boxes: Tensor, target: Tensor) -> Tensor:
-    """1 - IoU and a penalty that has a gradient where boxes do not meet: boxes [..., 4] to [...].
+    """Return 1 - IoU plus a penalty, which has a gradient even if the boxes do not overlap.
 
-    giou: the share of the box around both that neither fills (Rezatofighi et al. 2019). diou: the squared distance of
-    the centres over the diagonal of the box around both; ciou: and the difference of the ratios of sides (Zheng et al.
-    2020, whose factor alpha is held constant). torchvision's values; its own functions select boxes by value, for which
-    the host has to wait.
-    Ties: boxes that touch have the gradient of boxes that meet. An edge on the target's edge takes the mean of the
-    gradients on its two sides, so equal boxes have none.
+    The values are those of torchvision. torchvision's own functions select boxes by value, and so the host must wait.
+    Ties: boxes that touch have the gradient of boxes that overlap. An edge on the target's edge gets the mean of the
+    gradients on its two sides, so equal boxes have the gradient 0.
+
+    Args:
+        kind: The penalty. Let E be the smallest box that encloses both boxes. ``giou``: the share of E that neither box
+            fills (Rezatofighi et al. 2019). ``diou``: the squared distance of the centres over the squared diagonal of
+            E. ``ciou``: as ``diou``, plus the difference of the aspect ratios (Zheng et al. 2020, whose factor alpha
+            has no gradient).
+        boxes: [..., 4].
+        target: [..., 4].
+
+    Returns:
+        The loss of each box [...].
     """
     low, high = torch.minimum(boxes, target), torch.maximum(boxes, target)
     overlap = _area(_at_least(low[..., 2:] - high[..., :2], 0.0))
     side, target_side = boxes[..., 2:] - boxes[..., :2], target[..., 2:] - target[..., :2]
     union = _area(side) + _area(target_side) - overlap
     iou = overlap / (union + IOU_EPSILON)
-    around = high[..., 2:] - low[..., :2]  # sides of the box around both
+    around = high[..., 2:] - low[..., :2]  # sides of the enclosing box E
     if kind == "giou":
         area = _area(around)
         return 1 - iou + (area - union) / (area + IOU_EPSILON)
@@ -175,12 +217,12 @@ def iou_loss(kind: BoxLoss, boxes: Tensor, target: Tensor) -> Tensor:
 
 
 def _at_least(sides: Tensor, limit: float) -> Tensor:
-    """The larger of sides and limit. Not by `clamp`, whose gradient at the limit depends on the version of torch."""
+    """Return the larger of sides and limit. The gradient of `clamp` at the limit depends on the version of torch."""
     return torch.where(sides < limit, limit, sides)
 
 
 def _area(sides: Tensor) -> Tensor:
-    """Sides [..., 2] to [...]. Not by `prod`, whose gradient counts the zeros, on the host."""
+    """Return the areas [...] of sides [..., 2]. The gradient of `prod` counts zeros on the host."""
     w, h = sides.unbind(-1)
     return w * h
 

@@ -1,4 +1,4 @@
-"""Mask branch: RoIs in, the loss of their masks or their masks out. The layers themselves are mask_head.py.
+"""Mask branch: the loss of the masks of RoIs, or the masks of detections. mask_head.py has the layers.
 
 Letters: N images, G ground-truth boxes, S RoIs an image, D detections an image, R rows (RoIs of all images), C mask
 channels, M mask side.
@@ -20,11 +20,13 @@ from tmask_kernels import mask_targets
 
 @dataclass(frozen=True, kw_only=True)
 class MaskBranch:
-    """What a mask head learns and how its masks are read. It holds no parameters: the head comes with each call.
+    """The loss and the activation of a mask head. It has no parameters: the caller passes the head to each call.
 
-    The head sees features of `pool_size` cells a side. `targets` names the convention of the M x M targets, M being the
-    side of what it gives. `mask_loss` names the loss, and so the activation of inference. With `class_agnostic` all
-    classes share one mask.
+    Attributes:
+        pool_size: Side of the pooled features that the head gets, in cells.
+        targets: Convention of the M x M targets, where M is the side of the head's output.
+        mask_loss: Name of the loss, which also decides the activation of inference.
+        class_agnostic: True if all classes share one mask.
     """
 
     pool_size: int
@@ -33,10 +35,13 @@ class MaskBranch:
     class_agnostic: bool = False
 
     def num_channels(self, num_classes: int) -> int:
-        """C, how many maps a head gives; `num_classes` counts the background.
+        """Return C, the number of maps that a head must give.
 
-        One for each class, of which the background's is that of a softmax, and nobody's of a sigmoid. Class-agnostic:
-        the object's alone, and before it the background's for a softmax.
+        There is one map for each class. A softmax uses the background's map; a sigmoid ignores it. A class-agnostic
+        head gives one map of the object, and for a softmax one of the background before it.
+
+        Args:
+            num_classes: Number of classes, the background included.
         """
         return self._agnostic_channel + 1 if self.class_agnostic else num_classes
 
@@ -45,13 +50,13 @@ class MaskBranch:
         return int(self.mask_loss == "softmax")
 
     def _channels(self, labels: Tensor) -> Tensor:
-        """The channel of each label."""
+        """Return the channel of each label."""
         return torch.full_like(labels, self._agnostic_channel) if self.class_agnostic else labels
 
     def loss(
         self, pool: Pool, head: Head, rois: SampledRois, images: ImageBatch, targets: Targets, *, compact: bool
     ) -> Tensor:
-        """Loss of the positive RoIs [N, S] whose object has a mask; 0 with a graph if there is none."""
+        """Return the mask loss of the positive RoIs [N, S] whose object has a mask; 0, with a graph, without any."""
         if targets.masks is None:
             raise ValueError("targets.masks: expected packed masks [N, G, H, ceil(W / 32)], got None")
         valid = rois.positive & targets.has_mask.gather(1, rois.gt_index.clamp(min=0))  # [N, S]
@@ -73,9 +78,18 @@ class MaskBranch:
         )
 
     def masks(self, pool: Pool, head: Head, boxes: Tensor, labels: Tensor, valid: Tensor, *, compact: bool) -> Tensor:
-        """The mask of each detection's own class: boxes [N, D, 4], labels and valid [N, D] to [N, D, M, M].
+        """Return the mask of each detection's own class.
 
-        Probabilities in float32, zeros where not valid.
+        Args:
+            pool: Pools the features of boxes.
+            head: The mask head.
+            boxes: [N, D, 4].
+            labels: [N, D] int64.
+            valid: [N, D] bool.
+            compact: True to run the head on the valid detections alone.
+
+        Returns:
+            Probabilities [N, D, M, M], float32, 0 for detections that are not valid.
         """
         logits, rows = run_head(head, pool, boxes, valid, self.pool_size, compact=compact)
         masks = mask_probabilities(logits, self._channels(labels).flatten()[rows], self.mask_loss)  # [R, M, M]
