@@ -17,6 +17,7 @@ import torch
 import tmask
 import tmask_kernels
 from tests.bad_inputs import CHECKPOINT, COMMANDS, FILE, FIRST, SPOILS
+from tests.engine.toy import files
 from tmask import cli
 from tmask.data.coco import CocoDataset
 from tmask.data.segmentation import run_length
@@ -76,27 +77,24 @@ def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return tmp_path
 
 
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("row", ERRORS, ids=name_of)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_it_is_told_in_one_line(row: list[str], folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     what, words, message, code = row
     SPOILS.get(what, lambda: None)()
-    before = contents(folder)
+    before = files(folder)
     assert run(words) == int(code)
     command = words.split()[0]
     see = f" (see tmask {command} --help)" if code == "2" else ""
     assert capfd.readouterr().err == f"tmask {command}: error: {message}{see}\n"
-    after = contents(folder)
+    after = files(folder)
     assert {path: after.get(path) for path in before} == before
     assert not Path("code-ran").exists()
 
 
-@pytest.mark.parametrize(("_", "code", "message"), SECTIONS["In Python"])
-def test_it_is_a_value_error_in_python(_: str, code: str, message: str, folder: Path) -> None:
+@pytest.mark.parametrize("row", SECTIONS["In Python"], ids=lambda row: row[0])
+def test_it_is_a_value_error_in_python(row: list[str], folder: Path) -> None:
+    _, code, message = row
     torch.manual_seed(0)
     FIRST.unlink()
     names: dict[str, Any] = {"tmask": tmask, "tmask_kernels": tmask_kernels, "torch": torch}
