@@ -3,18 +3,13 @@
 import pytest
 import torch
 
-from tests.launches import Count, count_call, counting
-from tmask_kernels import decode_boxes, multiscale_roi_align, padded_nms
+from tests.launches import Count, count_call
+from tmask_kernels import multiscale_roi_align, padded_nms
 from tmask_kernels.backend import interpreter_enabled
 
 pytestmark = pytest.mark.skipif(not interpreter_enabled(), reason="counts through Triton's interpreter")
 
 BOXES, SCORES = torch.rand(2, 5, 4), torch.rand(2, 5)
-
-
-def test_views_and_allocations_are_free() -> None:
-    assert count_call(lambda: torch.empty(4, 4).t()[1:].reshape(-1)) == Count(ops=1)  # the copy of a transposed matrix
-    assert count_call(lambda: BOXES[0].view(20).expand(3, 20)) == Count()
 
 
 def test_waits_are_seen() -> None:
@@ -23,12 +18,6 @@ def test_waits_are_seen() -> None:
     assert count_call(lambda: SCORES[torch.tensor([0, 1])]).waits == 0
     assert count_call(lambda: torch.nonzero(SCORES)).waits == 1
     assert count_call(lambda: (SCORES.cpu(), SCORES.tolist())) == Count(waits=2)
-
-
-def test_kernels_are_counted_and_do_not_run() -> None:
-    assert count_call(lambda: decode_boxes(BOXES, BOXES, backend="triton")) == Count(kernels=1)
-    with counting():
-        assert not decode_boxes(BOXES, BOXES, backend="triton").any()
 
 
 def test_operators_inside_our_own_are_counted() -> None:

@@ -1,7 +1,6 @@
 """Keypoints from the file to the flipped target, and the shapes whose corners are keypoints."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -52,38 +51,31 @@ def test_targets_have_keypoints(write: Any, with_keypoints: dict[str, Any]) -> N
     assert not CocoDataset(*write(with_keypoints))[0][1]["keypoints"][..., 2].any()
 
 
+OF_11 = "file.json: annotation id 11: keypoints: expected"
+OF_PLANES = "categories[1]: skeleton: expected pairs of numbers in 1..3, got"
+
+
 @pytest.mark.parametrize(
-    ("keypoints", "message"),
+    ("name", "value", "message"),
     [
-        ("left", "expected 9 numbers, x, y and visibility of each of 3, got 'left'"),
-        ([1, 2, 2, float("nan"), 0, 0, 1, 1, 1], "expected finite numbers, got nan"),
-        ([1, 2, 2, "4", 0, 0, 1, 1, 1], "expected finite numbers, got '4'"),
-        ([1, 2, 2, 4, 0, 3, 1, 1, 1], "expected a visibility of 0, 1 or 2, got 3"),
+        ("annotations", {"keypoints": "left"}, f"{OF_11} 9 numbers, x, y and visibility of each of 3, got 'left'"),
+        ("annotations", {"keypoints": [1, 2, 2, float("nan"), 0, 0, 1, 1, 1]}, f"{OF_11} finite numbers, got nan"),
+        ("annotations", {"keypoints": [1, 2, 2, "4", 0, 0, 1, 1, 1]}, f"{OF_11} finite numbers, got '4'"),
+        ("annotations", {"keypoints": [1, 2, 2, 4, 0, 3, 1, 1, 1]}, f"{OF_11} a visibility of 0, 1 or 2, got 3"),
+        ("categories", {"keypoints": "nose"}, "categories[1]: keypoints: expected a list of names"),
+        ("categories", {"keypoints": ["a", "a", "b"]}, "keypoints: expected a list of names, none of them twice"),
+        ("categories", {"skeleton": [[1, 4]]}, f"{OF_PLANES} [1, 4]"),
+        ("categories", {"skeleton": [[0, 1]]}, f"{OF_PLANES} [0, 1]"),
+        ("categories", {"skeleton": [[1, 2, 3]]}, f"{OF_PLANES} [1, 2, 3]"),
+        ("categories", {"skeleton": 3}, f"{OF_PLANES} 3"),
     ],
     ids=str,
 )
-def test_wrong_keypoints_name_file_and_annotation(
-    write: Any, with_keypoints: Any, keypoints: Any, message: str
+def test_wrong_keypoints_and_skeletons_are_named(
+    write: Any, with_keypoints: Any, name: str, value: Any, message: str
 ) -> None:
-    with_keypoints["annotations"][0]["keypoints"] = keypoints
-    assert "file.json: annotation id 11: keypoints: " + message in fault_of(write(with_keypoints))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"keypoints": ["a", "a", "b"]}, r"categories\[1\]: keypoints: expected a list of names, none of them twice"),
-        ({"keypoints": "nose"}, r"categories\[1\]: keypoints: expected a list of names"),
-        ({"skeleton": [[1, 4]]}, r"categories\[1\]: skeleton: expected pairs of numbers in 1..3, got \[1, 4\]"),
-        ({"skeleton": [[0, 1]]}, r"skeleton: expected pairs of numbers in 1..3, got \[0, 1\]"),
-        ({"skeleton": [[1, 2, 3]]}, r"skeleton: expected pairs of numbers in 1..3, got \[1, 2, 3\]"),
-        ({"skeleton": 3}, r"skeleton: expected pairs of numbers in 1..3, got 3"),
-    ],
-    ids=str,
-)
-def test_wrong_skeletons_name_the_category(write: Any, with_keypoints: Any, change: Any, message: str) -> None:
-    with_keypoints["categories"][1] |= change
-    assert re.search(message, fault_of(write(with_keypoints)))
+    with_keypoints[name][{"annotations": 0, "categories": 1}[name]] |= value
+    assert message in fault_of(write(with_keypoints))
 
 
 def test_categories_cannot_have_different_keypoints(write: Any, with_keypoints: dict[str, Any]) -> None:
