@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from tests.data.conftest import CONTENT, polygon, told
 from tmask.config import DataConfig
@@ -11,16 +12,9 @@ from tmask.data.coco import CocoDataset
 from tmask.data.mask_classes import mask_category_ids
 from tmask.engine.dataset import open_dataset
 
-COCO = (
-    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
-    "parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, "
-    "handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, "
-    "surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, "
-    "broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, "
-    "mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, "
-    "teddy bear, hair drier, toothbrush"
-)
-EIGHTY = [{"id": 100 + place, "name": name} for place, name in enumerate(COCO.split(", "))]
+COCO = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+NAMES = [name for name in COCO if name not in ("__background__", "N/A")]
+EIGHTY = [{"id": 100 + place, "name": name} for place, name in enumerate(NAMES)]
 # Of the 80, from 0: the published split.
 VOC = {*range(7), 8, *range(14, 20), 39, 56, 57, 58, 60, 62}
 
