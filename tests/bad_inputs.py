@@ -120,10 +120,6 @@ def empty(*numbers: int) -> Spoil:
     return both(*[file(IMAGES / f"00000{i}.png", b"") for i in numbers])
 
 
-def empty_folder() -> None:
-    Path("empty").mkdir()
-
-
 def zeros(*shape: int, dtype: Any = np.uint8) -> Any:
     return np.zeros(shape, dtype)
 
@@ -251,8 +247,7 @@ class Evil:
 
 
 def own_weights() -> dict[str, Any]:
-    weights: dict[str, Any] = load_checkpoint(CHECKPOINT)["model"]
-    return weights
+    return load_checkpoint(CHECKPOINT)["model"]
 
 
 def lightning() -> dict[str, Any]:
@@ -265,14 +260,15 @@ GIF = {"format": "GIF", "save_all": True, "append_images": [Image.fromarray(np.f
 OVERVIEW = [{"pixels": zeros(32, 32, 3)}, {"pixels": zeros(16, 16, 3), "more": [(254, 4, [1])]}]
 PLATE = content(lambda c: c["categories"][2].update(name="plate"), "val.json")
 
-IMAGE_FILES: dict[str, Spoil] = {
+SPOILS: dict[str, Spoil] = {
+    # Image files.
     "missing image file": FIRST.unlink,
     "image name of which two files have the end": two_of_a_name,
     "two images of one file": image(file_name="000001.jpg"),
     "one file for two images": image(1, file_name="000000.png"),
     "image names of Windows": renamed(lambda name: f"C:\\data\\images\\{name}"),
     "image names of another format and case": renamed(lambda name: name.replace(".png", ".JPG")),
-    "wrong images folder": empty_folder,
+    "wrong images folder": Path("empty").mkdir,
     "truncated JPEG": truncated_jpeg,
     "truncated PNG": truncated(FIRST),
     "several bad images": both(truncated(FIRST), empty(2)),
@@ -303,8 +299,7 @@ IMAGE_FILES: dict[str, Spoil] = {
     "image of one channel": first_image(zeros(32, 32)),
     "1 x 1 image": tiny_image(1, 1),
     "image of 1 x 700 pixels": tiny_image(700, 1),
-}
-ANNOTATION_FILES: dict[str, Spoil] = {
+    # The annotation file.
     "no COCO file": file(FILE, "[]"),
     "broken JSON": file(FILE, '{"images": [\n1,, 2]}'),
     "empty annotation file": file(FILE, b""),
@@ -339,8 +334,7 @@ ANNOTATION_FILES: dict[str, Spoil] = {
     ),
     "validation set of other ids and fewer classes": content(other_ids, "val.json"),
     "data of other ids and fewer classes": content(other_ids, "val.json"),
-}
-BOXES_AND_MASKS: dict[str, Spoil] = {
+    # Boxes, masks and keypoints in it.
     "neither box nor mask": annotation(bbox=None, segmentation=None),
     "box of three numbers": annotation(bbox=[1, 2, 3]),
     "NaN in a box": annotation(bbox=[1, 2, 3, float("nan")]),
@@ -375,8 +369,7 @@ BOXES_AND_MASKS: dict[str, Spoil] = {
     "keypoint that is half visible": keypoints([1, 2, 0.5, 0, 0, 0]),
     "pair of a keypoint that is not there": keypoints([1, 2, 2, 3, 4, 2]),
     "keypoint in two pairs": keypoints([1, 2, 2, 3, 4, 2]),
-}
-CONFIGS: dict[str, Spoil] = {
+    # Config files.
     "unknown key in the config file": config("model: {min_sise: 3}"),
     "unknown group in the config file": config("modle: {min_size: 3}"),
     "unknown key of keypoints in the config file": config("model: {keypoints: {layers: 2}}"),
@@ -390,8 +383,7 @@ CONFIGS: dict[str, Spoil] = {
     "NaN as the learning rate": config("train: {lr: .nan}"),
     "date as the learning rate": config("train: {lr: 2020-01-01}"),
     "flag that is neither true nor false": config("overwrite: nope"),
-}
-CHECKPOINTS: dict[str, Spoil] = {
+    # Checkpoints and weights.
     "truncated checkpoint": truncated(CHECKPOINT),
     "pickle with code in it: does not run": file(CHECKPOINT, pickle.dumps(Evil())),
     "a whole model, pickled": torch_file("model.pth", lambda: torch.nn.Linear(1, 1)),
@@ -415,4 +407,3 @@ CHECKPOINTS: dict[str, Spoil] = {
         "theirs.ckpt", lightning
     ),
 }
-SPOILS = IMAGE_FILES | ANNOTATION_FILES | BOXES_AND_MASKS | CONFIGS | CHECKPOINTS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import torch
 import tmask
 import tmask_kernels
 from tests.bad_inputs import CHECKPOINT, COMMANDS, FILE, FIRST, SPOILS
+from tests.data.conftest import told
 from tests.engine.toy import files
 from tmask import cli
 from tmask.data.coco import CocoDataset
@@ -57,12 +59,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of three images and a run of one step."""
     folder = tmp_path_factory.mktemp("trained")
     write_shapes(folder / "data", num_images=3, seed=1, size=32)
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
+    with contextlib.chdir(folder):
         assert run("train --out run") == 0
-    finally:
-        os.chdir(before)
     return folder
 
 
@@ -116,13 +114,10 @@ def test_it_is_a_value_error_in_python(row: list[str], folder: Path) -> None:
 def test_it_is_accepted(row: list[str], folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     what, words, _, warning = row
     SPOILS.get(what, lambda: None)()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("always", UserWarning)
+    with told() as warned:
         code = run(words)
     assert code == 0, capfd.readouterr().err
-    told = [str(item.message) for item in caught if item.category is UserWarning]
-    assert told == ([warning] if warning else [])
+    assert warned == ([warning] if warning else [])
 
 
 def test_a_warning_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
