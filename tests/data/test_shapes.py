@@ -75,7 +75,7 @@ def test_same_seed_same_bytes_and_other_seeds_other_images() -> None:
     assert len(seen) == 40
 
 
-def test_counts_sizes_and_classes(images: list[ShapesImage]) -> None:
+def test_counts_and_classes(images: list[ShapesImage]) -> None:
     counts = np.array([len(drawn.labels) for drawn in images])
     assert counts.min() == shapes.MIN_SHAPES
     assert counts.max() == shapes.MAX_SHAPES
@@ -84,10 +84,6 @@ def test_counts_sizes_and_classes(images: list[ShapesImage]) -> None:
     share = np.bincount(labels, minlength=6) / len(labels)
     assert share[0] == 0
     assert (np.abs(share[1:] - 1 / 5) < 0.05).all()
-    longest = np.concatenate([sides(drawn.masks).max(axis=1) for drawn in images])
-    assert longest.max() <= shapes.MAX_SIDE + 1
-    assert np.quantile(longest, 0.1) < 16
-    assert np.quantile(longest, 0.9) > 42
 
 
 def test_shapes_hide_parts_of_one_another_but_never_too_much(
@@ -143,19 +139,13 @@ def test_outlines_are_the_named_ones() -> None:
     assert triangle.inside.sum() == pytest.approx(60**2 * 3**0.5 / 4, rel=0.02)
 
 
-def test_crossed_shapes_are_thin_and_their_direction_is_that_of_their_class(crosses: list[ShapesImage]) -> None:
+def test_the_direction_of_a_crossed_shape_is_that_of_its_class(crosses: list[ShapesImage]) -> None:
     """Rising: x grows as y, which points down, falls. By the sign of the covariance of x and y."""
-    longest, fill = [], []
     for drawn in crosses:
-        longest += sides(drawn.masks).max(axis=1).tolist()
-        fill += (drawn.masks.sum((1, 2)) / sides(drawn.masks).prod(axis=1)).tolist()
         for label, mask in zip(drawn.labels, drawn.masks, strict=True):
             y, x = np.nonzero(mask)
             rising = np.mean((x - x.mean()) * (y - y.mean())) < 0
             assert crossed.CLASSES[label - 1].startswith("rising" if rising else "falling")
-    assert max(longest) <= 1.1 * crossed.MAX_SIDE + 1
-    assert np.quantile(longest, 0.1) > 18
-    assert np.quantile(fill, 0.9) < 0.45
     labels = np.concatenate([drawn.labels for drawn in crosses])
     assert (np.bincount(labels, minlength=9)[1:] > 0.08 * len(labels)).all()
 
