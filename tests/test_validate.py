@@ -52,6 +52,14 @@ def test_the_reference_passes_its_own_rows(name: str, monkeypatch: pytest.Monkey
     assert [row for row in rows if row.verdict != "pass"] == []
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", sorted(BY_NAME))
+def test_every_row_passes_on_a_gpu(name: str, device: torch.device) -> None:
+    rows = validate.validate_op(BY_NAME[name], device)
+    assert [row for row in rows if row.verdict == "fail"] == []
+    assert {row.backend for row in rows if row.verdict == "pass"} >= {"reference", "triton"}
+
+
 def test_feature_ops_are_checked_in_three_dtypes_both_ways() -> None:
     losses = ("sigmoid_focal_loss", "softmax_focal_loss", "mask_bce")
     for name in ("roi_align", "roi_pool", "multiscale_roi_align", *losses):
