@@ -223,6 +223,9 @@ WRONG: dict[type, list[tuple[Any, str]]] = {
         ({"anchor_aspect_ratios": []}, "anchor_aspect_ratios: expected numbers above 0, at least one, got"),
         ({"anchor_aspect_ratios": [1, -1]}, "anchor_aspect_ratios: expected numbers above 0"),
         ({"box_score_threshold": 1.5}, "box_score_threshold: expected in 0..1, got 1.5"),
+        ({"box_bg_iou": 0.6}, "box_bg_iou: expected at most box_fg_iou (0.5), got 0.6"),
+        ({"rpn_nms_threshold": 1.5}, "rpn_nms_threshold: expected in 0..1, got 1.5"),
+        ({"norm": "frozen"}, "norm: expected 'frozen_bn'?, got 'frozen'"),
         ({"box_positive_fraction": 0}, "box_positive_fraction: expected in (0, 1], got 0"),
         (
             {"rpn_batch_size": 9, "rpn_positive_fraction": 0.1},

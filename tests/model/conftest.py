@@ -9,6 +9,7 @@ from torch import Tensor
 import tmask
 from tmask.model.transform import ImageTransform
 from tmask.structures import Detections, ImageBatch, Targets
+from tmask_kernels.testing import assert_close
 
 Batch = tuple[ImageBatch, Targets]
 SMALL = {
@@ -105,6 +106,14 @@ def losses_of(model: tmask.MaskRCNN, batch: Batch | None = None, *, compact: boo
 
 def total(losses: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(losses.values())).sum()
+
+
+def assert_same_gradients(got: Tensor, expected: Tensor, inputs: Any, upstream: Tensor | None = None) -> Any:
+    """Two values have the same gradient of each of `inputs`, a tensor or several. Returns these gradients."""
+    found, wanted = (torch.autograd.grad(value, inputs, upstream) for value in (got, expected))
+    for gradient, want in zip(found, wanted, strict=True):
+        assert_close(gradient, want)
+    return found
 
 
 @torch.no_grad()

@@ -156,21 +156,6 @@ def test_masks_are_resized_as_the_convention_says(convention: str, mode: str) ->
     assert torch.equal(unpack_masks(targets.masks[0], 80), expected)
 
 
-@pytest.mark.parametrize(
-    ("setting", "value", "message"),
-    [
-        ("convention", "torchvison", "expected 'torchvision'"),
-        ("rpn_nms_threshold", 1.5, "expected in 0..1, got 1.5"),
-        ("norm", "frozen", "expected 'frozen_bn'"),
-        ("box_bg_iou", 0.6, "expected at most box_fg_iou"),
-    ],
-)
-def test_bad_settings(setting: str, value: object, message: str) -> None:
-    """Others: tests/test_config.py and docs/bad-input.md."""
-    with pytest.raises(ValueError, match=f"{setting}: {message}"):
-        small(**{setting: value})
-
-
 @pytest.mark.parametrize("norm", ["bn", "sync_bn"])
 def test_batch_norm_of_one_value_a_channel_names_the_settings(norm: str) -> None:
     model = small(min_size=32, norm=norm)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tmask
-from tests.model.conftest import small
+from tests.model.conftest import assert_same_gradients, small
 from tmask.model.box_head import BoxHead
 from tmask.model.keypoint_head import KeypointHead
 from tmask.model.mask_fusion import MaskFusion
@@ -32,10 +32,7 @@ def test_mask_head_equals_its_layers(num_rois: int, side: int) -> None:
     actual = head(x)
     assert actual.shape == (num_rois, 4, 2 * side, 2 * side)
     assert_close(actual, expected)
-    upstream, inputs = torch.randn_like(actual), [x, *head.parameters()]
-    gradients = (torch.autograd.grad(value, inputs, upstream) for value in (actual, expected))
-    for a, e in zip(*gradients, strict=True):
-        assert_close(a, e)
+    assert_same_gradients(actual, expected, [x, *head.parameters()], torch.randn_like(actual))
 
 
 @pytest.mark.parametrize("num_rois", [0, 3])

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.model.conftest import MLP, padded, small
+from tests.model.conftest import MLP, assert_same_gradients, padded, small
 from tmask.model import losses, mask_branch
 from tmask.model.losses import MaskLoss, mask_loss
 from tmask.model.mask_branch import MaskBranch
@@ -58,8 +58,7 @@ def test_the_loss_is_its_definition(loss: MaskLoss, soft: bool) -> None:
     got, expected = mask_loss(**x, loss=loss), rows_by_hand(x, loss)
     assert got.dtype == torch.float32
     assert_close(got, expected)
-    (gradient,), (want,) = (torch.autograd.grad(value, x["logits"]) for value in (got, expected))
-    assert_close(gradient, want.double())
+    assert_same_gradients(got, expected, x["logits"])
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
@@ -136,19 +135,11 @@ class Branch:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_learns_its_targets(name: str) -> None:
+def test_every_layer_of_every_variant_learns(name: str) -> None:
     """Every layer of the head learns. The predictor learns the classes of the batch; with a softmax it learns all."""
     part = Branch(name)
     assert type(part.head) is (MLPMaskHead if "mlp" in name else MaskHead)
-    optimizer = torch.optim.AdamW(part.head.parameters(), lr=0.002 if "mlp" in name else 0.02)
-    totals = []
-    for _ in range(4):
-        optimizer.zero_grad()
-        loss = part.loss()
-        loss.backward()
-        optimizer.step()
-        totals.append(loss.item())
-    assert totals[-1] < 0.9 * totals[0]
+    part.loss().backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in part.head.parameters())
     classes = part.head.predictor.weight.grad.unflatten(0, (part.branch.num_channels(4), -1)).flatten(1).any(1)
     present = [False, True, True, False]

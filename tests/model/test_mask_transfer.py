@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tmask
-from tests.model.conftest import SMALL, Batch, detected, losses_of, padded, small
+from tests.model.conftest import SMALL, Batch, assert_same_gradients, detected, losses_of, padded, small
 from tests.mutation import mutant
 from tmask.model import mask_transfer
 from tmask.model.mask_fusion import MaskFusion
@@ -255,8 +255,5 @@ def test_the_fusion_is_added_to_every_class(num_layers: int) -> None:
     head.fusion = fusion
     actual = head(x)
     assert_close(actual, expected)
-    upstream, learn = torch.randn_like(actual), [x, *head.parameters()]
-    gradients = (torch.autograd.grad(value, learn, upstream) for value in (actual, expected))
-    for got, want in zip(*gradients, strict=True):
-        assert_close(got, want)
+    assert_same_gradients(actual, expected, [x, *head.parameters()], torch.randn_like(actual))
     assert head(x[:0]).shape == (0, 4, 6, 6)

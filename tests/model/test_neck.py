@@ -10,12 +10,12 @@ import torchvision
 from torchvision.models import resnet
 
 import tmask
-from tests.model.conftest import NECKS, losses_of, small, watched
+from tests.model.conftest import NECKS, assert_same_gradients, losses_of, small, watched
 from tmask.model.box_head import MeanBoxHead
 from tmask.model.fpn import FPN
 from tmask.model.single_level import SingleLevel
 from tmask_kernels import roi_align
-from tmask_kernels.testing import random_boxes
+from tmask_kernels.testing import assert_close, random_boxes
 
 
 def neck_of(neck: str, **settings: Any) -> tmask.MaskRCNN:
@@ -96,11 +96,8 @@ def test_c5_reads_every_roi_at_stride_32(op: str) -> None:
     else:
         expected = torchvision.ops.roi_align(features[0], rois, 7, 1 / 32, 0, True)
     expected = expected * valid.flatten()[:, None, None, None]
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-    upstream = torch.randn(out.shape)
-    (got,) = torch.autograd.grad(out, features, upstream)
-    (want,) = torch.autograd.grad(expected, features, upstream)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert_close(out, expected)
+    assert_same_gradients(out, expected, features, torch.randn(out.shape))
 
 
 def test_c5_has_the_heads_of_the_pyramid_on_one_projected_map() -> None:

@@ -15,7 +15,6 @@ import tmask
 import tmask_kernels
 from tests.model.conftest import KEYPOINTS, Batch, detected, losses_of, padded, small, total
 from tests.model.sync import count_blocking
-from tmask.model import rpn
 from tmask.model.postprocess import to_list
 from tmask.structures import Detections
 from tmask_kernels.backend import resolve, use_backend
@@ -82,23 +81,6 @@ def test_triton_backend_of_a_single_level(mode: str, op: str, monkeypatch: pytes
         run(mode, model, batch)
     assert not found
     assert ("roi_pool" if op == "roi_pool" else "multiscale_roi_align") in used
-
-
-@pytest.mark.parametrize("mode", ["train", "inference"])
-def test_an_item_in_the_model_is_found(
-    mode: str, small_model: tmask.MaskRCNN, batch: Batch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = rpn.rpn_proposals
-
-    def with_item(*args: object, **kwargs: object) -> tuple[Tensor, Tensor, Tensor]:
-        boxes, scores, counts = real(*args, **kwargs)
-        assert counts[0].item() >= 0
-        return boxes, scores, counts
-
-    monkeypatch.setattr(rpn, "rpn_proposals", with_item)
-    with use_backend("reference"), count_blocking() as found:
-        run(mode, small_model, batch)
-    assert found
 
 
 def test_an_item_in_a_custom_op_is_found(

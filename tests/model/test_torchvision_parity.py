@@ -371,11 +371,6 @@ def check_whole(pair: Pair) -> None:
     assert differ <= 0.005 * total
 
 
-@pytest.mark.slow  # test_results_in_original_pixels compares the same, of a batch
-def test_whole_model_on_small_images(pair: Pair) -> None:
-    check_whole(pair)
-
-
 @pytest.mark.slow
 def test_whole_model_on_real_images_at_full_size(real_data: Any) -> None:
     """All images of coco-mini's val split at 800 x 1333."""
