@@ -20,6 +20,9 @@ HEAD: dict[str, Any] = {"head_channels": 8, "head_layers": 1}  # of keypoints
 SMALL: dict[str, Any] = {"fpn_channels": 16, "box_head_dim": 16, "mask_head_channels": 16, "mask_head_layers": 1}
 CATS = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 3, "name": "cow"}]
 KEYPOINTS = {**HEAD, "names": ("top", "tail")}
+TRANSFER: dict[str, Any] = {
+    **{"mask_transfer": {"inputs": "box", "layers": 1}, "mask_fusion_layers": 1, "mask_pool_size": 7}
+}
 NO_MASKS, NO_PART = "there are no masks there", r"^init .*a.pt: left out, as the model has no such part: roi_heads."
 
 
@@ -92,6 +95,11 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...], set[str
         *(LAST_KEYPOINT, "the keypoints are others there"),
     ),
     "the same keypoints": ({"keypoints": KEYPOINTS}, {"keypoints": KEYPOINTS}, SAME, set(), ""),
+    "the same transfer of weights": (TRANSFER, TRANSFER, SAME, set(), ""),
+    "more classes, a transfer of weights": (
+        *(TRANSFER, TRANSFER | {"num_classes": 7}),
+        *((*SAME, "a", "b", "c"), BOX, "label 4 is None there and 'a' here"),
+    ),
 }
 
 
@@ -113,15 +121,18 @@ def test_what_fits_and_means_the_same_is_taken_over(case: str, tmp_path: Path) -
         ({}, {"masks": False}, "mask_"),
         ({"mask_transfer": {}}, {"masks": False}, "mask_"),
         ({"mask_head": "mlp"}, {"masks": False}, "mask_"),
+        ({}, TRANSFER, "mask_head.predictor.weight and 1 more$"),  # the second stage of Mask^X R-CNN
     ],
-    ids=["keypoints", "masks", "transfer", "mlp"],
+    ids=["keypoints", "masks", "transfer", "mlp", "predictor"],
 )
 def test_a_head_is_left_out_where_there_is_no_place(
     first: dict[str, Any], second: dict[str, Any], left: str, tmp_path: Path
 ) -> None:
     path, weights = saved(tmp_path / "a.pt", **first)
+    new = model(1, **second)
     with pytest.warns(UserWarning, match=NO_PART + left):
-        assert load(model(1, **second), path, weights) == {}
+        kept = load(new, path, weights)
+    assert kept.keys() == {name for name in new.state_dict() if ".mask_transfer." in name or ".fusion." in name}
 
 
 def theirs(kind: type, num_classes: int = 3, norm: type = FrozenBatchNorm2d) -> torch.nn.Module:
@@ -172,8 +183,9 @@ def test_a_faster_rcnn_gives_all_but_the_masks(script: bool, tmp_path: Path) -> 
         load_initial(model(0), path)
 
 
-@pytest.mark.parametrize("wrap", ["bare", "compiled", "DataParallel", "Lightning", "average", "before PyTorch 1.6"])
+@pytest.mark.parametrize("wrap", ["bare", "compiled", "DataParallel", "average"])
 def test_a_state_dict_of_ours(wrap: str, tmp_path: Path) -> None:
+    """As PyTorch's own wrappers write it. Other forms of files: tests/model/test_state_dict.py."""
     trained = model(0, keypoints=HEAD)
     weights = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
     content: Any = weights
@@ -181,12 +193,10 @@ def test_a_state_dict_of_ours(wrap: str, tmp_path: Path) -> None:
         content = torch.compile(trained).state_dict()
     elif wrap == "DataParallel":
         content = {"net": torch.nn.DataParallel(trained).state_dict(), "args": argparse.Namespace()}
-    elif wrap == "Lightning":
-        content = {"state_dict": {f"model.{name}": tensor for name, tensor in weights.items()}, "hyper_parameters": {}}
     elif wrap == "average":
         average = torch.optim.swa_utils.AveragedModel(trained)
         content = {"model": model(1, keypoints=HEAD).state_dict(), "model_ema": average.state_dict()}
-    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=wrap != "before PyTorch 1.6")
+    torch.save(content, tmp_path / "a.pt")
     assert load(model(1, keypoints=HEAD), tmp_path / "a.pt", weights, CATS) == {}
     with pytest.warns(UserWarning, match=NO_PART + "keypoint_head"):
         assert load(model(1, num_classes=7), tmp_path / "a.pt", weights).keys() == BOX | MASK

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from tests.engine.toy import Model, command, copies, logged, run, saved, toy
+from tests.engine.toy import Model, command, logged, run, saved, toy
 from tmask.engine.interrupt import Interrupted, StopSignals
 from tmask.engine.log import NonFiniteLossError
 
@@ -52,16 +52,6 @@ def test_the_update_ends_and_is_saved(tmp_path: Path, number: int, code: int, ca
     assert model.calls == 6
     assert saved(tmp_path)["step"] == 3
     assert [row["step"] for row in logged(tmp_path)] == [3]
-
-
-def test_a_stopped_run_goes_on_as_the_uninterrupted_one(tmp_path: Path) -> None:
-    whole, first, second = copies(3)
-    run(tmp_path / "whole", whole)
-    with pytest.raises(Interrupted):
-        run(tmp_path / "parts", signalled_at(6, signal.SIGINT, model=first))
-    run(tmp_path / "parts", second, resume=True)
-    assert first.seen + second.seen == whole.seen
-    assert second.conv.bias.item() == whole.conv.bias.item()
 
 
 @pytest.mark.parametrize(("call", "kept", "code"), [(7, 5, 143), (0, None, 143)], ids=["saved", "not saved"])

@@ -1,6 +1,5 @@
-"""Stage-wise training: the masks learn on a detector that stays as it is; and data without masks."""
+"""Stage-wise training: the masks learn on a detector that stays as it is."""
 
-import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +14,8 @@ from tests.engine.toy import CONFIG, CPU, BrokenError, after, toy
 from tests.model.conftest import SMALL, images_and_targets
 from tmask.config import DataConfig
 from tmask.data.coco import CocoDataset
-from tmask.data.loader import make_loader
 from tmask.data.shapes import CLASSES, KEYPOINTS, write_shapes
-from tmask.engine.checkpoint import CheckpointError, load_initial, load_model, save_checkpoint
+from tmask.engine.checkpoint import CheckpointError, save_checkpoint
 from tmask.engine.loop import fit
 from tmask.engine.state import TrainState
 from tmask.engine.train import train
@@ -81,30 +79,10 @@ def test_no_statistics_can_move_outside_the_mask_parts(settings: dict[str, Any])
     assert {module for module in model.train().modules() if module.training} == expected
 
 
-@pytest.mark.slow
-def test_everything_learns_otherwise(tmp_path: Path) -> None:
-    model = build()
-    before = copy_of(model)
-    run(model, tmp_path, EVERYTHING)
-    assert not [name for name, tensor in model.state_dict().items() if torch.equal(tensor, before[name])]
-
-
 def saved(model: tmask.MaskRCNN, path: Path, *names: str) -> Path:
     categories = [{"id": label, "name": name} for label, name in enumerate(names, start=1)]
     save_checkpoint(path, TrainState(model, CONFIG, CPU, categories).content())
     return path
-
-
-def test_the_second_stage_begins_with_the_detector_of_the_first(tmp_path: Path) -> None:
-    """Of the mask branch it takes the tower, and not the predictors of the classes, which it cannot use."""
-    first, second = build(mask_transfer=None), build(seed=1, mask_fusion_layers=1)
-    own, trained = copy_of(second), first.state_dict()
-    with pytest.warns(UserWarning, match="no such part: roi_heads.mask_head.predictor.weight"):
-        load_initial(second, saved(first, tmp_path / "first.pt"))
-    taken = trained.keys() - {f"roi_heads.mask_head.predictor.{part}" for part in ("weight", "bias")}
-    for name, tensor in second.state_dict().items():
-        if name in taken or name not in trained:
-            assert torch.equal(tensor, trained[name] if name in taken else own[name])
 
 
 @pytest.mark.parametrize(
@@ -152,38 +130,3 @@ def test_no_layer_is_frozen_that_nothing_was_read_for(
         assert f"init {path}: begins anew: {fault}" in capsys.readouterr().err
     with pytest.raises(ValueError, match="init: expected the checkpoint of a detector, as only='masks', got none"):
         begin(MASKS, init=None)
-
-
-def test_a_checkpoint_holds_the_transfer_and_the_fusion(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"mask_fusion_layers": 1, "mask_transfer": {"inputs": "box", "layers": 1}}
-    model = build(**settings)
-    path = saved(model, tmp_path / "a.pt")
-    loaded, _ = load_model(path)
-    assert loaded.config == model.config
-    images = images_and_targets()[0]
-    with torch.no_grad():
-        for found, expected in zip(loaded(images), model.eval()(images), strict=True):
-            assert torch.equal(found["masks"], expected["masks"])
-    other, classes = build(seed=1, **settings), build(seed=1, num_classes=7, **settings)
-    load_initial(other, path)
-    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in model.state_dict().items())
-    load_initial(classes, path)
-    assert torch.equal(classes.roi_heads.mask_transfer.layers[0].weight, model.roi_heads.mask_transfer.layers[0].weight)
-
-
-@pytest.mark.parametrize("kept", [0, 1], ids=["none at all", "one of many"])
-def test_a_data_set_with_next_to_no_mask_trains(kept: int, tmp_path: Path) -> None:
-    images, annotations = write_shapes(tmp_path / "data", num_images=2, seed=1, size=64)
-    content = json.loads(annotations.read_text())
-    for item in content["annotations"][kept:]:
-        del item["segmentation"]
-    annotations.write_text(json.dumps(content))
-    model = build(**ALL_CLASSES)
-    with pytest.warns(UserWarning, match="mask"):
-        dataset = CocoDataset(images, annotations)
-    (batch,) = make_loader(dataset, model.transform, batch_size=2, shuffle=False)
-    assert batch.targets.has_mask.sum() == kept
-    losses = model.forward_padded(batch.images, batch.targets)
-    torch.stack(list(losses.values())).sum().backward()
-    assert (losses["loss_mask"] == 0) == (kept == 0)
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
