@@ -1,6 +1,5 @@
-"""Keypoints on the way out: COCO's figures, results on disk and pictures."""
+"""Keypoints on the way out: results on disk, pictures, and COCO's figures; those of pycocotools: test_evaluate.py."""
 
-import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,26 +19,13 @@ from tmask.data.shapes import KEYPOINTS
 from tmask.engine import pictures
 from tmask.engine.dataset import augment, open_dataset
 from tmask.engine.detect import coco_results
-from tmask.engine.evaluate import coco_metrics, evaluate, results_table
+from tmask.engine.evaluate import coco_metrics, evaluate
 from tmask.engine.predict import predict
 from tmask.skeleton import PERSON
 
 SMALL_HEAD = {"names": KEYPOINTS, "edges": ((0, 1), (2, 3)), "head_channels": 8, "head_layers": 1}
 KINDS = ["keypoints"]
 SIGMAS = (0.05, 0.1, 0.02, 0.08)
-
-
-@pytest.mark.parametrize("sigmas", [None, SIGMAS], ids=["person", "custom"])
-def test_figures_equal_pycocotools(sigmas: tuple[float, ...] | None) -> None:
-    truth, results = keypoint_fixture(17 if sigmas is None else 4)
-    before = copy.deepcopy((truth, results))
-    metrics = coco_metrics(truth, results, kinds=KINDS, keypoint_sigmas=sigmas)
-    assert (truth, results) == before
-    expected = pycocotools_stats(truth, results, "keypoints", sigmas)
-    assert 0.1 < expected["keypoints/AP"] < 0.9
-    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-12)
-    assert "keypoints/AP_small" not in metrics
-    assert metrics["keypoints/AP/person"] == metrics["keypoints/AP"]
 
 
 def test_sigmas_of_a_person_are_pycocotools() -> None:
@@ -73,24 +59,6 @@ def test_keypoints_of_another_number_than_sigmas_are_refused() -> None:
         results[1]["keypoints"] = wrong
         with pytest.raises(ValueError, match=rf"results\[1\]: {said}"):
             coco_metrics(truth, results, kinds=KINDS, keypoint_sigmas=[0.1] * 4)
-
-
-def test_results_hold_coco_pixels_and_scores() -> None:
-    result = {"boxes": torch.zeros(1, 4), "labels": torch.tensor([1]), "scores": torch.tensor([0.5])}
-    result["keypoints"] = torch.tensor([[[3.5, 4.0, 1.0], [8.0, 6.5, 1.0]]])
-    result["keypoints_scores"] = torch.tensor([[7.0, -2.0]])
-    assert coco_results(3, result, [1])[0]["keypoints"] == [3, 3.5, 7, 7.5, 6, -2]
-
-
-def test_there_is_a_table_of_each_kind() -> None:
-    metrics = {f"{kind}/{name}": 0.5 for kind in ("bbox", "keypoints") for name in ("AP", "AP50", "AP75", "AP/disc")}
-    table = results_table({**metrics, "keypoints/AP/disc": -1.0}).splitlines()
-    assert [line.split()[0] for line in table] == ["bbox/AP", "all", "disc", "keypoints/AP", "all", "disc"]
-    for cell, (head, every, disc) in (("50.0", table[:3]), ("-", table[3:])):
-        assert every.split() == ["all", "classes", *["50.0"] * 3]
-        assert disc.split() == ["disc", cell]
-        assert disc.endswith(cell)
-        assert len(disc) == head.index("/AP ") + 3
 
 
 def keypoint_model() -> Any:
