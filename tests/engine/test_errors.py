@@ -35,7 +35,6 @@ from tmask.data.loader import EpochBatchSampler
 from tmask.data.shapes import write_shapes
 from tmask.engine.checkpoint import CheckpointError
 from tmask.engine.log import JsonLines, NonFiniteLossError
-from tmask.engine.loop import _Saver
 from tmask.engine.optimizer import WeightAverage
 
 # No checkpoint comes by itself; three batches an update, so that an error may come in the middle of one.
@@ -144,23 +143,6 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLossError, match=r"^step 4: the weights are not finite: conv.bias\. Lower train.lr"):
         run(tmp_path, Steep(), config)
     assert saved(tmp_path)["step"] == 2
-
-
-def test_a_checkpoint_that_cannot_be_written_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = _Saver.rescue
-
-    def rescue(*args: Any) -> str:
-        monkeypatch.setattr(torch, "save", after(0, lambda *_: None, full()))
-        return real(*args)
-
-    monkeypatch.setattr(_Saver, "rescue", rescue)
-    with pytest.raises(BrokenError) as error:
-        run(tmp_path, broken_model(7))
-    path = tmp_path / "checkpoint.pt"
-    failed = f"step 7: checkpoint {path}: cannot be written: No space left on device; the last good one is of step 5"
-    assert error.value.__notes__ == [f"{failed}; {path} is the checkpoint of step 5"]
-    assert saved(tmp_path)["step"] == 5
-    assert sorted(item.name for item in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl"]
 
 
 def test_a_failed_checkpoint_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from tests.engine.predictions import (
@@ -97,25 +95,6 @@ def test_an_empty_result_is_an_empty_array(images: list[Path], tmp_path: Path) -
     assert predict(model, by_name(images), CATEGORIES, out_dir=tmp_path).detections == 0
     assert rows(tmp_path) == []
     assert len(pictures(tmp_path)) == 4
-
-
-def test_any_size_in_one_run(tmp_path: Path) -> None:
-    sizes = [(1, 1), (1, 3000), (3000, 1), (2, 7), (500, 30), (97, 203)]  # width, height
-    rng = np.random.default_rng(0)
-    for i, (width, height) in enumerate(sizes):
-        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).convert("L" if i % 2 else "RGB").save(tmp_path / f"{i}.png")
-    out = tmp_path / "out"
-    assert predict(make_model(), find_images(tmp_path), CATEGORIES, out_dir=out, score_threshold=0).images == 6
-    assert [(item["width"], item["height"]) for item in listed(out)] == sizes
-    for row in rows(out):
-        width, height = sizes[row["image_id"] - 1]
-        x, y, w, h = row["bbox"]
-        assert min(x, y, w, h) >= 0
-        assert x + w <= width + 1e-3
-        assert y + h <= height + 1e-3
-        assert coco_mask.decode(row["segmentation"]).shape == (height, width)
-    assert len(pictures(out)) == 6
 
 
 def write_annotations(file: Path, records: list[dict[str, Any]]) -> tuple[str, str]:

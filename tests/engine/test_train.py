@@ -67,20 +67,6 @@ def test_evaluation_is_logged_and_disturbs_nothing(tmp_path: Path) -> None:
     assert [row["step"] for row in logged(tmp_path / "measured") if "segm/AP" in row] == [5, 10, 12]
 
 
-def test_a_finished_run_is_evaluated_on_resume(tmp_path: Path) -> None:
-    run(tmp_path)
-    model, seen = Model(), []
-
-    def evaluate(model: Model) -> dict[str, float]:
-        seen.append(model.conv.weight.detach().clone())
-        return {"segm/AP": 0.5}
-
-    result = run(tmp_path, model, resume=True, evaluate_fn=evaluate)
-    assert (result.step, result.metrics, model.calls) == (12, {"segm/AP": 0.5}, 0)
-    assert torch.equal(seen[0], saved(tmp_path)["model"]["conv.weight"])
-    assert logged(tmp_path)[-1] == {"step": 12, "segm/AP": 0.5}
-
-
 def test_on_start_comes_after_the_first_step_and_before_any_file(tmp_path: Path) -> None:
     calls = []
     model = Model()

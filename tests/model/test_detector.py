@@ -42,24 +42,12 @@ def test_inference_contract(masks: str, small_model: tmask.MaskRCNN) -> None:
 
 
 def test_training_gives_a_gradient_to_the_images(small_model: tmask.MaskRCNN) -> None:
-    """The gradient of the losses to the padded batch, taken back through the resize alone."""
+    """That the resize takes it back rightly: test_transform.py."""
     images, targets = images_and_targets()
-    images = [image.requires_grad_() for image in images]
-    torch.manual_seed(0)  # the losses draw samples
-    found = torch.autograd.grad(sum(small_model(images, targets).values()), images)
-
-    batch, padded_targets = small_model.transform([image.detach() for image in images], targets)
-    leaf = batch.tensor.requires_grad_()
-    torch.manual_seed(0)
-    losses = small_model.forward_padded(batch._replace(tensor=leaf), padded_targets, compact=True)
-    (upstream,) = torch.autograd.grad(sum(losses.values()), leaf)
-    std = torch.tensor(small_model.transform.image_std)[:, None, None]
-    for image, gradient, padded in zip(images, found, upstream, strict=True):
-        height, width = small_model.transform([image.detach()])[0].sizes[0].tolist()
-        resized = torch.nn.functional.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
-        (expected,) = torch.autograd.grad(resized, image, padded[:, :height, :width] / std)
-        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
-        assert gradient.abs().sum() > 0
+    losses = small_model([image.requires_grad_() for image in images], targets)
+    for gradient in torch.autograd.grad(sum(losses.values()), images):
+        assert gradient.isfinite().all()
+        assert gradient.any()
 
 
 def test_targets_without_masks_are_an_error(small_model: tmask.MaskRCNN, batch: Batch) -> None:

@@ -71,18 +71,6 @@ def test_triton_backend(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert used >= {"multiscale_roi_align", "mask_targets" if mode == "train" else "decode_keypoints"}
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU see tests/gpu/test_model.py")
-@pytest.mark.parametrize(("mode", "op"), [("train", "roi_align"), ("inference", "roi_pool")])
-def test_triton_backend_of_a_single_level(mode: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small("tiny_c5", roi_extractor={"op": op}, anchor_sizes=((16.0, 32.0, 64.0),))
-    batch = padded(model)
-    with triton_where_there_is_a_kernel(monkeypatch) as used, count_blocking() as found:
-        run(mode, model, batch)
-    assert not found
-    assert ("roi_pool" if op == "roi_pool" else "multiscale_roi_align") in used
-
-
 def test_an_item_in_a_custom_op_is_found(
     small_model: tmask.MaskRCNN, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
