@@ -40,7 +40,7 @@ MUTANTS = {
         "data/test_loader.py"),
     "used batches again": ("data/loader.py", "[self.start :]", "[:]", "data/test_loader.py"),
     "lines from 1": ("data/keypoints.py", "first - 1, second - 1", "first, second", "data/test_keypoints.py"),
-    "average of the last step": ("engine/optimizer.py", "1 - self.decay", "self.decay", "engine/test_update.py"),
+    "average of the last step": ("engine/optimizer.py", "1 - self.decay", "self.decay", "engine/test_optimizer.py"),
     "warm-up over all steps": ("engine/optimizer.py", "step / config.warmup_steps", "step / config.steps",
         "engine/test_optimizer.py"),
     "norms decay": ("engine/optimizer.py", "exempt and not config", "exempt and config", "engine/test_optimizer.py"),

@@ -3,10 +3,6 @@
 import errno
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -65,34 +61,6 @@ def test_a_run_that_was_interrupted_goes_on(
     assert "2 of 4 images were done before" in capsys.readouterr().err
     for name in ("predictions.json", "images.json", *(f"pictures/{path.name}" for path in images)):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
-
-
-@pytest.mark.slow
-def test_a_run_that_was_killed_goes_on(checkpoint: Path, images: list[Path], tmp_path: Path) -> None:
-    """kill -9 of a real process, when its first images are done."""
-    for i in range(20):
-        (images[0].parent / f"z{i}.png").write_bytes(images[0].read_bytes())
-    folder, out, whole = images[0].parent, tmp_path / "out", tmp_path / "whole"
-    command = [sys.executable, "-m", "tmask", "predict", "--checkpoint", str(checkpoint), "--images", str(folder)]
-    command += ["--device=cpu", "--out", str(out)]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if (out / "predictions.jsonl").exists() and (out / "predictions.jsonl").read_bytes().count(b"\n") > 2:
-            break
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    done = (out / "predictions.jsonl").read_bytes().count(b"\n") - 1
-    assert 2 <= done < 24
-    assert not (out / "predictions.json").exists()
-    for place in (out, whole):
-        assert run_predict(checkpoint, folder, place, "--device=cpu") == 0
-    for a, b in zip(rows(out), rows(whole), strict=True):
-        assert {**a, "bbox": 0, "score": 0, "segmentation": 0} == {**b, "bbox": 0, "score": 0, "segmentation": 0}
-        assert a["bbox"] == pytest.approx(b["bbox"], abs=1e-3)  # another number of threads
-    assert pictures(out) == pictures(whole)
-    assert not list(out.rglob(".*"))
 
 
 @pytest.fixture

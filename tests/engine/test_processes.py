@@ -1,5 +1,6 @@
-"""What users rely on, shown on whole runs of `tmask train` in processes of their own: a run can be repeated bit for
-bit, and no way of ending it, a kill and a full disk among them, costs more than the steps since the last checkpoint."""
+"""What users rely on, shown on whole runs in processes of their own: a training can be repeated bit for bit, and no way
+of ending it, a kill and a full disk among them, costs more than the steps since the last checkpoint. A prediction that
+was killed goes on."""
 
 import os
 import resource
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.engine.predictions import pictures
 from tests.engine.toy import assert_same, logged, saved
 from tmask.data.shapes import write_shapes
 
@@ -183,3 +185,22 @@ def test_a_worker_that_is_killed_costs_no_step(data: list[str], whole: Path, tmp
     assert int(step) == saved(out)["step"] >= 9
     finish(shlex.split(command))
     assert_same_run(out, whole)
+
+
+def test_a_killed_prediction_goes_on(checkpoint: Path, images: list[Path], tmp_path: Path) -> None:
+    folder, out, whole = images[0].parent, tmp_path / "out", tmp_path / "whole"
+    for i in range(20):
+        (folder / f"z{i}.png").write_bytes(images[0].read_bytes())
+    command = ["predict", "--device=cpu", "--checkpoint", str(checkpoint), "--images", str(folder), "--out"]
+    record = out / "predictions.jsonl"
+    process = start([*command, str(out)])
+    wait_for(lambda: record.exists() and record.read_bytes().count(b"\n") > 2, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert record.read_bytes().count(b"\n") < 24
+    assert not (out / "predictions.json").exists()
+    for place in (out, whole):
+        finish([*command, str(place)])
+    for name in ("predictions.json", "images.json", *(f"pictures/{name}" for name in pictures(whole))):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    assert not list(out.rglob(".*"))

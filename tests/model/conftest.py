@@ -39,7 +39,7 @@ NECKS: dict[str, dict[str, Any]] = {
 KEYPOINTS = {"names": ("nose", "left_ear", "right_ear"), "head_channels": 16, "head_layers": 1}
 FOCAL = {"rpn_objectness": "focal", "rpn_box": "diou", "classifier": "sigmoid_focal", "box": "ciou"}
 MLP = {"mask_head": "mlp", "mask_mlp_dim": 32, "mask_mlp_layers": 3}
-# Each choice of the config in one model at least; test_variants.py, test_fake_cuda.py and test_compile.py run them.
+# Each choice of the config in one model at least; test_variants.py and test_fake_cuda.py run them.
 VARIANTS: dict[str, dict[str, Any]] = {
     **NECKS,
     "frozen_bn": {"norm": "frozen_bn", "trainable_layers": 5},

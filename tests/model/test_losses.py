@@ -271,7 +271,7 @@ def test_scores_are_of_the_activation_that_was_trained(
 
 
 def test_losses_compile_whole() -> None:
-    """In the model: test_compile.py."""
+    """In the model: test_variants.py."""
     x, y = rpn_inputs(), head_inputs(columns=3)
 
     def run() -> list[Tensor]:
