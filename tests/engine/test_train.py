@@ -15,8 +15,8 @@ from torch import nn
 from tests.engine.toy import CONFIG, CPU, Model, copies, logged, run, saved, toy
 from tmask import cli
 from tmask.engine.checkpoint import CheckpointError
-from tmask.engine.device import autocast, pick_device
-from tmask.engine.log import JsonLines, LossBuffer, NonFiniteLossError, StepTimer, progress, read_log
+from tmask.engine.device import autocast
+from tmask.engine.log import JsonLines, NonFiniteLossError, StepTimer, progress, read_log
 from tmask.engine.loop import fit
 
 
@@ -92,15 +92,10 @@ def test_precision_and_memory_format_reach_the_model(
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
-def test_what_a_cpu_lacks_and_an_empty_loader_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="precision: fp16 needs a CUDA device, got cpu"):
-        run(tmp_path, config=toy(precision="fp16"))
+def test_an_unknown_precision_and_an_empty_loader_are_refused(tmp_path: Path) -> None:
+    """A precision or a device that is not there: tests/test_cli.py, tests/bad_inputs.py."""
     with pytest.raises(ValueError, match="precision: expected one of fp32"):
         autocast(CPU, "fp8")
-    with pytest.raises(ValueError, match="device: expected auto, cpu, cuda"):
-        pick_device("gpu")
-    with pytest.raises(ValueError, match="device: expected one of this machine's, got 'cuda:99'"):
-        pick_device("cuda:99")
     with pytest.raises(ValueError, match="train_loader: expected at least one batch"):
         fit(Model(), [], CONFIG, out_dir=tmp_path, device="cpu")
 
@@ -114,16 +109,6 @@ def test_log_survives_a_half_written_line(tmp_path: Path) -> None:
     assert [row["step"] for row in read_log(log.path)] == [1, 2]
     JsonLines(log.path, resume_step=1).write({"step": 2, "again": True})
     assert [json.loads(line) for line in log.path.read_text().splitlines()] == [{"step": 1}, {"step": 2, "again": True}]
-
-
-def test_loss_buffer_gives_each_step_once() -> None:
-    buffer = LossBuffer()
-    assert buffer.read() == []
-    for value in (1.0, 2.0):
-        buffer.add({"a": torch.tensor(value), "b": torch.tensor(-value, dtype=torch.bfloat16)})
-    assert buffer.read() == [{"a": 1.0, "b": -1.0}, {"a": 2.0, "b": -2.0}]
-    buffer.add({"a": torch.tensor(5.0), "b": torch.tensor(6.0)})
-    assert buffer.read() == [{"a": 5.0, "b": 6.0}]
 
 
 def test_the_timer_marks_the_work_of_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

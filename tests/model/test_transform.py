@@ -87,14 +87,13 @@ def test_a_value_that_is_not_finite_names_the_image(value: float, train: bool) -
 @pytest.mark.parametrize(
     ("spoil", "got"),
     [
-        (lambda image: image * 255, r"0\.0\.\.255\.0"),
-        (lambda image: (image - 0.485) / 0.229, r"-2\.118\.\.2\.249"),
         (lambda image: (image - 0.5) / 0.5, r"-1\.0\.\.1\.0"),
         (lambda image: image.half() * 3, r"0\.0\.\.3\.0"),
     ],
-    ids=["0..255", "ImageNet's", "-1..1", "half"],
+    ids=["-1..1", "half"],
 )
 def test_float_images_of_another_range_are_named(spoil: Callable[[Tensor], Tensor], got: str, train: bool) -> None:
+    """Others: tests/bad_inputs.py."""
     image = torch.linspace(0, 1, 1800).view(3, 20, 30)
     expected = rf"images\[1\]: expected float values in 0\.\.1, got {got} \(the model itself"
     with pytest.raises(ValueError, match=expected):
