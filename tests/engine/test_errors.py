@@ -46,21 +46,22 @@ def full() -> OSError:
 
 
 class BrokenLoader(Loader):
-    """An item that cannot be read, in the second batch of the fifth update."""
+    """An item that cannot be read, in the second batch of the fourth update."""
 
     def _batches(self) -> Iterator[Any]:
         for item in super()._batches():
-            if len(self.read) == 14:
+            if len(self.read) == 11:
                 raise BadImageError("7.png: cannot be read")
             yield item
 
 
-# Errors when four updates are whole: of a forward pass, or of a patched function after so many calls.
+# Errors when three updates are whole: of a forward pass, or of a patched function after so many calls. Two come in the
+# second batch of an update, which is the first of an epoch.
 FORWARD = {"forward": BrokenError, "memory": MemoryError, "exit": SystemExit}
 PATCHED = {
-    "backward": (Tensor, "backward", 13, None),
-    "clipping": (torch.nn.utils, "clip_grad_norm_", 4, None),
-    "log": (JsonLines, "write", 3, full()),
+    "backward": (Tensor, "backward", 10, None),
+    "clipping": (torch.nn.utils, "clip_grad_norm_", 3, None),
+    "log": (JsonLines, "write", 2, full()),
 }
 
 
@@ -72,19 +73,19 @@ def test_a_run_goes_on_behind_the_last_whole_update(place: str, tmp_path: Path) 
     if place == "evaluation":
         options["evaluate_fn"] = after(0, lambda model: {})
     if place in FORWARD:
-        first.forward_padded = after(13, first.forward_padded, FORWARD[place]())  # type: ignore[method-assign]
+        first.forward_padded = after(10, first.forward_padded, FORWARD[place]())  # type: ignore[method-assign]
     with pytest.MonkeyPatch.context() as patch:
         if place in PATCHED:
             owner, name, calls, error = PATCHED[place]
             patch.setattr(owner, name, after(calls, getattr(owner, name), error))
         expected = pytest.raises((BrokenError, BadImageError, OSError, MemoryError, SystemExit))
         with expected as told:
-            run(tmp_path / "parts", first, toy(**RARE, eval_every=4 * (place == "evaluation")), **options)
-    assert (told.value.checkpoint_step, told.value.not_saved) == (4, "")  # type: ignore[union-attr]
-    assert told.value.__notes__ == [f"{tmp_path / 'parts' / 'checkpoint.pt'} is the checkpoint of step 4"]
+            run(tmp_path / "parts", first, toy(**RARE, eval_every=3 * (place == "evaluation")), **options)
+    assert (told.value.checkpoint_step, told.value.not_saved) == (3, "")  # type: ignore[union-attr]
+    assert told.value.__notes__ == [f"{tmp_path / 'parts' / 'checkpoint.pt'} is the checkpoint of step 3"]
     assert {path.name for path in (tmp_path / "parts").iterdir()} == {"checkpoint.pt", "log.jsonl"}
     run(tmp_path / "parts", second, toy(**RARE), resume=True)
-    assert first.seen[:12] + second.seen == whole.seen
+    assert first.seen[:9] + second.seen == whole.seen
     assert_same(saved(tmp_path / "whole"), saved(tmp_path / "parts"))
 
 
