@@ -270,21 +270,6 @@ def test_scores_are_of_the_activation_that_was_trained(
     assert class_probabilities(seen["logits"], classifier).shape[-1] == 3
 
 
-def test_losses_compile_whole() -> None:
-    """In the model: test_variants.py."""
-    x, y = rpn_inputs(), head_inputs(columns=3)
-
-    def run() -> list[Tensor]:
-        return [
-            *rpn_losses(**x, focal=FOCAL, box_loss="ciou"),
-            *box_losses(**y, class_loss="sigmoid_focal", focal=FOCAL, box_loss="ciou", weights=WEIGHTS),
-        ]
-
-    torch.compiler.reset()
-    for got, expected in zip(torch.compile(run, fullgraph=True, backend="aot_eager")(), run(), strict=True):
-        assert_close(got, expected.double())
-
-
 @pytest.mark.parametrize("kind", THEIRS)
 def test_iou_losses_are_torchvisions_wherever_boxes_lie(kind: losses.BoxLoss) -> None:
     """Apart, touching, one in the other, equal: values and gradients, which are finite of boxes without area too."""

@@ -222,7 +222,7 @@ def test_compiled_inference(variant: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["keypoints", "softmax focal", "MLP", "transfer"])
+@pytest.mark.parametrize("variant", ["keypoints", "sigmoid focal", "softmax focal", "MLP", "transfer"])
 def test_compiled_losses_and_gradients(variant: str) -> None:
     model = small(**VARIANTS[variant])
     batch = padded(model)
