@@ -18,7 +18,6 @@ from tmask.data.loader import make_loader
 from tmask.data.shapes import KEYPOINTS
 from tmask.engine import pictures
 from tmask.engine.dataset import augment, open_dataset
-from tmask.engine.detect import coco_results
 from tmask.engine.evaluate import coco_metrics, evaluate
 from tmask.engine.predict import predict
 from tmask.skeleton import PERSON
@@ -63,19 +62,6 @@ def test_keypoints_of_another_number_than_sigmas_are_refused() -> None:
 
 def keypoint_model() -> Any:
     return make_model(keypoints=SMALL_HEAD)
-
-
-def test_perfect_keypoints_of_the_loader_are_worth_one(corners: tuple[Path, Path]) -> None:
-    """From the file through data set and results back to the file's pixels."""
-    dataset = CocoDataset(*corners)
-    results: list[dict[str, Any]] = []
-    for _, target in (dataset[i] for i in range(len(dataset))):
-        known = target["keypoints"][..., 2].any(1)
-        found = {name: target[name][known] for name in ("boxes", "labels", "keypoints")}
-        found |= {"scores": torch.ones(int(known.sum())), "keypoints_scores": found["keypoints"][..., 2]}
-        results += coco_results(target["image_id"], found, dataset.category_ids)
-    truth = dataset.coco.dataset
-    assert coco_metrics(truth, results, kinds=KINDS, keypoint_sigmas=[0.001] * 4)["keypoints/AP"] > 0.999
 
 
 def test_evaluation_counts_keypoints_where_model_and_data_have_them(corners: tuple[Path, Path]) -> None:

@@ -6,16 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
 from torchvision.models import resnet
 
 import tmask
-from tests.model.conftest import NECKS, assert_same_gradients, losses_of, small, watched
+from tests.model.conftest import NECKS, losses_of, small, watched
 from tmask.model.box_head import MeanBoxHead
 from tmask.model.fpn import FPN
 from tmask.model.single_level import SingleLevel
 from tmask_kernels import roi_align
-from tmask_kernels.testing import assert_close, random_boxes
 
 
 def neck_of(neck: str, **settings: Any) -> tmask.MaskRCNN:
@@ -80,24 +78,6 @@ def test_the_box_head_of_c4_is_a_mean_and_two_products() -> None:
     torch.testing.assert_close(logits, mean @ head.classifier.weight.T + 0.5)
     torch.testing.assert_close(deltas, (mean @ head.regressor.weight.T).view(5, 4, 4))
     assert MeanBoxHead(channels=6, num_classes=4, background=False)(x)[0].shape == (5, 3)
-
-
-@pytest.mark.parametrize("op", ["roi_align", "roi_pool"])
-def test_c5_reads_every_roi_at_stride_32(op: str) -> None:
-    model = neck_of("c5", roi_extractor={"op": op})
-    features = [torch.randn(2, 16, 9, 13, requires_grad=True)]
-    boxes = torch.cat([random_boxes(6, height=288, width=416, min_size=s, seed=s).view(2, 3, 4) for s in (4, 150)], 1)
-    valid = torch.ones(2, 6, dtype=torch.bool)
-    valid[1, 4:] = False
-    out = model.roi_heads.extractor(features, boxes, valid, 7)
-    rois = torch.cat([torch.arange(2.0).repeat_interleave(6)[:, None], boxes.flatten(0, 1)], 1)
-    if op == "roi_pool":
-        expected = torchvision.ops.roi_pool(features[0], rois, 7, 1 / 32)
-    else:
-        expected = torchvision.ops.roi_align(features[0], rois, 7, 1 / 32, 0, True)
-    expected = expected * valid.flatten()[:, None, None, None]
-    assert_close(out, expected)
-    assert_same_gradients(out, expected, features, torch.randn(out.shape))
 
 
 def test_c5_has_the_heads_of_the_pyramid_on_one_projected_map() -> None:
