@@ -149,7 +149,7 @@ OTHER_RUNS = {"size": [H, W], "counts": "04"}
     ],
 )
 def test_a_result_that_cannot_be_compared_is_an_error(change: dict[str, Any], message: str) -> None:
-    """Others: tests/bad_inputs.py."""
+    """Others: docs/bad-input.md."""
     truth, results = fixture()
     truth["images"].append({"id": 2**53, "height": H, "width": W})
     with pytest.raises(ValueError, match=f"^{re.escape(f'results[2]: {message}')}$"):

@@ -206,7 +206,7 @@ def test_a_state_dict_of_ours(wrap: str, tmp_path: Path) -> None:
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
-    """Other settings and other files: tests/bad_inputs.py, tests/model/test_state_dict.py."""
+    """Other settings and other files: docs/bad-input.md, tests/model/test_state_dict.py."""
     path, _ = saved(tmp_path / "a.pt", keypoints=HEAD)
     with pytest.raises(ValueError, match=r"weights do not fit the model: .*keypoint_head.convs.0.weight"):
         load_initial(model(1, keypoints={**HEAD, "head_channels": 4}), path)

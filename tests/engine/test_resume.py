@@ -139,7 +139,7 @@ def test_a_gpu_goes_on_where_it_was(tmp_path: Path, optimizer: Any, precision: A
 
 
 def test_resume_refuses_other_categories(tmp_path: Path) -> None:
-    """Other settings: tests/bad_inputs.py."""
+    """Other settings: docs/bad-input.md."""
     disc, star, ring = {"id": 1, "name": "disc"}, {"id": 2, "name": "star"}, {"id": 1, "name": "ring"}
     for label, categories in enumerate(([disc], [star, disc]), start=1):
         run(tmp_path, categories=categories)

@@ -93,7 +93,7 @@ def test_precision_and_memory_format_reach_the_model(
 
 
 def test_an_unknown_precision_and_an_empty_loader_are_refused(tmp_path: Path) -> None:
-    """A precision or a device that is not there: tests/test_cli.py, tests/bad_inputs.py."""
+    """A precision or a device that is not there: docs/bad-input.md."""
     with pytest.raises(ValueError, match="precision: expected one of fp32"):
         autocast(CPU, "fp8")
     with pytest.raises(ValueError, match="train_loader: expected at least one batch"):

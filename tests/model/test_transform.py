@@ -93,7 +93,7 @@ def test_a_value_that_is_not_finite_names_the_image(value: float, train: bool) -
     ids=["-1..1", "half"],
 )
 def test_float_images_of_another_range_are_named(spoil: Callable[[Tensor], Tensor], got: str, train: bool) -> None:
-    """Others: tests/bad_inputs.py."""
+    """Others: docs/bad-input.md."""
     image = torch.linspace(0, 1, 1800).view(3, 20, 30)
     expected = rf"images\[1\]: expected float values in 0\.\.1, got {got} \(the model itself"
     with pytest.raises(ValueError, match=expected):
