@@ -153,24 +153,16 @@ def test_with_annotations_pixels_stay_as_stored_unless_told(checkpoint: Path, tm
     assert "2 of 3 images left out" in capsys.readouterr().err
 
 
-SIZE = {"width": 1, "height": 1}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_broken_annotations_are_named(tmp_path: Path) -> None:
+    one = {"id": 1, "file_name": "a", "width": 1, "height": 1}
+    for content, message in (
         ([], "expected a COCO file"),
-        ({"images": [{"id": 1, **SIZE}]}, r"images\[0\]: expected a field 'file_name'"),
-        ({"images": [{"id": i, "file_name": "a", **SIZE} for i in (1, 2)]}, "'a' occurs twice"),
-        ({"images": [{"id": 1, "file_name": n, **SIZE} for n in "ab"]}, r"\[1\]: id 1 occurs twice"),
-        ({"images": [{"id": 1, "file_name": ["a"], **SIZE}]}, r"\[0\]: file_name: expected a text"),
-    ],
-    ids=["no object", "no name", "twice", "one id", "list"],
-)
-def test_broken_annotations_are_named(tmp_path: Path, content: Any, message: str) -> None:
-    (tmp_path / "a.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
-        image_records(tmp_path / "a.json", ["a"])
+        ({"images": [one, one | {"id": 2}]}, "'a' occurs twice"),
+        ({"images": [one, one | {"file_name": "b"}]}, r"\[1\]: id 1 occurs twice"),
+    ):
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            image_records(tmp_path / "a.json", ["a"])
 
 
 @pytest.mark.filterwarnings("default:.*give exactly:UserWarning")

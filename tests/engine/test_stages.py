@@ -1,5 +1,6 @@
 """Stage-wise training: the masks learn on a detector that stays as it is."""
 
+import copy
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import tmask
 from tests.engine.toy import CONFIG, CPU, BrokenError, after, toy
-from tests.model.conftest import SMALL, images_and_targets
+from tests.model.conftest import NECKS, images_and_targets, small
 from tmask.config import DataConfig
 from tmask.data.coco import CocoDataset
 from tmask.data.shapes import CLASSES, KEYPOINTS, write_shapes
@@ -23,18 +23,12 @@ from tmask.engine.train import train
 MASKS = toy(only="masks", steps=2, ema_decay=0.5, eval_every=1)
 EVERYTHING = toy(steps=2, ema_decay=0.5, eval_every=1)
 KEYPOINT_HEAD = {"names": KEYPOINTS, "head_channels": 16, "head_layers": 1}
-C4 = {"neck": "c4", "norm": "gn", "anchor_sizes": ((8.0, 16.0),), "mask_head_layers": 0, "mask_head_channels": 32}
 MASK_PARTS = ("roi_heads.mask_head.", "roi_heads.mask_transfer.")
 ALL_CLASSES = {"num_classes": len(CLASSES) + 1}
 
 
-def build(seed: int = 0, **settings: Any) -> tmask.MaskRCNN:
-    torch.manual_seed(seed)
-    return tmask.build_model("tiny", **{"num_classes": 4, **SMALL, "mask_transfer": {}, **settings})
-
-
-def copy_of(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+def build(**settings: Any) -> tmask.MaskRCNN:
+    return small(**{"mask_transfer": {}, **settings})
 
 
 def run(model: tmask.MaskRCNN, out: Path, config: Any = MASKS, **options: Any) -> Any:
@@ -50,7 +44,7 @@ def run(model: tmask.MaskRCNN, out: Path, config: Any = MASKS, **options: Any) -
 
 def test_the_detector_stays_as_it_is_and_the_masks_learn(tmp_path: Path) -> None:
     model = build(mask_fusion_layers=1)
-    before = copy_of(model)
+    before = copy.deepcopy(model.state_dict())
     masks = {name for name in before if name.startswith(MASK_PARTS)}
     result = run(model, tmp_path)
     for after_run in (model.state_dict(), result.model.state_dict()):
@@ -67,7 +61,7 @@ def test_the_detector_stays_as_it_is_and_the_masks_learn(tmp_path: Path) -> None
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("settings", [{}, C4, {"keypoints": KEYPOINT_HEAD}], ids=["fpn", "c4", "keypoints"])
+@pytest.mark.parametrize("settings", [{}, NECKS["c4"], {"keypoints": KEYPOINT_HEAD}], ids=["fpn", "c4", "keypoints"])
 def test_no_statistics_can_move_outside_the_mask_parts(settings: dict[str, Any]) -> None:
     """RPN and RoI heads themselves stay in training mode, for their limits; their children do not."""
     model = build(**settings)
@@ -98,22 +92,15 @@ def saved(model: tmask.MaskRCNN, path: Path, *names: str) -> Path:
 )
 @pytest.mark.filterwarnings("ignore:init .* left out, as the model has no such part:UserWarning")
 def test_no_layer_is_frozen_that_nothing_was_read_for(
-    first: dict[str, Any],
-    second: dict[str, Any],
-    names: tuple[str, ...],
-    fault: str | None,
-    tmp_path: Path,
-    capsys: Any,
+    first: dict[str, Any], second: dict[str, Any], names: tuple[str, ...], fault: Any, tmp_path: Path, capsys: Any
 ) -> None:
     dataset = CocoDataset(*write_shapes(tmp_path / "data", num_images=2, seed=1, size=64, variant="corners"))
     path = saved(build(**ALL_CLASSES | first), tmp_path / "first.pt", *names)
     config = build(**ALL_CLASSES | second).config
-    options: dict[str, Any] = {"out_dir": tmp_path, "device": CPU, "init": path}
 
-    def begin(training: Any, **changes: Any) -> None:
-        on_start = after(0, lambda: None)
-        data = DataConfig(num_workers=0)
-        train(config, training, data, dataset, None, on_start=on_start, **options | changes)
+    def begin(training: Any, init: Path | None = path) -> None:
+        options: dict[str, Any] = {"out_dir": tmp_path, "device": CPU, "on_start": after(0, lambda: None)}
+        train(config, training, DataConfig(num_workers=0), dataset, None, init=init, **options)
 
     expected: Any = pytest.raises(BrokenError)
     if fault is not None:
