@@ -161,17 +161,13 @@ def test_torchvision(norm: type, num_classes: int, mask: str, kept: set[str], tm
     assert new.roi_heads.box_head.classifier.weight.shape == (3, 1024)
 
 
-@pytest.mark.parametrize("script", [True, False], ids=["training script", "bare"])
-def test_a_faster_rcnn_gives_all_but_the_masks(script: bool, tmp_path: Path) -> None:
-    """Also in the form that torchvision's training script writes."""
+def test_a_faster_rcnn_gives_all_but_the_masks(tmp_path: Path) -> None:
+    """In the form that torchvision's training script writes."""
     given: Any = theirs(FasterRCNN)
     path = tmp_path / "model_25.pth"
-    content = {"model": given.state_dict(), "optimizer": {}, "args": argparse.Namespace(lr=0.02), "epoch": 25}
-    torch.save(content if script else given.state_dict(), path)
+    torch.save({"model": given.state_dict(), "optimizer": {}, "args": argparse.Namespace(lr=0.02), "epoch": 25}, path)
     bare, whole = ours(masks=False), ours()
     masks = whole.state_dict().keys() - bare.state_dict().keys()
-    assert masks == {name for name in whole.state_dict() if name.startswith("roi_heads.mask_head.")}
-    assert len(given.state_dict()) == len(bare.state_dict())
     before = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
     assert load_initial(bare, path) == {}
     assert load_initial(whole, path) == dict.fromkeys(masks, NO_MASKS)
