@@ -154,25 +154,22 @@ def test_training_data_is_flipped_by_name_or_as_told(corners: tuple[Path, Path],
 SIDES = ("L_Eye", "R_Eye", "Nose", "Chin")
 
 
-@pytest.mark.parametrize(
-    ("settings", "warns"),
-    [
-        ({"names": SIDES}, True),
-        ({"names": SIDES, "flip_pairs": ()}, False),
-        ({"names": SIDES, "flip_pairs": ((0, 1),)}, False),
-        ({"names": SIDES, "hflip": 0.0}, False),
-        ({}, False),
-        ({"names": SIDES[:1]}, False),
-    ],
-    ids=["no left, no right", "none, as told", "pairs given", "no flips", "drawn corners", "one alone"],
-)
-def test_flips_that_swap_nothing_are_told(
-    corners: tuple[Path, Path], settings: dict[str, Any], warns: bool, recwarn: pytest.WarningsRecorder
-) -> None:
-    flipped(corners, **settings)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "no left, no right": {"names": SIDES},
+    "none, as told": {"names": SIDES, "flip_pairs": ()},
+    "pairs given": {"names": SIDES, "flip_pairs": ((0, 1),)},
+    "no flips": {"names": SIDES, "hflip": 0.0},
+    "drawn corners": {},
+    "one alone": {"names": SIDES[:1]},
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_flips_that_swap_nothing_are_told(case: str, corners: tuple[Path, Path], recwarn: Any) -> None:
+    flipped(corners, **SETTINGS[case])
     augment(CocoDataset(*corners), DataConfig(), ModelConfig())  # no keypoints of the model need no pairs
     told = [str(item.message) for item in recwarn if "hflip" in str(item.message)]
-    assert len(told) == warns
+    assert len(told) == (case == "no left, no right")
     assert all("none of the keypoints L_Eye, R_Eye, Nose, Chin" in text for text in told)
     assert all("with model.keypoints.flip_pairs, [] if there are none" in text for text in told)
 
