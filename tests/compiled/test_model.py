@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import tmask
-from tests.gpu.tools import tensors
+from tests.kernels.tools import tensors
 from tests.model.conftest import SMALL, images_and_targets
 from tmask_kernels import use_backend
 from tmask_kernels.testing import Tolerance, assert_close

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.gpu.tools import assert_gradients_close, assert_same_bits, need_memory, random_like
-from tests.gpu.work import LAYOUTS, PROPOSALS, RPN, case_of
+from bench.cases.proposals import CASES
+from bench.contest import LAYOUTS
+from tests.gpu.tools import need_memory, random_like
+from tests.kernels.test_match_anchors import RPN
+from tests.kernels.tools import assert_close_gradient, assert_same
 from tmask_kernels import (
     decode_boxes,
     decode_keypoints,
@@ -21,12 +24,7 @@ from tmask_kernels import (
 )
 from tmask_kernels.testing import assert_close, random_boxes
 
-pytestmark = [
-    pytest.mark.gpu,
-    # The interpreter's.
-    pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-]
+pytestmark = pytest.mark.gpu
 
 LIMIT = 2**31
 
@@ -51,7 +49,7 @@ def test_input_of_roi_align(layout: str, full: bool, device: torch.device) -> No
     out = roi_align(feature, torch.cat([index, boxes], 1), 7, 0.25, 2, True, backend="triton")
     expected = roi_align(last, torch.cat([index * 0, boxes], 1), 7, 0.25, 2, True, backend="triton")
     assert expected.abs().max() > 0.1
-    assert_same_bits(out, expected)
+    assert_same(out, expected)
     upstream = random_like(out)
     (got,), (want,) = torch.autograd.grad(out, feature, upstream), torch.autograd.grad(expected, last, upstream)
     assert_close(got[-1:], want.double())
@@ -69,7 +67,7 @@ def test_output_of_roi_align(layout: str, full: bool, device: torch.device) -> N
     size = 14 if full else 3
     out = roi_align(feature, boxes, size, 0.25, 2, True, backend="triton")
     tail = roi_align(feature, boxes[:, -last:].contiguous(), size, 0.25, 2, True, backend="triton")
-    assert_same_bits(out[-last:], tail)
+    assert_same(out[-last:], tail)
     upstream = torch.zeros_like(out)
     upstream[-last:] = random_like(tail)
     (got,), (want,) = (torch.autograd.grad(o, feature, u) for o, u in ((out, upstream), (tail, upstream[-last:])))
@@ -79,14 +77,14 @@ def test_output_of_roi_align(layout: str, full: bool, device: torch.device) -> N
 
 def test_deltas_of_decode_boxes(full: bool, device: torch.device) -> None:
     need_memory(40, device)
-    case = case_of(PROPOSALS, full)
+    case = CASES["proposals-rpn"] if full else CASES["proposals-rpn"].small()
     anchors = make_anchors(case.spec, case.sizes, (800, 1344), device=device)
     images = LIMIT // (4 * len(anchors)) + 2 if full else 3
     deltas = torch.zeros(images, len(anchors), 4, dtype=torch.bfloat16, device=device)
     assert deltas.numel() > LIMIT or not full
     normal_(deltas[-1])
     boxes = decode_boxes(deltas, anchors, backend="triton")
-    assert_same_bits(boxes[-1], decode_boxes(deltas[-1].clone(), anchors, backend="triton"))
+    assert_same(boxes[-1], decode_boxes(deltas[-1].clone(), anchors, backend="triton"))
     assert_close(boxes[0], anchors.double())
     assert not torch.equal(boxes[-1], boxes[0])
 
@@ -104,7 +102,7 @@ def test_logits_of_the_focal_loss(full: bool, device: torch.device) -> None:
     end = logits.detach()[-1000:].double().requires_grad_()
     expected = sigmoid_focal_loss(end, targets[-1000:], reduction="sum", backend="reference")
     assert_close(loss, expected)  # the others' losses are of the order of 1e-26
-    assert_gradients_close(gradient[-1000:], torch.autograd.grad(expected, end)[0])
+    assert_close_gradient(gradient[-1000:], torch.autograd.grad(expected, end)[0])
     assert not gradient[:-1000].abs().amax() > 1e-12
 
 
@@ -121,7 +119,7 @@ def test_logits_of_the_mask_loss(full: bool, device: torch.device) -> None:
     end = logits.detach()[-2:].double().requires_grad_()
     expected = mask_bce(end, classes[-2:], targets[-2:], valid=valid[-2:], backend="reference")
     assert_close(loss, expected)
-    assert_gradients_close(gradient[-2:], torch.autograd.grad(expected, end)[0])
+    assert_close_gradient(gradient[-2:], torch.autograd.grad(expected, end)[0])
     assert not gradient[:-2].any()
 
 
@@ -152,7 +150,7 @@ def test_anchors_of_match_anchors(full: bool, device: torch.device) -> None:
     matches, ious = match_anchors(anchors, boxes, valid, **RPN, backend="triton")
     alone = match_anchors(anchors[-last:].contiguous(), boxes, valid, **RPN, backend="reference")
     assert (alone[0] >= 0).any()
-    assert_same_bits((matches[:, -last:], ious[:, -last:]), alone)
+    assert_same((matches[:, -last:], ious[:, -last:]), alone)
     assert not ious[:, :-last].any()
 
 
@@ -168,7 +166,7 @@ def test_boxes_of_padded_nms(full: bool, device: torch.device) -> None:
     indices, counts = padded_nms(boxes, scores, 0.3, max_output=8, backend="triton")
     alone = padded_nms(boxes[-last:].contiguous(), scores[-last:].contiguous(), 0.3, max_output=8, backend="triton")
     assert counts[-last:].float().mean() > 4
-    assert_same_bits((indices[-last:], counts[-last:]), alone)
+    assert_same((indices[-last:], counts[-last:]), alone)
 
 
 @pytest.mark.parametrize("output", ["bool", "packed"])

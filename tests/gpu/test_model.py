@@ -1,7 +1,7 @@
 """The whole detector on a GPU: as on the CPU, without waiting, in a graph, on another stream and device, compiled."""
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -9,18 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tmask
-from tests.gpu.tools import counting_waits, need_cuda, recorded, tensors, to, waiting_is_an_error
+from tests.gpu.tools import counting_waits, need_cuda, recorded, to, waiting_is_an_error
+from tests.kernels.tools import assert_close_gradient, tensors
 from tests.model.conftest import KEYPOINTS, SMALL, images_and_targets
+from tests.model.test_losses import FOCAL, WEIGHTS, head_inputs
 from tmask.data.loader import Batch
 from tmask.engine.detect import detect as coco_detections
+from tmask.model import losses
 from tmask.structures import Detections, ImageBatch, Targets
 from tmask_kernels.testing import Tolerance, assert_close
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:.*using the reference backend on CUDA"),
-    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
-]
+pytestmark = pytest.mark.gpu
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # A sum of thousands of products in another order, layer after layer.
@@ -151,6 +150,24 @@ def test_variants_never_wait(name: str, full: bool, device: torch.device) -> Non
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
+@pytest.mark.parametrize("class_loss", get_args(losses.ClassLoss))
+@pytest.mark.parametrize("box_loss", get_args(losses.BoxLoss))
+def test_losses_of_the_box_head_equal_the_cpu(
+    box_loss: losses.BoxLoss, class_loss: losses.ClassLoss, device: torch.device
+) -> None:
+    """And their gradients. Both sides are float32, with other exponentials and arc tangents."""
+    inputs = head_inputs(columns=4 - (class_loss == "sigmoid_focal"))
+    with torch.no_grad():
+        inputs["deltas"][0, 1] = -200.0  # sides that round to 0
+    found = []
+    for where in (device, torch.device("cpu")):
+        x = {k: v.detach().to(where).requires_grad_(v.requires_grad) for k, v in inputs.items()}
+        both = losses.box_losses(**x, class_loss=class_loss, focal=FOCAL, box_loss=box_loss, weights=WEIGHTS)
+        found.append([*both, *torch.autograd.grad(both[0] + both[1], [x["class_logits"], x["deltas"]])])
+    for got, expected in zip(*found, strict=True):
+        assert_close_gradient(got.detach().cpu(), expected.detach(), tolerance=Tolerance(max=1e-4, rms=1e-5))
+
+
 def assert_nearly_all(got: Tensor, expected: Tensor) -> None:
     """Boxes [N, D, 4] wherever they stand, since scores of random weights nearly tie, and but for a few that a score
     or an overlap at a threshold has moved out."""
@@ -234,8 +251,8 @@ def test_the_familiar_contract(full: bool, device: torch.device) -> None:
             else:
                 assert result["masks"].shape[-2:] == image.shape[1:]
                 assert result["masks"].device.type == device.type
-    losses = model.train()(*to(images_and_targets(), device))
-    assert all(loss.isfinite() for loss in losses.values())
+    found = model.train()(*to(images_and_targets(), device))
+    assert all(loss.isfinite() for loss in found.values())
 
 
 @pytest.mark.parametrize("keypoints", [False, True], ids=["masks", "keypoints"])

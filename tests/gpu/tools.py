@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -19,18 +19,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bench.graph import captured
-from tmask_kernels.testing import Tolerance, assert_close
-
-MEBIBYTE = 2**20
-
-# At the sizes of the standard work a coordinate of hundreds of cells is rounded to 2e-5 of a cell in float32, which
-# moves a sample of random features by up to 1e-4; the reference in float64 has no such rounding.
-FULL_SIZE_FP32 = {"max": 1e-4, "rms": 1e-5}
-
-
-def tensors(value: Any) -> list[Tensor]:
-    """The tensors of a nested result, in order."""
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def to(value: Any, device: torch.device) -> Any:
@@ -38,22 +26,8 @@ def to(value: Any, device: torch.device) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.detach().to(device, copy=True), value)
 
 
-def assert_same_bits(got: Any, expected: Any) -> None:
-    """Equal in every bit, NaN included."""
-    for a, b in zip(tensors(got), tensors(expected), strict=True):
-        assert a.shape == b.shape
-        assert torch.equal(a.nan_to_num(), b.nan_to_num()), f"{int((a != b).sum())} of {a.numel()} differ"
-        assert torch.equal(a.isnan(), b.isnan())
-
-
 def random_like(out: Tensor) -> Tensor:
     return torch.randn(out.shape, device=out.device, generator=torch.Generator(out.device).manual_seed(2)).to(out.dtype)
-
-
-def assert_gradients_close(got: Tensor, want: Tensor, *, tolerance: Tolerance | None = None) -> None:
-    """Both divided by the power of two that brings the largest above 1; that rounds nothing."""
-    scale = 2.0 ** want.abs().max().log2().floor() if want.any() else 1.0
-    assert_close((got.double() / scale).to(got.dtype), want / scale, name="gradient", tolerance=tolerance)
 
 
 def recorded(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
@@ -62,45 +36,32 @@ def recorded(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]
 
 
 @contextmanager
-def waiting_is_an_error(device: torch.device) -> Iterator[None]:
-    """A host that waits for the device inside the block is a RuntimeError; nothing in a rehearsal."""
+def _sync_debug_mode(mode: str, device: torch.device) -> Iterator[None]:
+    """What CUDA does inside the block where the host waits for the device; nothing in a rehearsal."""
     if device.type != "cuda":
         yield
         return
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode(mode)
     try:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+def waiting_is_an_error(device: torch.device) -> AbstractContextManager[None]:
+    """A host that waits for the device inside the block is a RuntimeError."""
+    return _sync_debug_mode("error", device)
 
 
 @contextmanager
 def counting_waits(device: torch.device) -> Iterator[list[Any]]:
-    """Where the host waited for the device inside the block, once it ends; nothing in a rehearsal."""
+    """Where the host waited for the device inside the block, once it ends."""
     waits: list[Any] = []
-    if device.type != "cuda":
+    with warnings.catch_warnings(record=True) as found, _sync_debug_mode("warn", device):
+        warnings.simplefilter("always")
         yield waits
-        return
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as found:
-            warnings.simplefilter("always")
-            yield waits
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
     waits += [one for one in found if "synchronizing" in str(one.message)]
-
-
-@contextmanager
-def deterministic_algorithms() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import tmask_kernels as K
-from tests.gpu.tools import deterministic_algorithms
-from tests.kernels.tools import HALVES, assert_close_gradient, assert_same, tensors
+from tests.kernels.tools import HALVES, assert_close_gradient, assert_same, deterministic_algorithms, tensors
 from tests.model.sync import count_blocking
 from tmask import validate
 from tmask_kernels.namespace import NAMESPACE

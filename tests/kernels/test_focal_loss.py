@@ -10,13 +10,13 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
-from tests.gpu.tools import deterministic_algorithms
 from tests.kernels.tools import (
     HALVES,
     INF,
     LAYOUTS,
     assert_close_gradient,
     assert_same,
+    deterministic_algorithms,
     each_mutant,
     needs_the_interpreter,
 )

@@ -150,12 +150,12 @@ def tiny_maps(spec: AnchorSpec, grids=TINY, dtype=torch.float32, images: int = 2
 LOOSE = {"min_size": 0.0, "score_threshold": 0.0}
 
 
-def check_candidates(module, device, logits, deltas, spec=SPEC, *, top_n=30, min_size=9.0, score_threshold=0.3):
-    """The kernels' candidates of padded images of 61 x 40 against the reference's: the same boxes in the same order."""
+def check_candidates(module, device, logits, deltas, spec=SPEC, *, padded=(61, 40), sizes=None, **limits):
+    """The kernels' candidates of `padded` images against the reference's: the same boxes in the same order."""
     logits, deltas = [guarded(x, device) for x in logits], [guarded(x, device) for x in deltas]
-    sizes = torch.tensor([[60, 33], [47, 40]], device=device)[: len(logits[0])]
-    limits = {"top_n": top_n, "scale_clamp": 1.5, "min_size": min_size, "score_threshold": score_threshold}
-    strides = level_strides(spec, [(x.shape[2], x.shape[3]) for x in logits], (61, 40))
+    sizes = torch.tensor([[60, 33], [47, 40]], device=device)[: len(logits[0])] if sizes is None else sizes
+    limits = {"top_n": 30, "scale_clamp": 1.5, "min_size": 9.0, "score_threshold": 0.3} | limits
+    strides = level_strides(spec, [(x.shape[2], x.shape[3]) for x in logits], padded)
     half_sides = [side for level in spec.half_sides for pair in level for side in pair]
     steps = [float(step) for pair in strides for step in pair]
     with poisoned_empty():

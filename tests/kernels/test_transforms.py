@@ -13,7 +13,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.func import grad, jacrev, jvp, vjp, vmap
 
-from tests.gpu.tools import tensors
+from tests.kernels.tools import tensors
 from tmask_kernels import roi_align, roi_pool, sigmoid_focal_loss
 from tmask_kernels.testing import OpSpec, op_specs
 

@@ -1,7 +1,8 @@
 """What the tests of several ops share: odd numbers and boxes, tables of mutants, comparisons."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tmask_kernels.testing import assert_close, random_boxes
+from tmask_kernels.testing import Tolerance, assert_close, random_boxes
 
 NAN, INF = math.nan, math.inf
 UNIT = [0.0, 0.0, 10.0, 10.0]
@@ -48,15 +49,25 @@ def assert_same(got: Any, expected: Any) -> None:
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         if isinstance(b, Tensor):
             assert (a.shape, a.dtype) == (b.shape, b.dtype), i
-            torch.testing.assert_close(a.cpu(), b.cpu(), rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, check_device=False)
         else:
             assert a == b, i
 
 
-def assert_close_gradient(gradient: Tensor, expected: Tensor) -> None:
+def assert_close_gradient(gradient: Tensor, expected: Tensor, *, tolerance: Tolerance | None = None) -> None:
     """As `assert_close`, both scaled by the power of two that lifts the largest value above 1: that rounds nothing."""
-    scale = 2.0 ** expected.abs().max().log2().floor()
-    assert_close((gradient.double() / scale).to(gradient.dtype), expected / scale, name="gradient")
+    scale = 2.0 ** expected.abs().max().log2().floor() if expected.any() else 1.0
+    assert_close((gradient.double() / scale).to(gradient.dtype), expected / scale, name="gradient", tolerance=tolerance)
+
+
+@contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def crowded(count: int, seed: int = 0) -> Tensor:
