@@ -12,9 +12,6 @@ from typing import Any
 
 from tests.compile_only.record import Launch
 
-# NVIDIA A100, H100/H200, B200 and AMD MI300.
-ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
