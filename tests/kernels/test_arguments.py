@@ -453,22 +453,22 @@ def test_a_wrong_argument_is_named(name, argument, label):
 
 
 # Calls that the kernels do not serve: op, values, what the message says.
+NO_DOUBLE = "computes in float32, not float64"
 UNSERVED: dict[str, tuple[str, dict[str, Any], str]] = {
     "gradient of encode": ("encode_boxes", {"boxes": boxes(3).requires_grad_()}, "no Triton backward"),
-    "gradient to soft targets": (
-        "sigmoid_focal_loss",
-        {"targets": ones(2, 3).requires_grad_()},
-        "gives no gradient to targets",
-    ),
+    "gradient to soft targets": ("sigmoid_focal_loss", {"targets": ones(2, 3).requires_grad_()}, "gradient to targets"),
     "gradient to masks": ("mask_bce", {"targets": ones(2, 4, 4).requires_grad_()}, "gives no gradient to targets"),
     "wide heat maps": ("decode_keypoints", {"heatmaps": torch.zeros(1, 2, 1, 1, 1024)}, "up to 1023 columns"),
-    "heat maps in float64": (
-        "decode_keypoints",
-        {"heatmaps": torch.zeros(1, 2, 3, 4, 4).double()},
-        "computes in float32, not float64",
-    ),
-    "masks in float64": ("paste_masks", {"masks": ones(2, 4, 4).double()}, "computes in float32, not float64"),
+    "heat maps in float64": ("decode_keypoints", {"heatmaps": torch.zeros(1, 2, 3, 4, 4).double()}, NO_DOUBLE),
+    "masks in float64": ("paste_masks", {"masks": ones(2, 4, 4).double()}, NO_DOUBLE),
     "huge images": ("paste_masks", {"image_size": (2**15, 2**15 + 1)}, r"up to 2\^30 pixels"),
+    "targets of boxes in float64": ("mask_targets", {"boxes": boxes(2, 4).double()}, NO_DOUBLE),
+    "targets of tall masks": (
+        "mask_targets",
+        {"packed": torch.zeros(2, 3, 8161, 1).int()},
+        "up to 8,160 pixels a side",
+    ),
+    "targets of wide masks": ("mask_targets", {"packed": torch.zeros(2, 3, 1, 256).int()}, "up to 8,160 pixels"),
 }
 
 

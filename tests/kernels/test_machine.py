@@ -4,7 +4,7 @@ import importlib
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,39 +36,50 @@ def _look_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         function.cache_clear()
 
 
-def become(
-    monkeypatch: pytest.MonkeyPatch,
-    folder: Path,
-    *,
-    triton: str | None = "3.8.0",
-    platform: str = "linux",
-    capability: tuple[int, int] | None = None,
-    compiler: str | None = None,
-) -> None:
-    """Make the process believe in another machine, whose PATH is `folder` and whose Triton has built no launcher.
+@pytest.fixture
+def become(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Makes the process believe in another machine, whose PATH is `tmp_path` and whose Triton has built no launcher."""
 
-    `triton` is a version, None if it is not installed, or "broken". Without `capability` torch sees what it saw.
-    """
-    monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setenv("PATH", str(folder))
-    monkeypatch.delenv("CC", raising=False)
-    if compiler:
-        monkeypatch.setenv("CC", compiler)
-    if capability:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A GPU")
-        monkeypatch.setattr(torch.version, "hip", None)
-    knobs = SimpleNamespace(build=SimpleNamespace(impl=None), cache=SimpleNamespace(dir=str(folder)))
-    if triton == "broken":
-        (folder / "triton").mkdir()
-        (folder / "triton" / "__init__.py").write_text("raise ImportError('libtriton.so:\\n undefined symbol')")
-        monkeypatch.syspath_prepend(str(folder))
-        monkeypatch.delitem(sys.modules, "triton")
-    else:
-        fake = SimpleNamespace(__version__=triton, knobs=knobs) if triton else None
-        monkeypatch.setitem(sys.modules, "triton", fake)
-        monkeypatch.setitem(sys.modules, "triton.language", SimpleNamespace())
+    def become(
+        *,
+        triton: str | None = "3.8.0",
+        platform: str = "linux",
+        capability: tuple[int, int] | None = None,
+        compiler: str | None = None,
+        headers: bool = True,
+    ) -> None:
+        """`triton` is a version, "broken", or None. Without `capability` torch sees what it saw."""
+        monkeypatch.setattr(sys, "platform", platform)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CC", raising=False)
+        if compiler:
+            monkeypatch.setenv("CC", compiler)
+        if not headers:
+            monkeypatch.delenv("CPATH", raising=False)
+            monkeypatch.delenv("C_INCLUDE_PATH", raising=False)
+            monkeypatch.setattr("sysconfig.get_paths", lambda scheme: {"include": str(tmp_path)})
+        if capability:
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+            monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A GPU")
+            monkeypatch.setattr(torch.version, "hip", None)
+        knobs = SimpleNamespace(build=SimpleNamespace(impl=None), cache=SimpleNamespace(dir=str(tmp_path)))
+        if triton == "broken":
+            (tmp_path / "triton").mkdir()
+            (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('libtriton.so:\\n undefined symbol')")
+            monkeypatch.syspath_prepend(str(tmp_path))
+            monkeypatch.delitem(sys.modules, "triton")
+        else:
+            fake = SimpleNamespace(__version__=triton, knobs=knobs) if triton else None
+            monkeypatch.setitem(sys.modules, "triton", fake)
+            monkeypatch.setitem(sys.modules, "triton.language", SimpleNamespace())
+
+    return become
+
+
+def reasons() -> list[str]:
+    """Why Triton cannot serve a CUDA tensor. test_backend.py shows what a call makes of them."""
+    return backend.triton_reasons(SimpleNamespace(device=CUDA))  # type: ignore[arg-type]
 
 
 Machine = dict[str, Any]
@@ -79,6 +90,7 @@ NO_TRITON: list[Machine] = [
     {"triton": "broken"},
 ]
 AMPERE = {"capability": (8, 0)}
+BARE = AMPERE | {"compiler": sys.executable, "headers": False}  # any program is a compiler here
 FAULTS: list[tuple[Machine, str, str]] = [
     (NO_TRITON[0], "triton is not installed", "pip install 'triton>=3.6'"),
     (NO_TRITON[1], "triton is not installed: it has no package for Windows", "backend='auto'"),
@@ -88,52 +100,31 @@ FAULTS: list[tuple[Machine, str, str]] = [
     ({"capability": (7, 5)}, "A GPU is sm_75, and Triton needs sm_80", "backend='auto'"),
     (AMPERE, "no C compiler for Triton's launcher (found neither gcc nor clang)", "apt install gcc, or set CC"),
     (AMPERE | {"compiler": "gcc-0"}, "no C compiler for Triton's launcher (CC='gcc-0' is no program)", "set CC"),
+    (BARE, "Python.h is missing", f"apt install python{sys.version_info[0]}.{sys.version_info[1]}-dev"),
 ]
-
-
-def fault() -> str:
-    """The one reason why Triton cannot serve a CUDA tensor, after `auto` and an explicit Triton have told it."""
-    backend._warn_once.cache_clear()
-    (reason,) = backend.triton_reasons(SimpleNamespace(device=CUDA))  # type: ignore[arg-type]
-    reasons = {"triton": [reason], "reference": []}
-    with pytest.raises(ValueError, match="op: backend='triton' cannot serve this call: "):
-        backend.resolve("op", "triton", reasons, device=CUDA)
-    with pytest.warns(UserWarning, match="op: using the reference backend on CUDA, not triton: "):
-        assert backend.resolve("op", "auto", reasons, device=CUDA) == "reference"
-    return reason
 
 
 @pytest.mark.parametrize(("machine", "says", "way_out"), FAULTS, ids=lambda value: str(value)[:40])
 def test_a_fault_is_named_with_the_way_out(
-    machine: Machine, says: str, way_out: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    machine: Machine, says: str, way_out: str, become: Callable[..., None]
 ) -> None:
-    become(monkeypatch, tmp_path, **machine)
-    reason = fault()
+    become(**machine)
+    (reason,) = reasons()
     assert says in reason
     assert way_out in reason
 
 
-def test_missing_headers_are_named_with_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("CPATH", "C_INCLUDE_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    become(monkeypatch, tmp_path, **AMPERE, compiler=sys.executable)  # any program is a compiler here
-    monkeypatch.setattr("sysconfig.get_paths", lambda scheme: {"include": str(tmp_path)})
-    reason = fault()
-    assert "Python.h is missing" in reason
-    assert f"apt install python{sys.version_info[0]}.{sys.version_info[1]}-dev" in reason
-
-
-def test_a_whole_machine_has_no_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_whole_machine_has_no_fault(become: Callable[..., None], tmp_path: Path) -> None:
     """And a launcher that is built already needs no compiler."""
-    become(monkeypatch, tmp_path, **AMPERE)
+    become(**AMPERE)
     (tmp_path / "key").mkdir()
     (tmp_path / "key" / "cuda_utils.cpython.so").touch()
-    assert backend.triton_reasons(SimpleNamespace(device=CUDA)) == []  # type: ignore[arg-type]
+    assert reasons() == []
 
 
 @pytest.mark.parametrize("machine", NO_TRITON, ids=str)
-def test_auto_serves_without_triton(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    become(monkeypatch, tmp_path, **machine)
+def test_auto_serves_without_triton(machine: Machine, become: Callable[..., None]) -> None:
+    become(**machine)
     boxes, scores = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 8]]), torch.tensor([0.5, 0.7])
     assert tmask_kernels.nms(boxes, scores, 0.5).tolist() == [1]
     with pytest.raises(ValueError, match="nms: backend='triton' cannot serve this call: triton is"):
@@ -210,9 +201,9 @@ def test_tested_versions_are_the_rows_of_the_tests() -> None:
         assert machine.triton_version().startswith("triton ")
 
 
-def test_an_untested_triton_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_untested_triton_says_so(become: Callable[..., None]) -> None:
     for version, note in (("3.6.0", ""), ("3.60.0", " (not tested; tested are 3.6, 3.8)")):
-        become(monkeypatch, tmp_path, triton=version)
+        become(triton=version)
         assert machine.triton_version() == f"triton {version}{note}"
 
 

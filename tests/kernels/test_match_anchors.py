@@ -5,15 +5,13 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
 from bench.cases.match_anchors import CASES
-from tests.kernels.tools import INF, NAN, UNIT, LiveBytes, assert_same, each_mutant
+from tests.allocations import peak_allocated
+from tests.kernels.tools import INF, NAN, UNIT, each_mutant
 from tests.mutation import mutant
 from tmask_kernels import AnchorSpec, make_anchors, match_anchors
 from tmask_kernels.ops.match_anchors import kernels, op, reference
@@ -126,41 +124,11 @@ def test_many_odd_boxes_equal_the_matrix(device, settings):
     check_matrix(functools.partial(match_anchors, backend=backend), device, odd_scene(5000, 90), settings)
 
 
-whole_boxes = st.lists(st.tuples(*[st.integers(0, 6)] * 4), min_size=1, max_size=5)
-
-
-@hypothesis_settings(max_examples=20, deadline=None)
-@given(anchors=whole_boxes, boxes=whole_boxes, kinds=st.lists(st.integers(0, 2), min_size=5, max_size=5),
-       limits=st.tuples(*[st.sampled_from([0.0, 0.25, 0.5, 1.0])] * 2), low_quality=st.booleans())  # fmt: skip
-def test_any_boxes_equal_the_matrix(device, anchors, boxes, kinds, limits, low_quality):
-    kind = torch.tensor(kinds[: len(boxes)])
-    one_image = torch.tensor(anchors).float(), torch.tensor(boxes).float(), kind == 0, kind == 1
-    rule = {"high": max(limits), "low": min(limits), "allow_low_quality": low_quality}
-    expected = matrix_matches(*one_image, **rule)
-    batch = [t[None].to(device) for t in one_image]
-    for backend in ("reference", "triton"):
-        matches, ious = match_anchors(*batch[:3], gt_crowd=batch[3], **rule, backend=backend)
-        assert torch.equal(matches[0].cpu(), expected[0])
-        assert torch.equal(ious[0].cpu(), expected[1])
-    flipped, _ = match_anchors(batch[0].flip(1), *batch[1:3], gt_crowd=batch[3], **rule, backend="triton")
-    assert torch.equal(flipped[0].flip(0).cpu(), expected[0]), "the order of the anchors matters"
-
-
 @pytest.mark.parametrize("elements", [1, 1000, 2500, 10**7])
 def test_chunks_do_not_matter(device, monkeypatch, elements):
     monkeypatch.setattr(reference, "_CHUNK_CPU", elements)
     monkeypatch.setattr(reference, "_CHUNK_GPU", elements)
     check(functools.partial(match_anchors, backend="reference"), device, RPN)
-
-
-def test_anchors_of_each_image(device, backend):
-    anchors, boxes, valid = (t.to(device) for t in scene())
-    anchors = anchors[250:]
-    both = torch.stack([anchors, anchors.flip(0)])
-    got = match_anchors(both, boxes, valid, **RPN, backend=backend)
-    for n in range(2):
-        alone = match_anchors(both[n], boxes[n : n + 1], valid[n : n + 1], **RPN, backend=backend)
-        assert_same([t[n : n + 1] for t in got], alone)
 
 
 @pytest.mark.parametrize("count", [0, 3], ids=["G0", "padding"])
@@ -246,26 +214,26 @@ def test_memory_of_the_reference_does_not_grow_with_anchors_times_boxes():
     def peak(count: int) -> int:
         anchors, boxes = torch.rand(20_000, 4), torch.rand(2, count, 4)
         valid = torch.ones(2, count, dtype=torch.bool)
-        with LiveBytes() as live:
+        with peak_allocated() as found:
             match_anchors(anchors, boxes, valid, gt_crowd=~valid, **RPN, backend="reference")
-        return live.peak
+        return found.bytes
 
     few, many = peak(50), peak(150)
     assert few > 2 * 20_000 * 12, "the results alone"
     assert many < 1.1 * few < 2 * 20_000 * 150
 
 
-def test_memory_of_the_kernels_is_the_results_and_a_number_for_each_box(device):
+def test_memory_of_the_kernels_is_the_results_and_a_number_for_each_box():
     """At full size: 12 bytes an anchor and image, 4 a box."""
     case = CASES["match-anchors"]
-    anchors = torch.empty(1, case.rpn.anchors, 4, device=device)
-    boxes = torch.empty(case.images, case.gt, 4, device=device)
-    valid = torch.empty(case.images, case.gt, dtype=torch.bool, device=device)
+    anchors = torch.empty(1, case.rpn.anchors, 4)
+    boxes = torch.empty(case.images, case.gt, 4)
+    valid = torch.empty(case.images, case.gt, dtype=torch.bool)
     launch = mock.MagicMock()  # indexed by a grid and called
-    with mock.patch.multiple(kernels, _match_kernel=launch, _best_of_gt_kernel=launch), LiveBytes() as live:
+    with mock.patch.multiple(kernels, _match_kernel=launch, _best_of_gt_kernel=launch), peak_allocated() as peak:
         kernels.match_anchors_fwd(anchors, boxes, valid, valid, 0.7, 0.3, True)
     assert launch.__getitem__.call_count == 2
-    assert live.peak == case.images * (12 * case.rpn.anchors + 4 * case.gt)
+    assert peak.bytes == case.images * (12 * case.rpn.anchors + 4 * case.gt)
 
 
 def battery(function, device) -> None:

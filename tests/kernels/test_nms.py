@@ -1,26 +1,30 @@
-"""nms, batched_nms and padded_nms: every backend against torchvision where it agrees, and the edge rules one by one."""
+"""nms, batched_nms and padded_nms: every backend against torchvision where it agrees, edge rules, and the two
+strategies of the kernels: against the reference behind guard bands, mutants, launches, waits, memory."""
 
 import functools
-import time
 from collections.abc import Callable
-from unittest import mock
+from typing import Any
 
-import hypothesis
 import pytest
 import torch
 import torchvision
-from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.allocations import peak_allocated
 from tests.kernels.tools import INF, NAN, UNIT, assert_same, crowded, distinct_scores, each_mutant, slow
+from tests.launches import counting
+from tests.model.sync import count_blocking
 from tests.mutation import mutant
 from tmask_kernels import batched_nms, nms, padded_nms
+from tmask_kernels.backend import interpreter_enabled
 from tmask_kernels.common import reference as common
 from tmask_kernels.ops.nms import op, reference
+from tmask_kernels.ops.nms.kernels import blocks as kernels_blocks
 from tmask_kernels.ops.nms.kernels import padded as kernels
-from tmask_kernels.ops.nms.kernels.blocks import Launch, padded_nms_blocks
+from tmask_kernels.ops.nms.kernels import sort as kernels_sort
+from tmask_kernels.ops.nms.kernels.blocks import LAUNCH, Launch, padded_nms_blocks
 from tmask_kernels.ops.nms.kernels.sort import SortedBoxes
-from tmask_kernels.testing import random_boxes
+from tmask_kernels.testing import guarded, poisoned_empty, random_boxes
 
 # The kernels' strategies by name, the launches of the second small: through the interpreter a program takes its time.
 STRATEGIES: dict[str, Callable[[SortedBoxes, Tensor, int], tuple[Tensor, Tensor]]] = {
@@ -231,61 +235,6 @@ def test_a_broken_reference_fails(tmp_path, monkeypatch, name):
             test_edges(cpu, "reference", edge)
 
 
-@st.composite
-def scenes(draw: st.DrawFn) -> tuple[Tensor, Tensor, float]:
-    """Boxes [S, K, 4] on a grid of 8 x 8, so that many overlap, touch or are equal; distinct scores; a threshold."""
-    S, K = draw(st.integers(1, 3)), draw(st.integers(1, 24))
-    corners = torch.tensor(draw(st.lists(st.integers(-4, 4), min_size=4 * S * K, max_size=4 * S * K))).view(S, K, 2, 2)
-    boxes = torch.cat([corners.amin(2), corners.amax(2)], 2).float()  # [S, K, 4], some without area
-    ranks = torch.tensor([draw(st.permutations(range(K))) for _ in range(S)])
-    return boxes, ranks / K, draw(st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0]))
-
-
-def check_properties(device: torch.device, strategy: str, scene: tuple[Tensor, Tensor, float]) -> None:
-    """Kept boxes are pairwise at most at the threshold; what is dropped has a better kept one above it; NMS of what is
-    kept keeps it all; and another order of the input changes nothing."""
-    boxes, scores, threshold = scene
-    S, K = scores.shape
-
-    def run(boxes: Tensor, scores: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        chosen = STRATEGIES.get(strategy, STRATEGIES["segments"])
-        with mock.patch.object(kernels, "strategy", return_value=chosen):
-            name = "triton" if strategy in STRATEGIES else strategy
-            given = [None if t is None else t.to(device) for t in (boxes, scores, valid)]
-            found = padded_nms(given[0], given[1], threshold, valid=given[2], max_output=K, backend=name)
-        return found[0].cpu(), found[1].cpu()
-
-    indices, counts = run(boxes, scores)
-    is_kept = torch.zeros(S, K + 1, dtype=torch.bool).scatter(1, indices % (K + 1), True)[:, :K]  # -1 goes to the end
-    for s in range(S):
-        kept = is_kept[s].nonzero()[:, 0]
-        assert len(kept) == counts[s]
-        over = reference.box_iou(boxes[s, :, None], boxes[s]) > threshold  # [K, K]
-        assert not (over[kept][:, kept] & ~torch.eye(len(kept), dtype=torch.bool)).any()
-        better = is_kept[s] & (scores[s] > scores[s, :, None])  # [K, K]: column is kept and beats row
-        assert (over & better)[~is_kept[s]].any(1).all()
-    assert run(boxes, scores, is_kept)[0].equal(indices)
-    order = torch.randperm(K, generator=torch.Generator().manual_seed(K))
-    moved, moved_counts = run(boxes[:, order], scores[:, order])
-    assert moved_counts.equal(counts)
-    assert torch.where(moved < 0, -1, order[moved]).equal(indices)
-
-
-@pytest.mark.parametrize(
-    ("strategy", "examples"),
-    [("torchvision", 40), ("reference", 40), *((s, 2) for s in STRATEGIES), *(slow(s, 50) for s in STRATEGIES)],
-)
-def test_properties(device, strategy, examples):
-    where = device if strategy in STRATEGIES else torch.device("cpu")
-
-    @hypothesis.settings(max_examples=examples)
-    @hypothesis.given(scene=scenes())
-    def check(scene):
-        check_properties(where, strategy, scene)
-
-    check()
-
-
 def many_classes(classes: int) -> tuple[Tensor, Tensor, Tensor]:
     """A box of each class at one place, half of them at negative coordinates; of each tenth class another like it, of
     lower score; and one box that reaches to infinity."""
@@ -319,21 +268,202 @@ def test_segments_are_alone_however_many(device):
         assert (counts == 2).all()
 
 
+# --- the kernels -----------------------------------------------------------------------------------------------------
+
+
+interpreted = pytest.mark.skipif(not interpreter_enabled(), reason="counts through Triton's interpreter")
+
+# Several steps, chunks and splits in a hundred boxes.
+SMALL = Launch(step=64, tile=32, programs=4, num_warps=1)
+BYTES_A_BOX = 49
+Function = Callable[..., tuple[Tensor, Tensor]]
+
+
+def sorting(strategy: Function, sort: Function = kernels_sort.sort_boxes) -> Function:
+    """`strategy` with the reference's signature."""
+
+    def function(
+        boxes: Tensor, scores: Tensor, thresholds: Tensor, valid: Tensor | None, groups: Tensor | None, limit: int
+    ) -> tuple[Tensor, Tensor]:
+        return strategy(sort(boxes, scores, valid, groups), thresholds, limit)
+
+    return function
+
+
+def check_padded(function: Function, device: torch.device) -> None:
+    """`function` (the reference's signature) against the reference on what its blocks may get wrong."""
+    chain = torch.arange(150.0)[:, None] * torch.tensor([4.0, 0.0, 4.0, 0.0]) + torch.tensor([0.0, 0.0, 10.0, 10.0])
+    # Every box at the threshold with a box of its own block and with one of the next.
+    tied = torch.tensor([UNIT, [0.0, 0.0, 10.0, 5.0]]).repeat_interleave(70, 0) + 0.0
+    tied[:, [0, 2]] += (torch.arange(140) % 70)[:, None] * 20.0
+    repeated = tied[:70].repeat(2, 1)
+    cases = [  # boxes, threshold, max_output without groups, boxes with a score
+        (torch.stack([tied, tied.view(2, 70, 4).transpose(0, 1).reshape(140, 4)]), 0.5, 150, 131),
+        (torch.stack([crowded(170), crowded(170, seed=1)]), 0.5, 40, 161),
+        (torch.stack([repeated, repeated + 1]), 0.5, 150, 3),
+        (torch.stack([chain, chain.flip(0)]), 0.4, 150, 141),
+    ]
+    for boxes, threshold, most, scored in cases:
+        count = boxes.shape[1]
+        scores = torch.linspace(1, 0, count).expand(2, count).clone()
+        scores[:, scored:] = NAN
+        boxes[:, -1] = boxes[:, -2]
+        valid = torch.arange(count).expand(2, count) % 11 != 5
+        groups = (torch.arange(count) % 4 // 3).expand(2, count).contiguous()
+        for group, limit in ((None, most), (groups, count)):
+            args = [boxes, scores, torch.tensor([threshold, threshold]), valid, group]
+            given = [None if a is None else guarded(a.to(device)) for a in args]
+            with poisoned_empty():
+                got = function(*given, limit)
+            args = [None if a is None else a.cpu() for a in given]
+            assert_same(got, reference.padded_nms_reference(*args, limit))
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [kernels.padded_nms_segments, functools.partial(padded_nms_blocks, launch=SMALL)],
+    ids=["segments", "blocks"],
+)
+def test_strategies_equal_the_reference_behind_guard_bands(strategy, device):
+    check_padded(sorting(strategy), device)
+
+
+# What is broken, and the two texts. What `QUICK` lacks is left to `make test-slow`, beside like ones that are not.
+SEGMENT_MUTANTS = {
+    "tie with list": ("over = iou > threshold\n", "over = iou >= threshold\n"),
+    "tie in block": ("over = (iou > threshold) &", "over = (iou >= threshold) &"),
+    "neighbour": ("(offs[:, None] < offs[None, :])", "(offs[:, None] + 1 < offs[None, :])"),
+    "NaN score in block": ("& (state[:, None] == BOX)", "& (state[:, None] > 0)"),
+    "last box": ("tl.where(holds, slots + 1, 0)", "tl.where(holds, slots, 0)"),
+    "block step": ("start += BLOCK", "start += BLOCK + 1"),
+    "list step": ("first += BLOCK\n        alive", "first += BLOCK + 1\n        alive"),
+    "list end": ("mask_k = cols < total", "mask_k = cols < total - 1"),
+    "one round": ("while changed > 0:", "if changed > 0:"),
+    "past the end": ("(rank < M)", "(rank <= M)"),
+    "group with list": ("k_group[:, None] == group[None, :]", "k_group[:, None] <= group[None, :]"),
+    "group in block": ("(group[:, None] == group[None, :])", "(group[:, None] >= group[None, :])"),
+    "padding": ("mask=cols < width)", "mask=cols < width - 1)"),
+    "count": ("total = tl.minimum(total, M)", "total = total"),
+}
+BLOCK_MUTANTS = {
+    "tie with list": ("over = iou > threshold\n", "over = iou >= threshold\n"),
+    "tie in step": ("over = (iou > threshold) &", "over = (iou >= threshold) &"),
+    "neighbour": ("bits & (0x7FFFFFFF >>", "bits & (0x3FFFFFFF >>"),
+    "NaN score in step": ("& (state_i[None, :] == BOX)", "& (state_i[None, :] > 0)"),
+    "own tile": ("while some & (first <= chunk):", "while some & (first < chunk):"),
+    "tiles of a step": ("        first += splits\n", "        first += splits + 1\n"),
+    "tiles of the list": ("first += splits * TILE", "first += (splits + 1) * TILE"),
+    "list end": ("mask_k = cols < total", "mask_k = cols < total - 1"),
+    "step end": ("first = split * TILE\n", "first = (split + 1) * TILE\n"),
+    "bits of a word": ("<< tl.arange(0, 32)[None, None, :]", "<< (tl.arange(0, 32) // 2)[None, None, :]"),
+    "word of a tile": ("word = first * (TILE // 32) + words", "word = first * 0 + words"),
+    "removed": ("mask=mask & removed)", "mask=mask & removed & (offs > 0))"),
+    "last program": ("arrived == chunks * splits - 1", "arrived == 0"),
+    "counter": ("tl.store(arrived_ptr + segment, 0)", "tl.store(arrived_ptr + segment, 1)"),
+    "own word": ("(words[None, :] <= place", "(words[None, :] < place"),
+    "one round": ("while changed > 0:", "if changed > 0:"),
+    "past the end": ("(rank < M)", "(rank <= M)"),
+    "group in step": ("(group_i[None, :] == group[:, None])", "(group_i[None, :] <= group[:, None])"),
+    "group with list": ("(group_k[None, :] == group[:, None])", "(group_k[None, :] <= group[:, None])"),
+    "count": ("tl.minimum(total + tl.sum(keep, axis=0), M)", "total + tl.sum(keep, axis=0)"),
+}
+SORT_MUTANTS = {
+    "x and y": ("tl.store(ptr + rows * 4 + 1, y1", "tl.store(ptr + rows * 4 + 1, x1"),
+    "NaN score in list": ('tl.where(state == BOX, x1, float("nan"))', "x1"),
+    "NaN score": ("tl.where(score == score, BOX, HARMLESS)", "tl.where(score == score, BOX, BOX)"),
+    "valid": ("tl.where(valid != 0, state, NO_BOX)", "state"),
+    "last slot": ("mask = slot < slots", "mask = slot < slots - 20"),
+    "segment": ("segment = slot // K", "segment = slot * 0"),
+}
+SLOW = {"list step", "block step", "tiles of the list", "list end", "removed", "group with list", "group in block",
+        "neighbour", "past the end", "one round", "count", "step end"}  # fmt: skip
+KERNEL_MUTANTS = {
+    "segments": (kernels, SEGMENT_MUTANTS),
+    "blocks": (kernels_blocks, BLOCK_MUTANTS),
+    "sort": (kernels_sort, SORT_MUTANTS),
+}
+BROKEN = {
+    f"{part}: {name}": (m, *texts) for part, (m, table) in KERNEL_MUTANTS.items() for name, texts in table.items()
+}
+
+
+@each_mutant(BROKEN, [name for name in BROKEN if name.split(": ")[1] not in SLOW])
+def test_a_broken_kernel_fails(device, tmp_path, name):
+    module, old, new = BROKEN[name]
+    broken = mutant(module, old, new, tmp_path, seen_from=kernels)
+    strategy = broken.padded_nms_segments
+    if module is kernels_blocks:
+        strategy = functools.partial(broken.padded_nms_blocks, launch=SMALL)
+    with pytest.raises(AssertionError):
+        check_padded(sorting(strategy, broken.sort_boxes), device)
+
+
+def test_the_strategy_follows_from_the_shape():
+    for S, K in [(10, 2000), (1, 1000), (1, 1_000_000)]:  # the first are levels of two images
+        assert kernels.strategy(S, K) is kernels.padded_nms_blocks, (S, K)
+    for S, K in [(1, 100), (80, 1000), (20_000, 1000)]:  # the second are classes
+        assert kernels.strategy(S, K) is kernels.padded_nms_segments, (S, K)
+
+
+def test_the_launch_as_it_is_equals_the_reference(device):
+    """In its first step only; what follows, `test_several_steps_of_the_launch_as_it_is` does slowly."""
+    args = crowded(150).to(device), distinct_scores(150).to(device), 0.5
+    assert_same(nms(*args, backend="triton"), nms(*args, backend="reference"))
+
+
 @pytest.mark.slow
-def test_auto_on_a_cpu_takes_at_most_twice_torchvisions_time():
-    """20 segments x 1,000 boxes. The best of 15 turns, so that a busy machine does not decide; measured: 1.1 times."""
-    boxes, scores = torch.stack([crowded(1000, seed) for seed in range(20)]), distinct_scores(20, 1000)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_several_steps_of_the_launch_as_it_is(device, grouped):
+    count = 2 * LAUNCH.step + 30
+    boxes, scores = random_boxes(count, height=900, width=900, min_size=20, max_size=90), distinct_scores(count)
+    classes = torch.arange(count) % (3 if grouped else 1)
+    args = boxes.to(device), scores.to(device), classes.to(device), 0.3
+    kept = batched_nms(*args, backend="triton")
+    assert LAUNCH.tile < len(kept) < count
+    assert kept.tolist() == batched_nms(*args, backend="reference").tolist()
 
-    def theirs() -> list[Tensor]:
-        return [torchvision.ops.nms(b, s, 0.5) for b, s in zip(boxes, scores, strict=True)]
 
-    def ours() -> tuple[Tensor, Tensor]:
-        return padded_nms(boxes, scores, 0.5, max_output=1000)
+@interpreted
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(
+    ("S", "K", "steps"),
+    [(80, 300, 1), (1, 200, 1), (3, LAUNCH.step, 1), (1, LAUNCH.step + 1, 2), (1, 100_000, 98)],
+)
+def test_launches_follow_from_the_shape_and_nothing_waits(S, K, steps, grouped):
+    args = torch.rand(S, K, 4), torch.rand(S, K), torch.full((S,), 0.5), torch.rand(S, K) > 0.1
+    groups = torch.ones(S, K, dtype=torch.int64) if grouped else None
+    with counting() as found, count_blocking() as waits:
+        kernels.padded_nms(*args, groups, 20)
+    assert found.kernels == 1 + steps  # the gather, and one a step
+    assert found.ops <= 9  # a NaN where no score is, its sort, what outputs begin with
+    assert not waits
 
-    best = {theirs: INF, ours: INF}
-    for _ in range(15):
-        for call in best:
-            start = time.process_time()
-            call()
-            best[call] = min(best[call], time.process_time() - start)
-    assert best[ours] <= 2 * best[theirs], best.values()
+
+def later_states(module: Any, limit: int, device: torch.device) -> Tensor:
+    """Of two piles of boxes, the states behind the first step: two are kept, everything else is removed."""
+    boxes, scores = torch.tensor(UNIT).repeat(1, 300, 1), distinct_scores(1, 300)
+    boxes[:, ::2, ::2] += 50
+    segments = kernels_sort.sort_boxes(boxes.to(device), scores.to(device), None, None)
+    module.padded_nms_blocks(segments, torch.tensor([0.5], device=device), limit, SMALL)
+    return segments.state[0, SMALL.step :]
+
+
+def test_steps_behind_max_output_touch_nothing(device):
+    assert not later_states(kernels_blocks, 3, device).any()
+    assert later_states(kernels_blocks, 2, device).all()
+
+
+def test_a_step_too_many_is_seen(device, tmp_path):
+    broken = mutant(kernels_blocks, "if total < M:", "if total <= M:", tmp_path)
+    assert not later_states(broken, 2, device).all()
+
+
+@interpreted
+@pytest.mark.parametrize("K", [10_000, 100_000, 1_000_000])
+def test_memory_is_linear(K):
+    """By the formula of the README, and under a tenth of a matrix of K^2 bits."""
+    args = torch.rand(1, K, 4), torch.rand(1, K), torch.full((1,), 0.5), None, None, K
+    with peak_allocated() as peak, counting():
+        kernels.padded_nms(*args)
+    assert peak.bytes <= BYTES_A_BOX * K + LAUNCH.step**2 / 8 + 4096
+    assert peak.bytes <= 0.1 * K**2 / 8

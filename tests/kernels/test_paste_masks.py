@@ -1,29 +1,31 @@
 """paste_masks against torchvision's paste, detectron2's grid_sample rule, and pycocotools' run lengths."""
 
 import functools
+from contextlib import nullcontext
+from types import ModuleType
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 import torch.nn.functional as F
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from tests.kernels.tools import HALVES, NAN, each_mutant
+from tests.allocations import allocated
+from tests.kernels.tools import HALVES, NAN, each_mutant, run_patterns
 from tests.mutation import mutant
-from tmask_kernels import paste_masks, unpack_masks
+from tmask.model.postprocess import to_list
+from tmask.structures import Detections
+from tmask_kernels import paste_masks, unpack_masks, use_backend
 from tmask_kernels.ops.paste_masks import reference, rle
 from tmask_kernels.testing import Tolerance, assert_close, random_boxes
+
+coco_mask = pytest.importorskip("pycocotools.mask")  # the oracle of run lengths
 
 CONVENTIONS = ["detectron2", "torchvision"]
 SIZES = [(61, 45), (1, 40), (40, 1), (96, 64)]
 # Both sides place their samples in float32, in another order; a steep mask turns 1e-6 of a cell into 1e-5.
 ROUNDING = Tolerance(max=2e-4, rms=1e-5)
-
-
-@pytest.fixture(scope="module")
-def coco_mask():
-    """pycocotools' mask functions, the oracle of run lengths."""
-    return pytest.importorskip("pycocotools.mask")
 
 
 def inputs(height: int, width: int, *, side: int = 28, count: int = 24, seed: int = 0):
@@ -111,7 +113,7 @@ def test_a_broken_reference_fails(tmp_path, name):
 @pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize("threshold", [0.5, 0.3, 1.0])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_all_outputs_say_the_same(device, coco_mask, convention, threshold, size):
+def test_all_outputs_say_the_same(device, convention, threshold, size):
     masks, boxes = (t.to(device) for t in inputs(*size))
 
     def call(output):
@@ -173,3 +175,73 @@ def test_boxes_without_a_pixel(device, output, convention):
         assert out == [{"size": [9, 40], "counts": "X;"}] * 3
     else:
         assert not out.any()
+
+
+# Run lengths of thousands of masks are pycocotools' to the letter, and no K x H x W tensor is made on the way
+
+Bits = npt.NDArray[np.bool_]
+SIDE = 12
+
+
+def check_coder(coder: ModuleType, masks: Bits, left: int, top: int, height: int, width: int) -> None:
+    """A box of a pixel a cell puts each mask into the image as it is. `coder` is a copy of `rle`."""
+    box = torch.tensor([left, top, left + SIDE, top + SIDE]).float()
+    values, boxes = torch.from_numpy(masks).float(), box.expand(len(masks), 4)
+    full = np.zeros((height, width, len(masks)), dtype=np.uint8, order="F")
+    full[top : top + SIDE, left : left + SIDE] = masks.transpose(1, 2, 0)
+    dense = paste_masks(values, boxes, (height, width), backend="reference")
+    assert np.array_equal(dense.numpy(), full.transpose(2, 0, 1))
+    runs = coder.paste_rle(values, boxes, (height, width), 0.5, convention="detectron2")
+    assert [one["counts"] for one in runs] == [one["counts"].decode() for one in coco_mask.encode(full)]
+    assert np.array_equal(coco_mask.decode(runs), full)
+
+
+CODER_MUTANTS = {
+    "first counts": ("for place in range(3)", "for place in range(2)"),
+    "two before": ("value[2:] -= counts[:-2]", "value[3:] -= counts[:-3]"),
+    "group": ("limit <<= 5", "limit <<= 6"),
+    "more": ("0x20 * more", "0x20"),
+    "sign": ("~value, value)", "-value, value)"),
+    "cuts": ("joined[a:b]", "joined[: b - a]"),
+    "full columns": ("goes_on[1:] =", "goes_on[1:] &="),
+}
+
+
+@pytest.mark.parametrize("name", ["", *CODER_MUTANTS])
+def test_run_lengths_equal_pycocotools_unless_the_coder_is_broken(name, tmp_path):
+    """Runs of every kind and noise of any density. Far from a border counts take many digits."""
+    random = np.random.default_rng(0)
+    masks = random.random((90, SIDE, SIDE)) < random.random((90, 1, 1))
+    masks[::3, :, 4:8] = True
+    masks[1:12], masks[13:24] = run_patterns(SIDE, 0, 5, 2), run_patterns(SIDE, SIDE - 1, 0, 1)
+    coder = mutant(rle, *CODER_MUTANTS[name], tmp_path) if name else rle
+    with pytest.raises(AssertionError) if name else nullcontext():
+        for left, top, right, bottom in ((0, 0, 87, 0), (0, 0, 0, 9), (0, 0, 0, 700), (5, 1, 1, 0), (1, 700, 0, 5)):
+            check_coder(coder, masks, left, top, top + SIDE + bottom, left + SIDE + right)
+
+
+def detections(count: int) -> Detections:
+    boxes = torch.tensor([[10.0, 8.0, 18.0, 14.0]]).repeat(1, count, 1) + torch.arange(count)[:, None]
+    return Detections(
+        boxes=boxes,
+        scores=torch.rand(1, count),
+        labels=torch.ones(1, count, dtype=torch.int64),
+        counts=torch.tensor([count]),
+        masks=torch.rand(1, count, 4, 4),
+    )
+
+
+def test_results_for_evaluation_hold_no_full_mask(device, backend):
+    """What `evaluate` and `predict` ask for; asked for bytes, the same call does hold K x H x W."""
+    count, size = 2, (30, 150)
+    found = Detections(*(None if t is None else t.to(device) for t in detections(count)))
+    sizes = torch.tensor([size], device=device)
+    with use_backend(backend):
+        with allocated() as run_lengths:
+            (result,) = to_list(found, sizes, [size], masks="rle")
+        with allocated() as as_bytes:
+            (dense,) = to_list(found, sizes, [size], masks="bool")
+    assert max(as_bytes) >= count * size[0] * size[1]
+    assert max(run_lengths) < size[0] * size[1]
+    full = np.asfortranarray(dense["masks"].permute(1, 2, 0).cpu().numpy().astype(np.uint8))
+    assert np.array_equal(coco_mask.decode(result["masks"]), full)

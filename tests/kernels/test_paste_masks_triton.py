@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.tools import HALVES, INF, NAN, assert_same, each_mutant, run_patterns, slow
+from tests.allocations import allocated
+from tests.kernels.tools import HALVES, INF, NAN, assert_same, each_mutant, odd_boxes, run_patterns, slow
 from tests.model.sync import count_blocking
 from tests.mutation import mutant
 from tmask_kernels import paste_masks, paste_masks_batched
@@ -41,29 +42,6 @@ def ordinary(device: torch.device) -> tuple[Tensor, Tensor]:
     masks[2] = 1  # its runs go on from column to column
     masks[3] = 0.5  # the threshold itself
     return guarded(masks), guarded(torch.tensor(boxes, device=device))
-
-
-def odd_boxes(device: torch.device) -> Tensor:
-    rows = [
-        [NAN, 1, 5, 5],
-        [1, 1, INF, 5],
-        [-INF, -INF, INF, INF],
-        [7, 7, 2, 2],  # inverted
-        [7, 2, 7, 8],  # no width
-        [5, 2, 5.001, 9],
-        [-1e9, -1e9, 1e9, 1e9],
-        [-3e38, 0, 3e38, 9],  # its width overflows
-        [36, 8, 37, 9],  # the last pixel
-        [-900, -900, -800, -800],
-        [2.0**24, 0, 2.0**24 + 8, 5],
-        [1e-40, 1e-40, 2e-40, 2e-40],
-    ]
-    return torch.tensor(rows, device=device)
-
-
-def runs_of(kernels: ModuleType, masks: Tensor, boxes: Tensor, convention: str) -> Any:
-    """Run lengths of one image."""
-    return kernels.paste_runs(masks[None], boxes[None], [len(masks)], [SIZE], 0.5, convention)
 
 
 def check_same(masks: Tensor, boxes: Tensor, size: tuple[int, int], output: str, convention: str) -> Any:
@@ -101,12 +79,11 @@ def test_narrow_images(device, size, output):
 @pytest.mark.parametrize("output", ["bool", *map(slow, OUTPUTS[::3])])
 @pytest.mark.parametrize("convention", CONVENTIONS)
 def test_odd_boxes(device, convention, output):
-    boxes = odd_boxes(device)
+    boxes = torch.cat([odd_boxes(SIZE[0], device), torch.tensor([[-1e9, -1e9, 1e9, 1e9]], device=device)])
     got = check_same(torch.ones(len(boxes), 3, 3, device=device), boxes, SIZE, output, convention)
     if output == "bool":
-        none = [0, 1, 2, 7, 9, 10, *((3, 4) if convention == "detectron2" else ())]
-        assert not got[none].any()
-        assert got[[6, 8]].flatten(1).any(1).all()
+        assert not got[[0, 1, 2, 6, 8, 9, *((3, 4) if convention == "detectron2" else ())]].any()
+        assert got[[7, 11]].flatten(1).any(1).all()
 
 
 @pytest.mark.parametrize("output", ["probability", "rle"])
@@ -156,17 +133,12 @@ def patterns() -> Tensor:
     ],
     ids=["whole image", "inside", "all", "all, full columns"],
 )
-def test_run_lengths_equal_pycocotools(device, place, chosen):
-    coco_mask = pytest.importorskip("pycocotools.mask")
-    bits = patterns()[chosen]
-    left, top, height, width = place
-    box = torch.tensor([left, top, left + 6.0, top + 6.0], device=device)  # a pixel a cell
-    masks, boxes = bits.float().to(device), box.expand(len(bits), 4)
-    got = paste_masks(masks, boxes, (height, width), output="rle", backend="triton")
-    full = np.zeros((height, width, len(bits)), dtype=np.uint8, order="F")
-    full[top : top + 6, left : left + 6] = bits.permute(1, 2, 0).numpy()
-    assert [one["counts"] for one in got] == [one["counts"].decode() for one in coco_mask.encode(full)]
-    assert np.array_equal(coco_mask.decode(got), full)
+def test_run_lengths_of_every_kind(device, place, chosen):
+    """A pixel a cell. test_paste_masks.py holds those of the reference to pycocotools'."""
+    left, top, *size = place
+    masks = patterns()[chosen].float().to(device)
+    boxes = torch.tensor([left, top, left + 6.0, top + 6.0], device=device).expand(len(masks), 4)
+    check_same(masks, boxes, tuple(size), "rle", "detectron2")
 
 
 def test_positions_beyond_32_bits(device):
@@ -182,27 +154,13 @@ def test_positions_beyond_32_bits(device):
 
 
 def test_memory_follows_columns_and_changes(device):
-    """16 bytes a column and 4 a run; for a hundred masks like a detector's far below 32 MB."""
-    from bench.cases.paste_masks import CASES
-    from tests.allocations import allocated
-
-    def formula(K: int, W: int, runs: int) -> int:
-        return 16 * K * W + 4 * runs
-
+    """16 bytes a column and 4 a run."""
     masks, boxes = ordinary(device)
     with allocated(masks, boxes) as sizes:
-        _, per_mask = runs_of(kernels_runs, masks, boxes, "detectron2")
-    least = formula(len(masks), SIZE[1], int(per_mask.sum())) + 12  # 12: the image's size and count
+        _, per_mask = kernels_runs.paste_runs(masks[None], boxes[None], [len(masks)], [SIZE], 0.5, "detectron2")
+    least = 16 * len(masks) * SIZE[1] + 4 * int(per_mask.sum()) + 12  # 12: the image's size and count
     copies = 16 * len(masks) + 4 * int(per_mask.sum()) + 12  # what goes to the host and comes from it, at most
     assert sum(sizes) == least if device.type == "cpu" else least <= sum(sizes) <= least + copies
-
-    case = CASES["paste-masks"]
-    masks, boxes = case.inputs(torch.device("cpu"))
-    with allocated() as sizes:
-        found = paste_masks(masks, boxes, (case.height, case.width), output="rle", backend="reference")
-    assert max(sizes) < 8 * 2**20  # the reference goes by chunks of crops
-    runs = sum(len(one["counts"]) for one in found)  # a character a run at least
-    assert formula(len(masks), case.width, runs) < 4 * 2**20
 
 
 def batch(device: torch.device) -> tuple[Tensor, Tensor, list[int], list[tuple[int, int]]]:

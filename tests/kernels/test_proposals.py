@@ -1,7 +1,5 @@
 """rpn_proposals against torchvision's RPN; the kernels against the reference; its own rules: order, padding, NaN."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +17,7 @@ from tmask_kernels.ops.nms.kernels import padded as nms_kernels
 from tmask_kernels.ops.proposals import op
 from tmask_kernels.ops.proposals import reference as proposals
 from tmask_kernels.ops.proposals.kernels import candidates as kernels_candidates
+from tmask_kernels.ops.proposals.kernels import select as kernels_select
 from tmask_kernels.testing import assert_close, guarded, poisoned_empty
 
 SIZES = ((16.0,), (32.0,), (64.0,))
@@ -178,10 +177,6 @@ def odd_maps() -> tuple[list[Tensor], list[Tensor]]:
     return logits, deltas
 
 
-def laid(layout: Callable[[Tensor], Tensor]) -> list[list[Tensor]]:
-    return [[layout(x) for x in given] for given in tiny_maps(SPEC)]
-
-
 def of_one_convolution() -> tuple[list[Tensor], list[Tensor]]:
     """Logits and deltas as slices of one map, and levels of different dtypes."""
     whole = [torch.cat(pair, 1) for pair in zip(*tiny_maps(SPEC), strict=True)]
@@ -193,9 +188,7 @@ CANDIDATES = {
     **{name: lambda spec=spec: (*tiny_maps(spec), spec) for name, spec in CONVENTIONS.items()},
     "bfloat16": lambda: tiny_maps(SPEC, dtype=torch.bfloat16),
     "float16": lambda: (*tiny_maps(CONVENTIONS["uneven"], dtype=torch.float16), CONVENTIONS["uneven"]),
-    "channels_last": lambda: laid(lambda x: guarded(x.contiguous(memory_format=torch.channels_last))),
-    "columns first": lambda: laid(lambda x: guarded(x.transpose(2, 3).contiguous()).transpose(2, 3)),
-    "every second image": lambda: laid(lambda x: x.repeat_interleave(2, 0)[1::2]),
+    "channels_last": lambda: [[x.to(memory_format=torch.channels_last) for x in given] for given in tiny_maps(SPEC)],
     "one convolution": of_one_convolution,
     "no image": lambda: tiny_maps(SPEC, images=0),
     "empty levels": lambda: tiny_maps(SPEC, [(0, 3), (2, 0), (0, 0)]),
@@ -292,15 +285,12 @@ def test_nan_is_no_proposal(device, nms_backend):
 
 
 def test_nothing_is_left(device, nms_backend):
-    """No proposal passes the filters; all levels are empty; there are no images."""
+    """No proposal passes the filters; all levels are empty."""
     for given, changes in ((maps(grids=TINY), {"min_size": 500.0}), (maps(grids=[(0, 2), (1, 0), (0, 0)]), {})):
         boxes, scores, counts = call(*given, device, nms_backend, **changes)
         assert (boxes.shape, scores.shape, counts.tolist()) == ((2, 150, 4), (2, 150), [0, 0])
         assert not boxes.any()
         assert not scores.any()
-    none = [[x[:0].to(device) for x in given] for given in maps()]
-    got = rpn_proposals(*none, torch.zeros(0, 2, device=device), SPEC, **SETTINGS, backend=nms_backend)
-    assert [t.shape for t in got] == [(0, 150, 4), (0, 150), (0,)]
 
 
 def test_top_indices_orders_ties_signs_and_nan():
@@ -324,3 +314,96 @@ def test_few_launches():
     nms = count_call(lambda: padded_nms(boxes, scores, 0.6, valid=valid, max_output=60, backend="triton"))
     # `call` makes the tensor of image sizes, which no dispatch shows.
     assert whole == Count(ops=nms.ops + 2, kernels=nms.kernels + 4)
+
+
+# The best of what NMS kept
+
+
+def kept_boxes(images: int = 2, segments: int = 3, count: int = 9, kept: int = 5, seed: int = 0):
+    """Boxes [S, K, 4], scores [S, K] that tie often, and kept [S, M] by falling score, -1 behind."""
+    generator = torch.Generator().manual_seed(seed)
+    S = images * segments
+    scores = torch.randint(-3, 4, (S, count), generator=generator) / 4
+    order = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :kept]
+    filled = torch.randint(0, kept + 1, (S, 1), generator=generator)
+    kept_rows = torch.where(torch.arange(order.shape[1]) < filled, order, -1)
+    return torch.rand(S, count, 4, generator=generator), scores, kept_rows
+
+
+def check_select(module, device, boxes, scores, kept, images: int, limit: int) -> None:
+    boxes, scores, kept = (guarded(t.to(device)) for t in (boxes, scores, kept))
+    for box_first in (False, True):
+        with poisoned_empty():
+            got = module.select_best_fwd(boxes, scores, kept, images, limit, box_first)
+        expected = proposals.select_best_reference(boxes, scores, kept, images, limit, box_first)
+        assert [t.dtype for t in got] == [torch.float32, torch.float32, torch.int64, torch.int64]
+        assert_same(got, expected)
+
+
+SELECTED = {
+    "plain": ({}, 7),
+    "one": ({}, 1),
+    "more than there are": ({}, 40),
+    "blocks": ({"images": 1, "segments": 2, "count": 400, "kept": 300}, 200),
+    "no images": ({"images": 0}, 5),
+    "no segments": ({"segments": 0}, 5),
+    "no outputs": ({"kept": 0}, 5),
+    "no boxes": ({"count": 0, "kept": 0}, 5),
+}
+
+
+@pytest.mark.parametrize("name", SELECTED)
+def test_the_best_equal_the_reference(device, name):
+    sizes, limit = SELECTED[name]
+    check_select(kernels_select, device, *kept_boxes(**sizes), sizes.get("images", 2), limit)
+
+
+def test_nothing_is_kept(device):
+    boxes, scores, kept = kept_boxes()
+    kept[:3] = -1
+    check_select(kernels_select, device, boxes, scores, kept, 2, 7)
+
+
+def test_scores_of_every_kind(device):
+    """Signed zeros tie, a number that is not normal stands over them."""
+    scores = torch.tensor([[-0.0, 1e-40, INF, 0.0, -1e-40, 3.4e38, -0.0, -3.4e38, -1.5, 2.0]])
+    kept = torch.sort(scores, dim=1, descending=True, stable=True).indices
+    check_select(kernels_select, device, torch.rand(1, 10, 4), scores, kept, 1, 10)
+
+
+def test_keys_give_back_what_they_were_made_of(device):
+    """A NaN of either sign goes behind -inf, where the reference has no rule."""
+    scores = torch.tensor([[1.0, -NAN, -INF, NAN, -2.0]])
+    kept = torch.tensor([[0, 1, 2, 3, 4]], device=device)
+    boxes = torch.arange(20.0, device=device).view(1, 5, 4)
+    got, found, _, counts = kernels_select.select_best_fwd(boxes, scores.to(device), kept, 1, 6, False)
+    assert got[0, :, 0].tolist() == [0, 16, 8, 4, 12, 0]
+    assert found[0, :3].tolist() == [1, -2, -INF]
+    assert found[0, 3:5].isnan().all()
+    assert counts.tolist() == [5]
+
+
+BROKEN_SELECTION = {
+    "signed zero": ("rank = tl.where(rank == -1, 0, rank)", "rank += 0"),
+    "negative": ("rank = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)", "rank = bits"),
+    "negative back": ("bits = tl.where(rank < 0, rank ^ 0x7FFFFFFF, rank)", "bits = rank"),
+    "ties": ("(rank.to(tl.int64) << 32) - index", "(rank.to(tl.int64) << 32) + index"),
+    "order": ("kept * G + segment % G if BOX_FIRST", "segment % G * K + kept if BOX_FIRST"),
+    "segment": ("segment % G * K + kept\n", "kept\n"),
+    "image": ("row = (image * G + segment) * K + kept", "row = segment * K + kept"),
+    "none": (" | ((slot == 0) & (key == PADDING))", ""),
+    "count": ("tl.where(real, slot + 1, 0).to", "tl.where(real, slot, 0).to"),
+    "mask": ("tl.store(segments_ptr + out, tl.where(real, segment, 0).to(tl.int64), mask=mask)",
+             "tl.store(segments_ptr + out, tl.where(real, segment, 0).to(tl.int64))"),
+}  # fmt: skip
+
+
+@each_mutant(BROKEN_SELECTION)
+def test_a_broken_kernel_of_the_best_fails(device, tmp_path, name):
+    module = mutant(kernels_select, *BROKEN_SELECTION[name], tmp_path)
+    boxes, scores, kept = kept_boxes()
+    kept[:3] = -1
+    scores[3, :4] = torch.tensor([-0.0, 1.0, 0.0, -1.0])
+    kept[3] = torch.tensor([1, 0, 2, 3, -1])
+    with pytest.raises((AssertionError, IndexError)):
+        check_select(module, device, boxes, scores, kept, 2, 20)

@@ -1,4 +1,4 @@
-"""RoIAlign: worked answers, torchvision, levels, symmetries, the rounding of half precision, and what max alone does.
+"""RoIAlign: worked answers, torchvision, levels, memory, what max alone does, and the gradient to the boxes.
 
 What RoIAlign has in common with the other RoI ops is in test_rois.py.
 """
@@ -12,8 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,12 +27,14 @@ from tests.kernels.rois import (
     SLOW,
     Grid,
     brute_force,
+    odd_boxes,
 )
 from tmask_kernels import pyramid_levels
 from tmask_kernels import roi_align as any_roi_align
-from tmask_kernels.common.pyramid import LEVEL_FACTOR, level_thresholds
+from tmask_kernels.common.pyramid import level_thresholds
 from tmask_kernels.ops.roi_align import reference
 from tmask_kernels.ops.roi_align.kernels import backward as kernels_backward
+from tmask_kernels.ops.roi_align.kernels import forward as kernels_forward
 from tmask_kernels.ops.roi_align.kernels import max as kernels_max
 from tmask_kernels.testing import assert_close, random_boxes
 
@@ -46,12 +46,6 @@ def roi_align(feature: Tensor, *args: Any, **options: Any) -> Tensor:
     if (options.get("backend"), options.get("interpolation")) == ("torchvision", "bicubic"):
         pytest.skip("torchvision has no bicubic samples")
     return any_roi_align(feature, *args, **options)
-
-
-def coordinates(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Y and x of every cell, [height, width] each."""
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return y.float().to(device), x.float().to(device)
 
 
 # Worked answers: the box reaches from 1 to 3 in both directions of f(y, x) = 5 y + x, so 4 bins of half a cell have
@@ -152,23 +146,6 @@ def test_is_the_mean_of_grid_samples_points(backend: str, device: torch.device, 
     assert_close(out, by_grid_sample(feature.double(), boxes.double(), 2, ratio, interpolation))
 
 
-@EACH_BACKEND
-@INTERPOLATIONS
-@pytest.mark.parametrize("sampling_ratio", [0, 2])
-def test_an_image_of_half_the_size(backend: str, device: torch.device, interpolation: str, sampling_ratio: int) -> None:
-    """Aligned, a box and the same box on the image halved see the same ramp; else they are a quarter cell apart."""
-    y, x = coordinates(20, 24, device)
-    image = (3 * y + 2 * x)[None, None]
-    half = F.interpolate(image, scale_factor=0.5, mode="bilinear", antialias=False)  # f at 2 (i + 0.5) - 0.5
-    boxes = torch.tensor([[[6.0, 7, 14, 11], [5.5, 6.25, 9.0, 9.75]]], device=device)
-    options: dict[str, Any] = {"interpolation": interpolation, "backend": backend}
-    for aligned, apart in ((True, 0.0), (False, (3 + 2) * 0.5)):
-        whole = roi_align(image, boxes, 2, 1.0, sampling_ratio, aligned, **options)
-        halved = roi_align(half, boxes / 2, 2, 1.0, sampling_ratio, aligned, **options)
-        assert_close(halved, whole.double() + apart)
-        assert torch.equal(roi_align(half, boxes, 2, 0.5, sampling_ratio, aligned, **options), halved)
-
-
 class DividesAsCuda(TorchDispatchMode):
     """CUDA divides a tensor by a number as a product with the number's inverse, which loses a bit."""
 
@@ -209,12 +186,6 @@ def test_levels_follow_the_formula(convention: str) -> None:
     assert expected.unique().tolist() == [0, 1, 2, 3]
 
 
-def test_conventions_differ_just_under_a_boundary() -> None:
-    box = torch.tensor([0.0, 0.0, 224.0, 224.0 * (1 - 1e-6)], dtype=torch.float64)
-    levels = {c: int(reference.box_levels(box, level_thresholds([1 / 8, 1 / 16], 224.0, 4, c))) for c in LEVEL_FACTOR}
-    assert levels == {"torchvision": 1, "detectron2": 0}
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_lists_name_their_image_exactly(device: torch.device, dtype: torch.dtype) -> None:
     """bfloat16 has no 257."""
@@ -234,90 +205,7 @@ def test_a_huge_box(backend: str, device: torch.device) -> None:
         assert (out - expected).abs().max() < 0.02
 
 
-# Whatever the box: symmetries and exactness
-
-H, W = 8, 16  # one tile of the backward: the interpreter is slow
-BINS = (2, 3)
-# Shrinking a failure through the interpreter would take minutes.
-few_examples = settings(max_examples=5, deadline=None, derandomize=True, phases=[Phase.generate])
-
-
-@st.composite
-def boxes_inside(draw: st.DrawFn) -> Tensor:
-    """[1, 2, 4] aligned boxes in cells: bicubic samples in them have no tap beyond a border.
-
-    Multiples of 1/64: coordinates are exact in float32, and moving a box moves no sample over an edge.
-    """
-    rows = []
-    for _ in range(2):
-        x, y = draw(st.integers(2 * 64, (W - 4) * 64)), draw(st.integers(2 * 64, (H - 4) * 64))
-        w, h = draw(st.integers(1, min(5 * 64, (W - 2) * 64 - x))), draw(st.integers(1, (H - 2) * 64 - y))
-        rows.append([x, y, x + w, y + h])
-    return torch.tensor([rows]) / 64
-
-
-@EACH_BACKEND
-@few_examples
-@given(data=st.data(), ratio=st.integers(0, 3), move=st.tuples(*[st.integers(-3, 3)] * 2))
-def test_a_box_inside(
-    backend: str, device: torch.device, data: st.DataObject, ratio: int, move: tuple[int, int]
-) -> None:
-    """Moving map and box by whole cells changes nothing; on a ramp bins are the values at their centres."""
-    kinds = ["bilinear"] if backend == "torchvision" else ["bilinear", "bicubic"]
-    options: dict[str, Any] = {"interpolation": data.draw(st.sampled_from(kinds)), "backend": backend}
-    boxes, (a, b, c) = data.draw(boxes_inside()), data.draw(st.tuples(*[st.integers(-8, 8)] * 3))
-    y, x = coordinates(H, W, device)
-    noise = torch.randn(1, 1, H, W, generator=torch.Generator().manual_seed(1)).to(device)
-    feature = torch.cat([(a * y + b * x + c)[None, None], noise], 1).requires_grad_()
-    out = roi_align(feature, boxes.to(device), BINS, 1.0, ratio, True, **options)
-
-    x1, y1, x2, y2 = (boxes[0].double() - 0.5)[..., None].unbind(1)  # [2, 1]
-    centres_y = y1 + (y2 - y1) * (torch.arange(2).double() + 0.5) / 2  # [2, 2]
-    centres_x = x1 + (x2 - x1) * (torch.arange(3).double() + 0.5) / 3  # [2, 3]
-    expected = a * centres_y[:, :, None] + b * centres_x[:, None, :] + c
-    assert_close(out[:, 0], expected.to(device))
-
-    dx, dy = move
-    moved = F.pad(feature.detach(), (3 + dx, 3 - dx, 3 + dy, 3 - dy))
-    there = (boxes + torch.tensor([3 + dx, 3 + dy] * 2)).to(device)
-    assert_close(roi_align(moved, there, BINS, 1.0, ratio, True, **options), out.double())
-
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(device)
-    (gradient,) = torch.autograd.grad(out, feature, upstream)
-    assert_close(gradient.sum((0, 2, 3)), upstream.double().sum((0, 2, 3)))  # the weights of a bin add up to 1
-
-
-# Half precision, memory
-
-
-def assert_one_ulp(got: Tensor, exact: Tensor) -> None:
-    """Each value within a unit in its last place, plus 1e-6, of `exact` (float64)."""
-    unit = torch.finfo(got.dtype).eps * 2.0 ** (torch.frexp(exact).exponent - 1)
-    excess = (got.double() - exact).abs() - unit - 1e-6
-    assert excess.max() <= 0, f"{int((excess > 0).sum())} of {excess.numel()} err more; by {excess.max():.2e} at most"
-
-
-@EACH_BACKEND
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("interpolation", "sampling_ratio"),
-    [("bilinear", 0), ("bilinear", 2), ("bicubic", 2), pytest.param("bicubic", 0, marks=SLOW)],
-)
-def test_half_precision_errs_by_one_unit_at_most(
-    backend: str, device: torch.device, dtype: torch.dtype, interpolation: str, sampling_ratio: int
-) -> None:
-    """Forward and gradient, boxes of up to 1,000 pixels: their coordinates and sums are float32 throughout."""
-    feature = torch.randn(1, 2, 32, 32).to(device, dtype).requires_grad_()  # drawn on the CPU: the same everywhere
-    boxes = torch.tensor([[[7.3, 11.9, 1009.4, 1013.8], [-31.0, 401.7, 990.2, 1100.6]]], device=device)
-    options: dict[str, Any] = {"aligned": True, "sampling_ratio": sampling_ratio, "interpolation": interpolation}
-    exact_feature = feature.detach().double().requires_grad_()
-    out = roi_align(feature, boxes, 7, 1 / 32, **options, backend=backend)
-    exact = roi_align(exact_feature, boxes, 7, 1 / 32, **options, backend="reference")
-    assert_one_ulp(out, exact)
-    upstream = torch.randn(out.shape).to(out)
-    (gradient,) = torch.autograd.grad(out, feature, upstream)
-    (expected,) = torch.autograd.grad(exact, exact_feature, upstream.double())
-    assert_one_ulp(gradient, expected)
+# Memory
 
 
 @pytest.mark.parametrize("levels", [4, 1], ids=["pyramid", "one map"])
@@ -398,17 +286,6 @@ def test_samples_of_a_constant_are_equal(backend: str, device: torch.device) -> 
     assert not gradient[0, 0, 2:].any()
 
 
-@OUR_BACKENDS
-@pytest.mark.parametrize("ratio", [2, 0], ids=["fixed", "adaptive"])
-def test_samples_outside_count_as_0(backend: str, device: torch.device, ratio: int) -> None:
-    feature = torch.full((1, 1, 4, 4), -2.0, device=device, requires_grad=True)
-    rows = [[1.0, 1, 3, 3], [2, 2, 12, 3], [2, 2, 3, 12], [-9, 2, 3, 3], [20, 20, 24, 24]]
-    out = roi_align(feature, torch.tensor([rows], device=device), 1, 1.0, ratio, True, **MAX, backend=backend)
-    assert out.flatten().tolist() == [-2, 0, 0, 0, 0]
-    (gradient,) = torch.autograd.grad(out.sum(), feature)
-    assert gradient.sum().item() == 1
-
-
 def test_a_zero_size_box_on_the_border_takes_no_gradient(device: torch.device) -> None:
     feature = torch.randn(1, 2, 4, 4, device=device, requires_grad=True)
     box = torch.tensor([[0, 1.0, -0.5, 3.0, -0.5]], device=device)  # its samples are at y = -1
@@ -461,3 +338,39 @@ def test_the_index_is_kept_only_for_a_gradient(device: torch.device, ratio: int,
     assert not index.numel()
     assert sample.dtype == dtype
     assert sample.item() == (ratio**2 - 1 if ratio else 65536 + 1)  # of 2 x 2 samples
+
+
+# The gradient to the boxes; its kinks are in test_ties.py
+
+
+BOXES = KINDS["boxes"]
+
+
+def test_boxes_that_are_not_finite_take_no_gradient_of_nan(device: torch.device) -> None:
+    boxes = odd_boxes(device)[None, -3:].requires_grad_()
+    out = BOXES.pool(BOXES.maps(device, images=1), boxes, 1, backend="triton")
+    assert not torch.autograd.grad(out, boxes, torch.full_like(out, math.nan))[0].any()
+
+
+def test_features_are_kept_only_for_the_boxes(device: torch.device) -> None:
+    features, boxes = BOXES.maps(device), BOXES.boxes(device, 1)
+    for needed in (False, True):
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):  # noqa: B023
+            BOXES.pool(features, boxes.detach().requires_grad_(needed), 2, backend="triton")
+        assert [x.shape for x in kept if x.dim() == 4] == [f.shape for f in features if needed]
+
+
+@pytest.mark.parametrize("needed", ["features", "boxes"])
+def test_only_what_is_needed_is_computed(needed: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("not needed")
+
+    if needed == "boxes":
+        monkeypatch.setattr(kernels_backward, "multiscale_roi_align_backward", refuse)
+    else:
+        monkeypatch.setattr(kernels_forward, "multiscale_roi_align_backward_boxes", refuse)
+    feature = torch.randn(1, 2, 5, 5, device=device, requires_grad=needed == "features")
+    boxes = torch.tensor([[[1.2, 1.3, 3.4, 4.2]]], device=device, requires_grad=needed == "boxes")
+    out = roi_align(feature, boxes, 1, backend="triton")
+    assert torch.autograd.grad(out.sum(), boxes if needed == "boxes" else feature)[0].any()

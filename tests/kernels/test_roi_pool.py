@@ -1,14 +1,14 @@
-"""roi_pool: worked answers, the definition, torchvision. What it has in common with RoIAlign is in test_rois.py."""
+"""roi_pool: worked answers, torchvision. What it has in common with RoIAlign is in test_rois.py."""
 
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
-from torch import Tensor
 
 from tests.kernels.rois import EACH_BACKEND, KINDS, check, odd_boxes
-from tmask_kernels import roi_align, roi_pool
+from tmask_kernels import roi_pool
 from tmask_kernels.ops.roi_pool.kernels import forward as kernels
 from tmask_kernels.testing import assert_close, random_boxes
 
@@ -38,49 +38,6 @@ def test_coordinates_round_half_away_from_zero(backend: str, device: torch.devic
     assert out.item() == (0 if cell is None else cell + 1)
 
 
-@EACH_BACKEND
-def test_a_ramp_shows_the_misalignment(backend: str, device: torch.device) -> None:
-    """On a ramp in x a bin's largest cell is its last, up to a cell and a half from the centre that RoIAlign gives."""
-    ramp = torch.arange(40.0, device=device).expand(1, 1, 40, 40)
-    box = torch.tensor([[0, 13.0, 13.0, 42.0, 42.0]], device=device)  # at 1/2: 6.5 to 21 cells
-    centres = 6.5 - 0.5 + 14.5 / 5 * (torch.arange(5.0, device=device) + 0.5)
-    aligned = roi_align(ramp, box, (1, 5), 0.5, 2, aligned=True, backend=backend)
-    assert_close(aligned[0, 0, 0], centres)
-    pooled = roi_pool(ramp, box, (1, 5), 0.5, backend=backend)[0, 0, 0]
-    # Rounded to cells 7..21, 15 of them in 5 bins of 3: the last of each.
-    assert pooled.tolist() == [9, 12, 15, 18, 21]
-    assert_close(pooled - centres, torch.tensor([1.55, 1.65, 1.75, 1.85, 1.95], device=device))
-    # Moved by 0.4 of a cell, the pixels under the box are others, and RoIPool sees no difference.
-    moved = box + torch.tensor([0, 0.8, 0.8, 0.8, 0.8], device=device)
-    assert torch.equal(roi_pool(ramp, moved, (1, 5), 0.5, backend=backend)[0, 0, 0], pooled)
-    assert_close(roi_align(ramp, moved, (1, 5), 0.5, 2, True, backend=backend)[0, 0, 0], centres + 0.4)
-
-
-def brute_force(feature: Tensor, box: list[float], size: tuple[int, int], scale: float) -> Tensor:
-    """One box on [C, H, W] by loops, straight from the definition."""
-    C, H, W = feature.shape
-    x1, y1, x2, y2 = (math.copysign(math.floor(abs(c * scale) + 0.5), c) for c in box)
-    h, w = max(y2 - y1 + 1, 1.0), max(x2 - x1 + 1, 1.0)
-    out = torch.zeros(C, *size, dtype=feature.dtype)
-    for ph in range(size[0]):
-        for pw in range(size[1]):
-            rows = range(int(y1 + ph * h // size[0]), int(y1 - (-(ph + 1) * h) // size[0]))
-            columns = range(int(x1 + pw * w // size[1]), int(x1 - (-(pw + 1) * w) // size[1]))
-            inside = [x for x in columns if 0 <= x < W]
-            cells = [feature[:, y, x] for y in rows if 0 <= y < H for x in inside]
-            if cells:
-                out[:, ph, pw] = torch.stack(cells).amax(0)
-    return out
-
-
-@pytest.mark.parametrize("size", [(3, 2), (1, 1), (4, 5)], ids=str)
-def test_reference_follows_the_definition(size: tuple[int, int]) -> None:
-    feature = torch.randn(1, 3, 11, 13)
-    for box in odd_boxes(torch.device("cpu"))[:9].tolist():
-        out = roi_pool(feature, torch.tensor([[0.0, *box]]), size, 0.25, backend="reference")
-        assert torch.equal(out[0], brute_force(feature[0], box, size, 0.25))
-
-
 # Against torchvision, and against the reference in float64
 
 
@@ -100,6 +57,13 @@ def test_equals_torchvision(backend: str, device: torch.device, size: tuple[int,
     weights = torch.randn_like(out)
     (got,), (want,) = (torch.autograd.grad(x, feature, weights) for x in (out, expected))
     assert_close(got, want.double())
+
+
+@pytest.mark.parametrize("size", [(3, 2), (1, 1), (4, 5)], ids=str)
+def test_the_reference_equals_torchvision_on_odd_boxes(size: tuple[int, int]) -> None:
+    feature, rois = torch.randn(1, 3, 11, 13), F.pad(odd_boxes(torch.device("cpu"))[:9], (1, 0))
+    out = roi_pool(feature, rois, size, 0.25, backend="reference")
+    assert torch.equal(out, torchvision.ops.roi_pool(feature, rois, size, 0.25))
 
 
 def test_float64_takes_the_cells_of_float32(device: torch.device) -> None:

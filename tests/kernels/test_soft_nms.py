@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.kernels.tools import INF, NAN, UNIT, crowded, distinct_scores, each_mutant
 from tests.mutation import mutant
-from tmask_kernels import nms, soft_nms
+from tmask_kernels import soft_nms
 from tmask_kernels.ops.soft_nms import kernels as kernels_soft
 from tmask_kernels.ops.soft_nms import reference as soft_reference
 from tmask_kernels.testing import guarded, poisoned_empty
@@ -99,18 +99,6 @@ def test_gaussian_lowers_below_the_threshold_too(backend, device):
     args = torch.tensor([UNIT, HALF], device=device), torch.tensor([0.75, 0.5], device=device)
     _, taken = soft_nms(*args, method="gaussian", sigma=0.5, iou_threshold=1.0, backend=backend)
     torch.testing.assert_close(taken.cpu(), torch.tensor([0.75, 0.5 * math.exp(-0.5)]))
-
-
-def test_begins_with_the_best_and_keeps_what_nms_keeps(backend, device):
-    """Boxes that nothing overlaps by more than the threshold keep their scores."""
-    boxes, scores = crowded(60).to(device), (distinct_scores(60) + 0.01).to(device)
-    kept = nms(boxes, scores, 0.0, backend="reference")
-    alone = [i for i in kept if (soft_reference.box_iou(boxes[i], boxes) > 0).sum() == 1]
-    indices, taken = soft_nms(boxes, scores, iou_threshold=0.0, score_threshold=0.0, backend=backend)
-    assert indices[0] == scores.argmax()
-    assert (taken.diff() <= 0).all()
-    assert sorted(indices.tolist()) == list(range(60))
-    assert all(taken[indices == i] == scores[i] for i in alone)
 
 
 def check_soft(module: Any, device: torch.device) -> None:

@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tmask_kernels.testing import Tolerance, assert_close, random_boxes
 
@@ -82,24 +80,22 @@ def distinct_scores(*shape: int, seed: int = 0) -> Tensor:
     return (torch.randperm(count, generator=torch.Generator().manual_seed(seed)) / count).view(shape)
 
 
-class LiveBytes(TorchDispatchMode):
-    """`peak`: the most bytes that tensors made inside the block held at one time, on any device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tensors((args, kwargs))}
-        self.storages = {key: row for key, row in self.storages.items() if not row[0].expired()}
-        for tensor in tensors(out):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in given:
-                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
-        return out
+def odd_boxes(height: int, device: torch.device) -> Tensor:
+    """Boxes [11, 4] for an image of `height` x 37 pixels."""
+    rows = [
+        [NAN, 1, 5, 5],
+        [1, 1, INF, 5],
+        [-INF, -INF, INF, INF],
+        [7, 7, 2, 2],  # inverted
+        [7, 2, 7, 8],  # no width
+        [5, 2, 5.001, 9],
+        [-3e38, 0, 3e38, 9],  # its width overflows
+        [36, height - 1, 37, height],  # the last pixel
+        [-900, -900, -800, -800],
+        [2.0**24, 0, 2.0**24 + 8, 5],
+        [1e-40, 1e-40, 2e-40, 2e-40],
+    ]
+    return torch.tensor(rows, device=device)
 
 
 def run_patterns(side: int, a: int, b: int, c: int) -> Tensor:
