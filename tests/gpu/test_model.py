@@ -92,6 +92,16 @@ def test_never_waits(mode: str, precision: str, full: bool, device: torch.device
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+def test_the_transform_of_bytes_never_waits(full: bool, device: torch.device) -> None:
+    """Of floats and of targets it reads the values once."""
+    model = build(full, device)
+    images = [torch.randint(0, 256, (3, 60, side), dtype=torch.uint8).to(device) for side in (80, 100)]
+    model.transform(images)
+    with waiting_is_an_error(device):
+        batch, _ = model.transform(images)
+    assert batch.sizes.device.type == device.type
+
+
 WIDE: dict[str, Any] = {**VARIANTS["transfer"], "box_head_dim": 1024, "mask_head_channels": 256}
 
 

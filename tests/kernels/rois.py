@@ -28,7 +28,6 @@ SLOW = pytest.mark.slow
 TORCHVISION = pytest.param("torchvision", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="serves the CPU"))
 EACH_BACKEND = pytest.mark.parametrize("backend", ["reference", TORCHVISION, "triton"])
 EACH_GRID = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-OUR_BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton"])
 INTERPOLATIONS = pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 
 

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from tests.allocations import allocated
-from tests.kernels.tools import assert_same, odd_boxes
+from tests.kernels.tools import assert_same, each_mutant, odd_boxes, slow
 from tests.model.sync import count_blocking
 from tests.mutation import mutant
 from tmask_kernels import mask_targets, pack_masks
@@ -22,9 +22,7 @@ from tmask_kernels.ops.mask_targets import kernels, reference
 from tmask_kernels.ops.mask_targets.op import MAX_SIDE
 from tmask_kernels.testing import Tolerance, assert_close, guarded, poisoned_empty, random_boxes
 
-SLOW = pytest.mark.slow
 CONVENTIONS = ["detectron2", "torchvision"]
-BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton"])
 # torchvision places its samples in float32 too, and rounds them in another order.
 ROUNDING = Tolerance(max=2e-5, rms=2e-6)
 SIZE = (9, 45)  # two words a row
@@ -118,7 +116,7 @@ REFERENCE_MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("name", REFERENCE_MUTANTS)
+@each_mutant(REFERENCE_MUTANTS)
 def test_a_broken_reference_fails(device: torch.device, tmp_path: Path, name: str) -> None:
     copy = mutant(*REFERENCE_MUTANTS[name], tmp_path, seen_from=reference)
 
@@ -137,7 +135,6 @@ def test_a_broken_reference_fails(device: torch.device, tmp_path: Path, name: st
 # Worked answers
 
 
-@BACKENDS
 def test_rows_that_are_not_there_give_zeros(device: torch.device, backend: str) -> None:
     packed = guarded(pack_masks(torch.ones(1, 2, 4, 32, dtype=torch.bool)).to(device))
     boxes = torch.tensor([4.0, 1.0, 6.0, 3.0], device=device).expand(1, 5, 4)
@@ -159,7 +156,6 @@ def test_padding_of_a_smaller_image_does_not_leak_in(device: torch.device) -> No
     assert mask_targets(*args, convention="torchvision")[0, 0, -1].max() < 1
 
 
-@BACKENDS
 def test_half_a_bin_is_inside(device: torch.device, backend: str) -> None:
     """Bins of 3 x 2 pixels, of which three are set: means that float32 would round to either side of 0.5."""
     masks = torch.zeros(1, 1, 4, 40, dtype=torch.bool)
@@ -215,9 +211,9 @@ def ordinary(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ("convention", "padded"),
     [
         ("torchvision", True),
-        pytest.param("detectron2", False, marks=SLOW),
-        pytest.param("detectron2", True, marks=SLOW),
-        pytest.param("torchvision", False, marks=SLOW),
+        slow("detectron2", False),
+        slow("detectron2", True),
+        slow("torchvision", False),
     ],
 )
 def test_the_same_bits_as_the_reference(device: torch.device, convention: str, padded: bool) -> None:
@@ -228,7 +224,7 @@ def test_the_same_bits_as_the_reference(device: torch.device, convention: str, p
     assert not got[1, 2].any()
 
 
-@pytest.mark.parametrize("convention", ["detectron2", pytest.param("torchvision", marks=SLOW)])
+@pytest.mark.parametrize("convention", ["detectron2", slow("torchvision")])
 def test_odd_boxes(device: torch.device, convention: str) -> None:
     """The last one has thousands of samples, of which few are inside."""
     packed = pack_masks(torch.ones(1, 1, 4, 37, dtype=torch.bool)).to(device)
@@ -267,7 +263,6 @@ def test_half_boxes_and_float_sizes(device: torch.device) -> None:
     assert_same(got, expected)
 
 
-@BACKENDS
 @pytest.mark.parametrize("shape", [(0, 3, 5, 1), (2, 0, 5, 1), (2, 3, 0, 1), (2, 3, 5, 0)], ids=str)
 def test_empty_inputs(device: torch.device, backend: str, shape: tuple[int, ...]) -> None:
     n, g, s, words = shape
@@ -286,7 +281,7 @@ def test_the_tallest_mask(device: torch.device) -> None:
     assert check_same(packed, boxes, whole_numbers(device, 1, 1), 1, "torchvision").item() == 1
 
 
-@SLOW
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1, MAX_SIDE, 1), (1, 1, 1, MAX_SIDE // 32)], ids=["tall", "wide"])
 def test_a_bin_as_large_as_the_largest_mask(device: torch.device, shape: tuple[int, ...]) -> None:
     """The sum of a row of samples reaches almost 2^31."""
@@ -299,7 +294,6 @@ def test_a_bin_as_large_as_the_largest_mask(device: torch.device, shape: tuple[i
 # Waiting, memory
 
 
-@BACKENDS
 @pytest.mark.parametrize("given", [False, True], ids=["whole", "sizes"])
 def test_nothing_waits(device: torch.device, given: bool, backend: str) -> None:
     masks, boxes = blobs(2, 3, 40, 64), random_boxes(4, height=40, width=64, max_size=9, device=device).view(2, 2, 4)
@@ -399,15 +393,14 @@ MUTANTS = {
     "columns past the target": ("mask=offs_q < P", "mask=offs_q <= P"),
     "other convention": ("ALIGNED=detectron2", "ALIGNED=not detectron2"),
 }
-QUICK = ("padding read",)  # it takes a second
 
 
-@SLOW
+@pytest.mark.slow
 def test_parity_is_green(device: torch.device) -> None:
     parity(kernels, device)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else SLOW) for name in MUTANTS])
+@each_mutant(MUTANTS, ["padding read"])  # it takes a second
 def test_mutants_turn_parity_red(name: str, device: torch.device, tmp_path: Path) -> None:
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if name == "infinite boxes" and version >= (3, 8):

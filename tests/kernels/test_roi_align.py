@@ -23,7 +23,6 @@ from tests.kernels.rois import (
     FIXED,
     INTERPOLATIONS,
     KINDS,
-    OUR_BACKENDS,
     SLOW,
     Grid,
     brute_force,
@@ -272,7 +271,6 @@ def test_the_first_of_equals_takes_the_gradient(device: torch.device, grid: Grid
     check_first_of_equals(device, grid)
 
 
-@OUR_BACKENDS
 def test_samples_of_a_constant_are_equal(backend: str, device: torch.device) -> None:
     """At any coordinates, and for a number that binary has not: the first sample has the whole gradient."""
     feature = torch.full((1, 1, 6, 6), 0.3, device=device, requires_grad=True)
@@ -293,7 +291,6 @@ def test_a_zero_size_box_on_the_border_takes_no_gradient(device: torch.device) -
     assert not torch.autograd.grad(out.sum(), feature)[0].any()
 
 
-@OUR_BACKENDS
 def test_nan_wins(backend: str, device: torch.device) -> None:
     """As in torch.max, and the first of them; only in the bins that have a sample beside it."""
     feature = torch.zeros(1, 1, 4, 8, device=device)
@@ -316,7 +313,6 @@ def check_huge_boxes_of_max(run: Callable[..., Tensor], device: torch.device) ->
         assert not run([feature], torch.tensor([rows], device=device), scale=scale).any()
 
 
-@OUR_BACKENDS
 def test_huge_boxes_of_max(backend: str, device: torch.device) -> None:
     def run(features: list[Tensor], boxes: Tensor, scale: float) -> Tensor:
         return KINDS["max"].pool(features, boxes, 1, backend=backend, grid=ADAPTIVE, scale=scale)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.kernels.rois import ADAPTIVE, FIXED, KINDS, Grid, check, odd_boxes
+from tests.kernels.tools import each_mutant
 from tests.mutation import mutant
 from tmask_kernels import multiscale_roi_align
 from tmask_kernels.ops.roi_align import cpu
@@ -45,7 +46,7 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@each_mutant(MUTANTS)
 def test_mutants_turn_red(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = mutant(cpu, *MUTANTS[name], tmp_path)
     monkeypatch.setattr(cpu, "_dense_gradient", broken._dense_gradient)
