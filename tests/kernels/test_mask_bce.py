@@ -81,11 +81,6 @@ def test_targets_of_any_dtype(backend, device, dtype):
     check(by(backend), logits, classes, targets.round().to(dtype), valid)
 
 
-def test_more_rois_than_are_counted_at_a_time(device, monkeypatch):
-    monkeypatch.setattr(kernels, "BLOCK_K", 4)
-    check(by("triton"), *inputs(device, k=11, side=2))
-
-
 @pytest.mark.parametrize("k", [0, 4], ids=["no roi", "none valid"])
 def test_nothing_valid_gives_zero_with_a_graph(backend, device, k):
     logits, classes, targets, _ = inputs(device, k=k)

@@ -256,18 +256,6 @@ def test_classes_are_alone_however_many(device, backend, classes):
     assert sorted(kept.tolist()) == [*range(classes), len(boxes) - 1]
 
 
-@pytest.mark.slow
-def test_segments_are_alone_however_many(device):
-    """20,000 of them, in each a box and a worse one like it."""
-    boxes = torch.tensor(UNIT).repeat(20_000, 3, 1).to(device)
-    boxes[:, 2, 2] = INF
-    scores = torch.tensor([0.5, 0.9, 0.1], device=device).expand(20_000, 3)
-    for chosen in ("torchvision", "reference") if device.type == "cpu" else ("triton", "reference"):
-        indices, counts = padded_nms(boxes, scores, 0.5, max_output=3, backend=chosen)
-        assert indices.tolist() == [[1, 2, -1]] * 20_000
-        assert (counts == 2).all()
-
-
 # --- the kernels -----------------------------------------------------------------------------------------------------
 
 

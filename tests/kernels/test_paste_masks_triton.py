@@ -60,13 +60,6 @@ def test_the_same_bits_as_the_reference(device, convention, output):
     check_same(*ordinary(device), SIZE, output, convention)
 
 
-@pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("output", ["bool", *map(slow, OUTPUTS[::2])])
-def test_several_chunks_and_programs(device, output):
-    assert SIZE[0] * SIZE[1] > kernels.CHUNK_BYTES * kernels.STEPS
-    check_same(*ordinary(device), SIZE, output, "detectron2")
-
-
 @pytest.mark.parametrize("size", [(5, 3), (1, 40), (40, 1)], ids=str)
 @pytest.mark.parametrize("output", ["bool", "rle", *map(slow, OUTPUTS[::2])])
 def test_narrow_images(device, size, output):
@@ -274,8 +267,10 @@ MUTANTS = {
 FAST = ("not aligned", "columns of one row", "column goes on", "rows of an image")
 
 
-@pytest.mark.parametrize("output", ["bool", "packed", "rle"])
-def test_parity_is_green(output, device, small_chunks):
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_parity_is_green(output, device):
+    assert SIZE[0] * SIZE[1] > kernels.CHUNK_BYTES * kernels.STEPS, "several programs"
     parity(paste_op, device, output)
 
 

@@ -118,6 +118,12 @@ def test_maps_of_few_cells(kind: Kind, backend: str, shape: tuple[int, int], dev
     check(kind, features, boxes, (2, 1), backend=backend, scale=1.0)
 
 
+@each("bilinear", "max", "pool")
+def test_one_map_for_all_images(kind: Kind, backend: str, device: torch.device) -> None:
+    features = [x.detach()[:1].expand_as(x).requires_grad_() for x in kind.maps(device)]
+    check(kind, features, kind.boxes(device), 2, backend=backend)
+
+
 @each(grids=True, slow="bicubic boxes-bicubic max-bicubic")
 def test_odd_boxes(kind: Kind, backend: str, grid: Grid, device: torch.device) -> None:
     """Degenerate boxes are pooled as by the reference; those that are not finite are 0 and take no gradient."""
