@@ -31,11 +31,11 @@ def test_roi_align_gradient_to_the_boxes(name: str, dtype: str, layout: str, ful
     exact = given._replace(
         features=[f.double() for f in given.features], boxes=boxes.detach().double().requires_grad_()
     )
-    out = roi_align_bench.ours("triton")(given._replace(boxes=boxes))()
+    out = roi_align_bench.BENCH.providers["triton"](given._replace(boxes=boxes))()
     upstream = random_like(out)
     first, second = (torch.autograd.grad(out, boxes, upstream, retain_graph=True) for _ in range(2))
     assert_same(first, second)
-    expected = roi_align_bench.ours("reference")(exact)()
+    expected = roi_align_bench.BENCH.providers["reference"](exact)()
     (want,) = torch.autograd.grad(expected, exact.boxes, upstream.double())
     assert_close(first[0], want, tolerance=roi_align_bench.FLOAT_COORDINATES)
 

@@ -1,6 +1,6 @@
 """The work of the benchmarks at full size: right, the same bits again, from CUDA graphs, in little memory, compiled.
 
-A benchmark (`bench.cases`) makes the inputs, its `ours` the call, and its gate holds the result to the truth.
+A benchmark (`bench.cases`) makes the inputs, its providers the call, and its gate holds the result to the truth.
 """
 
 import itertools
@@ -28,7 +28,7 @@ from bench.cases import (
     roi_pool,
 )
 from bench.cases._shared import Bench
-from tests.gpu.tools import peak_bytes, recorded, to, waiting_is_an_error
+from tests.gpu.tools import peak_bytes, random_like, recorded, to, waiting_is_an_error
 from tests.kernels.test_proposals import LOOSE, check_candidates
 from tests.kernels.tools import assert_same, deterministic_algorithms, tensors
 from tmask_kernels.ops.proposals.kernels import candidates as kernels_candidates
@@ -129,13 +129,13 @@ def test_is_right_and_gives_the_same_bits_again(variant: Variant, full: bool) ->
     """A backward with PyTorch's deterministic algorithms; NMS whichever of its programs is the last."""
     op, name, mode, *_ = variant
     bench, given = prepare(variant, full)
-    call = bench.ours("triton")(given)
+    call = bench.providers["triton"](given)
     with deterministic_algorithms() if mode == "backward" else nullcontext():
         got = call()
         for _ in range(100 if full and name in ("nms-rpn", "nms-10k") else 2 if full else 1):
             assert_same(call(), got)
     if op in EXACT:
-        expected = bench.ours("reference")(to(given, torch.device("cpu")))()
+        expected = bench.providers["reference"](to(given, torch.device("cpu")))()
         assert_same(got, expected)
         assert any(t.count_nonzero() for t in tensors(got)) or mode == "rle"
         return
@@ -163,7 +163,7 @@ def test_replays_from_a_graph(variant: Variant, full: bool, device: torch.device
     bench, given = prepare(variant, full)
 
     def run() -> Any:
-        return bench.ours("triton")(given)()
+        return bench.providers["triton"](given)()
 
     run()
     with waiting_is_an_error(device):
@@ -179,7 +179,7 @@ def test_replays_from_a_graph(variant: Variant, full: bool, device: torch.device
 @each(list(SPARE))
 def test_memory(variant: Variant, full: bool, device: torch.device) -> None:
     bench, given = prepare(variant, full)
-    call = bench.ours("triton")(given)
+    call = bench.providers["triton"](given)
     peak = peak_bytes(call, device)
     results = sum(t.nbytes for t in tensors(call()))
     assert peak is None or peak <= results + SPARE[variant], f"{peak} bytes for results of {results}"
@@ -193,18 +193,20 @@ def compiled(call: Callable[..., Any], device: torch.device) -> Callable[..., An
 @each(GRAPHS[-2:])
 def test_boxes_compile(variant: Variant, full: bool, device: torch.device) -> None:
     bench, given = prepare(variant, full)
-    call = bench.ours("triton")(given)
+    call = bench.providers["triton"](given)
     assert_same(compiled(call, device)(), call())
 
 
 def test_roi_align_compiles_between_other_ops(full: bool, device: torch.device) -> None:
-    _, given = prepare(("roi_align", "roi-align-box-head", "backward", "fp32", "nhwc"), full)
+    _, given = prepare(("roi_align", "roi-align-box-head", "forward", "fp32", "nhwc"), full)
+    features, triton = [f.requires_grad_() for f in given.features], roi_align.BENCH.providers["triton"]
 
     def run(features: list[Tensor]) -> Tensor:
-        return roi_align.ours("triton")(given._replace(features=[f * 2 for f in features]))().relu()
+        return triton(given._replace(features=[f * 2 for f in features]))().relu()
 
-    eager, out = run(given.features), compiled(run, device)(given.features)
+    eager, out = run(features), compiled(run, device)(features)
     assert_close(out, eager)
-    both = [torch.autograd.grad(result, given.features, given.upstream) for result in (out, eager)]
+    upstream = random_like(eager)
+    both = [torch.autograd.grad(result, features, upstream) for result in (out, eager)]
     for got, want in zip(*both, strict=True):
         assert_close(got, want, tolerance=roi_align.FLOAT_COORDINATES)
