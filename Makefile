@@ -44,7 +44,7 @@ $(COMPILED)/.compiled: pyproject.toml $(COMPILED_CONSTRAINTS) .ci/rows/newest.tx
 # ARGS="-m slow" those that `make test` leaves out too.
 test-compiled: $(COMPILED)/.compiled
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=0 $(COMPILED)/bin/python -m pytest -p tests.compiled.plugin -n 2 -m 'not slow' $(ARGS) \
-		$(foreach file,arguments machine,--ignore tests/kernels/test_$(file).py) \
+		$(foreach file,arguments machine kernel_rules,--ignore tests/kernels/test_$(file).py) \
 		$(addprefix --deselect tests/kernels/test_,mask_targets.py::test_equals_torchvision \
 			paste_masks.py::test_all_outputs modules.py::test_torchvision_model) \
 		tests/compiled tests/kernels tests/test_validate.py::test_every_row_passes_on_a_gpu
