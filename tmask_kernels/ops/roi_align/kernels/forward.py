@@ -128,12 +128,15 @@ def _roi_align_kernel(
                 x_low, x_high, lx = taps(x, W)
                 left = (x_low * stride_w)[:, None] + channels[None, :]
                 right = (x_high * stride_w)[:, None] + channels[None, :]
-                lx = lx[:, None]
                 v00 = tl.load(row_low + left, mask=mask, other=0.0).to(ACC)
                 v01 = tl.load(row_low + right, mask=mask, other=0.0).to(ACC)
                 v10 = tl.load(row_high + left, mask=mask, other=0.0).to(ACC)
                 v11 = tl.load(row_high + right, mask=mask, other=0.0).to(ACC)
-                tile += (1.0 - ly) * ((1.0 - lx) * v00 + lx * v01) + ly * ((1.0 - lx) * v10 + lx * v11)
+                # Fusion is off for the sake of the coordinates; a sum may take it.
+                tile = tl.fma(((1.0 - ly) * (1.0 - lx))[:, None], v00, tile)
+                tile = tl.fma(((1.0 - ly) * lx)[:, None], v01, tile)
+                tile = tl.fma((ly * (1.0 - lx))[:, None], v10, tile)
+                tile = tl.fma((ly * lx)[:, None], v11, tile)
             else:
                 tile = add_cubic(tile, base, y, x, H, W, stride_h, stride_w, channels, mask, CUBIC)
             ix += 1
