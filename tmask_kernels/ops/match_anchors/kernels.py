@@ -2,9 +2,9 @@
 
 One program holds BLOCK anchors of one image. Most ground truth lies nowhere near them: it is held, 32 boxes at a time,
 against the bounding box of the anchors, and only those that reach into it are gone through, each against all anchors of
-the program at once. Pass 1 (only for the low-quality rule) gives the best IoU of each ground truth, by an atomic
-maximum: a maximum does not hang on the order, so it is deterministic. Pass 2 gives each anchor its best ground truth,
-computing every IoU anew by the same operations. Between the passes stand [N, G] numbers, and nothing else is stored.
+the program at once. This gives each anchor its best ground truth, and each ground truth its best IoU among the anchors
+of the program and, by an atomic maximum, among all: a maximum does not hang on the order, so it is deterministic. The
+low-quality rule is a second launch, in which only programs that hold the best of any ground truth have work to do.
 """
 
 from __future__ import annotations
@@ -73,43 +73,16 @@ def _iou(x1, y1, x2, y2, box_ptr):
 
 
 @triton.jit(do_not_specialize=["num_images", "A", "G", "anchors_an_image"])
-def _best_of_gt_kernel(
-    best_ptr,  # [N, G] int32: the bits of float32, which rise with a number that is not negative; zeros before
-    anchors_ptr,  # [N or 1, A, 4] float32
-    gt_ptr,  # [N, G, 4] float32
-    valid_ptr,  # [N, G] bytes
-    num_images,
-    A,
-    G,
-    anchors_an_image,  # A; 0 if all images share the same
-    BLOCK: tl.constexpr,
-):
-    n, _, _, x1, y1, x2, y2, left, top, right, bottom = _load_anchors(
-        anchors_ptr, num_images, A, anchors_an_image, BLOCK
-    )
-    start = tl.full((), 0, tl.int32)
-    while start < G:
-        first = n * G + start
-        rows, mask = first + tl.arange(0, 32), start + tl.arange(0, 32) < G
-        valid = tl.load(valid_ptr + rows, mask=mask, other=0) != 0
-        bits = _to_bits(_reaches(gt_ptr, rows, mask, left, top, right, bottom) & valid)
-        while bits != 0:
-            place, bits = lowest_bit(bits)
-            iou = _iou(x1, y1, x2, y2, gt_ptr + (first + place) * 4)
-            best = tl.max(iou.to(tl.int32, bitcast=True), 0)  # of integers one instruction
-            tl.atomic_max(best_ptr + first + place, best, mask=best > 0, sem="relaxed")
-        start += 32
-
-
-@triton.jit(do_not_specialize=["num_images", "A", "G", "anchors_an_image"])
 def _match_kernel(
     matches_ptr,  # [N, A] int64
     ious_ptr,  # [N, A] float32
+    index_ptr,  # [N, A] int32: the best ground truth of each anchor; this and the next two only with LOW_QUALITY
+    best_ptr,  # [N, G] int32: the bits of float32, which rise with a number that is not negative; zeros before
+    here_ptr,  # [programs, G] int32: the best of each ground truth among the anchors of one program, as bits
     anchors_ptr,  # [N or 1, A, 4] float32
     gt_ptr,  # [N, G, 4] float32
     valid_ptr,  # [N, G] bytes
     crowd_ptr,  # [N, G] bytes, only with HAS_CROWD
-    best_of_gt_ptr,  # [N, G] float32, only with LOW_QUALITY
     num_images,
     A,
     G,
@@ -123,19 +96,21 @@ def _match_kernel(
     n, anchors, exists, x1, y1, x2, y2, left, top, right, bottom = _load_anchors(
         anchors_ptr, num_images, A, anchors_an_image, BLOCK
     )
+    offs = tl.arange(0, 32)
+    here_ptr += tl.program_id(0).to(tl.int64) * G
     best = tl.zeros((BLOCK,), tl.float32)
     index = tl.zeros((BLOCK,), tl.int32)
-    lifted = tl.zeros((BLOCK,), tl.int1)  # by the low-quality rule
     covered = tl.zeros((BLOCK,), tl.int1)  # by a crowd
     any_valid = tl.zeros((32,), tl.int32)  # reduced once, after the loop
     start = tl.full((), 0, tl.int32)
     while start < G:
         first = n * G + start
-        rows, mask = first + tl.arange(0, 32), start + tl.arange(0, 32) < G
+        rows, mask = first + offs, start + offs < G
         valid = tl.load(valid_ptr + rows, mask=mask, other=0) != 0
         any_valid |= valid.to(tl.int32)
         reaches = _reaches(gt_ptr, rows, mask, left, top, right, bottom)
         bits = _to_bits(reaches & valid)
+        here = tl.zeros((32,), tl.int32)
         while bits != 0:
             place, bits = lowest_bit(bits)
             iou = _iou(x1, y1, x2, y2, gt_ptr + (first + place) * 4)
@@ -143,7 +118,11 @@ def _match_kernel(
             best = tl.where(better, iou, best)
             index = tl.where(better, start + place, index)
             if LOW_QUALITY:
-                lifted |= (iou == tl.load(best_of_gt_ptr + first + place)) & (iou > 0)
+                largest = tl.max(iou.to(tl.int32, bitcast=True), 0)  # of integers one instruction
+                here = tl.where(offs == place, largest, here)
+        if LOW_QUALITY:
+            tl.store(here_ptr + start + offs, here, mask=mask)
+            tl.atomic_max(best_ptr + rows, here, mask=here > 0, sem="relaxed")
         if HAS_CROWD:
             bits = _to_bits(reaches & (tl.load(crowd_ptr + rows, mask=mask, other=0) != 0))
             while bits != 0:
@@ -153,11 +132,50 @@ def _match_kernel(
                 covered |= (inter > (x2 - x1) * (y2 - y1) * _CROWD_COVER) & (inter > 0)
         start += 32
 
-    positive = lifted | ((best >= high) & (best > 0))
     background = ((best < low) | (tl.max(any_valid, 0) == 0)) & (covered == 0)
-    match = tl.where(positive, index, tl.where(background, _BACKGROUND, _IGNORED))
+    match = tl.where((best >= high) & (best > 0), index, tl.where(background, _BACKGROUND, _IGNORED))
     tl.store(matches_ptr + n * A + anchors, match.to(tl.int64), mask=exists)
     tl.store(ious_ptr + n * A + anchors, best, mask=exists)
+    if LOW_QUALITY:
+        tl.store(index_ptr + n * A + anchors, index, mask=exists)
+
+
+@triton.jit(do_not_specialize=["num_images", "A", "G", "anchors_an_image"])
+def _lift_kernel(
+    matches_ptr,
+    index_ptr,
+    best_ptr,
+    here_ptr,
+    anchors_ptr,
+    gt_ptr,
+    num_images,
+    A,
+    G,
+    anchors_an_image,
+    BLOCK: tl.constexpr,
+):
+    """Apply the low-quality rule: an anchor that has the best IoU of any ground truth gets its own best one."""
+    n = (tl.program_id(0) % num_images).to(tl.int64)
+    offs = tl.arange(0, 32)
+    here_ptr += tl.program_id(0).to(tl.int64) * G
+    start = tl.full((), 0, tl.int32)
+    while start < G:
+        first = n * G + start
+        mask = start + offs < G
+        here = tl.load(here_ptr + start + offs, mask=mask, other=0)
+        best = tl.load(best_ptr + first + offs, mask=mask, other=0)
+        bits = _to_bits((here == best) & (here > 0))  # few programs have any
+        while bits != 0:
+            place, bits = lowest_bit(bits)
+            _, anchors, _, x1, y1, x2, y2, _, _, _, _ = _load_anchors(
+                anchors_ptr, num_images, A, anchors_an_image, BLOCK
+            )
+            # The same operations as before give the same bits.
+            iou = _iou(x1, y1, x2, y2, gt_ptr + (first + place) * 4).to(tl.int32, bitcast=True)
+            lifted = iou == tl.load(best_ptr + first + place)
+            at = n * A + anchors
+            tl.store(matches_ptr + at, tl.load(index_ptr + at, mask=lifted, other=0).to(tl.int64), mask=lifted)
+        start += 32
 
 
 class Block(NamedTuple):
@@ -196,10 +214,17 @@ def match_anchors_fwd(
     block = pick_block()
     grid = (N * triton.cdiv(A, block.anchors),)
     valid = gt_valid.contiguous().view(torch.uint8)
+    rule = {}  # what only the low-quality rule needs
+    if allow_low_quality:
+        rule = {
+            "index_ptr": torch.empty_like(matches, dtype=torch.int32),
+            "best_ptr": torch.zeros(N, G, dtype=torch.int32, device=anchors.device),
+            "here_ptr": torch.empty(*grid, G, dtype=torch.int32, device=anchors.device),
+        }
     shared = {
+        "matches_ptr": matches,
         "anchors_ptr": anchors,
         "gt_ptr": gt_boxes,
-        "valid_ptr": valid,
         "num_images": N,
         "A": A,
         "G": G,
@@ -207,23 +232,22 @@ def match_anchors_fwd(
         "BLOCK": block.anchors,
         "num_warps": block.num_warps,
     }
-    best_of_gt = torch.zeros(N, G, device=anchors.device) if allow_low_quality else ious
-    # A fused multiply-add would round the union differently from the reference, and in one pass only.
+    # A fused multiply-add would round the union differently from the reference, and in one launch only.
     with on_device(anchors):
-        if allow_low_quality:
-            _best_of_gt_kernel[grid](best_ptr=best_of_gt.view(torch.int32), enable_fp_fusion=False, **shared)
         _match_kernel[grid](
-            matches_ptr=matches,
+            enable_fp_fusion=False,
             ious_ptr=ious,
+            valid_ptr=valid,
             crowd_ptr=valid if gt_crowd is None else gt_crowd.contiguous().view(torch.uint8),
-            best_of_gt_ptr=best_of_gt,
             high=high,
             low=low,
             LOW_QUALITY=allow_low_quality,
             HAS_CROWD=gt_crowd is not None,
-            enable_fp_fusion=False,
+            **(rule or dict.fromkeys(("index_ptr", "best_ptr", "here_ptr"), matches)),
             **shared,
         )
+        if allow_low_quality:
+            _lift_kernel[grid](enable_fp_fusion=False, **rule, **shared)
     return matches, ious
 
 
