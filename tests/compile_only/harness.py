@@ -36,6 +36,29 @@ KNOWN_SPILLS = {
     "batched_nms (long segments): step": (64, "the same"),
     "roi_align (512 channels, channels_last) bf16: roi_align": (8, "A100: ptxas has 28 warps on an SM in place of 24"),
     "multiscale_roi_align (7x7, channels_last, bicubic, adaptive) bf16: roi_align": (8, "Triton 3.8: 28 warps, not 20"),
+    "multiscale_roi_align (7x7, channels_last, adaptive) bf16: roi_align": (
+        8,
+        "B200, Triton 3.8: stays at 72 registers",
+    ),
+    "multiscale_roi_align (7x7, channels_last, adaptive, no gradient to boxes) fp32: roi_align": (8, "A100: 20 warps"),
+    "multiscale_roi_align (7x7, contiguous, adaptive) fp32: roi_align": (8, "A100, Triton 3.8: stays at 72 registers"),
+    "roi_align (512 channels, contiguous, adaptive) fp32: roi_align": (8, "A100, Triton 3.8: stays at 64 registers"),
+    # But for H100 and B200, whose products read shared memory. More registers would cost a third of the programs there.
+    **{
+        f"multiscale_roi_align ({name}: gather": (spills, "A100, RTX, MI300: a product's bins stand in registers")
+        for name, spills in {
+            "7x7, channels_last) bf16": 8,
+            "7x7, channels_last) fp16": 8,
+            "7x7, channels_last, adaptive) bf16": 24,
+            "7x7, channels_last, bicubic) bf16": 8,
+            "7x7, channels_last, bicubic, adaptive) bf16": 16,
+            "14x14, channels_last) bf16": 40,
+            "7x7, contiguous) fp32": 8,
+            "7x7, contiguous, adaptive) bf16": 8,
+            "7x7, contiguous, adaptive) fp32": 4,
+            "7x7, contiguous, bicubic) fp32": 8,
+        }.items()
+    },
     "multiscale_roi_align (7x7, contiguous, bicubic) fp32: roi_align": (16, "Triton 3.6: 20 warps in place of 16"),
     "multiscale_roi_align (7x7, contiguous, max) fp32: roi_align_max": (8, "Triton 3.8, RTX 50: stays at 80 registers"),
     "multiscale_roi_align (7x7, contiguous, max, bicubic) fp32: roi_align_max": (

@@ -43,8 +43,11 @@ def compile_kernel(launch: Launch, arch: str) -> Resources:
 
     amd = arch.startswith("gfx")
     gpu = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    options = {k: v for k, v in launch.options.items() if not (amd and k == "maxnreg")}  # an option of NVIDIA alone
-    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    options, constants = dict(launch.options), dict(launch.constants)
+    if amd:  # what launchers leave out there: NVIDIA alone has these
+        options.pop("maxnreg", None)
+        constants = {k: "ieee" if v == "tf32x3" else v for k, v in constants.items()}
+    source = ASTSource(launch.kernel, launch.signature, constants, launch.attributes)
     compiled = triton.compile(source, target=gpu, options=options)
     if amd:
         return _read_amd(compiled.asm["amdgcn"], compiled.metadata.shared)
@@ -76,7 +79,7 @@ def _read_nvidia(asm: Mapping[str, Any], dynamic_shared: int) -> Resources:
         store_bytes=max(widths(r"\bst\.global"), default=0),
         atomic_bytes=max(widths(r"\b(?:atom|red)\.global"), default=0),
         loads=len(_PTX_LOAD.findall(ptx)) + len(_PTX_ASYNC.findall(ptx)),
-        uses_tf32=".tf32" in ptx,
+        uses_tf32=bool(re.search(r"inputPrecision = tf32(?!x3)", str(asm["ttir"]))),
     )
 
 

@@ -51,7 +51,7 @@ def test_atomic_width(arch: str, width: int) -> None:
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "gfx942"])
-@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3", "ieee"])
 def test_tf32_is_seen(precision: str, arch: str) -> None:
     got = compile_kernel(launch_of(dot_kernel, *torch.zeros(3, 32, 32), PRECISION=precision), arch)
     assert got.uses_tf32 == (precision == "tf32")
@@ -179,7 +179,7 @@ def test_a_later_triton_records_what_is_worse_there(
 
 
 def test_stack_that_nothing_uses_is_no_spill() -> None:
-    asm = {"ptx": "", "cubin": b"", "sass": "IADD R1, R1, -0x8"}
+    asm = {"ttir": "", "ptx": "", "cubin": b"", "sass": "IADD R1, R1, -0x8"}
     usage = " REG:40 STACK:8 SHARED:0 LOCAL:0"
     with mock.patch.object(resources, "_cuobjdump", return_value=usage):
         assert resources._read_nvidia(asm, 0).spills == 0

@@ -93,7 +93,7 @@ MUTANTS: dict[str, dict[str, tuple[ModuleType, str, str]]] = {
         "no half cell": (roi_axis, "shift: tl.constexpr = 0.5 if ALIGNED else 0.0", "shift: tl.constexpr = 0.0"),
         "wrong image": (boxes_load, "image = k // boxes_an_image", "image = k * 0"),
         "non-finite read": (boxes_load, "usable = image < num_images", "usable = image < num_images - 1"),
-        "gradient not shared": (backward, "(weights_y * share)", "(weights_y)"),
+        "gradient not shared": (backward, "share * _axis_weights(", "_axis_weights("),
         "gradient to one tap alone": (roi_axis, "1.0 - tl.abs(at - cells)", "1.0 * (tl.floor(at) == cells)"),
         "gradient without the border": (backward, "(at >= -1.0) & (at <= length)", "(at >= 0.0) & (at <= length)"),
         "last row of bins left out": (touch, "+ 0.01) + 1.0", "+ 0.01)"),

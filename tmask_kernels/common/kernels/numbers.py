@@ -26,21 +26,21 @@ def lowest_bit(bits):
 
 
 @triton.jit
-def small_dot(weights, values, TERMS: tl.constexpr, ACC: tl.constexpr):
-    """Multiply weights [M, K] of dtype ACC by values [K, N], to full ACC precision: [M, N].
+def weighted_sum(weights, values, total, TERMS: tl.constexpr, PRECISION: tl.constexpr):
+    """Add weights [M, K] of the dtype of `total` times values [K, N] to `total` [M, N].
 
     Half-precision values use the tensor cores: each weight is split into a sum of TERMS numbers of the values' dtype,
-    whose products are exact. Products of other dtypes are never rounded to TF32.
+    whose products are exact. PRECISION is that of a product of float32: "ieee", or "tf32x3", which splits both factors
+    into two TF32 numbers and drops the product of the two small ones, at most 2^-21 of the whole.
     """
-    product = tl.zeros((weights.shape[0], values.shape[1]), ACC)
     for _ in tl.static_range(TERMS):
         term = weights.to(values.dtype)
-        weights -= term.to(ACC)
+        weights -= term.to(weights.dtype)
         if DOT_IN_FP32 and values.dtype == tl.bfloat16:
-            product += tl.dot(term.to(tl.float32), values.to(tl.float32), input_precision="ieee", out_dtype=ACC)
+            total += tl.dot(term.to(tl.float32), values.to(tl.float32), input_precision="ieee", out_dtype=total.dtype)
         else:
-            product = tl.dot(term, values, product, input_precision="ieee", out_dtype=ACC)
-    return product
+            total = tl.dot(term, values, total, input_precision=PRECISION, out_dtype=total.dtype)
+    return total
 
 
 @triton.jit

@@ -2,9 +2,9 @@
 
 The mean of bilinear or bicubic samples is separable, out = Wy F Wx^T, so dF = sum over boxes of Wy^T G Wx. A program
 owns a tile of cells of one level of one image and a block of channels, goes through the boxes that touch the tile in
-the order of their index, keeps the sum in registers and writes each gradient once, in its final dtype. A row of bins is
-spread along x by one small product, [cells of a tile row, bins] x [bins, channels], and along y by a multiply-add for
-each row of the tile; only rows of bins that can reach the tile are read.
+the order of their index, keeps the sum in registers and writes each gradient once, in its final dtype. A few rows of
+bins at a time are spread over the tile by one product, [cells, bins] x [bins, channels], whose weights are Wy times Wx;
+only rows of bins that can reach the tile are read.
 
 Which boxes touch a tile stands in the bit mask of `touch`, written first. Letters as in `reference`.
 """
@@ -21,18 +21,19 @@ from torch import Tensor
 
 from ....backend import no_second_derivative
 from ....common.kernels.boxes import load_box
-from ....common.kernels.numbers import lowest_bit, small_dot
+from ....common.kernels.numbers import lowest_bit, weighted_sum
 from ....common.kernels.pyramid import of_level, strides_of_level
 from ....common.kernels.roi_axis import axis, tap_weight
 from ....common.launch import empty_map, is_channels_last, on_device
 from ....common.roi_geometry import RoIGeometry
 from ....namespace import custom_op
-from .touch import bins_near, mark_tiles, tile_place
+from .touch import WORDS, bins_near, load_words, mark_tiles, tile_place, word_at
 
-MIN_DOT = 16  # the least side of a tl.dot
+MIN_BINS = 16  # the least inner side of a product
 
-# Terms of the features' dtype that add up to a float32 weight: their products and sums are then as good as float32.
-WEIGHT_TERMS = {torch.bfloat16: 3, torch.float16: 2}
+# Terms of the gradient's dtype that add up to a float32 weight, and a power of two that the weights are multiplied by
+# and the sums divided by: a float16 below 2^-14 has fewer bits, and a sample of a large adaptive grid weighs less.
+WEIGHTS = {torch.bfloat16: (2, 1.0), torch.float16: (2, 4096.0)}
 
 
 @triton.jit
@@ -81,6 +82,7 @@ def _gather_kernel(
     grad_strides,  # (n, c, h, w) a level
     PH: tl.constexpr,
     PW: tl.constexpr,
+    BLOCK_PH: tl.constexpr,
     BLOCK_PW: tl.constexpr,
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
@@ -94,10 +96,14 @@ def _gather_kernel(
     GRAD_STRIDE_C_IS_1: tl.constexpr,
     OUT_GRAD_STRIDE_C_IS_1: tl.constexpr,
     WEIGHT_TERMS: tl.constexpr,
+    WEIGHT_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OFFSET: tl.constexpr,  # int64 where an offset in a box or in a tile needs it; int32 takes half the registers
     ACC: tl.constexpr,
 ):
     blocks_c = tl.cdiv(C, BLOCK_C)
-    offs_c = ((tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    first_c = (tl.program_id(0) % blocks_c).to(tl.int64) * BLOCK_C
+    offs_c = first_c + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     tile = tl.program_id(0) // blocks_c % num_tiles
     n = (tl.program_id(0) // blocks_c // num_tiles).to(tl.int64)
@@ -106,71 +112,103 @@ def _gather_kernel(
     scale = of_level(level, scales, NUM_LEVELS)
     offs_y, offs_x = top + tl.arange(0, TILE_H), left + tl.arange(0, TILE_W)
     cells_y, cells_x = offs_y.to(ACC), offs_x.to(ACC)
-    offs_pw = tl.arange(0, BLOCK_PW)
+    offs_ph, offs_pw = tl.arange(0, BLOCK_PH), tl.arange(0, BLOCK_PW)
     mask_pw = offs_pw < PW
+    # Bins of BLOCK_PH rows of a box, row by row: the inner side of the product.
+    offs_bin = tl.arange(0, BLOCK_PH * BLOCK_PW)
+    bin_row, bin_column = offs_bin // BLOCK_PW, offs_bin % BLOCK_PW
     # The compiler cannot see this one in the strides, and needs it for wide loads; so with the stores below.
-    out_channels = offs_c if OUT_GRAD_STRIDE_C_IS_1 else offs_c * out_grad_strides[1]
-    row = (offs_pw.to(tl.int64) * out_grad_strides[3])[:, None] + out_channels[None, :]
-    row_mask = mask_pw[:, None] & mask_c[None, :]
+    out_channels = offs_c.to(OFFSET) if OUT_GRAD_STRIDE_C_IS_1 else offs_c.to(OFFSET) * out_grad_strides[1]
+    bin_offsets = bin_row.to(OFFSET) * out_grad_strides[2] + bin_column.to(OFFSET) * out_grad_strides[3]
+    chunk = bin_offsets[:, None] + out_channels[None, :]
 
-    sums = tl.zeros((TILE_H, TILE_W, BLOCK_C), ACC)
-    word = tl.full((), 0, tl.int32)
-    while word < num_words:
-        # 32 bits in an int64: no sign to mind.
-        bits = tl.load(touch_ptr + (n * num_words + word) * num_tiles + tile).to(tl.int64) & 0xFFFFFFFF
-        while bits != 0:
-            place, bits = lowest_bit(bits)
-            k = (word * 32 + place).to(tl.int64)
-            if PADDED:
-                k += n * boxes_an_image
-            x1, y1, x2, y2, _, _ = load_box(boxes_ptr, valid_ptr, k, num_images, boxes_an_image, PADDED, HAS_VALID)
-            start_y, bin_h, grid_h, step_y = axis(y1, y2, scale, PH, ALIGNED, SAMPLING_RATIO)
-            start_x, bin_w, grid_w, step_x = axis(x1, x2, scale, PW, ALIGNED, SAMPLING_RATIO)
-            weights_x = _axis_weights(
-                start_x, bin_w, grid_w, step_x, offs_pw.to(ACC)[None, :], cells_x[:, None], W, SAMPLING_RATIO, CUBIC
-            )  # [TILE_W, BLOCK_PW]
-            weights_x = tl.where(mask_pw[None, :], weights_x, 0.0)
-            share = 1.0 / tl.maximum(grid_h * grid_w, 1.0)
-            ph, past = bins_near(start_y, bin_h, top, top + TILE_H - 1, PH, CUBIC)
-            while ph < past:
-                row_ptr = out_grad_ptr + k * out_grad_strides[0] + ph.to(tl.int64) * out_grad_strides[2]
-                bins = tl.load(row_ptr + row, mask=row_mask, other=0.0)  # [BLOCK_PW, BLOCK_C]
-                along_x = small_dot(weights_x, bins, WEIGHT_TERMS, ACC)  # [TILE_W, BLOCK_C]
-                weights_y = _axis_weights(
-                    start_y, bin_h, grid_h, step_y, ph.to(ACC), cells_y, H, SAMPLING_RATIO, CUBIC
-                )  # [TILE_H]
-                sums += (weights_y * share)[:, None, None] * along_x[None, :, :]
-                ph += 1
-        word += 1
+    sums = tl.zeros((TILE_H * TILE_W, BLOCK_C), ACC)
+    tile_ptr = touch_ptr + (n * num_tiles + tile) * num_words
+    first_word = tl.full((), 0, tl.int32)
+    while first_word < num_words:
+        words, marked = load_words(tile_ptr, first_word, num_words)
+        while marked != 0:
+            word, marked = lowest_bit(marked)
+            bits = word_at(words, word)
+            while bits != 0:
+                place, bits = lowest_bit(bits)
+                k = ((first_word + word) * 32 + place).to(tl.int64)
+                if PADDED:
+                    k += n * boxes_an_image
+                x1, y1, x2, y2, _, _ = load_box(boxes_ptr, valid_ptr, k, num_images, boxes_an_image, PADDED, HAS_VALID)
+                start_y, bin_h, grid_h, step_y = axis(y1, y2, scale, PH, ALIGNED, SAMPLING_RATIO)
+                start_x, bin_w, grid_w, step_x = axis(x1, x2, scale, PW, ALIGNED, SAMPLING_RATIO)
+                weights_x = _axis_weights(
+                    start_x, bin_w, grid_w, step_x, offs_pw.to(ACC)[None, :], cells_x[:, None], W, SAMPLING_RATIO, CUBIC
+                )  # [TILE_W, BLOCK_PW]
+                weights_x = tl.where(mask_pw[None, :], weights_x, 0.0)
+                share = WEIGHT_SCALE / tl.maximum(grid_h * grid_w, 1.0)
+                ph, past = bins_near(start_y, bin_h, top, top + TILE_H - 1, PH, CUBIC)
+                while ph < past:
+                    weights_y = share * _axis_weights(
+                        start_y,
+                        bin_h,
+                        grid_h,
+                        step_y,
+                        (ph + offs_ph).to(ACC)[None, :],
+                        cells_y[:, None],
+                        H,
+                        SAMPLING_RATIO,
+                        CUBIC,
+                    )  # [TILE_H, BLOCK_PH]
+                    weights = weights_y[:, None, :, None] * weights_x[None, :, None, :]
+                    weights = tl.reshape(weights, (TILE_H * TILE_W, BLOCK_PH * BLOCK_PW))
+                    row_ptr = out_grad_ptr + k * out_grad_strides[0] + ph.to(tl.int64) * out_grad_strides[2]
+                    mask = (bin_column < PW) & (ph + bin_row < past)
+                    bins = tl.load(row_ptr + chunk, mask=mask[:, None] & mask_c[None, :], other=0.0)
+                    sums = weighted_sum(weights, bins, sums, WEIGHT_TERMS, PRECISION)
+                    ph += BLOCK_PH
+        first_word += WORDS
 
     grad_ptr = of_level(level, grad_ptrs, NUM_LEVELS)
     stride_n, stride_c, stride_h, stride_w = strides_of_level(level, grad_strides, NUM_LEVELS)
-    channels = offs_c if GRAD_STRIDE_C_IS_1 else offs_c * stride_c
-    cells = (offs_y.to(tl.int64) * stride_h)[:, None] + (offs_x.to(tl.int64) * stride_w)[None, :]
+    corner = grad_ptr + n * stride_n + top * stride_h + left * stride_w
+    corner += first_c * (1 if GRAD_STRIDE_C_IS_1 else stride_c)
+    channels = tl.arange(0, BLOCK_C).to(OFFSET)
+    if not GRAD_STRIDE_C_IS_1:
+        channels *= stride_c.to(OFFSET)
+    cells_down = tl.arange(0, TILE_H).to(OFFSET) * stride_h.to(OFFSET)
+    cells = cells_down[:, None] + (tl.arange(0, TILE_W).to(OFFSET) * stride_w.to(OFFSET))[None, :]
     mask = ((offs_y < H)[:, None] & (offs_x < W)[None, :])[:, :, None] & mask_c[None, None, :]
-    at = grad_ptr + n * stride_n + cells[:, :, None] + channels[None, None, :]
+    at = corner + (cells[:, :, None] + channels[None, None, :])
+    sums = tl.reshape(sums * (1.0 / WEIGHT_SCALE), (TILE_H, TILE_W, BLOCK_C))
     tl.store(at, sums.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
 class GatherTile(NamedTuple):
-    """Launch parameters: cells and channels of one program, its warps, and the most registers of a thread."""
+    """Launch parameters of the gather."""
 
-    height: int
+    height: int  # cells of a program
     width: int
-    block_c: int
+    block_c: int  # channels of a program
+    rows: int  # of bins of a box that one product adds, and more if they are short of 16 bins
     num_warps: int
-    max_registers: int
+    max_registers: int  # of a thread
 
 
 def pick_gather_tile(C: int, item_bytes: int, channels_last: bool) -> GatherTile:
-    """8 x 16 cells; as many channels as let 4 warps load a row of bins in 16 bytes a thread, 32 to 64 sums each.
+    """4 x 16 cells are the 64 rows of Hopper's tensor core product; 256 bytes of channels.
 
-    16 channels without channels_last: a thread then needs an address for every element of a row. The registers are
-    those of 3 and 4 programs on an SM; left alone, the assembler spills a few to have one program more.
+    Wider tiles read a row of bins less often, but leave room for fewer programs on an SM. In channels_last a float32
+    product takes 2 warps: with 4 the compiler picks Hopper's own, which wants the bins transposed, 4 bytes a store.
+    168 registers are those of 3 programs of 4 warps; half precision without channels_last needs more, or spills.
     """
-    widest, registers = (128 // item_bytes, 168) if channels_last else (16, 128)
-    block_c = max(16, min(triton.next_power_of_2(max(C, 1)), widest))
-    return GatherTile(8, 16, block_c, num_warps=4, max_registers=registers)
+    block_c = max(16, min(triton.next_power_of_2(max(C, 1)), 256 // item_bytes))
+    if item_bytes == 2:
+        num_warps, registers = 4, 168 if channels_last else 255
+    else:
+        num_warps, registers = (2, 255) if channels_last else (4, 168)
+    return GatherTile(4, 16, block_c, 2, num_warps, registers)
+
+
+def _span(x: Tensor) -> int:
+    """Return the offset of the last element of `x` from its first, in elements."""
+    return sum((side - 1) * stride for side, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def _launch(
@@ -185,6 +223,10 @@ def _launch(
     channels_last = all(g.stride(1) == 1 for g in grads)
     tile = pick_gather_tile(C, out_grad.element_size(), channels_last)
     shared = mark_tiles(grads, boxes, valid, (PH, PW), (tile.height, tile.width), geometry)
+    block_pw = triton.next_power_of_2(PW)
+    spans = [_span(out_grad[:1])]  # farthest offset in a box, and in the cells and channels of a program
+    spans += [_span(g[:1, : tile.block_c, : tile.height, : tile.width]) for g in grads]
+    terms, weight_scale = WEIGHTS.get(out_grad.dtype, (1, 1.0))
     with on_device(out_grad):
         _gather_kernel[(grads[0].shape[0] * shared["num_tiles"] * triton.cdiv(C, tile.block_c),)](
             grad_ptrs=tuple(grads),
@@ -192,11 +234,15 @@ def _launch(
             C=C,
             out_grad_strides=tuple(out_grad.stride()),
             grad_strides=tuple(tuple(g.stride()) for g in grads),
-            BLOCK_PW=max(MIN_DOT, triton.next_power_of_2(PW)),
+            BLOCK_PH=max(tile.rows, MIN_BINS // block_pw),
+            BLOCK_PW=block_pw,
             BLOCK_C=tile.block_c,
             GRAD_STRIDE_C_IS_1=channels_last,
             OUT_GRAD_STRIDE_C_IS_1=out_grad.stride(1) == 1,
-            WEIGHT_TERMS=WEIGHT_TERMS.get(out_grad.dtype, 1),
+            WEIGHT_TERMS=terms,
+            WEIGHT_SCALE=weight_scale,
+            PRECISION="ieee" if torch.version.hip else "tf32x3",
+            OFFSET=tl.int32 if max(spans) < 2**31 else tl.int64,
             ACC=tl.float64 if out_grad.dtype == torch.float64 else tl.float32,
             num_warps=tile.num_warps,
             enable_fp_fusion=False,  # the samples are those of the forward

@@ -91,10 +91,11 @@ def _max_gather_kernel(
     index_channels = offs_c if INDEX_STRIDE_C_IS_1 else offs_c * index_strides[1]
 
     sums = tl.zeros((TILE_H, TILE_W, BLOCK_C), ACC)
+    touch_ptr += (n * num_tiles + tile) * num_words
     word = tl.full((), 0, tl.int32)
     while word < num_words:
         # 32 bits in an int64: no sign to mind.
-        bits = tl.load(touch_ptr + (n * num_words + word) * num_tiles + tile).to(tl.int64) & 0xFFFFFFFF
+        bits = tl.load(touch_ptr + word).to(tl.int64) & 0xFFFFFFFF
         while bits != 0:
             place, bits = lowest_bit(bits)
             k = (word * 32 + place).to(tl.int64)

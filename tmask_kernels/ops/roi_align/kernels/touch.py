@@ -1,7 +1,8 @@
 """Which boxes touch which tile of cells: what the gathers of RoIAlign's gradients walk through.
 
 A gather's program owns a tile of cells of one level of one image. `mark_tiles` writes a bit for each tile and box of
-its image, 32 boxes a word; a program takes the set bits of its tile one by one, and of each box the bins near the tile.
+its image, 32 boxes a word. A program takes the set bits of its tile one by one, and of each box the bins near the tile.
+The gather of the mean loads 32 words at once; that of max, which works longer on each box, has no registers for that.
 Letters as in `reference`.
 """
 
@@ -22,6 +23,7 @@ from ....common.launch import box_arguments, on_device, side_arguments
 from ....common.roi_geometry import RoIGeometry
 
 WORD = 32  # boxes a word of the mask
+WORDS = tl.constexpr(32)  # words of a tile that a gather loads at once
 BLOCK_TILES = 32  # tiles that one program of the mask's launch tests
 
 
@@ -41,7 +43,7 @@ def _reach(start, bin_size, bins, length, CUBIC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_images", "boxes_an_image", "num_tiles", "num_words"])
 def _touch_kernel(
-    touch_ptr,  # [N, num_words, num_tiles] int32: bit i of word w is box 32 w + i of the image
+    touch_ptr,  # [N, num_tiles, num_words] int32: bit i of word w is box 32 w + i of the image
     boxes_ptr,
     valid_ptr,
     num_images,
@@ -93,7 +95,21 @@ def _touch_kernel(
     touches &= (first_y[None, :] <= top + (TILE_H - 1)) & (last_y[None, :] >= top)
     touches &= (first_x[None, :] <= left + (TILE_W - 1)) & (last_x[None, :] >= left)
     bits = tl.sum(touches.to(tl.int32) << offs[None, :], 1)
-    tl.store(touch_ptr + (n * num_words + word) * num_tiles + tile, bits, mask=tile < num_tiles)
+    tl.store(touch_ptr + (n * num_tiles + tile) * num_words + word, bits, mask=tile < num_tiles)
+
+
+@triton.jit
+def load_words(tile_ptr, first, num_words):
+    """Load the words of a tile from `first` on: [WORDS], and as bits of an int64 which of them are not 0."""
+    offs = tl.arange(0, WORDS)
+    words = tl.load(tile_ptr + first + offs, mask=first + offs < num_words, other=0)
+    return words, tl.sum((words != 0).to(tl.int64) << offs, 0)
+
+
+@triton.jit
+def word_at(words, place):
+    """Return the word at `place` of `words` [WORDS] as an int64: its 32 bits have no sign to mind."""
+    return tl.sum(tl.where(tl.arange(0, WORDS) == place, words, 0), 0).to(tl.int64) & 0xFFFFFFFF
 
 
 @triton.jit
@@ -135,7 +151,7 @@ def mark_tiles(
     tiles_across = [triton.cdiv(g.shape[3], tile_size[1]) for g in grads]
     counts = [triton.cdiv(g.shape[2], tile_size[0]) * across for g, across in zip(grads, tiles_across, strict=True)]
     num_tiles, num_words = sum(counts), triton.cdiv(boxes.shape[-2], WORD)
-    touch = torch.empty((N, num_words, num_tiles), dtype=torch.int32, device=boxes.device)
+    touch = torch.empty((N, num_tiles, num_words), dtype=torch.int32, device=boxes.device)
     shared = {
         "touch_ptr": touch,
         "tiles_across": tuple(float(max(across, 1)) for across in tiles_across),
