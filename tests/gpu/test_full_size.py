@@ -80,7 +80,7 @@ SPARE: dict[Variant, int] = {
     **dict.fromkeys(LOSSES, MEBIBYTE),
     ("roi_align", "roi-align-bicubic", "forward", "bf16", "nhwc"): 2 * MEBIBYTE,
     ("mask_targets", "mask-loss", "targets", "fp32", "-"): 512,  # PyTorch's blocks are of 512 bytes
-    MATCHING: 800 + 3 * 2**21,  # the best of each box; the allocator rounds up to 2 MiB at most
+    MATCHING: 12 * MEBIBYTE,  # what the low-quality rule takes, 5.3 MiB; the allocator rounds up to 2 MiB at most
     ("paste_masks", "paste-masks", "bool", "fp32", "-"): int(1.3 * MEBIBYTE),
     ("paste_masks", "paste-masks", "packed", "fp32", "-"): int(1.1 * MEBIBYTE),
     ("paste_masks", "paste-masks", "rle", "fp32", "-"): 32 * MEBIBYTE,
