@@ -217,4 +217,7 @@ def test_nothing_waits(spec, backend, device):
     given = leaves(spec, spec.make(), device)
     with count_blocking() as found:
         spec.call(given, backend)
-    assert found == ({"_local_scalar_dense": 1, "Tensor.__int__": 1} if spec.ragged else {})
+    waits = {"_local_scalar_dense": 1, "Tensor.__int__": 1} if spec.ragged else {}
+    if device.type == "cpu" and "rois" in given:
+        waits = {"_local_scalar_dense": 1, "Tensor.__bool__": 1}  # on a CPU the image indices of a list are read
+    assert found == waits
