@@ -2,7 +2,7 @@
 
 The variants are those that the `BUDGETS` of the ops launch (record.py). Two things turn a test red:
 
-- a rule: no spills but `KNOWN_SPILLS`, no scratch, no TF32, accesses of 512 bytes a warp where a case is `wide`;
+- a rule: no spills but `KNOWN_SPILLS`, no scratch, no plain TF32, accesses of 512 bytes a warp where a case is `wide`;
 - the ratchet: docs/compile-budgets.md records every figure, and none may become worse. A better one is recorded too.
 
 The page records Triton `BASE` in full. Of a later version it records the rows that are worse there than under `BASE`.
@@ -115,7 +115,7 @@ def check(case: Case, arch: str) -> None:
 
 
 def check_rules(case: Case, arch: str, got: Resources) -> None:
-    """Assert what no record can lower: spills, scratch, TF32, and the width of accesses."""
+    """Assert what no record can lower: spills, scratch, plain TF32, and the width of accesses."""
     known, _ = KNOWN_SPILLS.get(case.name, (0, ""))
     assert got.spills <= known, f"{case.name} {arch} spills: {got}"
     assert got.scratch == 0, f"{case.name} {arch} uses scratch memory: {got}"
@@ -196,7 +196,7 @@ without a GPU, under each version, by
 
     TRITON_INTERPRET=0 python -m tests.compile_only.harness --write
 
-and held by `make test-compile`: no figure becomes worse than it is here, fp32 arithmetic is no TF32, scratch is 0, and
+and held by `make test-compile`: no figure becomes worse than it is here, fp32 is never plain TF32, scratch is 0, and
 the accesses that a case calls `wide` move 512 bytes a warp, 16 a thread on NVIDIA. Spills are 0 but for a few bytes
 that `tests/compile_only/harness.py` lists with their reasons. The cases that take the most also compile for sm_86,
 sm_89 and sm_120 (RTX 30, 40 and 50) without further spills, in less than the 99 KiB of shared memory that a program has
