@@ -143,7 +143,7 @@ def _gather_kernel(
                 )  # [TILE_W, BLOCK_PW]
                 weights_x = tl.where(mask_pw[None, :], weights_x, 0.0)
                 share = WEIGHT_SCALE / tl.maximum(grid_h * grid_w, 1.0)
-                ph, past = bins_near(start_y, bin_h, top, top + TILE_H - 1, PH, CUBIC)
+                ph, past = bins_near(start_y, step_y, grid_h, top, top + TILE_H - 1, PH, CUBIC)
                 while ph < past:
                     weights_y = share * _axis_weights(
                         start_y,

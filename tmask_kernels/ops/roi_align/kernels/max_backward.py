@@ -104,8 +104,8 @@ def _max_gather_kernel(
             x1, y1, x2, y2, _, _ = load_box(boxes_ptr, valid_ptr, k, num_images, boxes_an_image, PADDED, HAS_VALID)
             start_y, bin_h, grid_h, step_y = axis(y1, y2, scale, PH, ALIGNED, SAMPLING_RATIO)
             start_x, bin_w, grid_w, step_x = axis(x1, x2, scale, PW, ALIGNED, SAMPLING_RATIO)
-            ph, past_ph = bins_near(start_y, bin_h, top, top + TILE_H - 1, PH, CUBIC)
-            first_pw, past_pw = bins_near(start_x, bin_w, left, left + TILE_W - 1, PW, CUBIC)
+            ph, past_ph = bins_near(start_y, step_y, grid_h, top, top + TILE_H - 1, PH, CUBIC)
+            first_pw, past_pw = bins_near(start_x, step_x, grid_w, left, left + TILE_W - 1, PW, CUBIC)
             while ph < past_ph:
                 out_row = out_grad_ptr + k * out_grad_strides[0] + ph.to(tl.int64) * out_grad_strides[2]
                 index_row = index_ptr + k * index_strides[0] + ph.to(tl.int64) * index_strides[2]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ....common.kernels.boxes import is_finite, load_box
 from ....common.kernels.pyramid import level_index, of_level
-from ....common.kernels.roi_axis import axis
+from ....common.kernels.roi_axis import axis, divide
 from ....common.launch import box_arguments, on_device, side_arguments
 from ....common.roi_geometry import RoIGeometry
 
@@ -124,14 +124,22 @@ def tile_place(tile, tiles_across, first_tiles, TILE_H: tl.constexpr, TILE_W: tl
 
 
 @triton.jit
-def bins_near(start, bin_size, low, high, bins: tl.constexpr, CUBIC: tl.constexpr):
-    """Bins along an axis, first and past the last, that can touch the cells `low` to `high`. All of an inverted box."""
+def bins_near(start, step, grid, low, high, bins: tl.constexpr, CUBIC: tl.constexpr):
+    """Bins along an axis, first and past the last, of the samples that can touch the cells `low` to `high`.
+
+    Samples of a fixed grid may be many cells apart, and most rows of bins then have none near a tile. Of an inverted
+    box all bins are near.
+    """
     reach: tl.constexpr = 1.0 if CUBIC is None else 2.0
-    size = tl.where(bin_size > 0, bin_size, 1.0)
-    first = tl.floor((low - reach - start) / size - 0.01)
-    past = tl.floor((high + reach - start) / size + 0.01) + 1.0
-    first = tl.where(bin_size > 0, tl.minimum(tl.maximum(first, 0.0), bins), 0.0)
-    past = tl.where(bin_size > 0, tl.minimum(tl.maximum(past, 0.0), bins), bins)
+    slack = 0.01 + 1e-5 * (tl.abs(start) + high)  # more than rounding can move a sample
+    size = tl.where(step > 0, step, 1.0)
+    first = tl.maximum(tl.ceil((low - reach - slack - start) / size - 0.5), 0.0)
+    last = tl.minimum(tl.floor((high + reach + slack - start) / size - 0.5), bins * grid - 1.0)
+    near = first <= last
+    # A whole quotient has to come out whole.
+    first, past = tl.floor(divide(first, grid)), tl.floor(divide(last, grid)) + 1.0
+    first = tl.where(step > 0, tl.where(near, first, 0.0), 0.0)
+    past = tl.where(step > 0, tl.where(near, past, 0.0), bins)
     return first.to(tl.int32), past.to(tl.int32)
 
 
