@@ -314,11 +314,10 @@ def forward_launches() -> Contest:
     """One provider for each tile of the forward kernel."""
     from tmask_kernels.ops.roi_align.kernels import forward as kernels
 
-    block_pw = 8  # of 7 bins
     tiles = {
-        f"block_c={block_c},warps={warps}": kernels.Tile(block_pw, block_c, warps)
-        for block_c, warps in itertools.product((16, 32, 64, 128, 256), (1, 2, 4, 8))
-        if 1 <= block_pw * block_c / (32 * warps) <= 64  # elements a thread: some work, and no spills
+        f"bins={bins},groups={groups},warps={warps}": kernels.Tile(bins, groups, 64, warps)
+        for bins, groups, warps in itertools.product((4, 8, 16, 32), (1, 2, 4), (1, 2, 4, 8))
+        if 8 <= bins * groups * 64 / (32 * warps) <= 64  # elements a thread: a wide load, and no spills
     }
     launches = {name: {"pick_tile": lambda *_, tile=tile: tile} for name, tile in tiles.items()}
     return BENCH.sweep([BOX_HEAD, "forward", "bf16", "nhwc"], kernels, launches)

@@ -315,8 +315,8 @@ STEPS = {"step": 512, "tile": 128, "programs": 128, "num_warps": 16}
 @pytest.mark.parametrize(
     ("sweep", "launch", "module", "function", "seen", "expected"),
     [
-        ("roi_align-forward", "block_c=32,warps=2", forward, "multiscale_roi_align",
-         lambda: forward.pick_tile(256, 7, True), forward.Tile(8, 32, 2)),
+        ("roi_align-forward", "bins=16,groups=2,warps=4", forward, "multiscale_roi_align",
+         lambda: forward.pick_tile(256, (7, 7), 2, True), forward.Tile(16, 2, 64, 4)),
         ("nms", "block=128,warps=8", padded, "padded_nms", lambda: (padded.BLOCK, padded.NUM_WARPS), (128, 8)),
         ("nms-levels", "step=512,tile=128,programs=128,num_warps=16", padded, "padded_nms",
          lambda: padded.strategy(1, 1000).keywords["launch"], blocks.Launch(**STEPS)),

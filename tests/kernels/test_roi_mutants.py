@@ -23,7 +23,7 @@ from tests.mutation import mutant
 from tmask_kernels.common.kernels import boxes as boxes_load
 from tmask_kernels.common.kernels import numbers, pyramid, roi_axis
 from tmask_kernels.ops.roi_align import op, reference, reference_max
-from tmask_kernels.ops.roi_align.kernels import backward, forward, max_backward, touch
+from tmask_kernels.ops.roi_align.kernels import backward, forward, max_backward, samples, touch
 from tmask_kernels.ops.roi_align.kernels import boxes as boxes_backward
 from tmask_kernels.ops.roi_align.kernels import max as max_forward
 from tmask_kernels.ops.roi_pool.kernels import backward as pool_backward
@@ -36,6 +36,13 @@ Case = tuple[list[Tensor], Tensor, tuple[int, int]]  # maps, boxes, output size
 
 def mean_case(kind: Kind, device: torch.device) -> Case:
     return kind.maps(device), odd_boxes(device)[:9].expand(2, -1, -1).contiguous(), (2, 3)
+
+
+def nhwc_case(kind: Kind, device: torch.device) -> Case:
+    """Boxes inside and over each border, of two blocks of bins; bfloat16 in pairs."""
+    maps = replace(kind, channels=4).maps(device, dtype=torch.bfloat16, channels_last=True)
+    boxes = torch.cat([odd_boxes(device)[:9], random_boxes(2, height=22, width=38, min_size=8, device=device)])
+    return maps, boxes.expand(2, -1, -1).contiguous(), (3, 4)
 
 
 def bicubic_case(kind: Kind, device: torch.device) -> Case:
@@ -53,6 +60,13 @@ def max_case(kind: Kind, device: torch.device) -> Case:
     """Equal samples everywhere, inside and outside the map; two rows of tiles of the backward."""
     feature = few_values(guarded(torch.randn(1, 2, 5, 7, device=device)))
     return [feature], 4 * whole_boxes(device)[None], (2, 2)
+
+
+def max_adaptive_case(kind: Kind, device: torch.device) -> Case:
+    """Also channels with no cell above 0, where samples outside are among the largest."""
+    (feature,), boxes, size = max_case(kind, device)
+    feature = feature.detach()
+    return [torch.cat([feature, -feature.abs()], 1).requires_grad_()], boxes, size
 
 
 def boxes_case(kind: Kind, device: torch.device) -> Case:
@@ -73,10 +87,12 @@ def pool_case(kind: Kind, device: torch.device) -> Case:
 
 CASES: dict[str, tuple[str, Grid, Callable[[Kind, torch.device], Case]]] = {
     "mean": ("bilinear", (2, True), mean_case),
+    "mean-nhwc": ("bilinear", (2, True), nhwc_case),
     "bicubic": ("bicubic", FIXED, bicubic_case),
+    "bicubic-nhwc": ("bicubic", FIXED, nhwc_case),
     "bicubic-adaptive": ("bicubic", ADAPTIVE, bicubic_case),
     "max": ("max", (2, True), max_case),
-    "max-adaptive": ("max", ADAPTIVE, max_case),
+    "max-adaptive": ("max", ADAPTIVE, max_adaptive_case),
     "boxes": ("boxes", FIXED, boxes_case),
     "boxes-adaptive": ("boxes", ADAPTIVE, boxes_case),
     "boxes-bicubic": ("boxes-bicubic", FIXED, boxes_case),
@@ -89,22 +105,49 @@ MUTANTS: dict[str, dict[str, tuple[ModuleType, str, str]]] = {
         "border not clamped": (roi_axis, "high = tl.minimum(low + 1, length - 1)", "high = low + 1"),
         "border excluded": (roi_axis, "(at >= -1.0) & (at <= length)", "(at >= 0.0) & (at <= length - 1)"),
         "wrong level": (pyramid, "(area >= thresholds[i - 1])", "(area >= 4 * thresholds[i - 1])"),
-        "swapped sizes": (forward, "H = tl.cast(of_level(level, heights,", "H = tl.cast(of_level(level, widths,"),
+        "swapped sizes": (samples, "H = tl.cast(of_level(level, heights,", "H = tl.cast(of_level(level, widths,"),
         "no half cell": (roi_axis, "shift: tl.constexpr = 0.5 if ALIGNED else 0.0", "shift: tl.constexpr = 0.0"),
         "wrong image": (boxes_load, "image = k // boxes_an_image", "image = k * 0"),
         "non-finite read": (boxes_load, "usable = image < num_images", "usable = image < num_images - 1"),
         "gradient not shared": (backward, "share * _axis_weights(", "_axis_weights("),
         "gradient to one tap alone": (roi_axis, "1.0 - tl.abs(at - cells)", "1.0 * (tl.floor(at) == cells)"),
         "gradient without the border": (backward, "(at >= -1.0) & (at <= length)", "(at >= 0.0) & (at <= length)"),
-        "last row of bins left out": (touch, "+ 0.01) + 1.0", "+ 0.01)"),
+        "last row of bins left out": (touch, "divide(last, grid)) + 1.0", "divide(last, grid))"),
+        "a bin a sample": (touch, "divide(first, grid)", "first"),
         "tiles beside the box left out": (touch, "tl.floor(high) + 1.0", "tl.floor(high) - 1.0"),
         "boxes of another level": (touch, " & (tile_level[:, None] == level[None, :])", ""),
         "a box a word": (numbers, "bits ^ lowest", "bits * 0"),
+        "every sample the first": (forward, "(ix + sample)", "(ix + 0 * sample)"),
+        "every tap the first": (
+            forward,
+            "weight_x = tap_along(sample_x, tap_x,",
+            "weight_x = tap_along(sample_x, 0 * tap_x,",
+        ),
+        "one tap along y": (forward, "tap_y in tl.static_range(TAPS)", "tap_y in tl.static_range(TAPS - 1)"),
+        "samples outside": (forward, "inside = inside_y & inside_x", "inside = inside_x"),
+    },
+    "mean-nhwc": {
+        "a tap of the wrong row": (samples, "v10 = load_values((row_high", "v10 = load_values((row_low"),
+        "a weight of the wrong column": (samples, "((1.0 - ly) * lx)", "((1.0 - ly) * (1.0 - lx))"),
+        "samples outside": (forward, "mask & (inside_y &", "mask & ("),
+        "a box over the border as one inside": (samples, "tl.maximum(one_end, other_end) <= length", "step == step"),
+        "a box over the first border as one inside": (
+            samples,
+            "tl.minimum(one_end, other_end) >= -1.0",
+            "step == step",
+        ),
+        "the next block's bins": (samples, "tl.minimum(place, BLOCK - 1)", "place + 1"),
+        "the halves of a pair swapped": (samples, "tl.join(low, high)", "tl.join(high, low)"),
+        "a half of a pair not cleared": (samples, "(values & -65536)", "(values & -16777216)"),
+    },
+    "bicubic-nhwc": {
+        "three rows of taps": (samples, "for row in range(4)", "for row in range(3)"),
+        "weights of one axis": (samples, "(weight_y * weight_x)", "(weight_x)"),
     },
     "bicubic": {
         "tap off by one": (roi_axis, "tl.floor(at) + (tap - 1)", "tl.floor(at) + tap"),
         "taps not clamped": (roi_axis, "tl.minimum(tl.maximum(cell, 0.0), length - 1.0).to", "cell.to"),
-        "three rows of taps": (forward, "for row in range(4)", "for row in range(3)"),
+        "three rows of taps": (forward, "tap_y in tl.static_range(TAPS)", "tap_y in tl.static_range(TAPS - 1)"),
         "weights of one axis": (forward, "(weight_y * weight_x)", "(weight_x)"),
         "another kernel near": (roi_axis, "(CUBIC + 2.0)", "(CUBIC + 2.1)"),
         "another kernel far": (roi_axis, "CUBIC * (distance", "-0.5 * (distance"),
@@ -121,7 +164,7 @@ MUTANTS: dict[str, dict[str, tuple[ModuleType, str, str]]] = {
     "max": {
         "last of equals": (max_forward, "stays = (value <= best)", "stays = (value < best)"),
         "outside takes a gradient": (max_forward, "+ ix, -1)", "+ ix, 0)"),
-        "a sample outside for one": (max_forward, "tl.where(inside_y, grid_w, 0.0)", "grid_w"),
+        "a sample outside for one": (max_forward, "inside = inside_y &", "inside ="),
         "a sample too few": (max_forward, "while ix < num_x", "while ix < num_x - 1"),
         "columns of the taps swapped": (max_forward, "v01 - v00, v00", "v00 - v01, v01"),
         "index read by another rule": (max_backward, "kept % samples_a_row(SAMPLING_RATIO)", "kept % 3"),
@@ -131,7 +174,7 @@ MUTANTS: dict[str, dict[str, tuple[ModuleType, str, str]]] = {
             "grad.to(ACC)",
         ),
         "gradient not clamped": (max_backward, "tl.minimum(tl.maximum(at, 0.0), length - 1.0)", "at"),
-        "a tile beside the bins left out": (touch, "+ 0.01) + 1.0", "- 0.5)"),
+        "a tile beside the bins left out": (touch, "divide(last, grid)) + 1.0", "divide(last - 1.0, grid)) + 1.0"),
         "another weight": (roi_axis, "1.0 - tl.abs(at - cells)", "1.0 - (at - cells)"),
     },
     "max-adaptive": {
@@ -186,6 +229,7 @@ MUTANTS: dict[str, dict[str, tuple[ModuleType, str, str]]] = {
 # At least one of most modules; `make test-slow` breaks the rest.
 FAST = {
     "mean": ("wrong level", "swapped sizes", "gradient not shared", "tiles beside the box left out", "a box a word"),
+    "mean-nhwc": ("a box over the border as one inside", "the halves of a pair swapped"),
     "max": ("last of equals",),
     "max-adaptive": ("no sample before the window",),
     "boxes": ("not free at the border", "the other corner", "short boxes follow their end"),

@@ -102,6 +102,26 @@ def test_dtypes(kind: Kind, backend: str, dtype: torch.dtype, channels_last: boo
     check(kind, kind.maps(device, dtype=dtype, channels_last=channels_last), kind.boxes(device), 2, backend=backend)
 
 
+@each("bilinear", "bicubic", "max", slow="bicubic max")
+def test_bfloat16_in_pairs(kind: Kind, backend: str, device: torch.device) -> None:
+    """Of an even number of channels the kernels read two at a time; not where an offset is odd."""
+    kind = replace(kind, channels=5)
+    for first, past in ((0, 5), (0, 4), (1, 5)):  # odd channels; odd strides of cells; an odd first cell as well
+        maps = [m[:, first:past] for m in kind.maps(device, dtype=torch.bfloat16, channels_last=True)]
+        check(kind, maps, kind.boxes(device), (3, 4), backend=backend)
+    even = replace(kind, channels=4).maps(device, dtype=torch.bfloat16, channels_last=True)
+    check(kind, even, kind.boxes(device), (3, 4), backend=backend)
+
+
+def test_blocks_of_bins_of_one_program(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many boxes: a program takes some blocks of their bins, the last of them perhaps fewer."""
+    assert [forward.blocks_of_each_program(7 * boxes, 7) for boxes in (0, 8, 604, 1024, 10**6)] == [1, 1, 2, 3, 7]
+    monkeypatch.setattr(forward, "blocks_of_each_program", lambda tiles, blocks: 2)
+    for name, channels_last in (("bilinear", True), ("bilinear", False), ("max", True)):
+        kind = KINDS[name]
+        check(kind, kind.maps(device, channels_last=channels_last), kind.boxes(device), (3, 7))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, FLOAT64], ids=str)
 @each("boxes")
 def test_dtypes_of_the_boxes(kind: Kind, backend: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -264,12 +284,14 @@ def test_more_channels_than_a_block(name: str, device: torch.device) -> None:
     """Not a whole number of blocks either, nor of the channels that a thread loads at once."""
     C = 301
     tiles = {
-        "bilinear": [forward.pick_tile(C, 7, True), backward.pick_gather_tile(C, 4, True)],
+        "bilinear": [backward.pick_gather_tile(C, 4, True)],
         "boxes": [boxes_backward.pick_slope_tile(C, 7, 4, True)],
         "max": [max_backward.pick_gather_tile(C, True, None)],
         "pool": [pool_forward.pick_tile(C, 7, True), pool_backward.pick_gather_tile(C, True)],
     }
     assert all(tile.block_c < C for tile in tiles[name])
+    tile = forward.pick_tile(C, (1, 7), 4, True)
+    assert tile.groups * tile.group_c < C
     kind, feature = KINDS[name], torch.randn(1, C, 3, 4, device=device).contiguous(memory_format=torch.channels_last)
     boxes = torch.tensor([[[0.2, 0.3, 3.7, 2.1]]], device=device, requires_grad=kind.to_boxes)
     out, gradients = check(kind, [guarded(feature).requires_grad_()], boxes, (1, 7), scale=1.0)

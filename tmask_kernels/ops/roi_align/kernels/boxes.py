@@ -19,12 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ....backend import no_second_derivative
-from ....common.kernels.boxes import is_finite, load_box
-from ....common.kernels.pyramid import level_index, of_level, strides_of_level
 from ....common.kernels.roi_axis import axis, clamped, cubic_slope, cubic_tap, taps, window
 from ....common.launch import box_arguments, on_device, side_arguments
 from ....common.roi_geometry import RoIGeometry
 from ....namespace import custom_op
+from .samples import load_roi
 
 
 @triton.jit
@@ -126,18 +125,28 @@ def _box_gradient_kernel(
     offs_pw = tl.arange(0, BLOCK_PW)
     mask_pw = offs_pw < PW
 
-    x1, y1, x2, y2, image, usable = load_box(boxes_ptr, valid_ptr, k, num_images, boxes_an_image, PADDED, HAS_VALID)
-    level = level_index(x1, y1, x2, y2, thresholds, NUM_LEVELS)
-    feature_ptr, scale = of_level(level, feature_ptrs, NUM_LEVELS), of_level(level, scales, NUM_LEVELS)
-    H = tl.cast(of_level(level, heights, NUM_LEVELS), tl.int32)
-    W = tl.cast(of_level(level, widths, NUM_LEVELS), tl.int32)
-    stride_n, stride_c, stride_h, stride_w = strides_of_level(level, feature_strides, NUM_LEVELS)
-    # Scaled by more than 1 a box may overflow; a level may have no cells.
-    usable &= is_finite(x1 * scale, y1 * scale, x2 * scale, y2 * scale) & (H > 0) & (W > 0)
+    corners, usable, scale, base, size, strides = load_roi(
+        boxes_ptr,
+        valid_ptr,
+        k,
+        num_images,
+        boxes_an_image,
+        feature_ptrs,
+        heights,
+        widths,
+        feature_strides,
+        scales,
+        thresholds,
+        NUM_LEVELS,
+        PADDED,
+        HAS_VALID,
+    )
+    x1, y1, x2, y2 = corners
+    H, W = size
+    stride_c, stride_h, stride_w = strides
     # The compiler cannot see these ones in the strides, and needs them for wide loads.
     channels = offs_c if FEATURE_STRIDE_C_IS_1 else offs_c * stride_c
     out_channels = offs_c if OUT_GRAD_STRIDE_C_IS_1 else offs_c * out_grad_strides[1]
-    base = feature_ptr + image * stride_n
 
     start_y, bin_h, grid_h, step_y = axis(y1, y2, scale, PH, ALIGNED, SAMPLING_RATIO)
     start_x, bin_w, grid_w, step_x = axis(x1, x2, scale, PW, ALIGNED, SAMPLING_RATIO)
