@@ -15,6 +15,8 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tmask_kernels.namespace import OPS
+
 _ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _FREE = {"_unsafe_view", "lift_fresh"}  # views that do not say so
 _INDEXES = {"index", "index_put", "index_put_", "_index_put_impl_"}
@@ -38,10 +40,10 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        ours = torch._library.custom_ops.OPDEFS.get(f"{func.namespace}::{name}")
+        ours = OPS.get(f"{func.namespace}::{name}")
         if ours is not None:  # a mode is off while it handles an op: on again for the body of ours
             with self:
-                return ours._init_fn(*args, **kwargs)
+                return ours.body(*args, **kwargs)
         with self:  # below autograd operators made of others, such as `to`, arrive whole
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:

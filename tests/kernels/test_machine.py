@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 import tmask_kernels
 from tmask.engine.device import pick_device
 from tmask_kernels import backend, machine
+from tmask_kernels.namespace import OPS
 from tmask_kernels.testing import OpSpec, op_specs
 
 ROOT = Path(__file__).parents[2]
@@ -220,7 +220,7 @@ class Mps(TorchFunctionMode):
             return torch.device("mps" if isinstance(args[0], OnMps) else "cpu")
         if getattr(func, "namespace", "") == "tmask":  # a custom op: what is inside it
             with self:
-                return OPDEFS[func.name()]._init_fn(*args, **kwargs)
+                return OPS[func.name()].body(*args, **kwargs)
         named = any(isinstance(d, torch.device) and d.type == "mps" for d in (*args, *kwargs.values()))
         there = named or any(isinstance(t, OnMps) for t in pytree.tree_leaves((args, kwargs)))
         args, kwargs = pytree.tree_map_only(torch.device, lambda device: torch.device("cpu"), (tuple(args), kwargs))

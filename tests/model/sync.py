@@ -15,6 +15,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tmask_kernels.namespace import OPS
+
 # The host reads a value, or the output's shape depends on values.
 BLOCKING_OPS = {
     "_local_scalar_dense",
@@ -60,11 +62,11 @@ class _DispatchCounter(TorchDispatchMode):
             self.found["boolean index"] += sum(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
         if name in ("_to_copy", "copy_") and self._leaves_the_device(name, args, kwargs):
             self.found["device-to-host copy"] += 1
-        definition = torch._library.custom_ops.OPDEFS.get(f"{func.namespace}::{name}")
+        definition = OPS.get(f"{func.namespace}::{name}")
         if definition is not None:
             # Modes are off while one handles an op: turn them on again for the body of ours.
             with self, _CallCounter(self.found):
-                return definition._init_fn(*args, **kwargs)
+                return definition.body(*args, **kwargs)
         return func(*args, **kwargs)
 
     @staticmethod

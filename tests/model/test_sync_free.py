@@ -18,8 +18,9 @@ from tests.model.sync import count_blocking
 from tmask.model.postprocess import to_list
 from tmask.structures import Detections
 from tmask_kernels.backend import resolve, use_backend
+from tmask_kernels.namespace import OPS, custom_op
 
-OPS = [  # those with a choice of backends
+CHOICES = [  # those with a choice of backends
     path.parent.name
     for path in sorted(Path(tmask_kernels.__file__).parent.glob("ops/*/op.py"))
     if "resolve(" in path.read_text()
@@ -44,7 +45,7 @@ def triton_where_there_is_a_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[
             used.add(op)
         return resolve(op, chosen, reasons, **options)
 
-    for op in OPS:
+    for op in CHOICES:
         monkeypatch.setattr(importlib.import_module(f"tmask_kernels.ops.{op}.op"), "resolve", prefer)
 
     # The interpreter reads the arguments on the host, as no launch on a GPU does: leave it out of the count.
@@ -74,14 +75,14 @@ def test_triton_backend(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_item_in_a_custom_op_is_found(
     small_model: tmask.MaskRCNN, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    definition = torch._library.custom_ops.OPDEFS["tmask::mask_targets_reference"]
-    real = definition._init_fn
+    definition = OPS["tmask::mask_targets_reference"]
+    real = definition.body
 
     def with_item(packed: Tensor, *args: object) -> Tensor:
         assert packed.sum().item() >= 0
         return real(packed, *args)
 
-    monkeypatch.setattr(definition, "_init_fn", with_item)
+    monkeypatch.setattr(definition, "body", with_item)
     with use_backend("reference"), count_blocking() as found:
         run("train", small_model, batch)
     assert found
@@ -119,7 +120,7 @@ READS: dict[str, Callable[[Tensor], object]] = {
 
 @pytest.mark.parametrize("name", READS)
 def test_the_counter_sees_it_also_inside_a_custom_op(name: str) -> None:
-    @torch.library.custom_op(f"tmask_hidden::{name.replace(' ', '_')}", mutates_args=())
+    @custom_op(f"hidden_{name.replace(' ', '_')}")
     def hidden(x: Tensor) -> Tensor:
         READS[name](x)
         return x + 1
