@@ -1,4 +1,4 @@
-"""``python -m bench run | report | merge | show | cases``: what ``tmask bench`` and ``make gpu-report`` call."""
+"""``python -m bench run | report | merge | show | cases | host``: what ``tmask bench`` and ``make gpu-report`` call."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--charts", type=Path, metavar="DIR", help="draw charts into this folder")
 
     command(cases_command)
+    command(host_command)
     return top
 
 
@@ -115,6 +116,15 @@ def report_command(options: argparse.Namespace) -> int:
     whole = made.run(["sweep"] if options.sweep else options.only, options.budget)
     publish(path)
     return 0 if whole else INTERRUPTED
+
+
+def host_command(options: argparse.Namespace) -> int:
+    """Print what a call of each op costs on the host, without a GPU."""
+    from bench import host
+
+    for line in host.report():
+        print(line)
+    return 0
 
 
 def merge_command(options: argparse.Namespace) -> int:

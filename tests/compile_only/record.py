@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from bench.host import FakeH100
 from tmask_kernels import backend
 from tmask_kernels.testing import OpSpec, op_specs
 
@@ -53,19 +53,6 @@ class Launch:
     def named_constants(self) -> dict[str, Any]:
         """The constant arguments by name."""
         return {self.kernel.arg_names[path[0]]: value for path, value in self.constants.items() if len(path) == 1}
-
-
-class FakeH100:
-    """As much of a Triton driver as binding and compiling ask for."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 @contextmanager
