@@ -31,7 +31,8 @@ SIZE = (9, 37)  # 333 elements: no mask but the first begins at a multiple of 16
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Images of a few hundred pixels then take several chunks and programs."""
     monkeypatch.setattr(kernels, "CHUNK_BYTES", 64)
-    monkeypatch.setattr(kernels, "STEPS", 2)
+    monkeypatch.setattr(kernels, "ROWS", 4)
+    monkeypatch.setattr(kernels, "BLOCK_X", 32)
 
 
 def ordinary(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -247,12 +248,15 @@ MUTANTS = {
     "row below wraps": (geometry, "(row >= 0) & (row < SIDE)", "row >= -1", "bool"),
     "weights": (geometry, "upper * (1.0 - weight) + lower * weight", "upper * weight + lower", "rle"),
     "same threshold": (geometry, "inside = value > threshold", "inside = value >= threshold", "bool"),
-    "no second row": (DENSE, "tl.where(wraps, column - L, column)", "column", "bool"),
-    "second row's weight": (DENSE, "tl.where(wraps, next_weight, this_weight)", "this_weight", "bool"),
-    "neighbours overwritten": (DENSE, "(first + offs >= 0) & ", "", "bool"),
-    "not aligned": (DENSE, "origin // 16 * 16", "(origin + 15) // 16 * 16", "bool"),
-    "columns of one row": (DENSE, "after & before, after | before", "after & before, after & before", "bool"),
-    "bits": (DENSE, "column * PIXELS + i", "column * PIXELS + 31 - i", "packed"),
+    "no zeros before the first 16": (DENSE, "offs < tl.minimum(first * GROUP, end)", "offs < begin", "bool"),
+    "no zeros after the last 16": (DENSE, "(tail >= begin) & (tail < end)", "(tail >= end) & (tail < end)", "bool"),
+    "a chunk of zeros too few": (DENSE, "range(0, groups, CHUNK", "range(0, groups - 1, CHUNK", "bool"),
+    "first column": (DENSE, "first_x = left\n", "first_x = left + 1\n", "bool"),
+    "last column": (DENSE, ".to(tl.uint8), mask=x < right", ".to(tl.uint8), mask=x < right - 1", "bool"),
+    "stale rows of a band": (DENSE, "if cell != held:", "if cell > held + 1:", "probability"),
+    "first row of the box": (DENSE, "tl.maximum(first_y, top)", "tl.maximum(first_y, top + 1)", "probability"),
+    "bits": (DENSE, "<< tl.arange(0, BLOCK_X) % 32", "<< 31 - tl.arange(0, BLOCK_X) % 32", "packed"),
+    "words of another block": (DENSE, "word = block_x // 32 +", "word = first_x // 32 +", "packed"),
     "column goes on": (RUNS, "taps(x - 1, x_start", "taps(x - 2, x_start", "rle"),
     "no column after the box": (RUNS, "first_x <= right", "first_x < right - 40", "rle"),
     "no row after the box": (RUNS, "tl.minimum(bottom + 1, H)", "tl.minimum(bottom - 2, H)", "rle"),
@@ -264,13 +268,14 @@ MUTANTS = {
     "columns beyond the image": (RUNS, "tl.where(exists, W, 0)", "tl.where(exists, columns, 0)", "rle"),
     "size of the first image": (RUNS, "H = tl.load(images_ptr + n * 3)", "H = tl.load(images_ptr)", "rle"),
 }  # fmt: skip
-FAST = ("not aligned", "columns of one row", "column goes on", "rows of an image")
+FAST = ("no zeros after the last 16", "stale rows of a band", "column goes on", "rows of an image")
 
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_parity_is_green(output, device):
-    assert SIZE[0] * SIZE[1] > kernels.CHUNK_BYTES * kernels.STEPS, "several programs"
+    assert SIZE[0] > kernels.ROWS, "several programs of a mask"
+    assert SIZE[1] > kernels.BLOCK_X, "several blocks of a row"
     parity(paste_op, device, output)
 
 
@@ -279,6 +284,6 @@ def test_mutants_turn_parity_red(name, device, tmp_path):
     module, old, new, output = MUTANTS[name]
     broken = mutant(module, old, new, tmp_path, seen_from=paste_op)
     dense = importlib.import_module(f"{broken.__package__}.kernels.dense")
-    dense.CHUNK_BYTES, dense.STEPS = 64, 2
+    dense.CHUNK_BYTES, dense.ROWS, dense.BLOCK_X = 64, 4, 32
     with pytest.raises(AssertionError):
         parity(broken, device, output)

@@ -1,11 +1,11 @@
-"""Pasting in one launch: each element of a dense output (a byte, a float, a word of 32 bits) is written once.
+"""Pasting in one launch, to bools, to packed bits, or to probabilities.
 
-The elements of one mask are a flat stretch of memory, whatever the width of the image. A program writes BLOCK * STEPS
-of them, BLOCK at a time, and only where such a chunk touches the mask's box does it compute anything: elsewhere it
-stores zeros. A thread owns GROUP neighbouring elements, 16 bytes, in chunks that begin at multiples of 16 elements of
-memory, so rows of any width are stored 16 bytes at a time. A group has pixels of at most two rows.
+A program owns a band of ROWS rows of one mask. The rows are one stretch of memory. The program first stores zeros over
+the whole stretch, 16 bytes a thread. It then writes the pixels of the box: a lane owns a column of a block, and goes
+down the rows of the band. The values that the lane interpolates along x stay in registers until the rows sample another
+cell of the mask.
 
-Run lengths are in `runs`. Letters: K instances, M mask side, H W image size, L elements of a row.
+Run lengths are in `runs`. Letters: K instances, M mask side, H W image size, L elements of a row (pixels, or words).
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....common.launch import on_device
+from ....common.launch import cdiv, on_device
 from ....namespace import custom_op
 from ....packed import WORD
-from .geometry import along_x, along_y, axis, is_inside, taps
+from .geometry import BEYOND, along_x, along_y, axis, is_inside, taps
 
-CHUNK_BYTES = 512  # a warp's store of 16 bytes a thread
-STEPS = 16  # chunks of a program: enough work to pay for reading the box
+CHUNK_BYTES = 2048  # zeros of one step: four stores of 16 bytes a thread
+ROWS = 16  # rows of a band: enough to share what is interpolated along x, and enough programs for small boxes
+BLOCK_X = 128  # columns of a block: four of a lane
+GROUP = tl.constexpr(16)  # elements: a store of 16 elements begins at a multiple of 16, so that the store is wide
 
 
-@triton.jit(do_not_specialize=["H", "W", "L", "programs"])
+@triton.jit(do_not_specialize=["H", "W", "L", "bands"])
 def _paste_kernel(
     out_ptr,  # [K, H, L]
     masks_ptr,  # [K, M, M]
@@ -32,71 +34,78 @@ def _paste_kernel(
     H,
     W,
     L,
-    programs,  # of a mask
+    bands,  # of a mask
     threshold,
     SIDE: tl.constexpr,
-    PIXELS: tl.constexpr,  # of an element: 32 bits of a word, or 1
+    PACKED: tl.constexpr,
     BINARY: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
-    STEPS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_X: tl.constexpr,
     TORCHVISION: tl.constexpr,
 ):
-    k = (tl.program_id(0) // programs).to(tl.int64)
-    part = tl.program_id(0) % programs
+    k = (tl.program_id(0) // bands).to(tl.int64)
+    first_y = tl.program_id(0) % bands * ROWS
+    past_y = tl.minimum(first_y + ROWS, H)
     box_ptr = boxes_ptr + k * 4
     x_start, x_scale, left, right = axis(tl.load(box_ptr), tl.load(box_ptr + 2), W, SIDE, TORCHVISION)
     y_start, y_scale, top, bottom = axis(tl.load(box_ptr + 1), tl.load(box_ptr + 3), H, SIDE, TORCHVISION)
     mask_ptr = masks_ptr + k * (SIDE * SIDE)
-    left_element = left // PIXELS
-    right_element = (right + PIXELS - 1) // PIXELS
+    mask_out = out_ptr + k * H * L
 
-    size = H * L
-    origin = k * size
-    aligned = origin // 16 * 16
-    lead = (origin - aligned).to(tl.int32)  # elements of the mask before, in the first chunk
-    offs = tl.arange(0, BLOCK // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    begin = part * (STEPS * BLOCK)
-    for chunk in range(begin, tl.minimum(begin + STEPS * BLOCK, size + lead), BLOCK):
-        first = chunk - lead  # element of the mask
-        tile = tl.zeros((BLOCK // GROUP, GROUP), out_ptr.dtype.element_ty)
-        if _touches(
-            tl.maximum(first, 0), tl.minimum(first + BLOCK, size) - 1, L, left_element, right_element, top, bottom
-        ):
-            group = first + tl.arange(0, BLOCK // GROUP)[:, None] * GROUP
-            y = group // L
-            column = group - y * L + tl.arange(0, GROUP)[None, :]
-            wraps = column >= L
-            column = tl.where(wraps, column - L, column)
-            this_cell, this_weight = taps(y, y_start, y_scale, top, bottom, SIDE, TORCHVISION)
-            next_cell, next_weight = taps(y + 1, y_start, y_scale, top, bottom, SIDE, TORCHVISION)
-            y_cell = tl.where(wraps, next_cell, this_cell)
-            y_weight = tl.where(wraps, next_weight, this_weight)
-            for i in range(PIXELS):
-                x_cell, x_weight = taps(column * PIXELS + i, x_start, x_scale, left, right, SIDE, TORCHVISION)
-                upper = along_x(mask_ptr, y_cell, x_cell, x_weight, SIDE)
-                lower = along_x(mask_ptr, y_cell + 1, x_cell, x_weight, SIDE)
-                value = along_y(upper, lower, y_weight)
-                if BINARY:
-                    tile |= (is_inside(value, threshold, TORCHVISION).to(tl.int32) << i).to(tile.dtype)
+    begin = k * H * L + first_y * L
+    _store_zeros(out_ptr, begin, begin + (past_y - first_y) * L, CHUNK)
+    tl.debug_barrier()  # another thread may have stored the zero of a pixel
+
+    first_y = tl.maximum(first_y, top)
+    past_y = tl.minimum(past_y, bottom)
+    if first_y < past_y:
+        if PACKED:
+            first_x = left // 32 * 32  # the first pixel of a word
+        else:
+            first_x = left
+        for block_x in range(first_x, right, BLOCK_X):
+            x = block_x + tl.arange(0, BLOCK_X)
+            x_cell, x_weight = taps(x, x_start, x_scale, left, right, SIDE, TORCHVISION)
+            upper = tl.zeros((BLOCK_X,), tl.float32)
+            lower = tl.zeros((BLOCK_X,), tl.float32)
+            held = tl.full((), BEYOND, tl.int32)  # the cell of `upper`
+            y = first_y + 0
+            while y < past_y:
+                cell, weight = taps(y, y_start, y_scale, top, bottom, SIDE, TORCHVISION)
+                if cell != held:
+                    upper = along_x(mask_ptr, cell, x_cell, x_weight, SIDE)
+                    lower = along_x(mask_ptr, cell + 1, x_cell, x_weight, SIDE)
+                    held = cell
+                value = along_y(upper, lower, weight)
+                row_out = mask_out + y * L
+                if PACKED:
+                    bits = is_inside(value, threshold, TORCHVISION).to(tl.int32) << tl.arange(0, BLOCK_X) % 32
+                    word = block_x // 32 + tl.arange(0, BLOCK_X // 32)
+                    tl.store(row_out + word, tl.sum(tl.reshape(bits, (BLOCK_X // 32, 32)), 1), mask=word < L)
+                elif BINARY:
+                    tl.store(row_out + x, is_inside(value, threshold, TORCHVISION).to(tl.uint8), mask=x < right)
                 else:
-                    tile = value
-        place = out_ptr + (aligned + chunk) + offs
-        if (first >= 0) & (first + BLOCK <= size):
-            tl.store(place, tile)
-        else:  # the neighbours' elements stay theirs
-            tl.store(place, tile, mask=(first + offs >= 0) & (first + offs < size))
+                    tl.store(row_out + x, value, mask=x < right)
+                y += 1
 
 
 @triton.jit
-def _touches(first, last, L, left, right, top, bottom):
-    """Whether elements first..last of a mask touch the rows top..bottom and the columns left..right (past the last)."""
-    first_y = first // L
-    last_y = last // L
-    after = first - first_y * L < right  # the first row's part begins before the right edge
-    before = last - last_y * L >= left  # the last row's part ends behind the left edge
-    columns = tl.where(last_y == first_y, after & before, after | before | (last_y > first_y + 1))
-    return columns & (last_y >= top) & (first_y < bottom) & (left < right)
+def _store_zeros(out_ptr, begin, end, CHUNK: tl.constexpr):
+    """Store zeros in the elements begin..end (past the last, int64) of an output that begins at a multiple of 16."""
+    first = (begin + GROUP - 1) // GROUP
+    last = end // GROUP
+    groups = (last - first).to(tl.int32)  # -1 if begin and end lie inside one group
+    offs = tl.arange(0, CHUNK)
+    zeros = tl.zeros((CHUNK,), out_ptr.dtype.element_ty)
+    for chunk in range(0, groups, CHUNK // GROUP):
+        # A limit in groups, and not in elements, keeps a store wide.
+        tl.store(out_ptr + (first + chunk) * GROUP + offs, zeros, mask=offs // GROUP < groups - chunk)
+    offs = tl.arange(0, GROUP)
+    zeros = tl.zeros((GROUP,), out_ptr.dtype.element_ty)
+    tl.store(out_ptr + begin + offs, zeros, mask=begin + offs < tl.minimum(first * GROUP, end))
+    tail = last * GROUP + offs
+    tl.store(out_ptr + tail, zeros, mask=(tail >= begin) & (tail < end))
 
 
 def _empty_out(masks: Tensor, height: int, width: int, output: str) -> Tensor:
@@ -117,26 +126,23 @@ def paste_masks(
     if not out.numel():
         return out
     flat = out.view(torch.uint8) if output == "bool" else out
-    row = out.shape[2]
-    block = CHUNK_BYTES // flat.element_size()
-    group = min(16 // flat.element_size(), 1 << (row.bit_length() - 1))  # no more than a row, a power of two
-    programs = triton.cdiv(height * row + 15, block * STEPS)
+    bands = cdiv(height, ROWS)
     with on_device(out):
-        _paste_kernel[(len(masks) * programs,)](
+        _paste_kernel[(len(masks) * bands,)](
             out_ptr=flat,
             masks_ptr=masks.contiguous(),
             boxes_ptr=boxes.contiguous(),
             H=height,
             W=width,
-            L=row,
-            programs=programs,
+            L=out.shape[2],
+            bands=bands,
             threshold=threshold,
             SIDE=masks.shape[1],
-            PIXELS=WORD if output == "packed" else 1,
+            PACKED=output == "packed",
             BINARY=output != "probability",
-            BLOCK=block,
-            GROUP=group,
-            STEPS=STEPS,
+            CHUNK=CHUNK_BYTES // flat.element_size(),
+            ROWS=ROWS,
+            BLOCK_X=BLOCK_X,
             TORCHVISION=convention == "torchvision",
             num_warps=1,
             enable_fp_fusion=False,  # coordinates and values are the reference's, bit for bit

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....common.launch import on_device
+from ....common.launch import cdiv, on_device
 from .geometry import BEYOND, along_x, along_y, axis, is_inside, taps
 
 BLOCK_X = 32  # columns of a program: a warp
@@ -120,7 +120,7 @@ def paste_runs(
 
     def launch(changes: Tensor, ends: Tensor, write: bool) -> None:
         with on_device(masks):
-            _runs_kernel[(N * D * triton.cdiv(columns, BLOCK_X),)](
+            _runs_kernel[(N * D * cdiv(columns, BLOCK_X),)](
                 changes_ptr=changes,
                 ends_ptr=ends,
                 masks_ptr=masks,
