@@ -31,18 +31,14 @@ WIDE = 512  # bytes of a warp's access: 16 a lane on NVIDIA, 8 on AMD
 
 # Bytes that NVIDIA's architectures may spill all the same, and why.
 KNOWN_SPILLS = {
-    "batched_nms: padded_nms": (8, "Triton 3.8: stored and loaded once a block of boxes, outside the loops over IoUs"),
+    "batched_nms: padded_nms": (
+        22,
+        "B200, Triton 3.8: stored and loaded once a block of boxes, outside the loops over IoUs; MI300: see the next",
+    ),
+    "nms: padded_nms": (16, "MI300: strides and pointers that the sort alone reads wait in a vector register"),
+    "padded_nms: padded_nms": (24, "the same"),
     "padded_nms (long segments): step": (48, "Triton 3.8: stored once, beside the 64 words of bits a thread holds"),
     "batched_nms (long segments): step": (64, "the same"),
-    "roi_align (512 channels, channels_last) bf16: roi_align": (8, "A100: ptxas has 28 warps on an SM in place of 24"),
-    "multiscale_roi_align (7x7, channels_last, bicubic, adaptive) bf16: roi_align": (8, "Triton 3.8: 28 warps, not 20"),
-    "multiscale_roi_align (7x7, channels_last, adaptive) bf16: roi_align": (
-        8,
-        "B200, Triton 3.8: stays at 72 registers",
-    ),
-    "multiscale_roi_align (7x7, channels_last, adaptive, no gradient to boxes) fp32: roi_align": (8, "A100: 20 warps"),
-    "multiscale_roi_align (7x7, contiguous, adaptive) fp32: roi_align": (8, "A100, Triton 3.8: stays at 72 registers"),
-    "roi_align (512 channels, contiguous, adaptive) fp32: roi_align": (8, "A100, Triton 3.8: stays at 64 registers"),
     # But for H100 and B200, whose products read shared memory. More registers would cost a third of the programs there.
     **{
         f"multiscale_roi_align ({name}: gather": (spills, "A100, RTX, MI300: a product's bins stand in registers")
@@ -59,13 +55,6 @@ KNOWN_SPILLS = {
             "7x7, contiguous, bicubic) fp32": 8,
         }.items()
     },
-    "multiscale_roi_align (7x7, contiguous, bicubic) fp32: roi_align": (16, "Triton 3.6: 20 warps in place of 16"),
-    "multiscale_roi_align (7x7, contiguous, max) fp32: roi_align_max": (8, "Triton 3.8, RTX 50: stays at 80 registers"),
-    "multiscale_roi_align (7x7, contiguous, max, bicubic) fp32: roi_align_max": (
-        16,
-        "A100, Triton 3.8: 12 warps, not 8",
-    ),
-    "roi_pool (contiguous) fp32: roi_pool": (8, "A100: ptxas 12.9 has 40 warps on an SM in place of 32"),
 }
 
 Row = dict[str, str]  # the cells of a line by column

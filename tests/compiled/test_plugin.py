@@ -9,7 +9,6 @@ from ttsem.sanitize import KernelFault
 
 from tests.compiled import plugin
 from tmask_kernels.ops.nms.kernels.blocks import Launch, padded_nms_blocks
-from tmask_kernels.ops.nms.kernels.sort import sort_boxes
 from tmask_kernels.testing import random_boxes
 
 
@@ -89,8 +88,8 @@ def test_every_allowed_race_is_found_and_changes_nothing(device: torch.device, m
     results = []
     for order in ("", "reverse", "shuffle:0"):
         monkeypatch.setenv("TTSEM_GRID_ORDER", order)
-        segments = sort_boxes(boxes, scores, None, groups)
-        results.append(padded_nms_blocks(segments, torch.full((2,), 0.5, device=device), 150, Launch(64, 32, 4, 1)))
+        thresholds = torch.full((2,), 0.5, device=device)
+        results.append(padded_nms_blocks(boxes, scores, thresholds, None, groups, 150, Launch(64, 32, 4, 1)))
     assert plugin.raced == set(plugin.RACES)
     for indices, counts in results[1:]:
         assert torch.equal(indices, results[0][0])

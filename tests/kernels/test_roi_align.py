@@ -261,7 +261,7 @@ def test_the_backward_needs_a_bit_a_box_and_tile(levels: int) -> None:
     geometry = ([0.25 / 2**i for i in range(levels)], thresholds, 2, True, None)
     launch = mock.patch.object(type(kernels_backward._gather_kernel), "run", autospec=True)
     with launch as launches, allocated(out_grad, boxes) as sizes:
-        gradients = kernels_backward.multiscale_roi_align_backward._init_fn(
+        gradients = kernels_backward.multiscale_roi_align_backward.body(
             out_grad, boxes, None, 2, heights, widths, True, *geometry
         )
     assert launches.call_count == 2

@@ -16,6 +16,16 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def cdiv(a: int, b: int) -> int:
+    """Return a / b rounded up. Triton's function of this name takes longer on the host than all else of a launch."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """Return the least power of two that is no less than n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def encode_ints(numbers: Iterable[int]) -> tuple[int, ...]:
     """Encode each integer n of a tuple argument as 4 n + 3; the kernel undoes it with `decode_int`.
 

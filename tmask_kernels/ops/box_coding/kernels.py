@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...backend import no_second_derivative
 from ...common.kernels.boxes import load4, store4
-from ...common.launch import on_device
+from ...common.launch import cdiv, on_device
 from ...namespace import custom_op
 
 BLOCK = 128
@@ -259,7 +259,7 @@ def encode_boxes_fwd(boxes: Tensor, anchors: Tensor, weights: Sequence[float]) -
         return out
     anchors, strides = _anchor_strides(anchors, shape)
     with on_device(boxes):
-        _encode_boxes_kernel[(triton.cdiv(count, BLOCK),)](
+        _encode_boxes_kernel[(cdiv(count, BLOCK),)](
             out_ptr=out,
             boxes_ptr=boxes.expand(shape).contiguous(),
             anchors_ptr=anchors,
@@ -288,7 +288,7 @@ def decode_boxes_fwd(
         return out
     anchors, strides = _anchor_strides(anchors, shape)
     with on_device(deltas):
-        _decode_boxes_fwd_kernel[(triton.cdiv(count, BLOCK),)](
+        _decode_boxes_fwd_kernel[(cdiv(count, BLOCK),)](
             out_ptr=out,
             deltas_ptr=deltas.expand(shape).contiguous(),
             anchors_ptr=anchors,
@@ -320,7 +320,7 @@ def decode_boxes_bwd(
         return out.sum_to_size(deltas.shape)
     anchors, strides = _anchor_strides(anchors, shape)
     with on_device(deltas):
-        _decode_boxes_bwd_kernel[(triton.cdiv(count, BLOCK),)](
+        _decode_boxes_bwd_kernel[(cdiv(count, BLOCK),)](
             grad_deltas_ptr=out,
             grad_ptr=grad.contiguous(),
             deltas_ptr=deltas.expand(shape).contiguous(),

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common.kernels.boxes import is_finite
-from ...common.launch import on_device
+from ...common.launch import next_power_of_2, on_device
 from ...namespace import custom_op
 from .reference import KEYS, MAX_GRID, MAX_LOGIT
 
@@ -273,7 +273,7 @@ def decode_keypoints(heatmaps: Tensor, boxes: Tensor, valid: Tensor | None) -> t
     stride = heatmaps.stride(4 if W > 1 else 3)
     if H > 1 and W > 1 and heatmaps.stride(3) != W * stride:
         heatmaps, stride = heatmaps.contiguous(), 1
-    block_w = triton.next_power_of_2(W + 1)
+    block_w = next_power_of_2(W + 1)
     with on_device(xy):
         _decode_keypoints_kernel[(scores.numel(),)](
             xy_ptr=xy,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...backend import no_second_derivative
 from ...common.kernels.numbers import cross_entropy_with_logits, sigmoids
-from ...common.launch import on_device
+from ...common.launch import cdiv, on_device
 from ...namespace import custom_op
 
 BLOCK = 1024  # elements at a time: eight a thread of four warps, 16 bytes of bf16
@@ -173,7 +173,7 @@ def _arguments(inputs: Tensor, targets: Tensor, alpha: float, gamma: float) -> d
 
 
 def _grid(count: int) -> tuple[int]:
-    return (min(triton.cdiv(count, BLOCK), MAX_PROGRAMS),)
+    return (min(cdiv(count, BLOCK), MAX_PROGRAMS),)
 
 
 def _fills_its_memory(tensor: Tensor) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...backend import no_second_derivative
 from ...common.kernels.numbers import cross_entropy_with_logits, sigmoids
-from ...common.launch import on_device
+from ...common.launch import cdiv, next_power_of_2, on_device
 from ...namespace import custom_op
 
 MAX_BLOCK = 1024  # pixels of a program of the forward: the 784 of a 28 x 28 mask are one block
@@ -159,8 +159,8 @@ def mask_bce(logits: Tensor, classes: Tensor, targets: Tensor, valid: Tensor) ->
     if not logits.numel():
         return loss.zero_(), share.zero_()
     K, M = logits.shape[0], logits.shape[2]
-    block = min(MAX_BLOCK, triton.next_power_of_2(M * M))
-    partial = torch.empty(K * triton.cdiv(M * M, block), dtype=share.dtype, device=share.device)
+    block = min(MAX_BLOCK, next_power_of_2(M * M))
+    partial = torch.empty(K * cdiv(M * M, block), dtype=share.dtype, device=share.device)
     with on_device(logits):
         _mask_bce_fwd_kernel[(len(partial),)](
             partial_ptr=partial,
@@ -192,7 +192,7 @@ def mask_bce_backward(
     grad = _empty_gradient(logits)
     if not grad.numel():
         return grad
-    blocks = triton.cdiv(grad[0].numel(), BLOCK_GRAD)
+    blocks = cdiv(grad[0].numel(), BLOCK_GRAD)
     with on_device(logits):
         _mask_bce_bwd_kernel[(len(grad) * blocks,)](
             grad_ptr=grad,

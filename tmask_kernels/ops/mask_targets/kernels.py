@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...common.kernels.boxes import is_finite
 from ...common.kernels.roi_axis import axis, window
-from ...common.launch import on_device
+from ...common.launch import cdiv, next_power_of_2, on_device
 from ...namespace import custom_op
 from ...packed import WORD
 from .reference import UNIT
@@ -155,8 +155,8 @@ def mask_targets(
     N, G, H, B = packed.shape
     if packed.stride(3) != 1:
         packed = packed.contiguous()
-    block_q = min(triton.next_power_of_2(size), MAX_BLOCK_Q)
-    programs = N * boxes.shape[1] * size * triton.cdiv(size, block_q)
+    block_q = min(next_power_of_2(size), MAX_BLOCK_Q)
+    programs = N * boxes.shape[1] * size * cdiv(size, block_q)
     with on_device(out):
         _mask_targets_kernel[(programs,)](
             out_ptr=out,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...common.kernels.boxes import load4
 from ...common.kernels.numbers import lowest_bit
-from ...common.launch import on_device
+from ...common.launch import cdiv, on_device
 from ...namespace import custom_op
 from .reference import BACKGROUND, CROWD_COVER, IGNORED
 
@@ -212,7 +212,7 @@ def match_anchors_fwd(
         return matches, ious
     anchors, gt_boxes = anchors.contiguous(), gt_boxes.contiguous()
     block = pick_block()
-    grid = (N * triton.cdiv(A, block.anchors),)
+    grid = (N * cdiv(A, block.anchors),)
     valid = gt_valid.contiguous().view(torch.uint8)
     rule = {}  # what only the low-quality rule needs
     if allow_low_quality:

@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ....common.kernels.boxes import box_iou, load_boxes
-from ....common.launch import on_device
-from .sort import BOX, NO_BOX, SortedBoxes, store_kept
+from ....common.launch import cdiv, on_device
+from .sort import BOX, NO_BOX, sort_boxes, store_kept
 
 
 @dataclass(frozen=True)
@@ -201,13 +201,21 @@ def _step_kernel(
 
 
 def padded_nms_blocks(
-    segments: SortedBoxes, thresholds: Tensor, max_output: int, launch: Launch = LAUNCH
+    boxes: Tensor,
+    scores: Tensor,
+    thresholds: Tensor,
+    valid: Tensor | None,
+    groups: Tensor | None,
+    max_output: int,
+    launch: Launch = LAUNCH,
 ) -> tuple[Tensor, Tensor]:
-    """Indices [S, max_output] padded with -1, counts [S]; thresholds [S] float32. Clears `segments.state`."""
-    S, K = segments.order.shape
-    M, device = min(max_output, K), segments.order.device
-    indices = torch.full((S, max_output), -1, dtype=torch.int64, device=device)
-    counts, arrived = torch.zeros((2, S), dtype=torch.int64, device=device)
+    """Many programs a segment; arguments and results as `padded_nms_reference`."""
+    S, K = scores.shape
+    M, device = min(max_output, K), boxes.device
+    indices = torch.empty((S, max_output), dtype=torch.int64, device=device)
+    counters = torch.empty((2, S), dtype=torch.int64, device=device)
+    segments = sort_boxes(boxes, scores, valid, groups, indices, counters)
+    counts, arrived = counters
     kept = torch.empty((S, M, 4), dtype=torch.float32, device=device)
     bits = torch.empty((S, launch.step, launch.step // 32), dtype=torch.int32, device=device)
     grouped = segments.groups is not None
@@ -215,9 +223,9 @@ def padded_nms_blocks(
     kept_groups = torch.empty((S, M), dtype=torch.int64, device=device) if grouped else indices
     with on_device(kept):
         for start in range(0, K, launch.step):
-            chunks = triton.cdiv(min(launch.step, K - start), launch.tile)
-            most = chunks + triton.cdiv(min(start, M), launch.tile)  # tiles before a chunk
-            splits = min(triton.cdiv(launch.programs, S * chunks), most)
+            chunks = cdiv(min(launch.step, K - start), launch.tile)
+            most = chunks + cdiv(min(start, M), launch.tile)  # tiles before a chunk
+            splits = min(cdiv(launch.programs, S * chunks), most)
             _step_kernel[(S * chunks * splits,)](
                 indices_ptr=indices,
                 counts_ptr=counts,

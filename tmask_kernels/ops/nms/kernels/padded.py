@@ -23,7 +23,7 @@ from ....common.kernels.boxes import box_iou, load_boxes
 from ....common.launch import on_device
 from ....namespace import custom_op
 from .blocks import padded_nms_blocks
-from .sort import BOX, NO_BOX, SortedBoxes, sort_boxes, store_kept
+from .sort import BOX, NO_BOX, SortedBoxes, slot_arguments, sort_boxes, sort_segment, store_kept
 
 # A tile of 64 x 64 IoUs is 8 a thread in 16 warps; in 4 warps the coordinates spill. Not tuned on a GPU yet.
 BLOCK = 64
@@ -31,6 +31,8 @@ NUM_WARPS = 16
 SCAN = 1024  # states read at once
 # From so many segments on, one program each fills half of an H100's 132 SMs, and steps would only add launches.
 MANY = 64
+# Up to so many boxes a program sorts its segment itself: 64 tiles of 64 x 128 comparisons, and no launches before it.
+SHORT = 512
 
 
 @triton.jit(do_not_specialize=["K", "M", "width"])
@@ -39,15 +41,25 @@ def _padded_nms_kernel(
     counts_ptr,  # [S] int64
     kept_ptr,  # [S, M, 4] float32, scratch: the kept boxes by falling score
     kept_groups_ptr,  # [S, M] int64, scratch, only with groups
-    boxes_ptr,  # [S, K, 4] float32 by falling score
+    sorted_boxes_ptr,  # [S, K, 4] float32 by falling score; with SORTS these four are scratch
     order_ptr,  # [S, K] int64: position in the caller's tensors
     state_ptr,  # [S, K] int8
-    groups_ptr,  # [S, K] int64 by falling score, only with groups
+    sorted_groups_ptr,  # [S, K] int64 by falling score, only with groups
     thresholds_ptr,  # [S] float32
+    boxes_ptr,  # the caller's boxes and what belongs to them, as `sort_segment` reads them
+    scores_ptr,
+    valid_ptr,
+    groups_ptr,
+    box_strides,
+    score_strides,
+    valid_strides,
+    group_strides,
     K,
     M,
     width,
+    HAS_VALID: tl.constexpr,
     HAS_GROUPS: tl.constexpr,
+    SORTS: tl.constexpr,
     BLOCK: tl.constexpr,
     SCAN: tl.constexpr,
 ):
@@ -55,12 +67,18 @@ def _padded_nms_kernel(
     indices_ptr += segment * width
     kept_ptr += segment * M * 4
     kept_groups_ptr += segment * M
-    boxes_ptr += segment * K * 4
+    sorted_boxes_ptr += segment * K * 4
     order_ptr += segment * K
     state_ptr += segment * K
-    groups_ptr += segment * K
+    sorted_groups_ptr += segment * K
     threshold = tl.load(thresholds_ptr + segment)
     offs = tl.arange(0, BLOCK)
+    if SORTS:
+        sort_segment(
+            sorted_boxes_ptr, state_ptr, order_ptr, sorted_groups_ptr, boxes_ptr, scores_ptr, valid_ptr, groups_ptr,
+            box_strides, score_strides, valid_strides, group_strides, segment, K,
+            HAS_VALID, HAS_GROUPS, BLOCK, 2 * BLOCK,
+        )  # fmt: skip
 
     total = tl.program_id(0) * 0  # kept so far; a tensor from the start, since a loop carries it
     # Behind the last box there is nothing to do: of a class few boxes pass the score threshold.
@@ -77,9 +95,9 @@ def _padded_nms_kernel(
         rows = (start + offs).to(tl.int64)
         mask = rows < stop
         state = tl.load(state_ptr + rows, mask=mask, other=NO_BOX)
-        x1, y1, x2, y2 = load_boxes(boxes_ptr, rows, mask)
+        x1, y1, x2, y2 = load_boxes(sorted_boxes_ptr, rows, mask)
         if HAS_GROUPS:
-            group = tl.load(groups_ptr + rows, mask=mask, other=0)
+            group = tl.load(sorted_groups_ptr + rows, mask=mask, other=0)
 
         # The block against the kept list.
         hits = tl.zeros([BLOCK, BLOCK], dtype=tl.int32)  # reduced once, after the loop: a reduction is a barrier
@@ -136,41 +154,55 @@ def _padded_nms_kernel(
         first += BLOCK
 
 
-def padded_nms_segments(segments: SortedBoxes, thresholds: Tensor, max_output: int) -> tuple[Tensor, Tensor]:
-    """One program a segment: indices [S, max_output] padded with -1, counts [S]; thresholds [S] float32."""
-    S, K = segments.order.shape
-    M, device = min(max_output, K), segments.order.device
+def padded_nms_segments(
+    boxes: Tensor, scores: Tensor, thresholds: Tensor, valid: Tensor | None, groups: Tensor | None, max_output: int
+) -> tuple[Tensor, Tensor]:
+    """One program a segment; arguments and results as `padded_nms_reference`."""
+    S, K = scores.shape
+    M, device, grouped = min(max_output, K), boxes.device, groups is not None
     indices = torch.empty((S, max_output), dtype=torch.int64, device=device)
     counts = torch.empty((S,), dtype=torch.int64, device=device)
     kept = torch.empty((S, M, 4), dtype=torch.float32, device=device)
-    grouped = segments.groups is not None
     # Without groups their pointers are never read; any int64 tensor serves.
     kept_groups = torch.empty((S, M), dtype=torch.int64, device=device) if grouped else indices
+    if short := K <= SHORT:
+        segments = SortedBoxes(
+            order=torch.empty((S, K), dtype=torch.int64, device=device),
+            boxes=torch.empty((S, K, 4), dtype=torch.float32, device=device),
+            state=torch.empty((S, K), dtype=torch.int8, device=device),
+            groups=torch.empty((S, K), dtype=torch.int64, device=device) if grouped else None,
+        )
+    else:
+        segments = sort_boxes(boxes, scores, valid, groups, indices, counts)
     with on_device(kept):
         _padded_nms_kernel[(S,)](
             indices_ptr=indices,
             counts_ptr=counts,
             kept_ptr=kept,
             kept_groups_ptr=kept_groups,
-            boxes_ptr=segments.boxes,
+            sorted_boxes_ptr=segments.boxes,
             order_ptr=segments.order,
             state_ptr=segments.state,
-            groups_ptr=segments.groups if grouped else segments.order,
+            sorted_groups_ptr=segments.order if segments.groups is None else segments.groups,
             thresholds_ptr=thresholds,
             K=K,
             M=M,
             width=max_output,
-            HAS_GROUPS=grouped,
+            SORTS=short,
             BLOCK=BLOCK,
             SCAN=SCAN,
             num_warps=NUM_WARPS,
             # A fused multiply-add would round the union differently from the reference.
             enable_fp_fusion=False,
+            **slot_arguments(boxes, scores, valid, groups),
         )
     return indices, counts
 
 
-def strategy(S: int, K: int) -> Callable[[SortedBoxes, Tensor, int], tuple[Tensor, Tensor]]:
+Strategy = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int], tuple[Tensor, Tensor]]
+
+
+def strategy(S: int, K: int) -> Strategy:
     """The faster one of S segments of K boxes."""
     return padded_nms_segments if S >= MANY or K <= 2 * BLOCK else padded_nms_blocks
 
@@ -178,13 +210,13 @@ def strategy(S: int, K: int) -> Callable[[SortedBoxes, Tensor, int], tuple[Tenso
 def padded_nms_fwd(
     boxes: Tensor, scores: Tensor, thresholds: Tensor, valid: Tensor | None, groups: Tensor | None, max_output: int
 ) -> tuple[Tensor, Tensor]:
-    """Sort, gather and launch; arguments and results as `padded_nms_reference`."""
+    """Launch the strategy for the shape; arguments and results as `padded_nms_reference`."""
     S, K = scores.shape
     if S * min(max_output, K) == 0:
         device = boxes.device
         indices = torch.full((S, max_output), -1, dtype=torch.int64, device=device)
         return indices, torch.zeros(S, dtype=torch.int64, device=device)
-    return strategy(S, K)(sort_boxes(boxes, scores, valid, groups), thresholds.contiguous(), max_output)
+    return strategy(S, K)(boxes, scores, thresholds.contiguous(), valid, groups, max_output)
 
 
 @custom_op("padded_nms")

@@ -20,7 +20,7 @@ from torch import Tensor
 from ....common.kernels.boxes import load4, store4
 from ....common.kernels.numbers import decode_int
 from ....common.kernels.pyramid import of_level
-from ....common.launch import encode_ints, on_device
+from ....common.launch import cdiv, encode_ints, on_device
 from ....namespace import custom_op
 from ...box_coding.kernels import clipped, decode_delta
 from .select import PADDING, make_key, split_key
@@ -221,7 +221,7 @@ def _falling_keys(objectness: Sequence[Tensor], geometry: dict[str, tuple[int, .
     """The keys [N * L, K] of each level's K best logits, best first; padding behind those of a smaller level."""
     objectness = _one_dtype(objectness)
     rows = len(objectness) * objectness[0].shape[0]
-    blocks = triton.cdiv(max(x.shape[1:].numel() for x in objectness), BLOCK_KEYS)
+    blocks = cdiv(max(x.shape[1:].numel() for x in objectness), BLOCK_KEYS)
     keys = torch.empty((rows, blocks * BLOCK_KEYS), dtype=torch.int64, device=objectness[0].device)
     _rpn_keys_kernel[(rows * blocks,)](
         keys_ptr=keys,
@@ -261,7 +261,7 @@ def rpn_candidates_fwd(
         "lengths": encode_ints(x.shape[1:].numel() for x in objectness),
     }
     with on_device(boxes):
-        _rpn_candidates_kernel[(len(boxes) * triton.cdiv(K, BLOCK),)](
+        _rpn_candidates_kernel[(len(boxes) * cdiv(K, BLOCK),)](
             boxes_ptr=boxes,
             scores_ptr=scores,
             valid_ptr=valid.view(torch.uint8),
@@ -305,7 +305,7 @@ def class_candidates_fwd(
     if boxes.stride(3) != 1 or any(stride % 4 for stride in boxes.stride()[:3]):
         boxes = boxes.contiguous()
     with on_device(boxes):
-        _class_candidates_kernel[(N * Cls * triton.cdiv(P, BLOCK),)](
+        _class_candidates_kernel[(N * Cls * cdiv(P, BLOCK),)](
             out_boxes_ptr=out_boxes,
             out_scores_ptr=out_scores,
             out_valid_ptr=out_valid.view(torch.uint8),

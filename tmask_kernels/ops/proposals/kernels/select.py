@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....common.kernels.boxes import load4, store4
-from ....common.launch import on_device
+from ....common.launch import cdiv, on_device
 from ....namespace import custom_op
 
 BLOCK_KEYS = 512
@@ -121,7 +121,7 @@ def select_best_fwd(
         return out_boxes.zero_(), out_scores.zero_(), segments.zero_(), counts.zero_()
     keys = torch.empty((images, G * M), dtype=torch.int64, device=device)
     with on_device(boxes):
-        _kept_keys_kernel[(triton.cdiv(S * M, BLOCK_KEYS),)](
+        _kept_keys_kernel[(cdiv(S * M, BLOCK_KEYS),)](
             keys_ptr=keys,
             kept_ptr=kept,
             scores_ptr=scores,
@@ -134,7 +134,7 @@ def select_best_fwd(
             enable_fp_fusion=True,
         )
         keys = keys.topk(min(limit, G * M), dim=1).values
-        _take_kernel[(images * triton.cdiv(limit, BLOCK),)](
+        _take_kernel[(images * cdiv(limit, BLOCK),)](
             out_boxes_ptr=out_boxes,
             out_scores_ptr=out_scores,
             segments_ptr=segments,

@@ -24,7 +24,7 @@ from ....common.kernels.boxes import load_box
 from ....common.kernels.numbers import lowest_bit, weighted_sum
 from ....common.kernels.pyramid import of_level, strides_of_level
 from ....common.kernels.roi_axis import axis, tap_weight
-from ....common.launch import empty_map, is_channels_last, on_device
+from ....common.launch import cdiv, empty_map, is_channels_last, next_power_of_2, on_device
 from ....common.roi_geometry import RoIGeometry
 from ....namespace import custom_op
 from .touch import WORDS, bins_near, load_words, mark_tiles, tile_place, word_at
@@ -198,7 +198,7 @@ def pick_gather_tile(C: int, item_bytes: int, channels_last: bool) -> GatherTile
     product takes 2 warps: with 4 the compiler picks Hopper's own, which wants the bins transposed, 4 bytes a store.
     168 registers are those of 3 programs of 4 warps; half precision without channels_last needs more, or spills.
     """
-    block_c = max(16, min(triton.next_power_of_2(max(C, 1)), 256 // item_bytes))
+    block_c = max(16, min(next_power_of_2(max(C, 1)), 256 // item_bytes))
     if item_bytes == 2:
         num_warps, registers = 4, 168 if channels_last else 255
     else:
@@ -223,12 +223,12 @@ def _launch(
     channels_last = all(g.stride(1) == 1 for g in grads)
     tile = pick_gather_tile(C, out_grad.element_size(), channels_last)
     shared = mark_tiles(grads, boxes, valid, (PH, PW), (tile.height, tile.width), geometry)
-    block_pw = triton.next_power_of_2(PW)
+    block_pw = next_power_of_2(PW)
     spans = [_span(out_grad[:1])]  # farthest offset in a box, and in the cells and channels of a program
     spans += [_span(g[:1, : tile.block_c, : tile.height, : tile.width]) for g in grads]
     terms, weight_scale = WEIGHTS.get(out_grad.dtype, (1, 1.0))
     with on_device(out_grad):
-        _gather_kernel[(grads[0].shape[0] * shared["num_tiles"] * triton.cdiv(C, tile.block_c),)](
+        _gather_kernel[(grads[0].shape[0] * shared["num_tiles"] * cdiv(C, tile.block_c),)](
             grad_ptrs=tuple(grads),
             out_grad_ptr=out_grad,
             C=C,

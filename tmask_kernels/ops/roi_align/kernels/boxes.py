@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ....backend import no_second_derivative
 from ....common.kernels.roi_axis import axis, clamped, cubic_slope, cubic_tap, taps, window
-from ....common.launch import box_arguments, on_device, side_arguments
+from ....common.launch import box_arguments, cdiv, next_power_of_2, on_device, side_arguments
 from ....common.roi_geometry import RoIGeometry
 from ....namespace import custom_op
 from .samples import load_roi
@@ -222,9 +222,9 @@ def pick_slope_tile(C: int, PW: int, item_bytes: int, channels_last: bool, cubic
     are those of 5 programs on an SM, of 4 for wide loads of fp32; left alone, the assembler spills a few to have more.
     Triton 3.8 gives a thread 4 bins of one channel without channels_last, each with the bicubic weights of its own.
     """
-    block_pw = triton.next_power_of_2(PW)
+    block_pw = next_power_of_2(PW)
     elements = 1024 if channels_last else 512
-    block_c = max(16, min(triton.next_power_of_2(max(C, 1)), elements // block_pw, 256))
+    block_c = max(16, min(next_power_of_2(max(C, 1)), elements // block_pw, 256))
     num_warps = max(1, min(4, 4 * block_pw * block_c // elements))
     if channels_last:
         max_registers = 104 if item_bytes >= 4 else 96
@@ -246,7 +246,7 @@ def _launch(
         return boxes.new_zeros(K, 4)
     channels_last = all(f.stride(1) == 1 for f in features)
     tile = pick_slope_tile(C, PW, out_grad.element_size(), channels_last, geometry.cubic)
-    blocks = PH * triton.cdiv(C, tile.block_c)
+    blocks = PH * cdiv(C, tile.block_c)
     sums = torch.empty((K, blocks, 4), dtype=boxes.dtype, device=boxes.device)
     with on_device(out_grad):
         _box_gradient_kernel[(K * blocks,)](

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....common.kernels.roi_axis import clamped
-from ....common.launch import box_arguments, empty_pooled, on_device, side_arguments
+from ....common.launch import box_arguments, cdiv, empty_pooled, next_power_of_2, on_device, side_arguments
 from ....common.roi_geometry import RoIGeometry
 from ....namespace import custom_op
 from . import backward as kernels_backward
@@ -203,12 +203,12 @@ def pick_tile(C: int, size: tuple[int, int], item_bytes: int, channels_last: boo
     16 channels at most, as each has an address of its own.
     """
     PH, PW = size
-    block_c = triton.next_power_of_2(max(C, 1))
+    block_c = next_power_of_2(max(C, 1))
     if channels_last:
         group_c = min(block_c, 128 // item_bytes)
         return Tile(min(PH * PW, 8), max(min(block_c, 8 * channels) // group_c, 1), group_c, num_warps=2)
-    bins = triton.cdiv(PW, triton.cdiv(PW, 8)) if PW > 8 else PW * min(PH, 8 // PW)
-    return Tile(bins, min(block_c, channels, 16), 1, num_warps=1, max_registers=168)
+    bins = cdiv(PW, cdiv(PW, 8)) if PW > 8 else PW * min(PH, 8 // PW)
+    return Tile(bins, min(block_c, channels, 16), 1, num_warps=1, max_registers=168 if channels > 16 else 255)
 
 
 def blocks_of_each_program(tiles: int, blocks: int) -> int:
@@ -216,8 +216,8 @@ def blocks_of_each_program(tiles: int, blocks: int) -> int:
 
     Blocks of one program read shared cells from the L1. 2,112 programs are 16 for each multiprocessor of an H100.
     """
-    programs_a_box = triton.cdiv(blocks, max(1, tiles // 2112))
-    return triton.cdiv(blocks, programs_a_box)
+    programs_a_box = cdiv(blocks, max(1, tiles // 2112))
+    return cdiv(blocks, programs_a_box)
 
 
 def launch(
@@ -237,11 +237,11 @@ def launch(
     K, C, PH, PW = out.shape
     channels_last = all(f.stride(1) == 1 for f in features)
     tile = pick_tile(C, (PH, PW), out.element_size(), channels_last, channels)
-    blocks = triton.cdiv(PH * PW, tile.bins)
-    tiles = K * triton.cdiv(C, tile.groups * tile.group_c) * blocks
+    blocks = cdiv(PH * PW, tile.bins)
+    tiles = K * cdiv(C, tile.groups * tile.group_c) * blocks
     each = blocks_of_each_program(tiles, blocks)
     with on_device(out):
-        kernel[(tiles // blocks * triton.cdiv(blocks, each),)](
+        kernel[(tiles // blocks * cdiv(blocks, each),)](
             out_ptr=out,
             feature_ptrs=tuple(features),
             blocks_a_program=each,
@@ -251,7 +251,7 @@ def launch(
             PH=PH,
             PW=PW,
             BLOCK=tile.bins,
-            TILE_BINS=triton.next_power_of_2(tile.bins),
+            TILE_BINS=next_power_of_2(tile.bins),
             GROUPS=tile.groups,
             GROUP_C=tile.group_c,
             FEATURE_STRIDE_C_IS_1=channels_last,

@@ -23,7 +23,7 @@ from ....common.kernels.boxes import load_box
 from ....common.kernels.numbers import lowest_bit
 from ....common.kernels.pyramid import of_level, strides_of_level
 from ....common.kernels.roi_axis import axis, samples_a_row, tap_weight, window
-from ....common.launch import on_device
+from ....common.launch import cdiv, next_power_of_2, on_device
 from ....common.roi_geometry import RoIGeometry
 from ....namespace import custom_op
 from .backward import empty_gradients
@@ -151,7 +151,7 @@ def pick_gather_tile(C: int, channels_last: bool, cubic: float | None) -> Gather
     then 32 bytes or more. The registers are those of 16 and 14 programs on an SM; left alone, the assembler spills a
     few of bicubic weights to have two more.
     """
-    block_c = max(16, triton.next_power_of_2(max(C, 1)))
+    block_c = max(16, next_power_of_2(max(C, 1)))
     registers = 128 if cubic is None else 144
     if channels_last:
         return GatherTile(2, 2, min(block_c, 256), 1, registers)
@@ -172,7 +172,7 @@ def _launch(
     tile = pick_gather_tile(C, channels_last, geometry.cubic)
     shared = mark_tiles(grads, boxes, valid, (PH, PW), (tile.height, tile.width), geometry)
     with on_device(out_grad):
-        _max_gather_kernel[(grads[0].shape[0] * shared["num_tiles"] * triton.cdiv(C, tile.block_c),)](
+        _max_gather_kernel[(grads[0].shape[0] * shared["num_tiles"] * cdiv(C, tile.block_c),)](
             grad_ptrs=tuple(grads),
             out_grad_ptr=out_grad,
             index_ptr=index,

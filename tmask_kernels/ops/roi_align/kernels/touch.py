@@ -19,7 +19,7 @@ from torch import Tensor
 from ....common.kernels.boxes import is_finite, load_box
 from ....common.kernels.pyramid import level_index, of_level
 from ....common.kernels.roi_axis import axis, divide
-from ....common.launch import box_arguments, on_device, side_arguments
+from ....common.launch import box_arguments, cdiv, on_device, side_arguments
 from ....common.roi_geometry import RoIGeometry
 
 WORD = 32  # boxes a word of the mask
@@ -156,9 +156,9 @@ def mark_tiles(
     grads: one [N, C, H, W] a level, of which only the shapes count. Of no boxes the mask is empty, and not launched.
     """
     N = grads[0].shape[0]
-    tiles_across = [triton.cdiv(g.shape[3], tile_size[1]) for g in grads]
-    counts = [triton.cdiv(g.shape[2], tile_size[0]) * across for g, across in zip(grads, tiles_across, strict=True)]
-    num_tiles, num_words = sum(counts), triton.cdiv(boxes.shape[-2], WORD)
+    tiles_across = [cdiv(g.shape[3], tile_size[1]) for g in grads]
+    counts = [cdiv(g.shape[2], tile_size[0]) * across for g, across in zip(grads, tiles_across, strict=True)]
+    num_tiles, num_words = sum(counts), cdiv(boxes.shape[-2], WORD)
     touch = torch.empty((N, num_tiles, num_words), dtype=torch.int32, device=boxes.device)
     shared = {
         "touch_ptr": touch,
@@ -177,7 +177,7 @@ def mark_tiles(
     thresholds = shared.pop("thresholds")
     if touch.numel():
         with on_device(boxes):
-            _touch_kernel[(N * num_words * triton.cdiv(num_tiles, BLOCK_TILES),)](
+            _touch_kernel[(N * num_words * cdiv(num_tiles, BLOCK_TILES),)](
                 thresholds=thresholds,
                 BLOCK_T=BLOCK_TILES,
                 # A fused coord * scale - 0.5 would round differently from the forward, and an adaptive grid with it.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ....backend import no_second_derivative
 from ....common.kernels.numbers import lowest_bit
-from ....common.launch import box_arguments, empty_map, on_device
+from ....common.launch import box_arguments, cdiv, empty_map, next_power_of_2, on_device
 from ....namespace import custom_op
 from .cells import axis, load_cells
 
@@ -179,7 +179,7 @@ def pick_gather_tile(C: int, channels_last: bool) -> GatherTile:
     Without channels_last every element of a bin is a load of its own: fewer channels and more cells, whose rows are
     then 32 bytes or more.
     """
-    block_c = max(16, triton.next_power_of_2(max(C, 1)))
+    block_c = max(16, next_power_of_2(max(C, 1)))
     if channels_last:
         return GatherTile(2, 2, min(block_c, 256), num_warps=1)
     return GatherTile(4, 16, min(block_c, 16), num_warps=1)
@@ -189,9 +189,9 @@ def _launch(grad: Tensor, out_grad: Tensor, index: Tensor, boxes: Tensor, valid:
     """Fill `grad` [N, C, H, W] (uninitialised) from `out_grad` and `index` [K, C, PH, PW]."""
     N, C, H, W = grad.shape
     tile = pick_gather_tile(C, grad.stride(1) == 1)
-    tiles_across = triton.cdiv(W, tile.width)
-    num_tiles = triton.cdiv(H, tile.height) * tiles_across
-    num_words = triton.cdiv(boxes.shape[-2], WORD)
+    tiles_across = cdiv(W, tile.width)
+    num_tiles = cdiv(H, tile.height) * tiles_across
+    num_words = cdiv(boxes.shape[-2], WORD)
     touch = torch.empty((N, num_words, num_tiles), dtype=torch.int32, device=boxes.device)
     shared = {
         "touch_ptr": touch,
@@ -208,10 +208,10 @@ def _launch(grad: Tensor, out_grad: Tensor, index: Tensor, boxes: Tensor, valid:
     with on_device(out_grad):
         if touch.numel():
             # One axis: the others end at 65,535 blocks of tiles, a map of 2,896 x 2,896 cells.
-            _touch_kernel[(N * num_words * triton.cdiv(num_tiles, BLOCK_TILES),)](
+            _touch_kernel[(N * num_words * cdiv(num_tiles, BLOCK_TILES),)](
                 BLOCK_T=BLOCK_TILES, enable_fp_fusion=False, **shared
             )
-        _gather_kernel[(N * num_tiles * triton.cdiv(C, tile.block_c),)](
+        _gather_kernel[(N * num_tiles * cdiv(C, tile.block_c),)](
             grad_ptr=grad,
             out_grad_ptr=out_grad,
             index_ptr=index,

@@ -2,7 +2,8 @@
 
 One program: one box x one row of bins x a block of channels. It works on a tile [bins of the row, channels] and goes
 over the cells of the bins; their places are computed once a bin, not once a channel. Features are read where they lie,
-by their strides; with channels_last a thread loads 16 bytes of channels, and the output is channels_last too.
+by their strides; with channels_last a thread loads 16 bytes of channels, and the output is channels_last too. Without
+it neighbouring threads load neighbouring columns of a bin, which share a largest cell at the end.
 
 The backward is in `backward`. Both are deterministic. Letters as in `reference`.
 """
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....common.launch import box_arguments, empty_map, empty_pooled, is_channels_last, on_device
+from ....common.launch import box_arguments, cdiv, empty_map, empty_pooled, is_channels_last, next_power_of_2, on_device
 from ....namespace import custom_op
 from . import backward as kernels_backward
 from .cells import axis, bin_cells, load_cells
@@ -44,6 +45,7 @@ def _roi_pool_kernel(
     BLOCK_PW: tl.constexpr,
     BLOCK_C: tl.constexpr,
     UNDER_WAY: tl.constexpr,
+    COLUMNS: tl.constexpr,  # of a bin that are read at once: the rows of a tile for each bin
     PADDED: tl.constexpr,
     HAS_VALID: tl.constexpr,
     KEEP_INDEX: tl.constexpr,
@@ -51,14 +53,15 @@ def _roi_pool_kernel(
     OUT_STRIDE_C_IS_1: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    # Programs that read the same box and cells run next to one another.
-    num_blocks_c = tl.cdiv(C, BLOCK_C)
-    ph = tl.program_id(0) % PH
-    k = (tl.program_id(0) // PH // num_blocks_c).to(tl.int64)
-    offs_c = ((tl.program_id(0) // PH % num_blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    # Programs that read the same box and cells run next to one another, and a block of channels after the other: one of
+    # a large map stays in the L2.
+    programs_a_block = tl.num_programs(0) // tl.cdiv(C, BLOCK_C)
+    ph = tl.program_id(0) % programs_a_block % PH
+    k = (tl.program_id(0) % programs_a_block // PH).to(tl.int64)
+    offs_c = (tl.program_id(0) // programs_a_block * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     mask_c = offs_c < C
-    offs_pw = tl.arange(0, BLOCK_PW)
-    mask_pw = offs_pw < PW
+    rows = tl.arange(0, BLOCK_PW * COLUMNS)
+    pw, column = rows // COLUMNS, rows % COLUMNS
 
     x1, y1, x2, y2, image, usable = load_cells(
         boxes_ptr, valid_ptr, k, num_images, boxes_an_image, scale, PADDED, HAS_VALID
@@ -66,8 +69,8 @@ def _roi_pool_kernel(
     start_y, bin_h = axis(y1, y2, PH)
     start_x, bin_w = axis(x1, x2, PW)
     y, past_y = bin_cells(start_y, bin_h, ph.to(tl.float32), H.to(tl.float32))
-    first_x, past_x = bin_cells(start_x, bin_w, offs_pw.to(tl.float32), W.to(tl.float32))  # [BLOCK_PW]
-    past_x = tl.where(mask_pw, past_x, first_x)
+    first_x, past_x = bin_cells(start_x, bin_w, pw.to(tl.float32), W.to(tl.float32))  # [BLOCK_PW COLUMNS]
+    past_x = tl.where(pw < PW, past_x, first_x)
     past_x = tl.where(usable & (y < past_y), past_x, first_x)
     width = tl.max(past_x - first_x, 0)
 
@@ -76,15 +79,15 @@ def _roi_pool_kernel(
     out_channels = offs_c if OUT_STRIDE_C_IS_1 else offs_c * out_strides[1]
     base = feature_ptr + image * feature_strides[0]
 
-    best = tl.full((BLOCK_PW, BLOCK_C), float("-inf"), ACC)
-    index = tl.full((BLOCK_PW, BLOCK_C), -1, tl.int32)
+    best = tl.full((BLOCK_PW * COLUMNS, BLOCK_C), float("-inf"), ACC)
+    index = tl.full((BLOCK_PW * COLUMNS, BLOCK_C), -1, tl.int32)
     past_y = tl.where(width > 0, past_y, y)
     while y < past_y:
         row = base + y.to(tl.int64) * feature_strides[2]
         i = tl.full((), 0, tl.int32)
         while i < width:
             for j in tl.static_range(UNDER_WAY):
-                x = first_x + (i + j)
+                x = first_x + (i + j * COLUMNS) + column
                 mask = (x < past_x)[:, None] & mask_c[None, :]
                 place = (x.to(tl.int64) * feature_strides[3])[:, None] + channels[None, :]
                 value = tl.load(row + place, mask=mask, other=float("-inf")).to(ACC)
@@ -92,13 +95,21 @@ def _roi_pool_kernel(
                 best = tl.where(larger, value, best)
                 if KEEP_INDEX:
                     index = tl.where(larger, (y * W + x)[:, None], index)
-            i += UNDER_WAY
+            i += UNDER_WAY * COLUMNS
         y += 1
 
     best = tl.where((first_x < past_x)[:, None], best, 0.0)  # of an empty bin
+    if COLUMNS > 1:
+        best = tl.reshape(best, (BLOCK_PW, COLUMNS, BLOCK_C))
+        largest = tl.max(best, 1)
+        if KEEP_INDEX:  # the first of equals in row-major order has the least index
+            index = tl.reshape(index, (BLOCK_PW, COLUMNS, BLOCK_C))
+            index = tl.min(tl.where(best == largest[:, None, :], index, 2**31 - 1), 1)
+        best = largest
+    offs_pw = tl.arange(0, BLOCK_PW)
     place = k * out_strides[0] + ph.to(tl.int64) * out_strides[2]
     place += (offs_pw.to(tl.int64) * out_strides[3])[:, None] + out_channels[None, :]
-    mask = mask_pw[:, None] & mask_c[None, :]
+    mask = (offs_pw < PW)[:, None] & mask_c[None, :]
     tl.store(out_ptr + place, best.to(out_ptr.dtype.element_ty), mask=mask)
     if KEEP_INDEX:
         tl.store(index_ptr + place, index, mask=mask)
@@ -108,6 +119,7 @@ class Tile(NamedTuple):
     """Launch parameters: the tile of one program and its warps."""
 
     block_pw: int
+    columns: int
     block_c: int
     num_warps: int
 
@@ -115,12 +127,14 @@ class Tile(NamedTuple):
 def pick_tile(C: int, PW: int, channels_last: bool) -> Tile:
     """About 2,048 elements a program: 16 a thread of 4 warps, two 16-byte loads of bf16 channels for each cell.
 
-    Half as many without channels_last: every element then has an address of its own, in two registers.
+    Half as many without channels_last: every element then has an address of its own, in two registers. There 4 columns
+    of 8 bins are the threads of a warp.
     """
-    block_pw = triton.next_power_of_2(PW)
+    block_pw = next_power_of_2(PW)
     elements = 2048 if channels_last else 1024
-    block_c = max(16, min(triton.next_power_of_2(max(C, 1)), elements // block_pw, 256))
-    return Tile(block_pw, block_c, num_warps=max(1, min(4, 4 * block_pw * block_c // elements)))
+    columns = 1 if channels_last else 4
+    block_c = max(16, min(next_power_of_2(max(C, 1)), elements // block_pw // columns, 256))
+    return Tile(block_pw, columns, block_c, num_warps=max(1, min(4, 4 * block_pw * columns * block_c // elements)))
 
 
 def _launch(out: Tensor, index: Tensor, feature: Tensor, boxes: Tensor, valid: Tensor | None, scale: float) -> None:
@@ -134,7 +148,7 @@ def _launch(out: Tensor, index: Tensor, feature: Tensor, boxes: Tensor, valid: T
         return
     tile = pick_tile(C, PW, feature.stride(1) == 1)
     with on_device(out):
-        _roi_pool_kernel[(K * triton.cdiv(C, tile.block_c) * PH,)](
+        _roi_pool_kernel[(K * cdiv(C, tile.block_c) * PH,)](
             out_ptr=out,
             index_ptr=index if index.numel() else out,
             feature_ptr=feature,
@@ -149,6 +163,7 @@ def _launch(out: Tensor, index: Tensor, feature: Tensor, boxes: Tensor, valid: T
             BLOCK_PW=tile.block_pw,
             BLOCK_C=tile.block_c,
             UNDER_WAY=UNDER_WAY,
+            COLUMNS=tile.columns,
             KEEP_INDEX=index.numel() > 0,
             FEATURE_STRIDE_C_IS_1=feature.stride(1) == 1,
             OUT_STRIDE_C_IS_1=out.stride(1) == 1,
