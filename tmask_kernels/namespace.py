@@ -19,7 +19,7 @@ class CustomOp:
 
     Attributes:
         body: the function.
-        name: its name in the namespace, as ``tmask::nms``.
+        name: its name in the namespace, as ``tmask::padded_nms``.
     """
 
     def __init__(self, name: str, body: Callable[..., Any]) -> None:

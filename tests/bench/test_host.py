@@ -1,4 +1,4 @@
-"""The host's time of each op: every op has a row, and a broken stand-in for the driver is no time."""
+"""The host's time of each op: every op has a row."""
 
 import os
 import subprocess

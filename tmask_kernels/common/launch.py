@@ -17,7 +17,7 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def cdiv(a: int, b: int) -> int:
-    """Return a / b rounded up. Triton's function of this name takes longer on the host than all else of a launch."""
+    """Return a / b rounded up. Triton's function of this name looks for its own types first, which takes longer."""
     return -(-a // b)
 
 

@@ -173,7 +173,7 @@ def padded_nms_segments(
             groups=torch.empty((S, K), dtype=torch.int64, device=device) if grouped else None,
         )
     else:
-        segments = sort_boxes(boxes, scores, valid, groups, indices, counts)
+        segments = sort_boxes(boxes, scores, valid, groups)
     with on_device(kept):
         _padded_nms_kernel[(S,)](
             indices_ptr=indices,

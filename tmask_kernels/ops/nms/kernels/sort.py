@@ -146,7 +146,7 @@ def _sorted_kernel(
     state_ptr,  # [S, K] int8
     sorted_groups_ptr,  # [S, K] int64, only with groups
     indices_ptr,  # int64 [outputs], to be filled with -1
-    counters_ptr,  # int64 [2 S], to be filled with 0
+    counters_ptr,  # int64 [counters], to be filled with 0
     order_ptr,  # [S, K] int64
     boxes_ptr,  # [S, K, 4], and the rest [S, K], of any strides
     scores_ptr,
@@ -199,11 +199,16 @@ def slot_arguments(boxes: Tensor, scores: Tensor, valid: Tensor | None, groups: 
 
 
 def sort_boxes(
-    boxes: Tensor, scores: Tensor, valid: Tensor | None, groups: Tensor | None, indices: Tensor, counters: Tensor
+    boxes: Tensor,
+    scores: Tensor,
+    valid: Tensor | None,
+    groups: Tensor | None,
+    indices: Tensor | None = None,
+    counters: Tensor | None = None,
 ) -> SortedBoxes:
     """Sort boxes [S, K, 4] by scores [S, K], as `reference.sort_segments` does; S and K are not 0.
 
-    Also fill `indices` (int64) with -1 and `counters` (int64) with 0.
+    Also fill `indices` (int64) with -1 and `counters` (int64) with 0, if they are given.
     """
     S, K = scores.shape
     slots = slot_arguments(boxes, scores, valid, groups)
@@ -225,18 +230,20 @@ def sort_boxes(
             state=torch.empty((S, K), dtype=torch.int8, device=boxes.device),
             groups=None if groups is None else torch.empty((S, K), dtype=torch.int64, device=boxes.device),
         )
-        most = max(S * K, indices.numel(), counters.numel())
+        outputs = 0 if indices is None else indices.numel()
+        count = 0 if counters is None else counters.numel()
+        most = max(S * K, outputs, count)
         _sorted_kernel[(cdiv(most, BLOCK),)](
             sorted_boxes_ptr=out.boxes,
             state_ptr=out.state,
             sorted_groups_ptr=order if out.groups is None else out.groups,
-            indices_ptr=indices,
-            counters_ptr=counters,
+            indices_ptr=order if indices is None else indices,
+            counters_ptr=order if counters is None else counters,
             order_ptr=order,
             K=K,
             slots=S * K,
-            outputs=indices.numel(),
-            counters=counters.numel(),
+            outputs=outputs,
+            counters=count,
             BLOCK=BLOCK,
             enable_fp_fusion=True,
             **slots,

@@ -1,10 +1,10 @@
 """Gradient of RoIAlign to the boxes: the slopes of its samples, times how far each moves with the box's corners.
 
-One program: one box x one row of bins x a block of channels, as in the forward, whose samples it visits again. A sample
-at ``start + t * size`` moves by 1 - t with the box's start and by t with its end. So its slopes along y and x, each
-times the gradient of the output and summed over the channels of a thread, go into four sums, weighted by 1 - t and by
-t. A program writes them as four numbers, which are added up afterwards in a fixed order: no atomics, the same bits from
-run to run. Letters as in `reference`.
+One program: one box x one row of bins x a block of channels. It visits the samples of the forward again. A sample at
+``start + t * size`` moves by 1 - t with the box's start and by t with its end. So its slopes along y and x, each times
+the gradient of the output and summed over the channels of a thread, go into four sums, weighted by 1 - t and by t. A
+program writes them as four numbers, which are added up afterwards in a fixed order: no atomics, the same bits from run
+to run. Letters as in `reference`.
 """
 
 from __future__ import annotations

@@ -134,10 +134,11 @@ def _roi_align_kernel(
     HAS_VALID: tl.constexpr,
     FEATURE_STRIDE_C_IS_1: tl.constexpr,
     OUT_STRIDE_C_IS_1: tl.constexpr,
-    ROWS: tl.constexpr,  # of a tile for each bin: 1, or 4 for the taps along x of neighbouring samples
     PAIRS: tl.constexpr,  # bfloat16 is read two at a time; every offset in a map is even
     ACC: tl.constexpr,
 ):
+    # Of a tile for each bin: 1, or 4 for the taps along x of neighbouring samples.
+    rows: tl.constexpr = 1 if FEATURE_STRIDE_C_IS_1 else 4
     block, past, k, first_c = blocks_of_program(blocks_a_program, C, BLOCK, GROUPS * GROUP_C, PH * PW)
     corners, usable, scale, base, size, strides = load_roi(
         boxes_ptr,
@@ -163,21 +164,23 @@ def _roi_align_kernel(
     out_c, out_channels = channel_offsets(out_strides[1], GROUPS, GROUP_C, OUT_STRIDE_C_IS_1)
 
     while block < past:
-        ph, pw, mask = bins_of_block(block, PH, PW, BLOCK, TILE_BINS, ROWS)
+        ph, pw, mask = bins_of_block(block, PH, PW, BLOCK, TILE_BINS, rows)
         y = samples_along(y1, y2, scale, usable, ph.to(ACC), mask, PH, size[0], ALIGNED, SAMPLING_RATIO)
         x = samples_along(x1, x2, scale, usable, pw.to(ACC), mask, PW, size[1], ALIGNED, SAMPLING_RATIO)
-        tile = tl.zeros((TILE_BINS * ROWS, GROUPS, GROUP_C), ACC)
+        tile = tl.zeros((TILE_BINS * rows, GROUPS, GROUP_C), ACC)
         read = mask[:, None, None] & mask_c
-        if ROWS > 1:
+        _, _, grid_y, _, _, inside_y = y
+        _, _, grid_x, _, _, inside_x = x
+        if rows > 1:
             taps_x: tl.constexpr = 2 if CUBIC is None else 4
-            tile = _add_taps(tile, base, channels, y, x, size, strides, read, ROWS // taps_x, taps_x, CUBIC)
-            tile = tl.sum(tl.reshape(tile, (TILE_BINS, ROWS, GROUPS, GROUP_C)), 1)
+            tile = _add_taps(tile, base, channels, y, x, size, strides, read, rows // taps_x, taps_x, CUBIC)
+            tile = tl.sum(tl.reshape(tile, (TILE_BINS, rows, GROUPS, GROUP_C)), 1)
             ph, pw, mask = bins_of_block(block, PH, PW, BLOCK, TILE_BINS, 1)
-        elif y[5] & x[5] & (C - first_c >= GROUPS * GROUP_C):
+        elif inside_y & inside_x & (C - first_c >= GROUPS * GROUP_C):
             tile = _add_samples(tile, base, channels, y, x, size, strides, None, CUBIC, PAIRS)
         else:
             tile = _add_samples(tile, base, channels, y, x, size, strides, read, CUBIC, PAIRS)
-        share = 1.0 / tl.maximum(tl.where(usable, y[2] * x[2], 1.0), 1.0)
+        share = 1.0 / tl.maximum(tl.where(usable, grid_y * grid_x, 1.0), 1.0)
         place = ph.to(tl.int64) * out_strides[2] + pw.to(tl.int64) * out_strides[3]
         value = (tile * share).to(out_ptr.dtype.element_ty)
         write = mask[:, None, None] & (out_c < C - first_c)
@@ -295,9 +298,8 @@ def multiscale_roi_align(
     out = empty_pooled(features, boxes, pooled_height, pooled_width)
     if out.numel() and any(f.numel() for f in features):
         geometry = RoIGeometry.unflatten(scales, thresholds, sampling_ratio, aligned, cubic)
-        rows = 1 if all(f.stride(1) == 1 for f in features) else 4
         channels = 32 if cubic is None else 16
-        launch(_roi_align_kernel, out, features, boxes, valid, geometry, channels, ROWS=rows)
+        launch(_roi_align_kernel, out, features, boxes, valid, geometry, channels)
         return out
     return out.zero_()
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....common.kernels.roi_axis import clamped, samples_a_row, taps
+from ....common.kernels.roi_axis import clamped, samples_a_row
 from ....common.launch import empty_pooled
 from ....common.roi_geometry import RoIGeometry
 from ....namespace import custom_op
@@ -27,8 +27,8 @@ from .samples import (
     bins_of_block,
     blocks_of_program,
     channel_offsets,
+    load_corners,
     load_roi,
-    load_values,
     place_to_read,
     samples_along,
 )
@@ -47,14 +47,7 @@ def _bilinear(base, channels, y, x, size, strides, mask, ACC: tl.constexpr, PAIR
 
     In the form a + t (b - a) samples of equal cells are equal to the last bit, and the first of them is kept.
     """
-    y_low, y_high, ly = taps(y, size[0])
-    x_low, x_high, lx = taps(x, size[1])
-    row_low, row_high = base + y_low * strides[0], base + y_high * strides[0]
-    left, right = x_low * strides[1], x_high * strides[1]
-    v00 = load_values((row_low + left)[:, None, None] + channels, mask, ACC, PAIRS)
-    v01 = load_values((row_low + right)[:, None, None] + channels, mask, ACC, PAIRS)
-    v10 = load_values((row_high + left)[:, None, None] + channels, mask, ACC, PAIRS)
-    v11 = load_values((row_high + right)[:, None, None] + channels, mask, ACC, PAIRS)
+    v00, v01, v10, v11, ly, lx = load_corners(base, channels, y, x, size, strides, mask, ACC, PAIRS)
     top = tl.fma(lx[:, None, None], v01 - v00, v00)
     return tl.fma(ly[:, None, None], tl.fma(lx[:, None, None], v11 - v10, v10) - top, top)
 

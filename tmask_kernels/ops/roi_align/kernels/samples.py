@@ -148,9 +148,11 @@ def load_values(ptrs, mask, ACC: tl.constexpr, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def add_bilinear(tile, base, channels, y, x, size, strides, mask, PAIRS: tl.constexpr):
-    """Add to `tile` [B, G, L] a bilinear sample of each bin, at clamped y and x [B]."""
-    ACC: tl.constexpr = tile.dtype
+def load_corners(base, channels, y, x, size, strides, mask, ACC: tl.constexpr, PAIRS: tl.constexpr):
+    """Load the cells around a sample of each bin, at clamped y and x [B]: two above, two below, [B, G, L] each.
+
+    Also return the weights of the lower row and of the right column, [B] each.
+    """
     y_low, y_high, ly = taps(y, size[0])
     x_low, x_high, lx = taps(x, size[1])
     row_low, row_high = base + y_low * strides[0], base + y_high * strides[0]
@@ -159,6 +161,13 @@ def add_bilinear(tile, base, channels, y, x, size, strides, mask, PAIRS: tl.cons
     v01 = load_values((row_low + right)[:, None, None] + channels, mask, ACC, PAIRS)
     v10 = load_values((row_high + left)[:, None, None] + channels, mask, ACC, PAIRS)
     v11 = load_values((row_high + right)[:, None, None] + channels, mask, ACC, PAIRS)
+    return v00, v01, v10, v11, ly, lx
+
+
+@triton.jit
+def add_bilinear(tile, base, channels, y, x, size, strides, mask, PAIRS: tl.constexpr):
+    """Add to `tile` [B, G, L] a bilinear sample of each bin, at clamped y and x [B]."""
+    v00, v01, v10, v11, ly, lx = load_corners(base, channels, y, x, size, strides, mask, tile.dtype, PAIRS)
     # Fusion is off for the sake of the coordinates; a sum may take it.
     tile = tl.fma(((1.0 - ly) * (1.0 - lx))[:, None, None], v00, tile)
     tile = tl.fma(((1.0 - ly) * lx)[:, None, None], v01, tile)
