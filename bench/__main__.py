@@ -15,7 +15,14 @@ from bench.process import HANG_SECONDS
 from bench.report import COMMIT, LOCAL, PARTS, RESULTS, Report, describe_machine, draw, files_of, publish, shown
 
 INTERRUPTED = 130
-PEERS = ("torchvision", "torchvision-compile", "compile", "detectron2", "mmcv")  # their failure is not ours
+PEERS = (
+    "torchvision",
+    "torchvision-compile",
+    "compile",
+    "detectron2",
+    "mmcv",
+    "pycocotools",
+)  # their failure is not ours
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

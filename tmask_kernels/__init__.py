@@ -13,6 +13,7 @@ from .ops.decode_keypoints.op import decode_keypoints
 from .ops.focal_loss.op import sigmoid_focal_loss, softmax_focal_loss
 from .ops.mask_bce.op import mask_bce
 from .ops.mask_targets.op import mask_targets
+from .ops.masks_to_rle.op import masks_to_rle
 from .ops.match_anchors.op import match_anchors
 from .ops.nms.op import batched_nms, nms, padded_nms
 from .ops.paste_masks.op import paste_masks, paste_masks_batched
@@ -38,6 +39,7 @@ __all__ = [
     "make_anchors",
     "mask_bce",
     "mask_targets",
+    "masks_to_rle",
     "match_anchors",
     "multiscale_roi_align",
     "nms",

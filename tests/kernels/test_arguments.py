@@ -202,6 +202,11 @@ OPS: dict[str, dict[str, Arg]] = {
         "image_sizes": Arg("pairs", [(20, 30), (9, 9)], more={"one": [(20, 30)]}),
         "output": Arg("choice", "rle"),
     },
+    "masks_to_rle": {
+        "masks": Arg("floats or bools", ones(2, 3, 4), ("wide",), {"no row": ones(2, 0, 4)}),
+        "threshold": Arg("number", 0.5, ("zero", "negative", "large")),
+        "output": Arg("choice", "rle"),
+    },
     "decode_keypoints": {
         "heatmaps": Arg("floats", ones(1, 2, 3, 4, 4), ("wide",), more={"no row": ones(1, 2, 3, 0, 4)}),
         "boxes": Arg("floats", boxes(1, 2), more={"unlike": boxes(1, 3)}),
@@ -545,7 +550,7 @@ def test_another_form_gives_the_same(case):
 def test_meta_tensors_give_shapes(name):
     """Or a ValueError, where the shape depends on values."""
     meta = {k: pytree.tree_map_only(Tensor, lambda t: t.to("meta"), arg.value) for k, arg in OPS[name].items()}
-    if name in ("nms", "batched_nms", "soft_nms", "paste_masks_batched"):
+    if name in ("nms", "batched_nms", "soft_nms", "paste_masks_batched", "masks_to_rle"):
         argument = "boxes" if "nms" in name else "masks"
         with pytest.raises(ValueError, match=f"{name}: {argument}: expected a tensor with values, got one on the dev"):
             call(name, **meta)

@@ -52,7 +52,7 @@ SPECS += [
     dataclasses.replace(BY_NAME[name], name=call.__name__, call=call) for name, calls in MORE.items() for call in calls
 ]
 NMS = ("nms", "batched_nms", "padded_nms", "rpn_proposals", "detections")
-RUN_LENGTHS = ("paste_masks (rle)", "paste_masks_batched (rle)")
+RUN_LENGTHS = ("paste_masks (rle)", "paste_masks_batched (rle)", "masks_to_rle (logits)", "masks_to_rle (bool)")
 # Cases that take the first image, and that name the sizes of three.
 OF_SOME_IMAGES = ("nms", "batched_nms", "paste_masks_batched (bool)", "paste_masks_batched (rle)")
 SLOW = ("roi_", "(rle)", "(packed)")
@@ -211,7 +211,7 @@ def test_custom_ops_are_sound(spec, backend, device):
 def test_nothing_waits(spec, backend, device):
     """But a result whose length depends on values waits once for that length."""
     if spec.name in RUN_LENGTHS:
-        pytest.skip("test_paste_masks_triton counts their waits")
+        pytest.skip("test_paste_masks_triton and test_masks_to_rle count their waits")
     if (spec.name, backend) == ("decode_keypoints", "reference"):
         pytest.skip("reads the sizes of the boxes")
     given = leaves(spec, spec.make(), device)

@@ -15,15 +15,16 @@ from tests.kernels.tools import HALVES, INF, NAN, assert_same, each_mutant, odd_
 from tests.model.sync import count_blocking
 from tests.mutation import mutant
 from tmask_kernels import paste_masks, paste_masks_batched
+from tmask_kernels.common import rle
+from tmask_kernels.common.rle import strings
 from tmask_kernels.ops.paste_masks import op as paste_op
 from tmask_kernels.ops.paste_masks.kernels import dense as kernels
 from tmask_kernels.ops.paste_masks.kernels import geometry
 from tmask_kernels.ops.paste_masks.kernels import runs as kernels_runs
-from tmask_kernels.ops.paste_masks.rle import strings
 from tmask_kernels.testing import guarded, poisoned_empty
 
 CONVENTIONS = ["detectron2", "torchvision"]
-OUTPUTS = ["probability", "bool", "packed", "rle"]
+OUTPUTS = ["probability", "bool", "packed", "rle"]  # run_lengths is rle, read later
 SIZE = (9, 37)  # 333 elements: no mask but the first begins at a multiple of 16
 
 
@@ -147,14 +148,45 @@ def test_positions_beyond_32_bits(device):
     assert [one["counts"] for one in got] == strings(counts, np.array([7])) * 6
 
 
-def test_memory_follows_columns_and_changes(device):
-    """16 bytes a column and 4 a run."""
+def test_memory_follows_columns(device):
+    """12 bytes a part of a column, and room for two runs a column and the mask's end."""
     masks, boxes = ordinary(device)
     with allocated(masks, boxes) as sizes:
-        _, per_mask = kernels_runs.paste_runs(masks[None], boxes[None], [len(masks)], [SIZE], 0.5, "detectron2")
-    least = 16 * len(masks) * SIZE[1] + 4 * int(per_mask.sum()) + 12  # 12: the image's size and count
-    copies = 16 * len(masks) + 4 * int(per_mask.sum()) + 12  # what goes to the host and comes from it, at most
+        kernels_runs.paste_runs(masks[None], boxes[None], [len(masks)], [SIZE], 0.5, "detectron2")
+    room = 4 * len(masks) * (2 * SIZE[1] + 1)
+    least = 12 * kernels_runs.PARTS * len(masks) * SIZE[1] + room + 12  # 12: its size and count
+    copies = 8 * len(masks) + room + 12  # what goes to the host and comes from it, at most
     assert sum(sizes) == least if device.type == "cpu" else least <= sum(sizes) <= least + copies
+
+
+@pytest.mark.parametrize("chosen", [[1], [10], [1, 10]], ids=str)
+def test_run_lengths_read_later(device, backend, chosen):
+    """The caller's tensors may change before. Pattern 10, a chessboard, has more runs than there is room for."""
+    masks, boxes = (
+        patterns()[chosen].float().to(device),
+        torch.tensor([0.0, 0, 6, 6], device=device).repeat(len(chosen), 1),
+    )
+    expected = paste_masks(masks, boxes, (6, 6), output="rle", backend="reference")
+    with poisoned_empty():
+        got = paste_masks(masks, boxes, (6, 6), output="run_lengths", backend=backend)
+        masks.zero_()
+        boxes.zero_()
+        assert len(got) == len(chosen)
+        assert got.to_coco() == expected
+    assert got.to_coco() == expected, "read twice"
+
+
+def test_run_lengths_are_read_after_the_copy(device):
+    """Rehearses a GPU: the copies hold nothing of use until the wait is over."""
+    masks, boxes = ordinary(device)
+    expected = paste_masks(masks, boxes, SIZE, output="rle", backend="triton")
+
+    def copy(*tensors: Tensor) -> tuple[list[Tensor], Any]:
+        copies = [torch.full_like(t, -1, device="cpu") for t in tensors]
+        return copies, lambda: [c.copy_(t) for c, t in zip(copies, tensors, strict=True)]
+
+    with mock.patch.object(rle, "_copy_to_host", copy):
+        assert paste_masks(masks, boxes, SIZE, output="run_lengths", backend="triton").to_coco() == expected
 
 
 def batch(device: torch.device) -> tuple[Tensor, Tensor, list[int], list[tuple[int, int]]]:
@@ -189,16 +221,20 @@ def test_a_batch_of_run_lengths_takes_the_launches_and_waits_of_an_image(device)
     masks, boxes, counts, sizes = batch(device)
     counted, found = torch.tensor(counts, device=device), []
     for n in (1, 5):
-        kernel = kernels_runs._runs_kernel
-        with count_blocking() as waits, mock.patch.object(kernels_runs, "_runs_kernel") as launches:
+        kernel, batched = kernels_runs._runs_kernel, (masks[:n], boxes[:n], counts[:n], sizes[:n])
+        with mock.patch.object(kernels_runs, "_runs_kernel") as launches:
             launches.__getitem__.side_effect = kernel.__getitem__
-            paste_masks_batched(masks[:n], boxes[:n], counts[:n], sizes[:n], output="rle", backend="triton")
+            with count_blocking() as waits:
+                results = paste_masks_batched(*batched, output="run_lengths", backend="triton")
+            assert not waits
+            with count_blocking() as waits:
+                got = [one.to_coco() for one in results]
         assert launches.__getitem__.call_count == 2
+        assert got == one_by_one(*batched, "rle", "detectron2")
         found.append(waits)
     again = paste_masks_batched(masks[:1], boxes[:1], counted[:1], sizes[:1], output="rle", backend="triton")
     assert again == one_by_one(masks[:1], boxes[:1], counts[:1], sizes[:1], "rle", "detectron2")
     assert found[0] == found[1]
-    assert found[0]["Tensor.cpu"] == 2
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
@@ -233,13 +269,17 @@ def parity(op: ModuleType, device: torch.device, output: str) -> None:
         images = batch(device)
         got = op.paste_masks_batched(*images, output="rle", backend="triton")
         assert_same(got, one_by_one(*images, "rle", "detectron2"))
+        dense, box = patterns()[[10]].float().to(device), torch.tensor([[0.0, 0, 6, 6]], device=device)
+        with poisoned_empty():
+            got = op.paste_masks(dense, box, (6, 6), output="rle", backend="triton")
+        assert_same(got, paste_masks(dense.cpu(), box.cpu(), (6, 6), output="rle"))
 
 
 DENSE, RUNS = kernels, kernels_runs
 # The module to break, the texts, and the output that shows it.
 MUTANTS = {
     "corner for centre": (geometry, "+ 0.5 - start", "- start", "bool"),
-    "shift": (geometry, "1.5 if TORCHVISION else 0.5", "0.5", "bool"),
+    "shift": (geometry, "1.5 if TORCHVISION else 0.5\n    at =", "0.5\n    at =", "bool"),
     "floor for truncate": (geometry, "tl.where(x < 0, tl.ceil(x), tl.floor(x))", "tl.floor(x)", "bool"),
     "growth": (geometry, "* ((SIDE + 2) / SIDE)", "* 1.0", "bool"),
     "last pixel": (geometry, "past = last + 1.0", "past = last", "bool"),
@@ -257,12 +297,21 @@ MUTANTS = {
     "first row of the box": (DENSE, "tl.maximum(first_y, top)", "tl.maximum(first_y, top + 1)", "probability"),
     "bits": (DENSE, "<< tl.arange(0, BLOCK_X) % 32", "<< 31 - tl.arange(0, BLOCK_X) % 32", "packed"),
     "words of another block": (DENSE, "word = block_x // 32 +", "word = first_x // 32 +", "packed"),
-    "column goes on": (RUNS, "taps(x - 1, x_start", "taps(x - 2, x_start", "rle"),
+    "column goes on": (RUNS, "first_y == 0, x - 1, x)", "first_y == 0, x - 2, x)", "rle"),
     "no column after the box": (RUNS, "first_x <= right", "first_x < right - 40", "rle"),
     "no row after the box": (RUNS, "tl.minimum(bottom + 1, H)", "tl.minimum(bottom - 2, H)", "rle"),
     "stale rows": (RUNS, "if cell != held:", "if cell > held + 1:", "rle"),
+    "sure by the upper row": (geometry, "tl.minimum(upper, lower) - margin", "upper - margin", "rle"),
+    "sure of a rise": (geometry, "tl.maximum(upper, lower) + margin", "upper + margin", "rle"),
+    "sure if one column is": (geometry, "tl.min((inside | outside)", "tl.max((inside | outside)", "rle"),
+    "skips a cell": (RUNS, "tl.where(far_cell == cell, tl.maximum(y, far), y)", "tl.maximum(y, far + 2)", "rle"),
+    "guess unchecked": (RUNS, "tl.where(far_cell == cell, tl.maximum(y, far), y)", "tl.maximum(y, past - 1)", "rle"),
+    "the row before a part": (RUNS, "tl.where(first_y == 0, H, first_y) - 1", "H - 1", "rle"),
+    "a row of no part": (RUNS, "top + (part + 1) * part_rows)", "top + (part + 1) * part_rows - 1)", "rle"),
+    "an end in each part": (RUNS, "tl.where(part == PARTS - 1, W - 1, -1)", "W - 1", "rle"),
     "no end": (RUNS, "x * H + H, mask=ends", "x * H + H - 1, mask=ends", "rle"),
-    "no first run": (RUNS, "counts[first] = end[first]", "", "rle"),
+    "beyond the room": (RUNS, "mask=changes & (slot < room)", "mask=changes", "rle"),
+    "no first run": (rle, "counts[first] = end[first]", "", "rle"),
     "rows of an image": (RUNS, "k = n * rows + d", "k = slot_k", "rle"),
     "masks beyond the count": (RUNS, "x < tl.where(exists, W, 0)", "x < W", "rle"),
     "columns beyond the image": (RUNS, "tl.where(exists, W, 0)", "tl.where(exists, columns, 0)", "rle"),

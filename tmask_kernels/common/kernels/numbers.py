@@ -26,6 +26,14 @@ def lowest_bit(bits):
 
 
 @triton.jit
+def count_bits(bits):
+    """Return how many bits of each uint32 are set, as uint32."""
+    bits -= bits >> 1 & 0x55555555
+    bits = (bits & 0x33333333) + (bits >> 2 & 0x33333333)
+    return (bits + (bits >> 4) & 0x0F0F0F0F) * 0x01010101 >> 24
+
+
+@triton.jit
 def weighted_sum(weights, values, total, TERMS: tl.constexpr, PRECISION: tl.constexpr):
     """Add weights [M, K] of the dtype of `total` times values [K, N] to `total` [M, N].
 

@@ -31,7 +31,7 @@ def _paste_batch_inputs() -> Inputs:
 def _paste_batch(output: str) -> Callable[[Inputs, str], Any]:
     def call(x: Inputs, backend: str) -> Any:
         sizes = [(13, 41), (20, 9), (11, 33)]
-        found = paste_masks_batched(x["masks"], x["boxes"], [2, 0, 3], sizes, output=output, backend=backend)
+        found: Any = paste_masks_batched(x["masks"], x["boxes"], [2, 0, 3], sizes, output=output, backend=backend)
         return [one for image in found for one in image]
 
     return call

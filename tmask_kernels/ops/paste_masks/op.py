@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
@@ -24,8 +23,11 @@ from ...common.checks import (
 )
 from ...namespace import custom_op
 from ...packed import WORD
+from ...run_lengths import RunLengths
 from .reference import paste_masks_reference
 
+Pasted = Tensor | RunLengths | list[dict[str, Any]]
+RUN_OUTPUTS = ("rle", "run_lengths")
 MAX_PIXELS = 2**30  # of an image in the kernels, which count its pixels in int32
 
 
@@ -65,10 +67,24 @@ def paste_masks(
     *,
     logits: bool = ...,
     threshold: float = ...,
+    output: Literal["run_lengths"],
+    convention: str = ...,
+    backend: str | None = ...,
+) -> RunLengths: ...
+
+
+@overload
+def paste_masks(
+    masks: Tensor,
+    boxes: Tensor,
+    image_size: tuple[int, int],
+    *,
+    logits: bool = ...,
+    threshold: float = ...,
     output: str,
     convention: str = ...,
     backend: str | None = ...,
-) -> Tensor | list[dict[str, Any]]: ...
+) -> Pasted: ...
 
 
 def paste_masks(
@@ -81,7 +97,7 @@ def paste_masks(
     output: str = "bool",
     convention: str = "detectron2",
     backend: str | None = None,
-) -> Tensor | list[dict[str, Any]]:
+) -> Pasted:
     """Resample each M x M mask to the pixels of the image inside its box. Not differentiable.
 
     The convention ``"detectron2"`` samples at pixel centres, counts cells beyond the mask as 0, and is inside where
@@ -97,7 +113,7 @@ def paste_masks(
         image_size: (H, W).
         logits: whether `masks` are logits. The sigmoid is applied before interpolation.
         threshold: in (0, 1].
-        output: probability, bool, packed or rle.
+        output: probability, bool, packed, rle or run_lengths.
         convention: detectron2 or torchvision.
         backend: triton or reference.
 
@@ -105,7 +121,8 @@ def paste_masks(
         ``"probability"``: [K, H, W] float32 (float64 for float64 masks), 0 outside the box. ``"bool"``: [K, H, W].
         ``"packed"``: [K, H, ceil(W / 32)] int32, as `pack_masks` of the bools. ``"rle"``: K dicts ``{"size": [H, W],
         "counts": str}``, COCO's compressed run lengths of the bools, as `pycocotools.mask.encode` writes them; it waits
-        for the device (twice with Triton) and does not trace. The other outputs never wait.
+        for the device. ``"run_lengths"``: a `RunLengths` whose `to_coco` returns these dicts; with Triton, the device
+        computes it while the host goes on. These two do not trace. The other outputs never wait.
 
     Raises:
         ValueError: a shape, dtype, name or threshold is wrong.
@@ -115,17 +132,12 @@ def paste_masks(
     image_size = height, width = check_size("paste_masks", "image_size", image_size)
     chosen = _choose("paste_masks", masks, boxes, image_size, backend)
     masks, boxes = _prepare(masks, boxes, logits, chosen)
-    if chosen == "triton" and output == "rle":
-        return _runs(masks[None], boxes[None], [len(masks)], [image_size], threshold, convention)[0]
+    if output in RUN_OUTPUTS:
+        return _runs(masks[None], boxes[None], [len(masks)], [image_size], threshold, convention, output, chosen)[0]
     if chosen == "triton":
         from .kernels import dense as kernels
 
         return kernels.paste_masks(masks, boxes, height, width, threshold, output, convention)
-    if output == "rle":
-        from .rle import paste_rle
-
-        with torch.autocast(masks.device.type, enabled=False):
-            return paste_rle(masks, boxes, image_size, threshold, convention=convention)
     return _paste(masks, boxes, height, width, threshold, output, convention)
 
 
@@ -140,11 +152,11 @@ def paste_masks_batched(
     output: str = "bool",
     convention: str = "detectron2",
     backend: str | None = None,
-) -> Sequence[Tensor | list[dict[str, Any]]]:
+) -> Sequence[Pasted]:
     """Call `paste_masks` for N padded images of their own sizes; the results are equal bit for bit.
 
-    ``"rle"`` takes as many launches and waits for N images as for one (with Triton three and two). Other outputs take
-    one launch an image and no wait. The arguments that are not listed are those of `paste_masks`.
+    Run lengths take as many launches and waits for N images as for one, with Triton. Other outputs take one launch an
+    image and no wait. The arguments that are not listed are those of `paste_masks`.
 
     Args:
         masks: [N, D, M, M].
@@ -167,8 +179,9 @@ def paste_masks_batched(
     numbers = _counts(op, counts, N, D)
     largest = max(image_sizes, key=math.prod, default=(1, 1))
     chosen = _choose(op, masks, boxes, largest, backend)
-    if chosen == "triton" and output == "rle":
-        return _runs(*_prepare(masks, boxes, logits, chosen), numbers, image_sizes, threshold, convention)
+    if output in RUN_OUTPUTS:
+        prepared = _prepare(masks, boxes, logits, chosen)
+        return _runs(*prepared, numbers, image_sizes, threshold, convention, output, chosen)
     parts = zip(masks, boxes, numbers, image_sizes, strict=True)
     settings: dict[str, Any] = {"logits": logits, "threshold": threshold, "convention": convention, "backend": chosen}
     return [paste_masks(m[:number], b[:number], size, output=output, **settings) for m, b, number, size in parts]
@@ -181,16 +194,25 @@ def _runs(
     sizes: Sequence[tuple[int, int]],
     threshold: float,
     convention: str,
-) -> list[list[dict[str, Any]]]:
-    """Return COCO's run lengths of the first masks of N images, by Triton: masks [N, D, M, M], boxes [N, D, 4]."""
-    from .kernels.runs import paste_runs
-    from .rle import strings
+    output: str,
+    chosen: str,
+) -> Sequence[RunLengths | list[dict[str, Any]]]:
+    """Return the run lengths of the first masks of N images: masks [N, D, M, M], boxes [N, D, 4]."""
+    if chosen == "triton":
+        from .kernels.runs import paste_runs
 
-    texts = iter(strings(*paste_runs(masks, boxes, numbers, sizes, threshold, convention)))
-    return [
-        [{"size": list(size), "counts": text} for text in itertools.islice(texts, number)]
-        for number, size in zip(numbers, sizes, strict=True)
-    ]
+        if output == "run_lengths":  # read later, when the caller's tensors may have changed
+            masks, boxes = masks.clone(), boxes.clone()
+        found = paste_runs(masks, boxes, numbers, sizes, threshold, convention)
+    else:
+        from .rle import paste_rle
+
+        found = []
+        with torch.autocast(masks.device.type, enabled=False):
+            for m, b, number, size in zip(masks, boxes, numbers, sizes, strict=True):
+                texts = paste_rle(m[:number], b[:number], size, threshold, convention=convention)
+                found.append(RunLengths(texts.copy, size, 0, number))
+    return found if output == "run_lengths" else [one.to_coco() for one in found]
 
 
 def _choose(op: str, masks: Tensor, boxes: Tensor, image_size: tuple[int, int], backend: str | None) -> str:
@@ -227,9 +249,9 @@ def _check_masks(op: str, masks: Tensor, boxes: Tensor, letters: tuple[str, ...]
 
 def _check_options(op: str, masks: Tensor, threshold: float, output: str, convention: str) -> float:
     """Check the options; return the threshold as a float."""
-    check_choice(op, "output", output, ("probability", "bool", "packed", "rle"))
-    if output == "rle":
-        check_no_transform(op, "output='rle' reads values on the host", vmap_alone=False)
+    check_choice(op, "output", output, ("probability", "bool", "packed", *RUN_OUTPUTS))
+    if output in RUN_OUTPUTS:
+        check_no_transform(op, f"output={output!r} reads values on the host", vmap_alone=False)
         check_values(op, "masks", masks)
     check_choice(op, "convention", convention, ("detectron2", "torchvision"))
     return check_number(op, "threshold", threshold, high=1, above=0)

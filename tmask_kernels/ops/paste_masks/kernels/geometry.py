@@ -84,3 +84,24 @@ def is_inside(value, threshold, TORCHVISION: tl.constexpr):
     else:
         inside = value >= threshold
     return inside
+
+
+@triton.jit
+def are_sure(upper, lower, threshold):
+    """Whether, in every column, all values between `upper` and `lower` lie on the same side of the threshold.
+
+    A value `along_y` differs from the exact one by less than the margin, rounding and underflow included. A NaN or an
+    infinity is not sure.
+    """
+    margin = (tl.abs(upper) + tl.abs(lower)) * 2.0**-20 + 2.0**-120
+    inside = tl.minimum(upper, lower) - margin > threshold
+    outside = tl.maximum(upper, lower) + margin < threshold
+    return tl.min((inside | outside).to(tl.int32), 0) == 1
+
+
+@triton.jit
+def last_row_of(cell, start, step, past, TORCHVISION: tl.constexpr):
+    """Guess the last pixel before `past` of an axis that samples `cell`; `step` is pixels a cell."""
+    shift: tl.constexpr = 1.5 if TORCHVISION else 0.5
+    end = (cell.to(tl.float32) + (1.0 + shift)) * step + start - 0.5  # where the next cell begins
+    return tl.minimum(tl.maximum(tl.floor(end - 0.0625), 0.0), past.to(tl.float32) - 1.0).to(tl.int32)
