@@ -60,6 +60,14 @@ def test_wrong_weights_are_refused(tmp_path: Path) -> None:
             load_backbone(ResNet(name), str(path))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_file_names_that_of_torchvision(name: str) -> None:
+    with torch.device("meta"):
+        backbone = ResNet(name)
+    with pytest.raises(ValueError, match=rf"^backbone_weights: no such file: a\.pth; .* https://\S+/{name}-\w+\.pth$"):
+        load_backbone(backbone, "a.pth")
+
+
 @pytest.mark.parametrize("form", ["without counters", "script", "detector", "checkpoint"])
 def test_the_resnet_in_another_file_is_taken(form: str, tmp_path: Path) -> None:
     """Wrappers and averages: test_state_dict.py."""

@@ -11,10 +11,11 @@ import hashlib
 import importlib.resources
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torchvision.models import resnet
+from torchvision.models import get_model_weights, resnet
 
 from tmask.model.norm import norm_layer
 from tmask.model.state_dict import misfits, read_weights
@@ -66,6 +67,7 @@ class ResNet(nn.Module):
         # Without the classifier's fc and avgpool; torchvision's names stay, so its state dicts load as they are.
         for stage in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
             self.add_module(stage, getattr(body, stage))
+        self.name = name
         self.stages = {"c2": "layer1", "c3": "layer2", "c4": "layer3", "c5": "layer4"}
         self.out_channels = tuple(planes * block.expansion for planes in (64, 128, 256, 512))
         frozen = [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)][: 5 - trainable_layers]
@@ -162,12 +164,15 @@ def as_backbone(module: nn.Module) -> nn.Module:
     return module
 
 
-def load_backbone(backbone: nn.Module, path: str) -> None:
+def load_backbone(backbone: ResNet, path: str) -> None:
     """Load a torchvision ImageNet state dict (.pth or .safetensors) into `backbone`; classifier keys are left out.
 
     A checkpoint that holds one is unwrapped, and of a model that has such a ResNet in it the ResNet is taken.
     Errors: ValueError if the file does not exist or does not fit.
     """
+    if not Path(path).is_file() and backbone.name != "resnet10":
+        url = next(iter(get_model_weights(backbone.name))).url
+        raise ValueError(f"backbone_weights: no such file: {path}; torchvision's weights are {url}")
     own = backbone.state_dict()
     # A file may lack the counters of the batch norms, as the older ones do, or have them for frozen ones.
     weights = {name: value for name, value in own.items() if name.endswith(_COUNTER)}
