@@ -20,7 +20,9 @@ from torchvision.transforms.functional import InterpolationMode, center_crop, pi
 
 import tmask
 from tests.engine.toy import CPU, toy
+from tests.model import test_variants
 from tests.model.conftest import losses_of, small, total
+from tmask.config import INSTALLED, LITE0_SETTINGS
 from tmask.engine.checkpoint import load_model, save_checkpoint
 from tmask.engine.state import TrainState
 from tmask.model import backbone
@@ -150,6 +152,13 @@ def test_the_upper_parts_learn(norm: str, layers: int) -> None:
     if norm == "frozen_bn":
         after = model.backbone.network.state_dict()
         assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("norm", ["bn", "frozen_bn"])
+def test_it_learns_at_odd_sizes_and_never_waits(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"backbone": "efficientnet_lite0", "backbone_weights": INSTALLED, "norm": norm, **LITE0_SETTINGS}
+    monkeypatch.setitem(test_variants.VARIANTS, "lite0", settings)
+    test_variants.test_it_learns_at_odd_sizes_and_never_waits("lite0")
 
 
 def test_it_compiles_to_one_graph() -> None:
