@@ -119,8 +119,8 @@ class FeaturesOnly(nn.Module):
 class EfficientNetLite0(FeaturesOnly):
     """timm's ``tf_efficientnet_lite0``, with TensorFlow's SAME padding; any H and W.
 
-    A convolution of stride 2 pads an even side at its end alone, an odd side at both ends. timm's
-    ``efficientnet_lite0`` pads both ends always. The two networks have the same tensors, and the weights of one give
+    A convolution of stride 2 pads the end of an even side by one pixel more than the beginning. timm's
+    ``efficientnet_lite0`` pads both ends alike. The two networks have the same tensors, and the weights of one give
     wrong features in the other.
 
     Args:
