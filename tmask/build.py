@@ -47,7 +47,7 @@ def build_model(
     """A Mask R-CNN with random heads, in training mode.
 
     `preset` names an entry of `tmask.PRESETS` or is a config; `num_classes` counts the background; `overrides`
-    replace fields of the config (``min_size=640``, ``convention="torchvision"``...). `backbone` names a ResNet or is
+    replace fields of the config (``min_size=640``, ``convention="torchvision"``...). `backbone` is a name or
     any module as tmask/model/backbone.py describes, timm's with ``features_only=True`` among them; `norm` and
     `trainable_layers` do not reach into it, and a checkpoint of it is loaded by hand. `warn_if_untrained`:
     say so when frozen layers hold random weights; off where a checkpoint will fill them. The result has ``.config``.
