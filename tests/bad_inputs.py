@@ -36,6 +36,7 @@ COMMANDS = {
     "train": f"--preset tiny --data.train_images {IMAGES} --data.train_annotations {FILE} {SMALL} --out out",
     "eval": f"--checkpoint {CHECKPOINT} --images {IMAGES} --annotations {FILE} --device cpu",
     "predict": f"--checkpoint {CHECKPOINT} --images {IMAGES} --out out --max_detections 1000 --device cpu",
+    "convert": "--out coco.pt",
     "validate": "--device cpu",
     "demo": "--out out",
     "bench": "--device cpu",

@@ -166,6 +166,7 @@ def test_the_two_conventions_differ_and_are_named() -> None:
     assert model_config("tiny", convention=whole).convention == CONVENTIONS["torchvision"]
 
 
+LITE0 = dataclasses.asdict(PRESETS["lite0_fpn"])
 # By config class: values, and a part of the message. Others: docs/bad-input.md.
 WRONG: dict[type, list[tuple[Any, str]]] = {
     TrainConfig: [
@@ -212,6 +213,16 @@ WRONG: dict[type, list[tuple[Any, str]]] = {
         ({"num_classes": True}, "num_classes: expected a whole number, got True"),
         ({"backbone": "resnet51"}, "backbone: expected 'resnet50'?, got 'resnet51'"),
         ({"backbone_weights": 3}, "backbone_weights: expected a text or none, got 3"),
+        ({"backbone_weights": "installed"}, "backbone_weights: expected a file, as 'installed' names weights of eff"),
+        (LITE0 | {"backbone_weights": "a.pth"}, "backbone_weights: expected 'installed' or none with efficientnet_li"),
+        (LITE0 | {"norm": "gn"}, "norm: expected 'bn', 'sync_bn' or 'frozen_bn' with efficientnet_lite0, got 'gn'"),
+        (
+            LITE0 | {"neck": "c4", "anchor_sizes": [[8]], "norm": "frozen_bn"},
+            "neck: expected 'fpn' or 'c5' with efficientnet_lite0",
+        ),
+        (LITE0 | {"norm_eps": 1e-5}, "norm_eps: expected 0.001 with the installed weights, as in the preset lite0_f"),
+        (LITE0 | {"image_mean": [0.485, 0.456, 0.406]}, "image_mean: expected (0.498"),
+        (LITE0 | {"image_std": [0.229, 0.224, 0.225]}, "image_std: expected (0.501"),
         ({"image_mean": [0.2, 0.2]}, "image_mean: expected a tuple (3 of: a finite number), got (0.2, 0.2)"),
         ({"image_mean": "grey"}, "image_mean: expected a tuple (3 of: a finite number), got 'grey'"),
         ({"max_size": -1}, "min_size: expected in 1..max_size, got 800"),

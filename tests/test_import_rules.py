@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted([*ROOT.glob("tmask/**/*.py"), *ROOT.glob("tmask_kernels/**/*.py")])
 
 # Import these only inside the function that uses them: `import tmask` must work without them.
-LAZY = {"pycocotools", "jsonargparse", "tqdm", "matplotlib", "PIL", "safetensors", "yaml"}
+LAZY = {"pycocotools", "jsonargparse", "tqdm", "matplotlib", "PIL", "safetensors", "timm", "yaml"}
 
 # What each part of tmask may import of tmask. Lower parts never see higher ones.
 LOW = {"structures"}

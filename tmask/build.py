@@ -8,7 +8,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tmask.config import NECK_STRIDES, ModelConfig
-from tmask.model.backbone import ResNet, as_backbone, load_backbone, warn_if_random_and_frozen
+from tmask.model.backbone import (
+    EfficientNetLite0,
+    ResNet,
+    as_backbone,
+    load_backbone,
+    load_installed,
+    warn_if_random_and_frozen,
+)
 from tmask.model.box_head import BoxHead, MeanBoxHead
 from tmask.model.detector import MaskRCNN
 from tmask.model.fpn import FPN
@@ -40,7 +47,7 @@ def build_model(
     """A Mask R-CNN with random heads, in training mode.
 
     `preset` names an entry of `tmask.PRESETS` or is a config; `num_classes` counts the background; `overrides`
-    replace fields of the config (``min_size=640``, ``convention="torchvision"``...). `backbone` names a ResNet or is
+    replace fields of the config (``min_size=640``, ``convention="torchvision"``...). `backbone` is a name or
     any module as tmask/model/backbone.py describes, timm's with ``features_only=True`` among them; `norm` and
     `trainable_layers` do not reach into it, and a checkpoint of it is loaded by hand. `warn_if_untrained`:
     say so when frozen layers hold random weights; off where a checkpoint will fill them. The result has ``.config``.
@@ -55,7 +62,7 @@ def build_model(
         raise ValueError(
             f"backbone_weights: expected none beside a backbone of your own, got {config.backbone_weights!r}"
         )
-    backbone = _resnet(config, warn_if_untrained) if backbone is None else as_backbone(backbone)
+    backbone = _backbone(config, warn_if_untrained) if backbone is None else as_backbone(backbone)
     neck, extractor, channels = _neck(config, backbone)
     model = MaskRCNN(
         transform=_transform(config),
@@ -93,13 +100,18 @@ def _transform(config: ModelConfig) -> ImageTransform:
     )
 
 
-def _resnet(config: ModelConfig, warn_if_untrained: bool) -> ResNet:
-    backbone = ResNet(
-        config.backbone, norm=config.norm, norm_eps=config.norm_eps, trainable_layers=config.trainable_layers
-    )
-    if config.backbone_weights is not None:
-        load_backbone(backbone, config.backbone_weights)
-    elif warn_if_untrained:
+def _backbone(config: ModelConfig, warn_if_untrained: bool) -> nn.Module:
+    settings: dict[str, Any] = {name: getattr(config, name) for name in ("norm", "norm_eps", "trainable_layers")}
+    backbone: nn.Module
+    if config.backbone == "efficientnet_lite0":
+        backbone = EfficientNetLite0(**settings)
+        if config.backbone_weights is not None:
+            load_installed(backbone)
+    else:
+        backbone = ResNet(config.backbone, **settings)
+        if config.backbone_weights is not None:
+            load_backbone(backbone, config.backbone_weights)
+    if config.backbone_weights is None and warn_if_untrained:
         warn_if_random_and_frozen(backbone)
     return backbone
 

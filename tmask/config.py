@@ -22,7 +22,7 @@ from tmask.skeleton import Skeleton, make_skeleton
 
 BackboneName = Literal[
     "resnet10", "resnet18", "resnet34", "resnet50", "resnet101",
-    "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d",
+    "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "efficientnet_lite0",
 ]  # fmt: skip
 NormName = Literal["bn", "sync_bn", "frozen_bn", "gn"]
 ConventionName = Literal["detectron2", "torchvision"]
@@ -39,6 +39,14 @@ CountOrNone = Annotated[int | None, Bound("at least 1", lambda value: value is N
 Weight = Annotated[float, at_least(0)]
 Part = Annotated[float, Bound("in 0..1", lambda value: 0 <= value <= 1)]
 PartAbove0 = Annotated[float, Bound("in (0, 1]", lambda value: 0 < value <= 1)]
+
+INSTALLED = "installed"  # as backbone_weights: those of a Python package
+# What the installed weights of efficientnet_lite0 were trained with. Other values load as well and are wrong.
+LITE0_SETTINGS: dict[str, Any] = {
+    "norm_eps": 1e-3,
+    "image_mean": (127 / 255, 127 / 255, 127 / 255),
+    "image_std": (128 / 255, 128 / 255, 128 / 255),
+}
 
 # Pixels per cell of each level that a neck passes to the RPN: P2-P6, or one map of the backbone.
 NECK_STRIDES: dict[str, tuple[int, ...]] = {"fpn": (4, 8, 16, 32, 64), "c4": (16,), "c5": (32,)}
@@ -229,9 +237,10 @@ class ModelConfig:
 
     # Backbone and neck
     backbone: BackboneName = "resnet50"
-    """ResNet or ResNeXt that computes the features."""
+    """Network that computes the features; efficientnet_lite0 needs pip install 'tmask[pretrained]'."""
     backbone_weights: str | None = None
-    """File of ImageNet weights of the backbone (.pth or .safetensors, torchvision's names); null: random weights."""
+    """File of ImageNet weights of the ResNet (.pth or .safetensors, torchvision's names), or installed: those of
+    efficientnet_lite0 that pip install 'tmask[pretrained]' brings; null: random weights."""
     norm: NormName = "frozen_bn"
     """Normalisation of the backbone; gn is also in the neck and the mask head, to train from scratch."""
     norm_eps: Weight = 1e-5
@@ -350,6 +359,7 @@ class ModelConfig:
         self._check_anchors()
         self._check_samples()
         self._check_norm()
+        self._check_lite0()
 
     def _check_masks(self) -> None:
         if not self.masks:  # sizes stay, since presets have their own
@@ -391,6 +401,20 @@ class ModelConfig:
             masks = self.masks and self.mask_head == "fcn" and self.mask_head_layers > 0
             for name in ["fpn_channels"] * (self.neck != "c4") + ["mask_head_channels"] * masks:
                 require(getattr(self, name) % 32 == 0, name, "a multiple of the 32 groups of gn", getattr(self, name))
+
+    def _check_lite0(self) -> None:
+        weights = self.backbone_weights
+        if self.backbone != "efficientnet_lite0":
+            expected = f"a file, as {INSTALLED!r} names weights of efficientnet_lite0"
+            require(weights != INSTALLED, "backbone_weights", expected, weights)
+            return
+        with_it = "with efficientnet_lite0"
+        require(weights in (None, INSTALLED), "backbone_weights", f"{INSTALLED!r} or none {with_it}", weights)
+        require(self.norm != "gn", "norm", f"'bn', 'sync_bn' or 'frozen_bn' {with_it}", self.norm)
+        require(self.neck != "c4", "neck", f"'fpn' or 'c5' {with_it}", self.neck)
+        for name, value in LITE0_SETTINGS.items() if weights else ():
+            own = getattr(self, name)
+            require(own == value, name, f"{value} with the installed weights, as in the preset lite0_fpn", own)
 
 
 @dataclass(frozen=True, kw_only=True)

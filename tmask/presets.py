@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from tmask.checks import nearest
-from tmask.config import CONVENTIONS, ModelConfig, TrainConfig, from_dict
+from tmask.config import CONVENTIONS, INSTALLED, LITE0_SETTINGS, ModelConfig, TrainConfig, from_dict
 
 _R50 = ModelConfig()
 
@@ -32,10 +32,25 @@ _TINY = ModelConfig(
     mask_head_channels=64,
 )
 
+# A small backbone with ImageNet weights that pip brings. Its batch norms learn, as small data may look like no
+# photograph.
+_LITE0 = dataclasses.replace(
+    _R50,
+    backbone="efficientnet_lite0",
+    backbone_weights=INSTALLED,
+    norm="bn",
+    trainable_layers=4,
+    **LITE0_SETTINGS,
+)
+
 PRESETS: dict[str, ModelConfig] = {
     "tiny": _TINY,
     "tiny_c5": dataclasses.replace(_TINY, neck="c5", anchor_sizes=((12.0, 20.0, 32.0, 48.0, 72.0),)),
     "r18_fpn": dataclasses.replace(_R50, backbone="resnet18", norm="bn", trainable_layers=5),
+    "lite0_fpn": _LITE0,
+    "lite0_fpn_320": dataclasses.replace(
+        _LITE0, min_size=320, max_size=533, anchor_sizes=((16.0,), (32.0,), (64.0,), (128.0,), (256.0,))
+    ),
     "r50_fpn": _R50,
     "r101_fpn": dataclasses.replace(_R50, backbone="resnet101"),
     "x101_fpn": dataclasses.replace(_R50, backbone="resnext101_32x8d"),
@@ -66,12 +81,14 @@ _SMALL_DATA = TrainConfig(
     clip_norm=5.0,
 )
 
-# The training defaults that go with each preset of the model: the small ones learn small data from scratch, the
+# The training defaults that go with each preset of the model: the small ones learn small data, the
 # others follow the published schedule of fine-tuning from ImageNet weights.
 TRAIN_PRESETS: dict[str, TrainConfig] = {
     "tiny": _SMALL_DATA,
     "tiny_c5": _SMALL_DATA,
     "r18_fpn": _SMALL_DATA,
+    "lite0_fpn": _SMALL_DATA,
+    "lite0_fpn_320": _SMALL_DATA,
     "r50_fpn": TrainConfig(),
     "r101_fpn": TrainConfig(),
     "x101_fpn": TrainConfig(),

@@ -5,12 +5,14 @@ The names of the parameters differ, the tensors do not: nothing is transposed or
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights, MaskRCNN_ResNet50_FPN_Weights
 
 from tmask.build import build_model
 from tmask.checks import require
@@ -34,6 +36,8 @@ _TORCHVISION_NAMES = [
     (r"roi_heads\.mask_predictor\.conv5_mask\.(weight|bias)", r"roi_heads.mask_head.deconv.\1"),
     (r"roi_heads\.mask_predictor\.mask_fcn_logits\.(weight|bias)", r"roi_heads.mask_head.predictor.\1"),
 ]
+# torchvision's published files, trained on COCO with frozen batch norms that add nothing to the variance.
+_PUBLISHED = (MaskRCNN_ResNet50_FPN_Weights.COCO_V1, FasterRCNN_ResNet50_FPN_Weights.COCO_V1)
 LANDMARK = "rpn.head.conv."  # every detector of ours and of torchvision's has such names
 MASK_PARTS = "roi_heads.mask_"
 MASK_PREDICTOR = "roi_heads.mask_head.predictor."
@@ -61,12 +65,15 @@ def load_torchvision(state_dict: Mapping[str, Any] | str | Path, **overrides: An
 
     With another ``num_classes`` the three layers that depend on it start anew, for fine-tuning on other classes.
 
-    The published COCO_V1 weights were trained with ``norm_eps=0.0``: give that for exactly their results, as
-    torchvision does when it downloads them. The model is in training mode, as torchvision's is when built.
+    The published COCO_V1 weights were trained with ``norm_eps=0.0``. That is the default for their file; for their
+    ``state_dict()`` give it, as torchvision does when it downloads them. The model is in training mode, as
+    torchvision's is when built.
     Errors: ValueError for a file that cannot be read, names that are not this architecture's, shapes that do not fit
     it, and overrides by which its masks would mean something else.
     """
     if isinstance(state_dict, str | Path):
+        if Path(state_dict).is_file() and is_published(state_dict):
+            overrides = {"norm_eps": 0.0, **overrides}
         state_dict = read_weights(state_dict, "state_dict", LANDMARK)
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"state_dict: expected names and tensors or a file of them, got {type(state_dict).__name__}")
@@ -91,6 +98,27 @@ def load_torchvision(state_dict: Mapping[str, Any] | str | Path, **overrides: An
         raise ValueError(f"state_dict: does not fit the model: {problems}")
     model.load_state_dict(weights)
     return model
+
+
+def is_published(path: str | Path) -> bool:
+    """Return whether a file holds torchvision's published COCO_V1 weights of Mask or Faster R-CNN.
+
+    Their names end in the first digits of their SHA-256, which decide here, whatever the name.
+    """
+    with Path(path).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return any(digest.startswith(Path(weights.url).stem.rpartition("-")[2]) for weights in _PUBLISHED)
+
+
+def missing_weights(argument: str, path: str | Path) -> str:
+    """The message for a file of a detector's weights that is not there: where torchvision has its own."""
+    return f"{argument}: no such file: {path}; torchvision's COCO weights are {_PUBLISHED[0].url}"
+
+
+def coco_categories() -> list[dict[str, Any]]:
+    """The 90 categories of torchvision's COCO weights: label i is COCO's category id i. 10 ids have no class."""
+    names = _PUBLISHED[0].meta["categories"]
+    return [{"id": i, "name": f"N/A {i}" if name == "N/A" else name} for i, name in enumerate(names) if i]
 
 
 def _check_architecture(config: ModelConfig, *, num_classes: int, masks: bool) -> None:

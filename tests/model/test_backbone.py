@@ -1,6 +1,7 @@
 """The backbone: torchvision's weights, frozen layers, a module of the user's in its place."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +59,14 @@ def test_wrong_weights_are_refused(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(ValueError, match=rf"r18\.pth does not fit: {message}$"):
             load_backbone(ResNet(name), str(path))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_file_names_that_of_torchvision(name: str) -> None:
+    with torch.device("meta"):
+        backbone = ResNet(name)
+    with pytest.raises(ValueError, match=rf"^backbone_weights: no such file: a\.pth; .* https://\S+/{name}-\w+\.pth$"):
+        load_backbone(backbone, "a.pth")
 
 
 @pytest.mark.parametrize("form", ["without counters", "script", "detector", "checkpoint"])
@@ -157,6 +166,13 @@ def test_a_network_of_timm_trains(name: str) -> None:
     loss.backward()
     assert loss.isfinite()
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_without_timm_the_message_has_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    cure = r"^backbone: efficientnet_lite0 needs timm, got .*; pip install 'tmask\[pretrained\]'$"
+    with pytest.raises(ValueError, match=cure):
+        tmask.build_model("lite0_fpn")
 
 
 def test_the_maps_of_a_timm_model_are_found_by_their_strides() -> None:

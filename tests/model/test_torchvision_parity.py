@@ -71,7 +71,7 @@ def make_pair(
 ) -> Pair:
     torch.manual_seed(0)
     theirs = build(weights=None, weights_backbone=None, **settings)
-    _calibrate(theirs, images[:4])
+    calibrate(theirs, images[:4])
     ours = tmask.load_torchvision(theirs.state_dict(), **settings)
     for module in [*theirs.modules(), *ours.modules()]:
         if isinstance(module, nn.BatchNorm2d):
@@ -80,7 +80,7 @@ def make_pair(
 
 
 @torch.no_grad()
-def _calibrate(model: Any, images: list[Tensor]) -> None:
+def calibrate(model: Any, images: list[Tensor]) -> None:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()

@@ -1,4 +1,4 @@
-"""The command line: ``tmask train | eval | predict | demo | validate | info | bench | ablate``, a file each.
+"""The command line: ``tmask train | eval | predict | convert | demo | validate | info | bench | ablate``, a file each.
 
 Each command builds its own parser when the command is called.
 Exit codes: 0 done; 1 the run failed; 2 the command line or a config file is wrong; 130 interrupted (143 by SIGTERM).
@@ -17,6 +17,7 @@ from tmask.checks import nearest
 from tmask.cli.ablate import ablate_command
 from tmask.cli.bench import bench_command
 from tmask.cli.common import UsageError, describe_error, fail, one_line
+from tmask.cli.convert import convert_command
 from tmask.cli.demo import demo_command
 from tmask.cli.eval import eval_command
 from tmask.cli.predict import predict_command
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train_command,
     "eval": eval_command,
     "predict": predict_command,
+    "convert": convert_command,
     "demo": demo_command,
     "validate": validate_command,
     "info": info_command,

@@ -62,8 +62,11 @@ def train_command(argv: list[str]) -> int:
         from tmask.engine.files import CONFIG_NAME
         from tmask.engine.log import check_tensorboard
         from tmask.engine.train import check_no_run, train, write_config
+        from tmask.weights import missing_weights
 
         check_tensorboard(training)
+        if args.init is not None and not Path(args.init).exists():
+            raise UsageError(missing_weights("--init", args.init))
         for name in ("train_images", "train_annotations"):
             if getattr(data, name) is None:
                 raise UsageError(f"--data.{name} is required")

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import json
+import shlex
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 from torch import nn
 
 from tmask.build import build_model
-from tmask.config import ModelConfig, from_dict
+from tmask.config import CONVENTIONS, ModelConfig, from_dict
 from tmask.engine.files import replacing
 from tmask.model.state_dict import ForeignFileError, bare_weights, describe, misfits, read_file
 from tmask.weights import (
@@ -30,6 +32,7 @@ from tmask.weights import (
     adapted,
     architecture,
     is_own,
+    is_published,
     torchvision_weights,
 )
 
@@ -74,6 +77,22 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
         raise CheckpointError(f"checkpoint {path}: cannot be written: {_reason(error)}") from error
 
 
+def save_model(path: str | Path, model: nn.Module, categories: Sequence[dict[str, Any]]) -> None:
+    """Write a checkpoint of a model alone: it predicts, and a run can begin with it, but no run can go on from it.
+
+    Args:
+        path: The file.
+        model: A model of `build_model`.
+        categories: ``{"id", "name"}`` of each label, from 1 on.
+
+    Raises:
+        CheckpointError: As `save_checkpoint`.
+    """
+    content = dict.fromkeys(KEYS) | {"format": FORMAT, "version": VERSION, "step": 0, "epoch": 0, "position": 0}
+    config = config_dict(getattr(model, "config", None))
+    save_checkpoint(path, content | {"model": model.state_dict(), "model_config": config, "categories": categories})
+
+
 def load_checkpoint(path: str | Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read a checkpoint: a dict with the entries ``KEYS``, tensors on `device`.
 
@@ -105,7 +124,7 @@ def _foreign(content: Any, left_out: Sequence[str]) -> str:
         return str(error)
     except ValueError:
         return "the weights of several models"
-    return "a torchvision state dict: use tmask.load_torchvision, or --init to begin a run with it"
+    return "a torchvision state dict: use tmask convert, or --init to begin a run with it"
 
 
 def _checked(content: dict[str, Any], left_out: Sequence[str], path: str | Path) -> dict[str, Any]:
@@ -169,7 +188,8 @@ def load_initial(model: nn.Module, path: str | Path, categories: Sequence[dict[s
 
     A layer keeps its initial weights if its shape differs (`adapted`) or its meaning: layers of classes whose names
     differ from `categories`, a mask predictor for another loss, a layer of other keypoints. A state dict has no class
-    names, so that the number of classes decides. One warning names weights for which `model` has no layer.
+    names, so that the number of classes decides. One warning names weights for which `model` has no layer, another one
+    settings of their training that `model` has not (`_warn_other_meaning`).
 
     Args:
         model: The model.
@@ -199,7 +219,7 @@ def load_initial(model: nn.Module, path: str | Path, categories: Sequence[dict[s
                 raise ForeignFileError(describe(content, left_out))
             if not is_own(weights):
                 weights = torchvision_weights(weights)
-                config = ModelConfig(masks=any(name.startswith(MASK_PARTS) for name in weights))  # as torchvision's
+                config = _torchvision_config(weights, own_config, published=is_published(path))
     except CheckpointError:
         raise
     except ForeignFileError as error:
@@ -213,6 +233,7 @@ def load_initial(model: nn.Module, path: str | Path, categories: Sequence[dict[s
         _check_architecture(weights, own_config, path)
     load_weights(model, begin, path)
     unused = [name for name in weights if name not in begin and not name.endswith("num_batches_tracked")]
+    _warn_other_meaning(config, own_config, path)
     if unused:
         more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
         warnings.warn(f"init {path}: left out, as the model has no such part: {unused[0]}{more}", stacklevel=2)
@@ -230,6 +251,35 @@ def _check_architecture(weights: dict[str, Any], config: ModelConfig, path: str 
         changed = differences(*({n: v[n] for n in saved if n not in free} for v in (saved, vars(config))))
     if changed:
         raise CheckpointError(f"init {path}: the weights are of another model: {'; '.join(changed)}")
+
+
+def _torchvision_config(weights: dict[str, Any], current: ModelConfig | None, *, published: bool) -> ModelConfig:
+    """What is known of the settings that torchvision's weights were trained with."""
+    return ModelConfig(
+        masks=any(name.startswith(MASK_PARTS) for name in weights),
+        convention=CONVENTIONS["torchvision"],
+        norm_eps=0.0 if published or current is None else current.norm_eps,  # which only published files tell
+    )
+
+
+def _warn_other_meaning(saved: ModelConfig | None, current: ModelConfig | None, path: str | Path) -> None:
+    """Warn of settings that change what the weights compute and no shape."""
+    if saved is None or current is None:
+        return
+    names = ("convention", "norm_eps", "image_mean", "image_std")
+    options = [f"--model.{n} {_value(saved, n)}" for n in names if getattr(saved, n) != getattr(current, n)]
+    if options:
+        text = f"init {path}: the weights were trained with other settings and fit those best: {' '.join(options)}"
+        warnings.warn(text, stacklevel=3)
+
+
+def _value(config: ModelConfig, name: str) -> str:
+    """A setting as the command line takes it; a convention by its name if it has one."""
+    value = getattr(config, name)
+    if name == "convention":
+        known = [key for key, convention in CONVENTIONS.items() if convention == value]
+        return known[0] if known else shlex.quote(json.dumps(dataclasses.asdict(value)))
+    return shlex.quote(json.dumps(value))
 
 
 def _other_classes(

@@ -133,6 +133,8 @@ class TrainState:
         set_rng_state(self.rng, self.device)  # for `content`, if no step is left
 
     def _check(self, saved: dict[str, Any], path: str | Path) -> None:
+        if saved["optimizer"] is None:  # of save_model
+            raise CheckpointError(f"checkpoint {path}: cannot resume, it is of a model alone: use --init")
         old, new = saved["model_config"], config_dict(getattr(self.model, "config", None))
         if old is not None and new is not None:  # settings younger than the checkpoint have their defaults
             old = config_dict(read_model_config(old, path))

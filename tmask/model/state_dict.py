@@ -57,6 +57,7 @@ _LIBRARIES = {
     "roi_heads.box.feature_extractor.": "maskrcnn-benchmark",
     "Conv_Body.": "Detectron.pytorch",
     "conv_rpn_": "Detectron",
+    "fpn.inner_blocks.0.1.": "torchvision's model _v2",
     "_branch2a_": "Detectron",
 }
 _OLD_FORMAT = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch.save wrote first before PyTorch 1.6
