@@ -23,14 +23,12 @@ def check_features(op: str, features: list[Tensor], name: str = "features") -> N
         ValueError: a map is of another shape, dtype or device.
     """
     first = features[0]
-    for i, feature in enumerate(features):
-        label = f"{name}[{i}]" if name == "features" else name
-        if i == 0:
-            check_tensor(op, label, feature, ("N", "C", "H", "W"), "float")
-            continue
-        check_tensor(op, label, feature, (*first.shape[:2], "H", "W"), "float", device=first.device)
+    check_tensor(op, f"{name}[0]" if name == "features" else name, first, ("N", "C", "H", "W"), "float")
+    N, C, _, _ = first.shape
+    for i, feature in enumerate(features[1:], 1):
+        check_tensor(op, f"features[{i}]", feature, (N, C, "H", "W"), "float", device=first.device)
         if feature.dtype != first.dtype:
-            raise wrong(op, label, f"the dtype of the first, {first.dtype}", feature)
+            raise wrong(op, f"features[{i}]", f"the dtype of the first, {first.dtype}", feature)
 
 
 def boxes_as_tensor(op: str, feature: Tensor, boxes: Tensor | Sequence[Tensor], valid: Tensor | None) -> Tensor:
@@ -70,10 +68,13 @@ def check_image_indices(op: str, boxes: Tensor, num_images: int) -> None:
 
 def is_traced(tensor: Tensor) -> bool:
     """Return whether values cannot be read: under torch.compile, torch.export or vmap, or of a fake or meta tensor."""
+    if torch.compiler.is_compiling() or tensor.device.type == "meta" or under_vmap():
+        return True
+    if type(tensor) is Tensor:  # nearly always; the import takes as long as all of this
+        return False
     from torch._subclasses.fake_tensor import FakeTensor
 
-    unread = isinstance(tensor, FakeTensor) or tensor.device.type == "meta"
-    return torch.compiler.is_compiling() or unread or under_vmap()
+    return isinstance(tensor, FakeTensor)
 
 
 def check_scored_boxes(op: str, boxes: Tensor, scores: Tensor, letters: tuple[str, ...]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,6 +14,57 @@ from torch import Tensor
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Return a context that makes the device of `tensor` the current CUDA device: Triton launches on that one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+_known: dict[Hashable, tuple[Callable[..., None], list[Any], list[tuple[int, str]]]] = {}
+_MOST_KNOWN = 4096  # launches: as many shapes as a data set has, times the kernels
+
+
+def launch_known(
+    kernel: Any,
+    tensors: Mapping[str, Tensor | tuple[Tensor, ...]],
+    settings: Hashable,
+    plan: Callable[[], tuple[tuple[int, ...], dict[str, Any]]],
+) -> None:
+    """Launch a kernel whose grid and other arguments follow from sizes and settings; find them once.
+
+    At batch 1 the host decides the time of small ops. To build the arguments of a launch and Triton's look-up of the
+    compiled kernel take longer than all else. Both give the same for the same sizes, strides, dtypes and devices, if
+    every tensor begins at a multiple of 16 bytes; then this calls the compiled kernel.
+
+    Args:
+        kernel: the jit function.
+        tensors: its arguments that are tensors, or tuples of them. All are on one device.
+        settings: whatever else the grid and the arguments follow from, also constants that a sweep changes.
+        plan: returns the grid, and the arguments by name; those that are tensors may be left out.
+    """
+    flat = [t for value in tensors.values() for t in (value if isinstance(value, tuple) else (value,))]
+    key = kernel.fn, settings, *[(t.shape, t.stride(), t.dtype, t.device) for t in flat]
+    aligned = not any(t.data_ptr() % 16 for t in flat)
+    known = _known.get(key) if aligned else None
+    with on_device(flat[0]):
+        if known is not None:
+            launch, template, places = known
+            arguments = template.copy()
+            for place, name in places:
+                arguments[place] = tensors[name]
+            launch(*arguments)
+            return
+        grid, others = plan()
+        compiled = kernel[grid](**{**others, **tensors})
+        if not (aligned and _is_compiled(compiled)):
+            return
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        names = kernel.arg_names
+        template = [None if name in tensors else others[name] for name in names]
+        places = [(place, name) for place, name in enumerate(names) if name in tensors]
+        _known[key] = compiled[(*grid, 1, 1)[:3]], template, places  # it wants all three axes
+
+
+def _is_compiled(kernel: object) -> bool:
+    """Return whether a launch returned a compiled kernel: Triton's interpreter has none, nor has a test's stand-in."""
+    return any(base.__name__ == "CompiledKernel" for base in type(kernel).__mro__)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -35,6 +86,12 @@ def encode_ints(numbers: Iterable[int]) -> tuple[int, ...]:
     return tuple(4 * number + 3 for number in numbers)
 
 
+def box_tensors(boxes: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
+    """Return the tensors from which a kernel reads boxes with `load_box`; see `box_arguments`."""
+    boxes = boxes.contiguous()
+    return {"boxes_ptr": boxes, "valid_ptr": boxes if valid is None else valid.contiguous().view(torch.uint8)}
+
+
 def box_arguments(boxes: Tensor, valid: Tensor | None, num_images: int) -> dict[str, Any]:
     """Return the keyword arguments from which a kernel reads boxes with `load_box`.
 
@@ -43,10 +100,8 @@ def box_arguments(boxes: Tensor, valid: Tensor | None, num_images: int) -> dict[
         valid: bool [N, P], the boxes to pool; None means all.
         num_images: N.
     """
-    boxes = boxes.contiguous()
     return {
-        "boxes_ptr": boxes,
-        "valid_ptr": boxes if valid is None else valid.contiguous().view(torch.uint8),
+        **box_tensors(boxes, valid),
         "num_images": num_images,
         "boxes_an_image": boxes.shape[-2],  # boxes [K, 5] are not sorted by image: each image reads all K
         "PADDED": boxes.dim() == 3,

@@ -29,13 +29,6 @@ class RoIGeometry:
         scales, thresholds, *others = fields
         return cls(tuple(scales), tuple(thresholds), *others)
 
-    def gradients(self) -> tuple[Any, ...]:
-        """Return what an autograd backward must return for the five arguments: no gradient.
-
-        Autograd mistakes an empty list (the thresholds of a single level) for a list of tensors and wants a list back.
-        """
-        return None, None if self.thresholds else [], None, None, None
-
     def launch_arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of a kernel that follow from the geometry."""
         return {

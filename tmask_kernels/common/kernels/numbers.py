@@ -19,7 +19,7 @@ def decode_int(number):
 
 @triton.jit
 def lowest_bit(bits):
-    """Return the position of the lowest set bit of an int64 in 1..2^32 - 1, and `bits` with that bit cleared."""
+    """Return the position of the lowest set bit of a uint32 or int64 in 1..2^32 - 1, and `bits` with it cleared."""
     lowest = bits & (0 - bits)
     # A float32 holds a power of two exactly, and its exponent is the position.
     return (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127, bits ^ lowest

@@ -83,10 +83,9 @@ def _ends_kernel(
         changes = word ^ (word << 1 | before)
         before = word >> 31
         if WRITE:
-            left = changes.to(tl.int64)
-            while tl.max((left > 0).to(tl.int32), 0) > 0:
-                there = left > 0
-                bit, left = lowest_bit(left)
+            while tl.max((changes > 0).to(tl.int32), 0) > 0:
+                there = changes > 0
+                bit, changes = lowest_bit(changes)
                 tl.store(ends_ptr + slot, x * H + b * 32 + bit, mask=there & (slot < room))
                 slot += there.to(tl.int64)
         else:
@@ -117,6 +116,7 @@ def encode(masks: Tensor, threshold: float) -> RunLengths:
             BINARY=binary,
             BLOCK_X=PACKED_X,
             num_warps=1,
+            enable_fp_fusion=False,  # there is nothing to fuse
         )
 
     def launch(changes: Tensor, ends: Tensor, write: bool = True) -> None:
@@ -133,6 +133,7 @@ def encode(masks: Tensor, threshold: float) -> RunLengths:
                 BLOCK_X=BLOCK_X,
                 WRITE=write,
                 num_warps=1,
+                enable_fp_fusion=False,
             )
 
     changes = torch.empty(K * W, dtype=torch.int32, device=device)

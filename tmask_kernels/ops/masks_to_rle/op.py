@@ -54,7 +54,7 @@ def masks_to_rle(
         raise wrong(op, "masks", "float or bool [K, H, W] with H, W >= 1", masks)
     threshold = check_number(op, "threshold", threshold)
     check_choice(op, "output", output, ("rle", "run_lengths"))
-    check_no_transform(op, "it reads values on the host", vmap_alone=False)
+    check_no_transform(op, f"output={output!r} reads values on the host", vmap_alone=False)
     check_values(op, "masks", masks)
     masks = masks.detach()
     reasons = triton_reasons(masks)

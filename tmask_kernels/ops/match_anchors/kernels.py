@@ -49,8 +49,8 @@ def _reaches(gt_ptr, rows, mask, left, top, right, bottom):
 
 @triton.jit
 def _to_bits(flags):
-    """Flags [32] as the bits of a number; an int64, so that there is no sign to mind."""
-    return tl.sum(flags.to(tl.int32) << tl.arange(0, 32), 0).to(tl.int64) & 0xFFFFFFFF
+    """Flags [32] as the bits of a uint32."""
+    return tl.sum(flags.to(tl.int32) << tl.arange(0, 32), 0).to(tl.uint32, bitcast=True)
 
 
 @triton.jit

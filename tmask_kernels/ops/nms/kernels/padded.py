@@ -13,6 +13,7 @@ stored: memory O(K).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -20,10 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ....common.kernels.boxes import box_iou, load_boxes
-from ....common.launch import on_device
+from ....common.launch import launch_known
 from ....namespace import custom_op
 from .blocks import padded_nms_blocks
-from .sort import BOX, NO_BOX, SortedBoxes, slot_arguments, sort_boxes, sort_segment, store_kept
+from .sort import BOX, NO_BOX, SortedBoxes, slot_arguments, slot_tensors, sort_boxes, sort_segment, store_kept
 
 # A tile of 64 x 64 IoUs is 8 a thread in 16 warps; in 4 warps the coordinates spill. Not tuned on a GPU yet.
 BLOCK = 64
@@ -174,28 +175,34 @@ def padded_nms_segments(
         )
     else:
         segments = sort_boxes(boxes, scores, valid, groups)
-    with on_device(kept):
-        _padded_nms_kernel[(S,)](
-            indices_ptr=indices,
-            counts_ptr=counts,
-            kept_ptr=kept,
-            kept_groups_ptr=kept_groups,
-            sorted_boxes_ptr=segments.boxes,
-            order_ptr=segments.order,
-            state_ptr=segments.state,
-            sorted_groups_ptr=segments.order if segments.groups is None else segments.groups,
-            thresholds_ptr=thresholds,
-            K=K,
-            M=M,
-            width=max_output,
-            SORTS=short,
-            BLOCK=BLOCK,
-            SCAN=SCAN,
-            num_warps=NUM_WARPS,
+    tensors = {
+        "indices_ptr": indices,
+        "counts_ptr": counts,
+        "kept_ptr": kept,
+        "kept_groups_ptr": kept_groups,
+        "sorted_boxes_ptr": segments.boxes,
+        "order_ptr": segments.order,
+        "state_ptr": segments.state,
+        "sorted_groups_ptr": segments.order if segments.groups is None else segments.groups,
+        "thresholds_ptr": thresholds,
+        **slot_tensors(boxes, scores, valid, groups),
+    }
+
+    def plan() -> tuple[tuple[int], dict[str, Any]]:
+        return (S,), {
+            "K": K,
+            "M": M,
+            "width": max_output,
+            "SORTS": short,
+            "BLOCK": BLOCK,
+            "SCAN": SCAN,
+            "num_warps": NUM_WARPS,
             # A fused multiply-add would round the union differently from the reference.
-            enable_fp_fusion=False,
+            "enable_fp_fusion": False,
             **slot_arguments(boxes, scores, valid, groups),
-        )
+        }
+
+    launch_known(_padded_nms_kernel, tensors, (short, valid is None, grouped, BLOCK, SCAN, NUM_WARPS), plan)
     return indices, counts
 
 

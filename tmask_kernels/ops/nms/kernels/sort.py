@@ -179,20 +179,26 @@ def _sorted_kernel(
     tl.store(counters_ptr + slot, tl.zeros((BLOCK,), tl.int64), mask=slot < counters)
 
 
-def slot_arguments(boxes: Tensor, scores: Tensor, valid: Tensor | None, groups: Tensor | None) -> dict[str, Any]:
-    """Return the keyword arguments from which a kernel reads the caller's boxes [S, K, 4] and what belongs to them."""
-    # Tensors that are not there are never read; any of the same type serves.
-    valid_or_any = scores.new_empty((1, 1), dtype=torch.bool) if valid is None else valid
-    groups_or_any = scores.new_empty((1, 1), dtype=torch.int64) if groups is None else groups
+def slot_tensors(boxes: Tensor, scores: Tensor, valid: Tensor | None, groups: Tensor | None) -> dict[str, Tensor]:
+    """Return the tensors from which a kernel reads the caller's boxes [S, K, 4] and what belongs to them."""
     return {
         "boxes_ptr": boxes,
         "scores_ptr": scores,
-        "valid_ptr": valid_or_any,
-        "groups_ptr": groups_or_any,
+        # Tensors that are not there are never read; any of the same type serves.
+        "valid_ptr": scores.new_empty((1, 1), dtype=torch.bool) if valid is None else valid,
+        "groups_ptr": scores.new_empty((1, 1), dtype=torch.int64) if groups is None else groups,
+    }
+
+
+def slot_arguments(boxes: Tensor, scores: Tensor, valid: Tensor | None, groups: Tensor | None) -> dict[str, Any]:
+    """Return these tensors, and what else a kernel needs to read them."""
+    tensors = slot_tensors(boxes, scores, valid, groups)
+    return {
+        **tensors,
         "box_strides": (*encode_ints(boxes.stride()[:2]), boxes.stride(2)),
         "score_strides": encode_ints(scores.stride()),
-        "valid_strides": encode_ints(valid_or_any.stride()),
-        "group_strides": encode_ints(groups_or_any.stride()),
+        "valid_strides": encode_ints(tensors["valid_ptr"].stride()),
+        "group_strides": encode_ints(tensors["groups_ptr"].stride()),
         "HAS_VALID": valid is not None,
         "HAS_GROUPS": groups is not None,
     }

@@ -12,7 +12,7 @@ Which boxes touch a tile stands in the bit mask of `touch`, written first. Lette
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,7 +24,7 @@ from ....common.kernels.boxes import load_box
 from ....common.kernels.numbers import lowest_bit, weighted_sum
 from ....common.kernels.pyramid import of_level, strides_of_level
 from ....common.kernels.roi_axis import axis, tap_weight
-from ....common.launch import cdiv, empty_map, is_channels_last, next_power_of_2, on_device
+from ....common.launch import cdiv, empty_map, is_channels_last, launch_known, next_power_of_2
 from ....common.roi_geometry import RoIGeometry
 from ....namespace import custom_op
 from .touch import WORDS, bins_near, load_words, mark_tiles, tile_place, word_at
@@ -206,9 +206,9 @@ def pick_gather_tile(C: int, item_bytes: int, channels_last: bool) -> GatherTile
     return GatherTile(4, 16, block_c, 2, num_warps, registers)
 
 
-def _span(x: Tensor) -> int:
-    """Return the offset of the last element of `x` from its first, in elements."""
-    return sum((side - 1) * stride for side, stride in zip(x.shape, x.stride(), strict=True))
+def _span(x: Tensor, limits: Sequence[int]) -> int:
+    """Return the offset of the last element of the first `limits` of `x`, in elements."""
+    return sum((min(side, most) - 1) * step for side, most, step in zip(x.shape, limits, x.stride(), strict=True))
 
 
 def _launch(
@@ -222,33 +222,35 @@ def _launch(
     _, C, PH, PW = out_grad.shape
     channels_last = all(g.stride(1) == 1 for g in grads)
     tile = pick_gather_tile(C, out_grad.element_size(), channels_last)
-    shared = mark_tiles(grads, boxes, valid, (PH, PW), (tile.height, tile.width), geometry)
-    block_pw = next_power_of_2(PW)
-    spans = [_span(out_grad[:1])]  # farthest offset in a box, and in the cells and channels of a program
-    spans += [_span(g[:1, : tile.block_c, : tile.height, : tile.width]) for g in grads]
-    terms, weight_scale = WEIGHTS.get(out_grad.dtype, (1, 1.0))
-    with on_device(out_grad):
-        _gather_kernel[(grads[0].shape[0] * shared["num_tiles"] * cdiv(C, tile.block_c),)](
-            grad_ptrs=tuple(grads),
-            out_grad_ptr=out_grad,
-            C=C,
-            out_grad_strides=tuple(out_grad.stride()),
-            grad_strides=tuple(tuple(g.stride()) for g in grads),
-            BLOCK_PH=max(tile.rows, MIN_BINS // block_pw),
-            BLOCK_PW=block_pw,
-            BLOCK_C=tile.block_c,
-            GRAD_STRIDE_C_IS_1=channels_last,
-            OUT_GRAD_STRIDE_C_IS_1=out_grad.stride(1) == 1,
-            WEIGHT_TERMS=terms,
-            WEIGHT_SCALE=weight_scale,
-            PRECISION="ieee" if torch.version.hip else "tf32x3",
-            OFFSET=tl.int32 if max(spans) < 2**31 else tl.int64,
-            ACC=tl.float64 if out_grad.dtype == torch.float64 else tl.float32,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=False,  # the samples are those of the forward
+    tensors, shared = mark_tiles(grads, boxes, valid, (PH, PW), (tile.height, tile.width), geometry)
+
+    def plan() -> tuple[tuple[int], dict[str, Any]]:
+        arguments, block_pw = shared(), next_power_of_2(PW)
+        # The farthest offset in a box, and in the cells and channels of a program.
+        cells = (1, tile.block_c, tile.height, tile.width)
+        spans = [_span(out_grad, (1, C, PH, PW)), *(_span(g, cells) for g in grads)]
+        terms, weight_scale = WEIGHTS.get(out_grad.dtype, (1, 1.0))
+        return (grads[0].shape[0] * arguments["num_tiles"] * cdiv(C, tile.block_c),), {
+            "C": C,
+            "out_grad_strides": tuple(out_grad.stride()),
+            "grad_strides": tuple(tuple(g.stride()) for g in grads),
+            "BLOCK_PH": max(tile.rows, MIN_BINS // block_pw),
+            "BLOCK_PW": block_pw,
+            "BLOCK_C": tile.block_c,
+            "GRAD_STRIDE_C_IS_1": channels_last,
+            "OUT_GRAD_STRIDE_C_IS_1": out_grad.stride(1) == 1,
+            "WEIGHT_TERMS": terms,
+            "WEIGHT_SCALE": weight_scale,
+            "PRECISION": "ieee" if torch.version.hip else "tf32x3",
+            "OFFSET": tl.int32 if max(spans) < 2**31 else tl.int64,
+            "ACC": tl.float64 if out_grad.dtype == torch.float64 else tl.float32,
+            "num_warps": tile.num_warps,
             **({} if torch.version.hip else {"maxnreg": tile.max_registers}),  # an option of NVIDIA's compiler
-            **shared,
-        )
+            **arguments,
+        }
+
+    tensors = {"grad_ptrs": tuple(grads), "out_grad_ptr": out_grad, **tensors}
+    launch_known(_gather_kernel, tensors, (geometry, tile), plan)
 
 
 @custom_op("multiscale_roi_align_backward")

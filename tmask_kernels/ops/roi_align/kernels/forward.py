@@ -11,7 +11,8 @@ The backward is in `backward` and, to the boxes, in `boxes`. All are determinist
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ....common.kernels.roi_axis import clamped
-from ....common.launch import box_arguments, cdiv, empty_pooled, next_power_of_2, on_device, side_arguments
+from ....common.launch import (
+    box_arguments,
+    box_tensors,
+    cdiv,
+    empty_pooled,
+    launch_known,
+    next_power_of_2,
+    side_arguments,
+)
 from ....common.roi_geometry import RoIGeometry
 from ....namespace import custom_op
 from . import backward as kernels_backward
@@ -231,46 +240,49 @@ def launch(
     valid: Tensor | None,
     geometry: RoIGeometry,
     channels: int,
-    **more: Any,
+    tensors: Mapping[str, Tensor] = MappingProxyType({}),
+    **constants: Any,
 ) -> None:
     """Fill `out` [K, C, PH, PW], which has elements, from `features` (one [N, C, H, W] a level, of which one has).
 
-    kernel: that of the mean, or another; `more`: what it takes alone. channels: of a thread.
+    kernel: that of the mean, or another with its own `tensors` and `constants`. channels: of a thread.
     """
-    K, C, PH, PW = out.shape
-    channels_last = all(f.stride(1) == 1 for f in features)
-    tile = pick_tile(C, (PH, PW), out.element_size(), channels_last, channels)
-    blocks = cdiv(PH * PW, tile.bins)
-    tiles = K * cdiv(C, tile.groups * tile.group_c) * blocks
-    each = blocks_of_each_program(tiles, blocks)
-    with on_device(out):
-        kernel[(tiles // blocks * cdiv(blocks, each),)](
-            out_ptr=out,
-            feature_ptrs=tuple(features),
-            blocks_a_program=each,
-            C=C,
-            out_strides=tuple(out.stride()),
-            feature_strides=tuple(tuple(f.stride()) for f in features),
-            PH=PH,
-            PW=PW,
-            BLOCK=tile.bins,
-            TILE_BINS=next_power_of_2(tile.bins),
-            GROUPS=tile.groups,
-            GROUP_C=tile.group_c,
-            FEATURE_STRIDE_C_IS_1=channels_last,
-            OUT_STRIDE_C_IS_1=out.stride(1) == 1,
-            PAIRS=channels_last and _in_pairs(features),
-            ACC=tl.float64 if out.dtype == torch.float64 else tl.float32,
-            num_warps=tile.num_warps,
+    features, channels_last = tuple(features), all(f.stride(1) == 1 for f in features)
+    tile = pick_tile(out.shape[1], (out.shape[2], out.shape[3]), out.element_size(), channels_last, channels)
+    tensors = {"out_ptr": out, "feature_ptrs": features, **box_tensors(boxes, valid), **tensors}
+
+    def plan() -> tuple[tuple[int], dict[str, Any]]:
+        K, C, PH, PW = out.shape
+        blocks = cdiv(PH * PW, tile.bins)
+        tiles = K * cdiv(C, tile.groups * tile.group_c) * blocks
+        each = blocks_of_each_program(tiles, blocks)
+        return (tiles // blocks * cdiv(blocks, each),), {
+            "blocks_a_program": each,
+            "C": C,
+            "out_strides": tuple(out.stride()),
+            "feature_strides": tuple(tuple(f.stride()) for f in features),
+            "PH": PH,
+            "PW": PW,
+            "BLOCK": tile.bins,
+            "TILE_BINS": next_power_of_2(tile.bins),
+            "GROUPS": tile.groups,
+            "GROUP_C": tile.group_c,
+            "FEATURE_STRIDE_C_IS_1": channels_last,
+            "OUT_STRIDE_C_IS_1": out.stride(1) == 1,
+            "PAIRS": channels_last and _in_pairs(features),
+            "ACC": tl.float64 if out.dtype == torch.float64 else tl.float32,
+            "num_warps": tile.num_warps,
             # A fused coord * scale - 0.5 would round differently from the reference, and an adaptive grid with it.
-            enable_fp_fusion=False,
+            "enable_fp_fusion": False,
             **box_arguments(boxes, valid, features[0].shape[0]),
             **side_arguments(features),
             **geometry.launch_arguments(),
             # Left alone, NVIDIA's assembler spills a few registers to have one program more on a multiprocessor.
             **({} if torch.version.hip else {"maxnreg": tile.max_registers}),
-            **more,
-        )
+            **constants,
+        }
+
+    launch_known(kernel, tensors, (geometry, tile, *constants.values()), plan)
 
 
 def _in_pairs(features: Sequence[Tensor]) -> bool:
@@ -325,7 +337,7 @@ def _backward(ctx, grad):
         )
     if ctx.needs_input_grad[1]:
         to_boxes = multiscale_roi_align_backward_boxes(grad, features, boxes, valid, *ctx.geometry.flatten())
-    return gradients, to_boxes, None, None, None, *ctx.geometry.gradients()
+    return gradients, to_boxes, None, None, None, *[None] * 5
 
 
 multiscale_roi_align.register_autograd(_backward, setup_context=_setup_context)

@@ -196,8 +196,8 @@ def multiscale_roi_align_max(
     out, index = _empty_outputs(features, boxes, pooled_height, pooled_width, sampling_ratio, keep_index)
     if out.numel() and any(f.numel() for f in features):
         geometry = RoIGeometry.unflatten(scales, thresholds, sampling_ratio, aligned, cubic)
-        kept = {"index_ptr": index if keep_index else out, "KEEP_INDEX": keep_index}
-        launch(_roi_align_max_kernel, out, features, boxes, valid, geometry, 16, **kept)
+        kept = {"index_ptr": index if keep_index else out}
+        launch(_roi_align_max_kernel, out, features, boxes, valid, geometry, 16, kept, KEEP_INDEX=keep_index)
         return out, index
     return out.zero_(), index.fill_(-1)
 
@@ -224,7 +224,7 @@ def _backward(ctx, grad, _):
         gradients = kernels_max_backward.multiscale_roi_align_max_backward(
             grad, index, boxes, valid, *ctx.maps, *ctx.geometry.flatten()
         )
-    return gradients, None, None, None, None, *ctx.geometry.gradients(), None
+    return gradients, None, None, None, None, *[None] * 5, None
 
 
 multiscale_roi_align_max.register_autograd(_backward, setup_context=_setup_context)

@@ -11,7 +11,7 @@ Which boxes touch a tile stands in the bit mask of `touch`, written first. Lette
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,7 +23,7 @@ from ....common.kernels.boxes import load_box
 from ....common.kernels.numbers import lowest_bit
 from ....common.kernels.pyramid import of_level, strides_of_level
 from ....common.kernels.roi_axis import axis, samples_a_row, tap_weight, window
-from ....common.launch import cdiv, next_power_of_2, on_device
+from ....common.launch import cdiv, launch_known, next_power_of_2
 from ....common.roi_geometry import RoIGeometry
 from ....namespace import custom_op
 from .backward import empty_gradients
@@ -170,26 +170,27 @@ def _launch(
     _, C, PH, PW = out_grad.shape
     channels_last = all(g.stride(1) == 1 for g in grads)
     tile = pick_gather_tile(C, channels_last, geometry.cubic)
-    shared = mark_tiles(grads, boxes, valid, (PH, PW), (tile.height, tile.width), geometry)
-    with on_device(out_grad):
-        _max_gather_kernel[(grads[0].shape[0] * shared["num_tiles"] * cdiv(C, tile.block_c),)](
-            grad_ptrs=tuple(grads),
-            out_grad_ptr=out_grad,
-            index_ptr=index,
-            C=C,
-            out_grad_strides=tuple(out_grad.stride()),
-            index_strides=tuple(index.stride()),
-            grad_strides=tuple(tuple(g.stride()) for g in grads),
-            BLOCK_C=tile.block_c,
-            GRAD_STRIDE_C_IS_1=channels_last,
-            OUT_GRAD_STRIDE_C_IS_1=out_grad.stride(1) == 1,
-            INDEX_STRIDE_C_IS_1=index.stride(1) == 1,
-            ACC=tl.float64 if out_grad.dtype == torch.float64 else tl.float32,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=False,  # the samples are those of the forward
+    tensors, shared = mark_tiles(grads, boxes, valid, (PH, PW), (tile.height, tile.width), geometry)
+
+    def plan() -> tuple[tuple[int], dict[str, Any]]:
+        arguments = shared()
+        return (grads[0].shape[0] * arguments["num_tiles"] * cdiv(C, tile.block_c),), {
+            "C": C,
+            "out_grad_strides": tuple(out_grad.stride()),
+            "index_strides": tuple(index.stride()),
+            "grad_strides": tuple(tuple(g.stride()) for g in grads),
+            "BLOCK_C": tile.block_c,
+            "GRAD_STRIDE_C_IS_1": channels_last,
+            "OUT_GRAD_STRIDE_C_IS_1": out_grad.stride(1) == 1,
+            "INDEX_STRIDE_C_IS_1": index.stride(1) == 1,
+            "ACC": tl.float64 if out_grad.dtype == torch.float64 else tl.float32,
+            "num_warps": tile.num_warps,
             **({} if torch.version.hip else {"maxnreg": tile.max_registers}),  # an option of NVIDIA's compiler
-            **shared,
-        )
+            **arguments,
+        }
+
+    tensors = {"grad_ptrs": tuple(grads), "out_grad_ptr": out_grad, "index_ptr": index, **tensors}
+    launch_known(_max_gather_kernel, tensors, (geometry, tile), plan)
 
 
 @custom_op("multiscale_roi_align_max_backward")

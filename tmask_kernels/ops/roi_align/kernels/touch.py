@@ -8,7 +8,7 @@ Letters as in `reference`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from ....common.kernels.boxes import is_finite, load_box
 from ....common.kernels.pyramid import level_index, of_level
 from ....common.kernels.roi_axis import axis, divide
-from ....common.launch import box_arguments, cdiv, on_device, side_arguments
+from ....common.launch import box_arguments, box_tensors, cdiv, launch_known, side_arguments
 from ....common.roi_geometry import RoIGeometry
 
 WORD = 32  # boxes a word of the mask
@@ -150,38 +150,45 @@ def mark_tiles(
     output_size: tuple[int, int],
     tile_size: tuple[int, int],
     geometry: RoIGeometry,
-) -> dict[str, Any]:
-    """Launch the mask for tiles of `tile_size` cells: the arguments that a gather's launch shares with it.
+) -> tuple[dict[str, Tensor], Callable[[], dict[str, Any]]]:
+    """Launch the mask for tiles of `tile_size` cells.
 
     grads: one [N, C, H, W] a level, of which only the shapes count. Of no boxes the mask is empty, and not launched.
+
+    Returns:
+        The tensors that a gather's launch shares with it, and a function that returns the other arguments.
     """
-    N = grads[0].shape[0]
-    tiles_across = [cdiv(g.shape[3], tile_size[1]) for g in grads]
-    counts = [cdiv(g.shape[2], tile_size[0]) * across for g, across in zip(grads, tiles_across, strict=True)]
+    N, sides = grads[0].shape[0], tuple(g.shape[2:] for g in grads)
+    tiles_across = [cdiv(width, tile_size[1]) for _, width in sides]
+    counts = [cdiv(height, tile_size[0]) * across for (height, _), across in zip(sides, tiles_across, strict=True)]
     num_tiles, num_words = sum(counts), cdiv(boxes.shape[-2], WORD)
     touch = torch.empty((N, num_tiles, num_words), dtype=torch.int32, device=boxes.device)
-    shared = {
-        "touch_ptr": touch,
-        "tiles_across": tuple(float(max(across, 1)) for across in tiles_across),
-        "first_tiles": tuple(float(sum(counts[:i])) for i in range(len(counts))),
-        "num_tiles": num_tiles,
-        "num_words": num_words,
-        "PH": output_size[0],
-        "PW": output_size[1],
-        "TILE_H": tile_size[0],
-        "TILE_W": tile_size[1],
-        **box_arguments(boxes, valid, N),
-        **side_arguments(grads),
-        **geometry.launch_arguments(),
-    }
-    thresholds = shared.pop("thresholds")
+    tensors = {"touch_ptr": touch, **box_tensors(boxes, valid)}
+
+    def shared() -> dict[str, Any]:
+        arguments = {
+            "tiles_across": tuple(float(max(across, 1)) for across in tiles_across),
+            "first_tiles": tuple(float(sum(counts[:i])) for i in range(len(counts))),
+            "num_tiles": num_tiles,
+            "num_words": num_words,
+            "PH": output_size[0],
+            "PW": output_size[1],
+            "TILE_H": tile_size[0],
+            "TILE_W": tile_size[1],
+            # A fused coord * scale - 0.5 would round differently from the forward, and an adaptive grid with it.
+            "enable_fp_fusion": False,
+            **box_arguments(boxes, valid, N),
+            **side_arguments(grads),
+            **geometry.launch_arguments(),
+        }
+        del arguments["thresholds"]
+        return arguments
+
+    def plan() -> tuple[tuple[int], dict[str, Any]]:
+        thresholds = geometry.launch_arguments()["thresholds"]
+        grid = (N * num_words * cdiv(num_tiles, BLOCK_TILES),)
+        return grid, {"thresholds": thresholds, "BLOCK_T": BLOCK_TILES, **shared()}
+
     if touch.numel():
-        with on_device(boxes):
-            _touch_kernel[(N * num_words * cdiv(num_tiles, BLOCK_TILES),)](
-                thresholds=thresholds,
-                BLOCK_T=BLOCK_TILES,
-                # A fused coord * scale - 0.5 would round differently from the forward, and an adaptive grid with it.
-                enable_fp_fusion=False,
-                **shared,
-            )
-    return shared
+        launch_known(_touch_kernel, tensors, (N, sides, output_size, tile_size, geometry, BLOCK_TILES), plan)
+    return tensors, shared
