@@ -95,7 +95,7 @@ def test_jpeg_keeps_the_colours_of_thin_lines(checkpoint: Path, images: list[Pat
     ("options", "message"),
     [
         ({"picture_format": "gif"}, "picture_format: expected one of jpeg, png, got 'gif'"),
-        ({"picture_side": 63}, "picture_side: expected at least 64, got 63"),
+        ({"picture_side": 127}, "picture_side: expected at least 128, got 127"),
         (
             {"picture_parts": ["box"]},
             "picture_parts: expected some of masks, boxes, keypoints, labels, legend, got 'box'",

@@ -49,7 +49,7 @@ class PredictOptions:
     """Draw the detections; --no_pictures does not."""
     picture_parts: str = "masks,boxes,keypoints,labels,legend"
     """What pictures show: some of the parts of the default, with commas between them."""
-    picture_side: Annotated[int | None, optional(at_least(64))] = None
+    picture_side: Annotated[int | None, optional(at_least(128))] = None
     """Largest side of a picture in pixels; null: images keep their size, and small ones are enlarged."""
     picture_format: Literal["png", "jpeg"] = "png"
     """Format of the pictures."""

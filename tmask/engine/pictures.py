@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = {"png": ".png", "jpeg": ".jpg"}  # of the formats
 JPEG_QUALITY = 92
+PNG_LEVEL = 3  # of compression: half the time of Pillow's 6 for a tenth more bytes
 NUM_PICTURES = 8  # of validation images
 OVERVIEW_NAME, OVERVIEW_PICTURES = "overview.png", 4
 
@@ -54,7 +55,7 @@ def draw_pictures(
         image, target = dataset[index]
         with torch.inference_mode(), autocast(device, precision):
             found = model([image.to(device)], masks="rle")[0]
-        shown = torch.nonzero(found["scores"] >= score_threshold).flatten()
+        shown = torch.nonzero(found["scores"] >= score_threshold).flatten().tolist()
         found = {
             key: value[shown].cpu() if isinstance(value, Tensor) else [value[k] for k in shown]
             for key, value in found.items()
@@ -115,7 +116,9 @@ def _save(path: Path, picture: Image) -> None:
     # Half the resolution of colours, Pillow's default, would blur thin lines.
     jpeg = {"format": "JPEG", "quality": JPEG_QUALITY, "subsampling": 0}
     with replacing(path) as file:
-        picture.save(file, **(jpeg if path.suffix == SUFFIXES["jpeg"] else {"format": "PNG"}))
+        picture.save(
+            file, **(jpeg if path.suffix == SUFFIXES["jpeg"] else {"format": "PNG", "compress_level": PNG_LEVEL})
+        )
 
 
 def _run_lengths(masks: Tensor, width: int) -> list[dict[str, Any]]:

@@ -17,10 +17,10 @@ PARTS = ("masks", "boxes", "keypoints", "labels", "legend")  # of a picture
 FALSE, CROWD = -1, -2  # in the matches of a comparison: a detection without an object, and a detection in a crowd
 PICTURE_SIDE = 512  # small images are enlarged to about this short side, so that labels can be read
 COMPARISON_SIDE = 1600  # largest side of a picture in a comparison, in pixels
-MIN_SIDE = 64  # smallest value of `max_side`: a legend needs some pixels
+MIN_SIDE = 128  # smallest `max_side`: a legend takes up to 65 pixels of it
 GAP = 8  # pixels between and around the pictures of a grid
 _MAX_ASPECT = 4  # an enlarged image has a long side of at most this many times PICTURE_SIDE
-_LINE = 1 / 40  # width of an outline, as part of the side of its object
+_LINE = 1 / 60  # width of an outline, as part of the side of its object
 
 
 def draw_instances(
@@ -61,7 +61,7 @@ def draw_instances(
 
     Raises:
         ValueError: The image has another type or shape, the masks have another size or number, a label has no name, a
-            part is unknown, or `max_side` is below 64.
+            part is unknown, or `max_side` is below 128.
     """
     picture = to_picture(image)
     check_parts(parts)

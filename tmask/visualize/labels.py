@@ -14,13 +14,14 @@ from PIL.ImageFont import FreeTypeFont
 from tmask.visualize.colours import INK, WHITE, WRONG_COLOUR, Array, Colour, colour_of, meeting
 from tmask.visualize.instances import WRONG, Instances
 
-_TEXT = 1 / 7  # height of a label's text, as part of the side of its object
+_TEXT = 1 / 10  # height of a label's text, as part of the side of its object
 _MIN_TEXT = 11  # smallest readable text, in pixels
 _MAX_HIDDEN = 0.1  # part of any object's box that one label may cover
 _MAX_PLATE = 2.0  # area of a label's plate, as part of the box of its object
 _MAX_NAME = 60  # characters of a class name; longer ones are cut, and shorter ones where the picture ends
 _PAD = 3  # pixels between a label's text and the edge of its plate
 _LEGEND_ROWS = 3
+_LEGEND_TEXT = 13  # smallest text of the legend, in pixels
 
 
 def draw_labels(
@@ -80,7 +81,7 @@ def _overlaps(a: Array, b: Array) -> Array:
 
 def draw_legend(found: Instances, class_names: Sequence[str], width: int, short: int) -> Image.Image:
     """Return a strip with the classes, most frequent first, and the verdicts of a comparison: colours and counts."""
-    font = font_of(max(_MIN_TEXT, round(short / 36)))
+    font = font_of(max(_LEGEND_TEXT, round(short / 60)))
     line = font.size * 1.5
     entries: list[tuple[Colour | None, Colour | None, str]] = []  # fill, outline, text
     verdicts = Counter(found.verdicts.tolist() if found.verdicts is not None else ())
