@@ -113,12 +113,11 @@ def draw_detections(
 
 def _save(path: Path, picture: Image) -> None:
     """Write a picture as JPEG if `path` has its suffix, else as PNG."""
-    # Half the resolution of colours, Pillow's default, would blur thin lines.
-    jpeg = {"format": "JPEG", "quality": JPEG_QUALITY, "subsampling": 0}
+    options: dict[str, Any] = {"format": "PNG", "compress_level": PNG_LEVEL}
+    if path.suffix == SUFFIXES["jpeg"]:  # Pillow's default, colours at half the resolution, would blur thin lines
+        options = {"format": "JPEG", "quality": JPEG_QUALITY, "subsampling": 0}
     with replacing(path) as file:
-        picture.save(
-            file, **(jpeg if path.suffix == SUFFIXES["jpeg"] else {"format": "PNG", "compress_level": PNG_LEVEL})
-        )
+        picture.save(file, **options)
 
 
 def _run_lengths(masks: Tensor, width: int) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ def draw_labels(
         size: Width and height of the picture.
 
     Returns:
-        The plates, [P, 4] xyxy.
+        The plates, [plates, 4] xyxy.
     """
     plates, sides = np.zeros((0, 4)), found.sides
     largest = max(_MIN_TEXT, round(min(size) / 34))
@@ -74,7 +74,7 @@ def _place(plate: tuple[float, float], box: Array, size: tuple[int, int], boxes:
 
 
 def _overlaps(a: Array, b: Array) -> Array:
-    """Return the common area of each pair of boxes: [A, 4] and [B, 4] give [A, B]."""
+    """Return the common area of each pair of boxes: [a, 4] and [b, 4] give [a, b]."""
     corners = np.maximum(a[:, None, :2], b[:, :2]), np.minimum(a[:, None, 2:], b[:, 2:])
     return np.maximum(corners[1] - corners[0], 0).prod(2)
 
