@@ -471,10 +471,8 @@ def test_a_detector_without_masks(
         for item in content["annotations"]:
             del item["segmentation"]
         file.write_text(json.dumps(content))
-    drawn: list[dict[str, Any]] = []
-    for module in ("visualize", "engine.pictures"):
-        draw = f"tmask.{module}.draw_instances"
-        monkeypatch.setattr(draw, lambda image, result, *_, **__: drawn.append(result) or image)
+    drawn: list[Any] = []
+    monkeypatch.setattr("tmask.visualize.draw._draw", lambda image, found, *_, **__: drawn.append(found) or image)
     for name in ("decode", "encode", "merge"):
         monkeypatch.setattr(f"pycocotools.mask.{name}", lambda *_: pytest.fail("a mask was used"))
     out, base = tmp_path / "a", ["--model.masks=false", "--model.keypoints.head_channels=8", "--data.min_crop=0.9"]
@@ -495,7 +493,7 @@ def test_a_detector_without_masks(
     assert len(rows) == 15
     assert all(row.keys() == {*("image_id", "category_id", "bbox", "score", "keypoints", "file_name")} for row in rows)
     assert len(drawn) == 3 * 2 + 3
-    assert not [result for result in drawn if "masks" in result]
+    assert not [found for found in drawn if found.masks is not None]
     told = [str(item.message) for item in recwarn if item.category is UserWarning]
     assert not [text for text in told if "max_detections" not in text]
     capsys.readouterr()

@@ -27,7 +27,7 @@ ALLOWED = {
     "weights": {"model", "build", "checks", "config"},
     "data": LOW | {"checks", "model", "config", "data"},
     "engine": LOW | {"checks", "model", "config", "build", "weights", "data", "visualize", "engine", "skeleton"},
-    "visualize": LOW | {"model", "data"},
+    "visualize": LOW | {"model", "data", "visualize"},
 }
 
 

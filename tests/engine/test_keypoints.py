@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from pycocotools.cocoeval import COCOeval
 
 from tests.engine.coco import keypoint_fixture, pycocotools_stats
@@ -94,9 +95,9 @@ def test_predictions_hold_keypoints_and_draw_them(
     """A keypoint of a diverged head is not known: results are JSON, which has no NaN, and pictures leave it out."""
     drawn: list[dict[str, Any]] = []
 
-    def spy(image: torch.Tensor, result: dict[str, Any], names: Any, **options: Any) -> torch.Tensor:
+    def spy(image: torch.Tensor, result: dict[str, Any], names: Any, **options: Any) -> Image.Image:
         drawn.append({**result, **options})
-        return image
+        return Image.new("RGB", (8, 8))
 
     monkeypatch.setattr(pictures, "draw_instances", spy)
     model, images, out = keypoint_model(), by_name(sorted(corners[0].iterdir())), tmp_path / "out"
@@ -126,9 +127,9 @@ def test_pictures_of_a_run_show_both_skeletons(
 ) -> None:
     seen: list[Any] = []
 
-    def spy(image: torch.Tensor, found: Any, truth: Any, names: Any, **options: Any) -> torch.Tensor:
+    def spy(image: torch.Tensor, found: Any, truth: Any, *_: Any, **options: Any) -> Image.Image:
         seen.append((found["keypoints"].shape[1:], truth["keypoints"].shape[1:], options["edges"]))
-        return image
+        return Image.new("RGB", (8, 8))
 
     monkeypatch.setattr(pictures, "comparison", spy)
     pictures.draw_pictures(keypoint_model(), CocoDataset(*corners), tmp_path / "p", device=CPU, count=1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -17,7 +18,8 @@ from tests.engine.coco import H, W, as_coco, rectangle, rle
 from tests.mutation import mutant
 from tmask.engine import matching
 from tmask.engine.evaluate import coco_metrics
-from tmask.engine.matching import Evaluator
+from tmask.engine.matching import Evaluator, match_instances
+from tmask.visualize import CROWD, FALSE
 
 
 def make(annotations: list[dict[str, Any]]) -> COCO:
@@ -136,3 +138,55 @@ def test_matching_has_no_loop_over_instances() -> None:
             sys.settrace(before)
         lines.append(ran[0])
     assert 0 < lines[1] < 2 * lines[0]
+
+
+def instances(*rows: tuple[int, tuple[int, int, int, int]], **extra: Any) -> dict[str, Any]:
+    """Labels and boxes (x, y, w, h), with rectangles for masks."""
+    boxes = torch.tensor([(x, y, x + w, y + h) for _, (x, y, w, h) in rows], dtype=torch.float32).reshape(-1, 4)
+    masks = [rle(rectangle(*box)) for _, box in rows]
+    return {"boxes": boxes, "labels": torch.tensor([label for label, _ in rows]), "masks": masks, **extra}
+
+
+def test_detections_of_an_image_are_hits_false_or_in_a_crowd() -> None:
+    """Object 0 is found twice, 1 as another class, 2 by too little, 3 is a crowd, 4 has no mask, 5 is missed."""
+    truth = instances(
+        (1, (0, 0, 10, 10)),
+        (2, (12, 0, 8, 10)),
+        (1, (0, 12, 10, 10)),
+        (2, (12, 12, 12, 12)),
+        (1, (0, 24, 8, 6)),
+        (2, (24, 0, 4, 4)),
+        iscrowd=torch.tensor([False, False, False, True, False, False]),
+        has_mask=torch.tensor([True, True, True, True, False, True]),
+    )
+    found = instances(
+        (1, (0, 0, 10, 8)),
+        (1, (0, 0, 10, 10)),
+        (1, (12, 0, 8, 10)),
+        (1, (0, 12, 10, 4)),
+        (2, (13, 13, 4, 4)),
+        (2, (18, 18, 4, 4)),
+        (1, (0, 24, 8, 6)),
+        scores=torch.tensor([0.6, 0.9, 0.8, 0.8, 0.8, 0.8, 0.8]),
+    )
+    expected = [FALSE, 0, FALSE, FALSE, CROWD, CROWD, CROWD]
+    assert match_instances(truth, found, (H, W)) == expected
+    assert match_instances(truth, found, (H, W), iou=0.35)[3] == 2
+    boxes = {name: value for name, value in found.items() if name != "masks"}
+    assert match_instances(truth, boxes, (H, W)) == [*expected[:6], 4]
+    nothing = instances(scores=torch.zeros(0)) | {"labels": torch.zeros(0, dtype=torch.int64)}
+    assert match_instances(truth, nothing, (H, W)) == []
+    assert match_instances(nothing, found, (H, W)) == [FALSE] * 7
+    assert match_instances(nothing, nothing, (H, W)) == []
+
+
+def test_matches_of_an_image_follow_masks_where_both_sides_have_them() -> None:
+    """Two triangles fill one box."""
+    lower = np.tril(np.ones((20, 20), dtype=np.uint8))
+    masks = [np.zeros((H, W), dtype=np.uint8) for _ in range(2)]
+    masks[0][:20, :20], masks[1][:20, :20] = lower, 1 - lower
+    truth = instances((1, (0, 0, 20, 20))) | {"masks": [rle(masks[0])]}
+    found = instances((1, (0, 0, 20, 20)), scores=torch.ones(1)) | {"masks": [rle(masks[1])]}
+    assert match_instances(truth, found, (H, W)) == [FALSE]
+    del truth["masks"]
+    assert match_instances(truth, found, (H, W)) == [0]

@@ -117,11 +117,12 @@ def test_other_settings_are_refused_and_nothing_is_lost(
     checkpoint: Path, images: list[Path], out: Path, capsys: Any
 ) -> None:
     before, folder = files(out), images[0].parent
-    options = ["--precision=bf16", "--max_detections=3", "--score_threshold=0.25"]
+    options = ["--precision=bf16", "--max_detections=3", "--score_threshold=0.25", "--picture_format=jpeg"]
     assert run_predict(checkpoint, folder, out, *options) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--overwrite" in line
-    assert "(max_detections: 5 -> 3, precision: fp32 -> bf16, score_threshold: 0.5 -> 0.25)" in line
+    said = "(max_detections: 5 -> 3, picture_format, precision: fp32 -> bf16, score_threshold: 0.5 -> 0.25)"
+    assert said in line
     assert files(out) == before
     assert run_predict(checkpoint, folder, out, *options, "--overwrite") == 0
     assert "done before" not in capsys.readouterr().err
@@ -145,6 +146,8 @@ def test_a_record_from_before_a_setting_goes_on(model: Any, images: list[Path], 
         header = json.loads(first)
         settings = header["settings"]["model"] | changes
         header["settings"]["model"] = {name: value for name, value in settings.items() if value != "gone"}
+        for name in ("picture_format", "picture_side", "picture_parts"):
+            del header["settings"][name]
         path.write_text("".join([json.dumps(header) + "\n", *rest]))
         return predict(model, by_name(images), CATEGORIES, out_dir=out)
 

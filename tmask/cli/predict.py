@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
-from tmask.checks import check_fields
+from tmask.checks import at_least, check_fields, optional
 from tmask.cli.common import (
     UsageError,
     advising,
@@ -46,6 +47,12 @@ class PredictOptions:
     """Whether images are turned upright by their EXIF orientation; null: yes, with --annotations as in training."""
     pictures: Flag = True
     """Draw the detections; --no_pictures does not."""
+    picture_parts: str = "masks,boxes,keypoints,labels,legend"
+    """What pictures show: some of the parts of the default, with commas between them."""
+    picture_side: Annotated[int | None, optional(at_least(128))] = None
+    """Largest side of a picture in pixels; null: images keep their size, and small ones are enlarged."""
+    picture_format: Literal["png", "jpeg"] = "png"
+    """Format of the pictures."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -64,7 +71,10 @@ def predict_command(argv: list[str]) -> int:
     from tmask.engine.files import PICTURES_NAME, PREDICTIONS_NAME
     from tmask.engine.predict import find_images, image_records, predict
     from tmask.engine.record import OtherSettingsError
+    from tmask.visualize import check_parts
 
+    parts = [part.strip() for part in args.picture_parts.split(",") if part.strip()]
+    usage(lambda: check_parts(parts, "--picture_parts"))
     files = usage(lambda: find_images(args.images))
     annotations = args.annotations
     known = usage(lambda: image_records(annotations, list(files))) if annotations else None
@@ -86,6 +96,9 @@ def predict_command(argv: list[str]) -> int:
                 precision=precision,
                 score_threshold=args.score_threshold,
                 pictures=args.pictures,
+                picture_format=args.picture_format,
+                picture_side=args.picture_side,
+                picture_parts=parts,
                 coco_images=known,
                 overwrite=args.overwrite,
                 apply_exif=saved.get("exif") if known and args.exif is None else args.exif,

@@ -109,7 +109,8 @@ def check_segmentation(segmentation: Any, size: tuple[int, int]) -> None:
     if isinstance(counts, list):
         pixels = sum(counts) if all(is_int(count) and count >= 0 for count in counts) else None
     elif isinstance(counts, str | bytes):
-        pixels = _pixels(counts.encode() if isinstance(counts, str) else counts)
+        runs = run_counts(counts.encode() if isinstance(counts, str) else counts)
+        pixels = None if runs is None else int(runs.sum())
     else:
         raise ValueError(f"segmentation: expected run lengths as a list or a text, got {counts!r}")
     if pixels != size[0] * size[1]:
@@ -117,8 +118,8 @@ def check_segmentation(segmentation: Any, size: tuple[int, int]) -> None:
         raise ValueError(f"segmentation: expected runs of {size[0] * size[1]} pixels in all, got {got}")
 
 
-def _pixels(counts: bytes) -> int | None:
-    """Return the number of pixels of all runs in compressed run lengths; None if the run lengths are damaged.
+def run_counts(counts: bytes) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+    """Return the pixels of each run in compressed run lengths; None if the run lengths are damaged.
 
     If the runs end early, pycocotools leaves the rest of the mask uninitialised. The format (`rleFrString` of
     maskApi.c): each character is a digit of 6 bits, from '0' on. The low 5 bits of the digits make a number, the least
@@ -137,7 +138,7 @@ def _pixels(counts: bytes) -> int | None:
     runs -= (digits[last] >> 4 & 1) << (5 * (place[last] + 1))
     runs[1::2] = runs[1::2].cumsum()
     runs[2::2] = runs[2::2].cumsum()
-    return int(runs.sum()) if runs.min() >= 0 else None
+    return runs if runs.min() >= 0 else None
 
 
 def check_numbers(name: str, values: Sequence[Any], *, limit: float = MAX_COORDINATE) -> None:

@@ -7,22 +7,24 @@ import hashlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tmask.checks import listed
+from tmask.checks import listed, nearest, require
 from tmask.engine.checkpoint import config_dict, read_model_config
 from tmask.engine.detect import coco_results, skeleton_of
 from tmask.engine.device import autocast
 from tmask.engine.files import RECORD_NAME, held
 from tmask.engine.log import progress
-from tmask.engine.pictures import draw_detections
+from tmask.engine.pictures import SUFFIXES, draw_detections
 from tmask.engine.record import Record, file_state
+from tmask.visualize import PARTS, check_parts, check_side
 
+_PICTURE_SETTINGS = {"picture_format": "png", "picture_side": None, "picture_parts": PARTS}  # with their defaults
 _MANY = 0.1  # part of the images with as many detections as the limit, from which on a warning comes
 
 
@@ -149,6 +151,9 @@ def predict(
     precision: str = "fp32",
     score_threshold: float = 0.5,
     pictures: bool = True,
+    picture_format: str = "png",
+    picture_side: int | None = None,
+    picture_parts: Collection[str] = PARTS,
     coco_images: Mapping[str, dict[str, Any]] | None = None,
     overwrite: bool = False,
     apply_exif: bool | None = None,
@@ -156,7 +161,7 @@ def predict(
     """Detect objects in image files.
 
     Files in `out_dir`: ``predictions.json``, the COCO results of every detection, with ``file_name`` added;
-    ``images.json``, a COCO file of the images and `categories`; ``pictures/``, a PNG for each image; and
+    ``images.json``, a COCO file of the images and `categories`; ``pictures/``, a picture for each image; and
     ``predictions.jsonl``, the record by which a later call continues: it skips images that are done and unchanged. The
     two JSON files are written however `predict` ends, for the images done by then. One warning counts the images with
     as many detections as the model's limit, if they are a tenth of all or more.
@@ -168,6 +173,8 @@ def predict(
         out_dir: Folder of the results.
         score_threshold: Lowest score of a detection in a picture.
         pictures: Whether pictures are drawn.
+        picture_format: ``png`` or ``jpeg``.
+        picture_side, picture_parts: Largest side and parts of the pictures: `max_side` and `parts` of `draw_instances`.
         coco_images: Records of the images (see `image_records`). Results then have their ids; without them ids count
             from 1.
         overwrite: Forget the record of an earlier run.
@@ -180,12 +187,19 @@ def predict(
     """
     from tmask.data.images import warn_transparent, warn_turned
 
+    require(picture_format in SUFFIXES, "picture_format", nearest(picture_format, SUFFIXES), picture_format)
+    check_parts(picture_parts, "picture_parts")
+    check_side(picture_side, "picture_side")
     device = torch.device(device)
     model.to(device).eval()
     turn = coco_images is None if apply_exif is None else apply_exif
     settings = {"precision": precision, "score_threshold": score_threshold, "exif": turn}
+    drawn = (picture_format, picture_side, [part for part in PARTS if part in picture_parts])
+    settings |= dict(zip(_PICTURE_SETTINGS, drawn, strict=True))
     with held(out_dir, "predict"):
-        record = Record(out_dir, _model_settings(model, categories) | settings, overwrite, _completed)
+        record = Record(
+            out_dir, _model_settings(model, categories) | settings, overwrite, _completed, SUFFIXES[picture_format]
+        )
         # A glob may find the pictures of an earlier run.
         files = {name: path for name, path in images.items() if not record.is_own_picture(path)}
         numbers = {name: coco_images[name]["id"] if coco_images else i for i, name in enumerate(files, start=1)}
@@ -226,6 +240,8 @@ def predict(
                         record.detections(entry),
                         categories,
                         score_threshold=score_threshold,
+                        parts=picture_parts,
+                        max_side=picture_side,
                         edges=skeleton.edges if skeleton else (),
                     )
         finally:
@@ -291,7 +307,8 @@ def _model_settings(model: Any, categories: Sequence[dict[str, Any]]) -> dict[st
 
 
 def _completed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a record, with defaults for model settings that are younger than the record."""
+    """Return the settings of a record, with defaults for settings that are younger than the record."""
+    settings = _PICTURE_SETTINGS | settings
     try:
         return settings | {"model": config_dict(read_model_config(settings["model"], RECORD_NAME))}
     except (KeyError, ValueError):  # a model not from build_model, or settings of a newer tmask

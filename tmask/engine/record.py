@@ -41,6 +41,7 @@ class Record:
         settings: JSON values that decide the results.
         overwrite: Forget the record in `out_dir` and remove its pictures.
         completed: Adds defaults for settings that are younger than the record in `out_dir`.
+        suffix: Suffix of the pictures' names.
 
     Raises:
         OtherSettingsError: Without `overwrite`: the record in `out_dir` has other settings or is no record, or
@@ -53,10 +54,11 @@ class Record:
         settings: Mapping[str, Any],
         overwrite: bool = False,
         completed: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+        suffix: str = ".png",
     ) -> None:
         self.out_dir = Path(out_dir)
         self.path = self.out_dir / RECORD_NAME
-        self._completed = completed
+        self._completed, self._suffix = completed, suffix
         self._entries: dict[str, Entry] = {}
         self._pictures: set[str] = set()
         self._replaced: set[str] = set()  # pictures of the record that `overwrite` removed
@@ -145,12 +147,12 @@ class Record:
         return self._entries[file_name]
 
     def _free_name(self, file_name: str) -> str:
-        """A free name for a PNG, like the image's name; ``a.jpg`` beside ``a.png`` gets a number."""
+        """A free name for a picture, like the image's name; ``a.jpg`` beside ``a.png`` gets a number."""
         stem, number = Path(file_name).with_suffix("").as_posix(), 1
-        name = f"{stem}.png"
+        name = f"{stem}{self._suffix}"
         while name in self._pictures or self.picture_path(name).exists():
             number += 1
-            name = f"{stem}-{number}.png"
+            name = f"{stem}-{number}{self._suffix}"
         return name
 
     def detections(self, entry: Entry) -> list[dict[str, Any]]:
