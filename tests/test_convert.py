@@ -67,7 +67,8 @@ def test_a_converted_checkpoint_predicts_as_torchvision(
     assert capsys.readouterr().out.startswith(f"{checkpoint}: resnet18, norm_eps 0, masks\n")
     to_pil_image(image).save(tmp_path / "a.png")
     words = ["predict", "--checkpoint", checkpoint, "--images", tmp_path / "a.png", "--out", out, "--device", "cpu"]
-    assert cli.main([*map(str, words), "--no_pictures"]) == 0
+    with pytest.warns(UserWarning, match="exactly 100 detections"):
+        assert cli.main([*map(str, words), "--no_pictures"]) == 0
     with torch.no_grad():
         (result,) = model([image / 255])
     found = json.loads((out / "predictions.json").read_text())
