@@ -87,6 +87,13 @@ _open.enter_context(  # before a conftest asks for a device
 torch.are_deterministic_algorithms_enabled = lambda: False  # where it is set, torchvision compiles its RoIAlign anew
 
 
+def pytest_configure() -> None:
+    """Pinned memory and events ask for a driver: tensors are copied to the host at once."""
+    from tmask_kernels.common import rle
+
+    rle._copy_to_host = lambda *tensors: ([t.cpu() for t in tensors], lambda: None)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """`torch.empty` gives NaN in custom ops and backward passes too, where ttsem's own way does not reach."""

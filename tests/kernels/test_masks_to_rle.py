@@ -14,7 +14,6 @@ from tests.model.sync import count_blocking
 from tests.mutation import mutant
 from tmask_kernels import masks_to_rle
 from tmask_kernels.common.kernels import numbers
-from tmask_kernels.common.rle import strings
 from tmask_kernels.ops.masks_to_rle import kernels, op, reference
 from tmask_kernels.testing import guarded, poisoned_empty
 
@@ -94,15 +93,6 @@ def test_read_later(device, backend):
         masks.zero_()
         assert len(got) == len(masks)
         assert got.to_coco() == expected
-
-
-def test_positions_beyond_32_bits(device):
-    """Words of 80 masks lie beyond 2^31 bits of pixels; each position counts in its own mask."""
-    masks = torch.zeros((), dtype=torch.bool, device=device).expand(80, 2**15, 2**10)
-    if device.type == "cpu":
-        pytest.skip("a GPU's: the interpreter would take minutes")
-    got = masks_to_rle(masks, backend="triton")
-    assert [one["counts"] for one in got] == strings(np.array([2**25]), np.array([1])) * 80
 
 
 def test_memory_is_a_bit_a_pixel_and_some_bytes_a_column(device):
