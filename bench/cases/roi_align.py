@@ -331,10 +331,10 @@ def backward_launches() -> Contest:
         f"{height}x{width},block_c={block_c},rows={rows},warps={warps},registers={registers}": kernels.GatherTile(
             height, width, block_c, rows, warps, registers
         )
-        for height, width in ((4, 16), (8, 8), (8, 16))
+        for height, width in ((4, 16), (8, 8), (2, 16))
         for block_c in (64, 128)
         for rows in (2, 4)
-        for warps, registers in ((2, 255), (4, 128), (4, 168), (8, 128))
+        for warps, registers in ((2, 168), (2, 255), (4, 128), (4, 168), (8, 128))
         if 16 <= height * width * block_c / (32 * warps) <= 128  # sums a thread
     }
     launches = {name: {"pick_gather_tile": lambda *_, tile=tile: tile} for name, tile in tiles.items()}

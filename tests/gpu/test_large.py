@@ -15,6 +15,7 @@ from tmask_kernels import (
     make_anchors,
     mask_bce,
     mask_targets,
+    masks_to_rle,
     match_anchors,
     padded_nms,
     paste_masks,
@@ -188,6 +189,17 @@ def test_pixels_of_paste_masks(output: str, full: bool, device: torch.device) ->
     assert expected.any()
     if output == "bool":
         assert int(got[:-1].sum()) == sum(int(paste(slice(k, k + 1)).sum()) for k in range(count - 1))
+
+
+def test_pixels_of_masks_to_rle(full: bool, device: torch.device) -> None:
+    """80 masks of 8,192 x 4,096: the last one begins past 2^31 bytes."""
+    need_memory(5, device)
+    shape = (80, 8192, 4096) if full else (2, 40, 33)
+    masks = torch.zeros(shape, dtype=torch.bool, device=device)
+    masks[-1, 5:-3, 2:9] = True
+    got = masks_to_rle(masks, backend="triton")
+    assert got[-1:] == masks_to_rle(masks[-1:], backend="reference")
+    assert got[:-1] == masks_to_rle(masks[:1], backend="reference") * (shape[0] - 1)
 
 
 def test_cells_of_decode_keypoints(full: bool, device: torch.device) -> None:
