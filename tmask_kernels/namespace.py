@@ -48,7 +48,9 @@ class CustomOp:
     ) -> None:
         """Differentiate by `backward`, with what `setup_context` keeps; as `torch.library.register_autograd`."""
         overload = self._overload
-        lists = [i for i, argument in enumerate(overload._schema.arguments) if str(argument.type) == "List[Tensor]"]
+        schema = overload._schema
+        lists = [i for i, argument in enumerate(schema.arguments) if str(argument.type) == "List[Tensor]"]
+        returns_list = str(schema.returns[0].type) == "List[Tensor]"
 
         def split(args: Sequence[Any]) -> list[Any]:
             """Put the items of the lists of tensors in the place of the lists."""
@@ -73,7 +75,7 @@ class CustomOp:
                 ctx.lengths = lengths
                 if setup_context is not None:
                     setup_context(ctx, args, out)
-                return out
+                return tuple(out) if returns_list else out  # autograd does not look into a list
 
             @staticmethod
             def backward(ctx: Any, *gradients: Any) -> Any:
@@ -88,7 +90,8 @@ class CustomOp:
         def call(*args: Any) -> Any:
             flat = split(args)
             if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in flat):
-                return Derivative.apply([len(args[i]) for i in lists], *flat)
+                out = Derivative.apply([len(args[i]) for i in lists], *flat)
+                return list(out) if returns_list else out
             with torch._C._AutoDispatchBelowAutograd():
                 return overload(*args)
 

@@ -143,6 +143,7 @@ def theirs(kind: type, num_classes: int = 3, norm: type = FrozenBatchNorm2d) -> 
 
 def ours(**settings: Any) -> tmask.MaskRCNN:
     """A model for its weights."""
+    settings = {"convention": "torchvision", **settings}
     return tmask.build_model("r18_fpn", 3, norm="frozen_bn", trainable_layers=5, **settings)
 
 

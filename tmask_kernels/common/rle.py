@@ -50,13 +50,14 @@ def read_later(
     @functools.cache
     def texts() -> list[str]:
         wait()
-        total = int(totals[-1])
+        sums_of_masks = totals.numpy()
+        total = int(sums_of_masks[-1])
         stored = some_ends[:total]
         if total > len(ends):
             every_end = torch.empty(total, dtype=torch.int32, device=changes.device)
             store_ends(sums, every_end)
             stored = every_end.cpu()
-        per_mask = np.diff(totals.numpy(), prepend=0)
+        per_mask = np.diff(sums_of_masks, prepend=0)
         per_mask = per_mask[per_mask > 0]
         end = stored.numpy()
         counts, first = np.diff(end, prepend=end[:1]), np.cumsum(per_mask) - per_mask
