@@ -36,7 +36,8 @@ def launch_known(
         kernel: the jit function.
         tensors: its arguments that are tensors, or tuples of them. All are on one device.
         settings: whatever else the grid and the arguments follow from, also constants that a sweep changes.
-        plan: returns the grid, and the arguments by name; those that are tensors may be left out.
+        plan: returns the grid, and the arguments by name, `enable_fp_fusion` among them; those that are tensors may be
+            left out.
     """
     flat = [t for value in tensors.values() for t in (value if isinstance(value, tuple) else (value,))]
     key = kernel.fn, settings, *[(t.shape, t.stride(), t.dtype, t.device) for t in flat]
@@ -51,7 +52,8 @@ def launch_known(
             launch(*arguments)
             return
         grid, others = plan()
-        compiled = kernel[grid](**{**others, **tensors})
+        fuse = others.pop("enable_fp_fusion")
+        compiled = kernel[grid](enable_fp_fusion=fuse, **{**others, **tensors})
         if not (aligned and _is_compiled(compiled)):
             return
         if len(_known) >= _MOST_KNOWN:
